@@ -1,0 +1,43 @@
+"""fMRI-LM: a codec that turns fMRI into discrete tokens, and a language model that reads and predicts them."""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_fmrilm import FmriCodecConfig, FmriLMConfig
+from .modeling_fmricodec import FmriCodecModel
+from .modeling_fmrilm import FmriLMForConditionalGeneration, FmriLMModel
+from .processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
+
+
+AutoConfig.register("fmri_codec", FmriCodecConfig, exist_ok=True)
+AutoConfig.register("fmrilm", FmriLMConfig, exist_ok=True)
+AutoModel.register(FmriCodecConfig, FmriCodecModel, exist_ok=True)
+AutoModel.register(FmriLMConfig, FmriLMModel, exist_ok=True)
+AutoModelForCausalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exist_ok=True)
+AutoFeatureExtractor.register(FmriLMConfig, FmriLMFeatureExtractor, exist_ok=True)
+AutoProcessor.register(FmriLMConfig, FmriLMProcessor, exist_ok=True)
+
+# every save ships the code, so that a downloaded folder loads where this package is not installed
+FmriCodecConfig.register_for_auto_class()
+FmriLMConfig.register_for_auto_class()
+FmriCodecModel.register_for_auto_class("AutoModel")
+FmriLMModel.register_for_auto_class("AutoModel")
+FmriLMForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
+
+__all__ = [
+    "Atlas",
+    "FmriCodecConfig",
+    "FmriCodecModel",
+    "FmriLMConfig",
+    "FmriLMFeatureExtractor",
+    "FmriLMForConditionalGeneration",
+    "FmriLMModel",
+    "FmriLMProcessor",
+]

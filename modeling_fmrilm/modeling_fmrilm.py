@@ -1,0 +1,448 @@
+"""The language model that reads fMRI: a frozen codec, a projector and any causal language model (stages 2 and 3)."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_fmrilm import FmriLMConfig
+from .modeling_fmricodec import FmriCodecModel
+
+
+# label of what carries no loss
+IGNORED = -100
+# what a forward pass may hold beside text, one entry a scan
+SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes")
+# what a saved folder can be opened with; register_for_auto_class alone writes one Auto class per class
+AUTO_MAP = {
+    "AutoConfig": "configuration_fmrilm.FmriLMConfig",
+    "AutoModel": "modeling_fmrilm.FmriLMModel",
+    "AutoModelForCausalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
+}
+
+
+@dataclass
+class FmriLMOutput(ModelOutput):
+    """
+    loss: text_loss + fmri_loss_weight * fmri_loss, of those that have labels. text_loss: mean cross-entropy of the
+    labelled text. fmri_loss: mean cross-entropy of the next step's codes. logits: [batch, length, vocabulary].
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    fmri_loss: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def step_ids(input_ids: torch.Tensor, fmri_token_id: int, tokens_per_step: int) -> torch.Tensor:
+    """
+    The one place that says which token belongs to which step: int64 [batch, length], 0 for text and n > 0 for the
+    n-th step of its row (counted over all its scans). Attention blocks and positions follow from it.
+    """
+    is_fmri = input_ids == fmri_token_id
+    index = is_fmri.long().cumsum(-1) - 1
+    return (index // tokens_per_step + 1) * is_fmri
+
+
+def positions(steps: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids [batch, length]: each text token takes one, the tokens of a step share one, padding takes none."""
+    opens_step = F.pad(steps[:, 1:] != steps[:, :-1], (1, 0), value=True)
+    advances = ((steps == 0) | opens_step) & attention_mask.bool()
+    return (advances.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class FmriLMProjector(nn.Module):
+    """
+    Codebook vectors [scans, steps, slots, codebook_dim] to token embeddings [scans, steps, slots, hidden].
+
+    Each token brings its own vector and the mean of its slot's vectors so far: a language model finds what a scan is
+    like on the whole in the last step, and no token knows the future. A learned vector tells the slots apart. The
+    output starts at the size of a word's embedding.
+    """
+
+    def __init__(self, config: FmriLMConfig):
+        super().__init__()
+        codec = config.codec_config
+        self.norm = nn.LayerNorm(2 * codec.codebook_dim)
+        self.slots = nn.Embedding(codec.tokens_per_step, config.projector_hidden_size)
+        self.input_proj = nn.Linear(2 * codec.codebook_dim, config.projector_hidden_size)
+        self.output_proj = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size)
+        self.output_norm = nn.LayerNorm(config.text_config.hidden_size)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        steps = torch.arange(1, vectors.shape[1] + 1, device=vectors.device, dtype=vectors.dtype)
+        means = vectors.cumsum(1) / steps[:, None, None]
+        states = self.norm(torch.cat([vectors, means], dim=-1))
+        return self.output_norm(self.output_proj(F.gelu(self.input_proj(states) + self.slots.weight)))
+
+
+class FmriLMPreTrainedModel(PreTrainedModel):
+    config: FmriLMConfig
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FmriLMProjector):
+            init.normal_(module.slots.weight, std=1.0)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class FmriLMModel(FmriLMPreTrainedModel):
+    """Text and scans to hidden states. The codec is frozen here: its codes are input, not something to train."""
+
+    def __init__(self, config: FmriLMConfig):
+        super().__init__(config)
+        self.codec = FmriCodecModel._from_config(config.codec_config)
+        self.codec.requires_grad_(False)
+        self.projector = FmriLMProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @torch.no_grad()
+    def get_fmri_codes(
+        self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor, fmri_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Codes int64 [scans, tokens], -1 on padding, of the scans (see [`FmriCodecModel.encode`])."""
+        return self.codec.encode(fmri_values, roi_coordinates, fmri_mask)
+
+    def get_fmri_features(self, fmri_codes: torch.Tensor) -> torch.Tensor:
+        """Projected embeddings [valid tokens, hidden] of codes [scans, tokens], scan after scan, padding left out."""
+        valid = fmri_codes >= 0
+        # padding follows the last step, so that no mean before it contains any
+        vectors = self.codec.embed_codes(fmri_codes.clamp(min=0)).to(self.projector.input_proj.weight.dtype)
+        steps = vectors.unflatten(1, (-1, self.config.codec_config.tokens_per_step))
+        return self.projector(steps).flatten(1, 2)[valid]
+
+    def embed(self, input_ids: torch.Tensor, fmri_codes: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings [batch, length, hidden] of text, and of codes [scans, tokens] at the placeholders."""
+        is_fmri = input_ids == self.config.fmri_token_id
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_fmri, 0))
+        expected = 0 if fmri_codes is None else int((fmri_codes >= 0).sum())
+        if expected != is_fmri.sum():
+            raise ValueError(f"expected {expected} fMRI placeholder tokens for the scans, got {int(is_fmri.sum())}")
+        if expected:
+            features = self.get_fmri_features(fmri_codes).to(embeddings.dtype)
+            embeddings = embeddings.masked_scatter(is_fmri[..., None], features)
+        return embeddings
+
+    def step_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See [`step_ids`]."""
+        return step_ids(input_ids, self.config.fmri_token_id, self.config.codec_config.tokens_per_step)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        fmri_values: torch.Tensor | None = None,
+        roi_coordinates: torch.Tensor | None = None,
+        fmri_mask: torch.Tensor | None = None,
+        fmri_codes: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: [batch, length] with one placeholder for each code.
+            attention_mask: [batch, cached + length], or masks made already.
+            fmri_values, roi_coordinates, fmri_mask: the scans in order of appearance, [scans, rois, time],
+                [scans, rois, 3], [scans, rois, time]; or fmri_codes [scans, tokens] (-1 is padding) in their place.
+            inputs_embeds: [batch, length, hidden] in place of input_ids, scans and all.
+            mm_token_type_ids: step ids of the cached and the given tokens; derived from input_ids when absent, which
+                takes position_ids where something is cached.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
+        if inputs_embeds is not None and (fmri_values is not None or fmri_codes is not None):
+            raise ValueError("expected inputs_embeds with the scans in them, got inputs_embeds and scans")
+        if fmri_codes is None and fmri_values is not None:
+            fmri_codes = self.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, fmri_codes)
+        length = inputs_embeds.shape[1]
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if mm_token_type_ids is None:
+            if cached and position_ids is None:
+                raise ValueError(
+                    f"expected mm_token_type_ids of the {cached} cached and the {length} given tokens, or "
+                    "position_ids: the cache does not tell which tokens share a position"
+                )
+            if input_ids is None:
+                mm_token_type_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+            else:
+                mm_token_type_ids = self.step_ids(input_ids)
+            mm_token_type_ids = F.pad(mm_token_type_ids, (cached, 0))
+        if not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
+            if attention_mask is None:
+                attention_mask = torch.ones_like(mm_token_type_ids)
+            if position_ids is None:
+                position_ids = positions(mm_token_type_ids, attention_mask)[:, -length:]
+            attention_mask = self.create_masks(
+                inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids[:, -length:]
+            )
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def create_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+        steps: torch.Tensor,
+    ) -> torch.Tensor | dict | None:
+        """Causal over text and steps, bidirectional inside a step: what the language model's layers expect."""
+        # without a scan the backbone's own fast path (no mask at all) applies
+        blocks = steps - 1 if bool((steps > 0).any()) else None
+        return create_masks_for_generate(
+            config=self.config.get_text_config(),
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            block_sequence_ids=blocks,
+        )
+
+
+class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
+    """
+    Text about scans, and codes of the next step. `lm_head` speaks words; `fmri_head` says at slot k of step t what
+    code slot k of step t+1 will hold.
+    """
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: FmriLMConfig):
+        super().__init__(config)
+        self.model = FmriLMModel(config)
+        hidden_size = config.text_config.hidden_size
+        self.lm_head = nn.Linear(hidden_size, config.text_config.vocab_size, bias=False)
+        self.fmri_head = nn.Linear(hidden_size, config.codec_config.codebook_size, bias=False)
+        if config.tie_word_embeddings:
+            embeddings = self.get_input_embeddings()
+            name = next(name for name, module in self.model.named_modules() if module is embeddings)
+            self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls, codec: FmriCodecModel, language_model: PreTrainedModel, config: FmriLMConfig
+    ) -> "FmriLMForConditionalGeneration":
+        """A new joint model from a trained codec and a pretrained causal language model (both are copied)."""
+        joint = cls(config)
+        joint.model.codec.load_state_dict(codec.state_dict())
+        joint.model.language_model.load_state_dict(language_model.base_model.state_dict())
+        joint.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+        joint.tie_weights()
+        # projected codes enter at the size of word embeddings
+        size = joint.get_input_embeddings().weight.detach().pow(2).mean().sqrt()
+        with torch.no_grad():
+            joint.model.projector.output_norm.weight.fill_(size)
+        return joint
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        fmri_values: torch.Tensor | None = None,
+        roi_coordinates: torch.Tensor | None = None,
+        fmri_mask: torch.Tensor | None = None,
+        fmri_codes: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> FmriLMOutput:
+        """
+        labels: [batch, length], -100 where text carries no loss. The codes of the next step are predicted whenever
+        labels are given with a scan. num_items_in_batch: labels in the whole of an accumulated batch, of which this
+        is a part. The other arguments are those of [`FmriLMModel.forward`]. In training mode with
+        labels there are no logits: only labelled positions meet the vocabulary, most of the head's work is saved.
+        """
+        if fmri_codes is None and fmri_values is not None:
+            fmri_codes = self.model.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
+        outputs = self.model(input_ids, attention_mask=attention_mask, fmri_codes=fmri_codes, **kwargs)
+        hidden = outputs.last_hidden_state
+        loss = text_loss = fmri_loss = logits = None
+        if labels is not None:
+            text_loss = self.text_loss(hidden, labels)
+            loss = text_loss
+            if fmri_codes is not None:
+                fmri_loss = self.next_step_loss(hidden, input_ids, fmri_codes)
+                loss = loss + self.config.fmri_loss_weight * fmri_loss
+            if num_items_in_batch is not None:
+                # the share of an accumulated batch, for both parts: the shares sum to one
+                loss = loss * ((labels[:, 1:] != IGNORED).sum() / num_items_in_batch)
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept, :])
+        return FmriLMOutput(
+            loss=loss,
+            logits=logits,
+            text_loss=text_loss,
+            fmri_loss=fmri_loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def text_loss(self, hidden: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """
+        Mean cross-entropy of the labelled tokens given the states before them. hidden: [batch, length, hidden];
+        labels: [batch, length].
+        """
+        following = labels[:, 1:]
+        scored = following != IGNORED
+        logits = self.lm_head(hidden[:, :-1][scored]).float()
+        total = F.cross_entropy(logits, following[scored], reduction="sum")
+        return total / scored.sum().clamp(min=1)
+
+    def next_step_loss(
+        self, hidden: torch.Tensor, input_ids: torch.LongTensor, fmri_codes: torch.LongTensor
+    ) -> torch.Tensor:
+        """
+        Mean cross-entropy of code k of step t+1 given slot k of step t (paper Eq. 5); the last step of a scan has
+        no label. hidden: [batch, length, hidden]; fmri_codes: [scans, tokens].
+        """
+        states = hidden[input_ids == self.config.fmri_token_id]
+        per_step = self.config.codec_config.tokens_per_step
+        labels = F.pad(fmri_codes[:, per_step:], (0, per_step), value=-1)
+        labels = labels[fmri_codes >= 0]
+        known = labels >= 0
+        if not known.any():
+            return hidden.new_zeros(())
+        return F.cross_entropy(self.fmri_head(states[known]).float(), labels[known])
+
+    @torch.no_grad()
+    def score_choices(self, inputs: dict[str, torch.Tensor], choices: list[list[int]]) -> torch.Tensor:
+        """
+        Log-likelihood [batch, choices] of each allowed answer (token ids) after the prompts in `inputs`, which run
+        once; softmax over the last axis gives the probability of each choice. With a `past_key_values` (used up
+        here), `attention_mask` and `mm_token_type_ids` cover the cached tokens, too.
+        """
+        inputs = dict(inputs)
+        input_ids = inputs["input_ids"]
+        mask = inputs.setdefault("attention_mask", torch.ones_like(input_ids))
+        steps = inputs.setdefault("mm_token_type_ids", self.model.step_ids(input_ids))
+        if steps.shape != mask.shape:
+            raise ValueError(f"expected mm_token_type_ids of shape {tuple(mask.shape)}, got {tuple(steps.shape)}")
+        outputs = self.model(**inputs, use_cache=True)
+        length, rows = input_ids.shape[1], torch.arange(len(input_ids), device=self.device)
+        last = (torch.arange(length, device=self.device) * mask[:, -length:]).argmax(-1)
+        scores = self.lm_head(outputs.last_hidden_state[rows, last]).float().log_softmax(-1)
+        totals = scores[:, [choice[0] for choice in choices]]
+        longest = max(len(choice) for choice in choices)
+        if longest == 1:
+            return totals
+        # each choice continues the cached prompt: all but its last token are read, all but its first are scored
+        count = len(choices)
+        cache = outputs.past_key_values
+        cache.batch_repeat_interleave(count)
+        padded = input_ids.new_zeros(count, longest)
+        for row, choice in enumerate(choices):
+            padded[row, : len(choice)] = torch.tensor(choice, device=self.device)
+        lengths = torch.tensor([len(choice) for choice in choices], device=self.device)
+        scored = torch.arange(1, longest, device=self.device) < lengths[:, None]
+        read = scored.long().repeat(len(rows), 1)
+        outputs = self.model(
+            padded[:, :-1].repeat(len(rows), 1),
+            attention_mask=torch.cat([mask.repeat_interleave(count, 0), read], -1),
+            mm_token_type_ids=F.pad(steps.repeat_interleave(count, 0), (0, longest - 1)),
+            past_key_values=cache,
+        )
+        scores = self.lm_head(outputs.last_hidden_state).float().log_softmax(-1).unflatten(0, (len(rows), count))
+        following = padded[:, 1:].expand(len(rows), -1, -1)
+        return totals + (scores.gather(-1, following[..., None])[..., 0] * scored).sum(-1)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict:
+        steps = self.model.step_ids(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        # a prompt of inputs_embeds has no ids: nothing is known of its steps
+        steps = F.pad(steps, (mask.shape[1] - steps.shape[1], 0))
+        kwargs.update(mm_token_type_ids=steps, position_ids=positions(steps, mask))
+        if kwargs.get("use_cache", True) and not is_first_iteration:
+            # the cache holds the scans already
+            kwargs = {name: value for name, value in kwargs.items() if name not in SCAN_INPUTS}
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, mm_token_type_ids=None, block_sequence_ids=None, **kwargs) -> dict | None:
+        """The masks a static cache needs before the forward pass."""
+        kwargs.pop("token_type_ids", None), kwargs.pop("is_first_iteration", None)
+        blocks = None if mm_token_type_ids is None else mm_token_type_ids - 1
+        return create_masks_for_generate(config=config.get_text_config(), block_sequence_ids=blocks, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
+    ):
+        """Repeats rows for beams; a row's scans are repeated as a block: A, B, A, B for two scans and two beams."""
+        if expand_size == 1:
+            return input_ids, kwargs
+        scans = {name: kwargs.pop(name) for name in SCAN_INPUTS if kwargs.get(name) is not None}
+        counts = (input_ids == self.config.fmri_start_token_id).sum(-1).tolist()
+        blocks = torch.arange(sum(counts), device=input_ids.device).split(counts)
+        order = torch.cat([block.repeat(expand_size) for block in blocks])
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, {**kwargs, **{name: value[order] for name, value in scans.items()}}
+
+
+__all__ = ["FmriLMForConditionalGeneration", "FmriLMModel", "FmriLMOutput", "FmriLMPreTrainedModel", "FmriLMProjector"]

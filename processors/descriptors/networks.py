@@ -1,0 +1,45 @@
+"""The networks that descriptors are about, and the series of each."""
+
+import numpy as np
+
+from ..atlases import Atlas
+
+
+# Yeo's seven in their usual order, then subcortex; a descriptor's name holds the key, its text the value.
+NETWORKS = {
+    "Vis": "visual",
+    "SomMot": "somatomotor",
+    "DorsAttn": "dorsal attention",
+    "SalVentAttn": "ventral attention",
+    "Limbic": "limbic",
+    "Cont": "control",
+    "Default": "default mode",
+    "Subcortical": "subcortical",
+}
+# relative to the largest value of a ROI: below it, what varies is float64 rounding
+CONSTANT_BELOW = 1e-12
+
+
+def membership(atlas: Atlas) -> np.ndarray:
+    """Indicator float64 [rois, networks] of each ROI's network, in the order of `NETWORKS`."""
+    unknown = sorted(set(atlas.networks) - set(NETWORKS))
+    if unknown:
+        raise ValueError(f"expected the networks {list(NETWORKS)} in atlas {atlas.name!r}, got also {unknown}")
+    return (np.array(atlas.networks)[:, None] == np.array(list(NETWORKS))).astype(np.float64)
+
+
+def standardize(signal: np.ndarray) -> np.ndarray:
+    """Zero mean and unit deviation over time, float64, of signal [..., time, rois]."""
+    signal = np.asarray(signal, np.float64)
+    deviation = signal.std(-2, keepdims=True)
+    # one such ROI would silently make NaN or rounding noise of the descriptors of all networks
+    bad = ~(deviation > CONSTANT_BELOW * np.abs(signal).max(-2, keepdims=True))
+    if bad.any():
+        raise ValueError(f"expected finite ROIs that vary over time, got {int(bad.sum())} that do not")
+    return (signal - signal.mean(-2, keepdims=True)) / deviation
+
+
+def network_series(standardized: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Mean series [..., time, networks] over each network's ROIs; NaN for a network the atlas does not have."""
+    counts = members.sum(0)
+    return standardized @ members / np.where(counts > 0, counts, np.nan)

@@ -1,0 +1,162 @@
+"""Small real objects that the tests share."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMForConditionalGeneration
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
+from fmrilm.training.alignment import join
+
+
+SENTENCES = [
+    "The default mode network is strongly connected.",
+    "Is this person older or younger than forty years?",
+    "user assistant system: describe the scan, yes or no.",
+]
+
+
+def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ChatML tokens: every text has ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", extra_special_tokens=["<|im_start|>", "<|im_end|>"]
+    )
+
+
+def build_tiny_atlas(rois: int = 5, name: str = "tiny") -> Atlas:
+    return Atlas(
+        name=name,
+        rois=tuple(f"{name}_{i}" for i in range(rois)),
+        networks=tuple(("Vis", "SomMot", "Default")[i % 3] for i in range(rois)),
+        coordinates=np.random.default_rng(rois).uniform(-60, 60, (rois, 3)).round(1),
+    )
+
+
+def build_tiny_codec(started: bool = True, **changes) -> FmriCodecModel:
+    """Random weights; `started` gives it a codebook of its own latents, so that scans differ in their codes."""
+    torch.manual_seed(0)
+    values = {
+        "patch_length": 4,
+        "tokens_per_step": 2,
+        "codebook_size": 16,
+        "codebook_dim": 8,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_roi_layers": 1,
+        "num_hidden_layers": 2,
+        "num_decoder_layers": 1,
+        "num_attention_heads": 2,
+        "num_frequencies": 4,
+        "max_steps": 8,
+        "initializer_range": 0.1,
+        **changes,
+    }
+    codec = FmriCodecModel(FmriCodecConfig(**values))
+    if started:
+        with torch.no_grad():
+            codec.train()(torch.randn(16, 5, 8 * values["patch_length"]), 60 * torch.randn(16, 5, 3))
+    return codec.eval()
+
+
+def build_tiny_language_model(backbone: str, vocab_size: int, tied: bool = True) -> PreTrainedModel:
+    torch.manual_seed(0)
+    shared = {
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+    }
+    layers = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = {
+        "llama": lambda: LlamaConfig(**layers, **shared),
+        "qwen3": lambda: Qwen3Config(**layers, **shared, head_dim=16),
+        "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=2, **dropouts, **shared),
+    }[backbone]()
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def make_codec() -> Callable[..., FmriCodecModel]:
+    """Builds the tiny codec; arguments change its configuration."""
+    return build_tiny_codec
+
+
+@pytest.fixture
+def tiny_codec() -> FmriCodecModel:
+    return build_tiny_codec()
+
+
+@pytest.fixture(scope="session")
+def make_language_model() -> Callable[..., PreTrainedModel]:
+    """Builds a random language model: backbone ("llama", "qwen3", "gpt2"), vocab_size, tied."""
+    return build_tiny_language_model
+
+
+@pytest.fixture
+def tiny_model(processor: FmriLMProcessor) -> Callable[..., FmriLMForConditionalGeneration]:
+    """Builds the joint model: backbone and tied."""
+
+    def build(backbone: str = "llama", tied: bool = True) -> FmriLMForConditionalGeneration:
+        language_model = build_tiny_language_model(backbone, len(processor.tokenizer) - 3, tied)
+        return join(build_tiny_codec(), language_model, processor).eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return build_tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def module_tokenizer() -> PreTrainedTokenizerFast:
+    """For tests that set it up anew in each example, because a property test allows no smaller scope."""
+    return build_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_atlas() -> Atlas:
+    return build_tiny_atlas()
+
+
+@pytest.fixture(scope="session")
+def extractor(tiny_atlas: Atlas) -> FmriLMFeatureExtractor:
+    return FmriLMFeatureExtractor(atlases=[tiny_atlas], patch_length=4, window_length=16)
+
+
+@pytest.fixture
+def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedTokenizerFast) -> FmriLMProcessor:
+    return FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_step=2)
+
+
+@pytest.fixture
+def signal() -> np.ndarray:
+    """A scan float32 [time, rois] of 20 frames that look like BOLD: a large mean, small fluctuations."""
+    return (1000 + np.random.default_rng(0).normal(0, 10, (20, 5))).astype(np.float32)

@@ -1,0 +1,271 @@
+import json
+from collections.abc import Callable
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor
+from fmrilm.processors.signal_fmrilm import detrend, resample, resampled_length, robust_zscore, window_bounds
+
+
+ATLASES = [
+    Atlas(f"a{n}", tuple(f"a{n}_{i}" for i in range(n)), ("Vis",) * n, np.arange(3.0 * n).reshape(n, 3))
+    for n in (2, 3, 5)
+]
+
+
+def bold(frames: int, rois: int = 5, seed: int = 0) -> np.ndarray:
+    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, rois))).astype(np.float32)
+
+
+# --- signal steps
+
+
+def sinusoid(frequency: float, tr: float, seconds: float = 600) -> np.ndarray:
+    return np.sin(2 * np.pi * frequency * np.arange(0, seconds, tr))[:, None]
+
+
+@pytest.mark.parametrize("frequency, amplitude", [(0.4, 0.0), (0.1, 1.0), (0.02, 1.0)])
+def test_resampling_keeps_slow_fluctuations_and_lets_nothing_alias(frequency: float, amplitude: float) -> None:
+    out = resample(sinusoid(frequency, tr=0.72), tr=0.72, repetition_time=2.0)
+    middle = out[20:-20]
+    assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(amplitude, abs=0.05)
+    # the ends ring a little, but no more
+    assert np.abs(out[3:-3]).max() < amplitude + 0.1
+
+
+@pytest.mark.parametrize("tr", [0.5, 0.72, 0.735, 1.4, 2.0, 3.0])
+def test_resampling_keeps_time(tr: float) -> None:
+    signal = sinusoid(0.02, tr)
+    out = resample(signal, tr, 2.0)
+    assert len(out) == resampled_length(len(signal), tr, 2.0)
+    assert 0 <= (len(signal) - 1) * tr - (len(out) - 1) * 2.0 < 2.0
+    expected = np.sin(2 * np.pi * 0.02 * 2.0 * np.arange(len(out)))[:, None]
+    np.testing.assert_allclose(out, expected, atol=0.1)
+    np.testing.assert_allclose(out[5:-5], expected[5:-5], atol=0.02)
+
+
+def test_equal_repetition_time_changes_nothing() -> None:
+    signal = bold(30)
+    assert resample(signal, 2.0, 2.0) is signal
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_detrending_removes_drift_up_to_its_order(order: int) -> None:
+    time = np.arange(50.0)[:, None]
+    drift = sum(3.0 * time**power for power in range(order + 1))
+    np.testing.assert_allclose(detrend(drift, order), 0, atol=1e-8)
+    assert np.abs(detrend(time ** (order + 1), order)).max() > 1
+
+
+def test_zscore_is_robust_to_spikes_and_clipped() -> None:
+    signal = np.random.default_rng(0).normal(50, 3, (2000, 1))
+    clean = robust_zscore(signal, clip=6.0)
+    assert clean.std() == pytest.approx(1, abs=0.05)
+    signal[::100] += 1000
+    spiked = robust_zscore(signal, clip=6.0)
+    assert spiked.max() == 6.0
+    assert np.abs(spiked - clean)[np.arange(2000) % 100 != 0].max() < 0.2
+
+
+def test_windows_cover_what_they_promise() -> None:
+    rng = np.random.default_rng(0)
+    assert window_bounds(25, "first", 10, 10) == [(0, 10)]
+    assert window_bounds(25, "full", 10, 10) == [(0, 25)]
+    assert window_bounds(25, "sliding", 10, 10) == [(0, 10), (10, 20)]
+    assert window_bounds(25, "sliding", 10, 5) == [(0, 10), (5, 15), (10, 20), (15, 25)]
+    assert {window_bounds(12, "random", 10, 10, rng)[0] for _ in range(50)} == {(0, 10), (1, 11), (2, 12)}
+    for window in ("first", "full", "sliding", "random"):
+        assert window_bounds(8, window, 10, 10, rng) == [(0, 8)]
+    with pytest.raises(ValueError, match="generator"):
+        window_bounds(25, "random", 10, 10)
+
+
+# --- the extractor
+
+
+def test_one_scan_becomes_padded_tensors(extractor, tiny_atlas) -> None:
+    out = extractor(bold(14), tr=2.0)
+    assert list(out) == extractor.model_input_names
+    assert out["fmri_values"].shape == out["fmri_mask"].shape == (1, 5, 16)
+    assert out["fmri_values"].dtype == torch.float32 and out["fmri_mask"].dtype == torch.bool
+    np.testing.assert_array_equal(out["roi_coordinates"][0], tiny_atlas.coordinates)
+    assert out["fmri_mask"][0, :, :14].all() and not out["fmri_mask"][0, :, 14:].any()
+    assert extractor.num_steps(out["fmri_mask"]) == [4]
+
+
+def test_values_are_time_first_signals_turned(extractor) -> None:
+    signal, atlas = extractor.prepare_signal(bold(40), tr=0.72)
+    assert signal.shape == (15, 5) and signal.dtype == np.float32 and atlas.name == "tiny"
+    np.testing.assert_array_equal(extractor(bold(40), tr=0.72)["fmri_values"][0, :, :15], signal.T)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(ATLASES), st.integers(8, 40)), min_size=1, max_size=4),
+    st.sampled_from(["first", "full"]),
+)
+def test_batch_mates_never_change_an_item(items: list[tuple[Atlas, int]], window: str) -> None:
+    extractor = FmriLMFeatureExtractor(atlases=ATLASES, patch_length=4, window_length=16)
+    scans = [
+        {"signal": bold(frames, len(atlas), seed=i), "tr": 2.0, "atlas": atlas.name}
+        for i, (atlas, frames) in enumerate(items)
+    ]
+    together = extractor(scans, window=window)
+    values, mask = together["fmri_values"], together["fmri_mask"]
+    assert values.shape[2] % 4 == 0
+    assert not values[~mask].any()
+    for i, scan in enumerate(scans):
+        alone = extractor(scan, window=window)
+        _, rois, time = alone["fmri_values"].shape
+        assert torch.equal(values[i, :rois, :time], alone["fmri_values"][0])
+        assert torch.equal(together["roi_coordinates"][i, :rois], alone["roi_coordinates"][0])
+        assert torch.equal(mask[i, :rois, :time], alone["fmri_mask"][0])
+        assert mask[i].sum() == alone["fmri_mask"].sum()
+        assert extractor.num_steps(mask)[i] == extractor.num_steps(alone["fmri_mask"])[0]
+
+
+def test_sliding_windows_tell_their_scan(extractor) -> None:
+    out = extractor([bold(40), bold(12), bold(32)], tr=2.0, window="sliding")
+    assert out["scan_index"].tolist() == [0, 0, 1, 2, 2]
+    assert out["scan_index"].dtype == torch.int64
+    assert extractor.num_steps(out["fmri_mask"]) == [4, 4, 3, 4, 4]
+    half = extractor(bold(40), tr=2.0, window="sliding", window_stride=8)
+    assert torch.equal(half["fmri_values"][0, :, 8:], half["fmri_values"][1, :, :8])
+
+
+def test_random_window_follows_its_generator(extractor) -> None:
+    first, again = (
+        extractor(bold(100), tr=2.0, window="random", generator=np.random.default_rng(3))["fmri_values"]
+        for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, extractor(bold(100), tr=2.0)["fmri_values"])
+
+
+def test_every_form_of_a_scan_gives_the_same(extractor, signal, tiny_atlas, tmp_path) -> None:
+    np.save(tmp_path / "s.npy", signal)
+    shuffled = [3, 1, 4, 0, 2]
+    rows = [[tiny_atlas.rois[i] for i in shuffled] + ["global"]]
+    rows += [[repr(float(row[i])) for i in shuffled] + ["0"] for row in signal]
+    (tmp_path / "s.csv").write_text("\n".join(",".join(row) for row in rows))
+    expected = extractor(signal, tr=2.0)["fmri_values"]
+    forms = [
+        torch.from_numpy(signal),
+        tmp_path / "s.npy",
+        str(tmp_path / "s.csv"),
+        {"signal": signal.tolist(), "tr": 2.0, "atlas": "tiny", "subject": "01"},
+        {"signal": {"signal": signal, "tr": 2.0}},
+    ]
+    for form in forms:
+        assert torch.equal(extractor(form, tr=2.0, atlas=tiny_atlas)["fmri_values"], expected)
+    np.testing.assert_array_equal(extractor(signal, tr=2.0, return_tensors="np")["fmri_values"], expected.numpy())
+
+
+def test_volume_is_parcellated_with_the_labels_of_the_atlas(extractor, tiny_atlas, signal) -> None:
+    labels = np.arange(1, 6, dtype=np.int16).reshape(5, 1, 1)
+    image = nib.Nifti1Image(signal.T[:, None, None], np.eye(4))
+    image.header.set_zooms((1, 1, 1, 2.0))
+    expected = extractor(signal, tr=2.0)["fmri_values"]
+    label_image = nib.Nifti1Image(labels, np.eye(4))
+    assert torch.equal(extractor(image, label_image=label_image)["fmri_values"], expected)
+    with pytest.raises(ValueError, match="needs label_image.*'tiny'"):
+        extractor(image)
+
+
+def test_given_repetition_time_goes_before_the_header(extractor, signal) -> None:
+    image = nib.Nifti1Image(signal.T[:, None, None], np.eye(4))
+    image.header.set_zooms((1, 1, 1, 1.0))
+    label_image = nib.Nifti1Image(np.arange(1, 6, dtype=np.int16).reshape(5, 1, 1), np.eye(4))
+    out = extractor(image, tr=2.0, label_image=label_image)
+    assert torch.equal(out["fmri_values"], extractor(signal, tr=2.0)["fmri_values"])
+
+
+def with_value(value: float) -> np.ndarray:
+    signal = bold(20)
+    signal[3:5, 2] = value
+    return signal
+
+
+def constant(drift: float) -> np.ndarray:
+    signal = bold(20)
+    signal[:, 2] = 1000 + drift * np.arange(20)
+    return signal
+
+
+@pytest.mark.parametrize(
+    "scan, arguments, message",
+    [
+        (lambda: bold(20), {}, "repetition time is not known"),
+        (lambda: bold(20), {"tr": 2000}, "got 2000; milliseconds?"),
+        (lambda: bold(20), {"tr": 0}, "tr must be in .* seconds, got 0$"),
+        (lambda: bold(20), {"tr": float("nan")}, "tr must be in"),
+        (lambda: bold(20, 4), {"tr": 2.0}, r"\[\*, 5\] for atlas 'tiny', got \(20, 4\): 4 ROIs instead of 5"),
+        (lambda: bold(20).T, {"tr": 2.0}, r"\[time, rois\] = \[\*, 5\].*got \(5, 20\): transposed\?"),
+        (lambda: bold(20)[0], {"tr": 2.0}, "not two-dimensional"),
+        (lambda: bold(20)[:0], {"tr": 2.0}, "no frames"),
+        (lambda: bold(20).astype(str), {"tr": 2.0}, "real numbers"),
+        (lambda: bold(20), {"tr": 2.0, "atlas": "aal"}, r"unknown atlas 'aal'.*tiny \(5 ROIs\)"),
+        (lambda: bold(20), {"tr": 2.0, "window": "last"}, "window must be one of.*'last'"),
+        (lambda: bold(20), {"tr": 2.0, "window_stride": 0}, "at least 1 frame, got 0"),
+        (lambda: with_value(np.nan), {"tr": 2.0}, r"2 of 100 values.*'tiny_2' \(column 2\)"),
+        (lambda: with_value(np.inf), {"tr": 2.0}, "2 of 100 values"),
+        (lambda: constant(0.0), {"tr": 2.0}, "1 of 5 ROIs are constant, the first is 'tiny_2'"),
+        (lambda: constant(0.5), {"tr": 1.5}, "1 of 5 ROIs are constant, the first is 'tiny_2'"),
+        (lambda: bold(7), {"tr": 0.8}, r"7 frames at 0.8 s make 3 frames at 2.0 s \(5.6 s\).*4 frames \(8.0 s\)"),
+        (lambda: {"tr": 2.0}, {}, "needs 'signal'"),
+        (lambda: {"signal": bold(20), "tr": 2.0}, {"tr": 1.0}, "tr given twice and differently: 1.0 and 2.0"),
+        (lambda: {"signal": bold(20), "atlas": "x"}, {"tr": 2.0, "atlas": "tiny"}, "atlas given twice"),
+        (lambda: [], {"tr": 2.0}, "empty list"),
+    ],
+)
+def test_unfit_scan_is_refused(extractor, scan: Callable, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        extractor(scan(), **arguments)
+
+
+def test_table_without_all_rois_is_refused(extractor, tiny_atlas, tmp_path) -> None:
+    path = tmp_path / "s.tsv"
+    path.write_text("\t".join(tiny_atlas.rois[:4]) + "\n1\t2\t3\t4\n")
+    with pytest.raises(ValueError, match="1 of the 5 ROIs of 'tiny' are not among the 4 columns: tiny_4"):
+        extractor(path, tr=2.0)
+
+
+def test_atlas_must_be_named_when_several_or_none_are_known() -> None:
+    for atlases, known in ((ATLASES, r"a2 \(2 ROIs\), a3"), (None, "none")):
+        with pytest.raises(ValueError, match=f"which atlas.*{known}"):
+            FmriLMFeatureExtractor(atlases=atlases)(bold(20), tr=2.0)
+    out = FmriLMFeatureExtractor()(bold(20), tr=2.0, atlas=ATLASES[2])
+    assert out["fmri_values"].shape == (1, 5, 32)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"window": "last"}, "window must be"),
+        ({"window_length": 8}, "got 16 and 8"),
+        ({"repetition_time": 2000}, "got 2000"),
+        ({"clip": 0}, "clip > 0"),
+        ({"atlases": [ATLASES[0], ATLASES[0]]}, "different names"),
+        ({"atlases": [{"name": "x"}]}, "missing rois"),
+    ],
+)
+def test_wrong_configuration_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FmriLMFeatureExtractor(**arguments)
+
+
+def test_settings_and_atlases_survive_saving(tmp_path) -> None:
+    extractor = FmriLMFeatureExtractor(ATLASES, window="full", window_length=48, detrend_order=1, clip=5.0)
+    extractor.save_pretrained(tmp_path)
+    again = FmriLMFeatureExtractor.from_pretrained(tmp_path)
+    saved = {key: value for key, value in again.to_dict().items() if key != "auto_map"}
+    assert saved == {key: value for key, value in extractor.to_dict().items() if key != "auto_map"}
+    assert json.loads(again.to_json_string())["window"] == "full"
+    assert again.atlas("a3") == ATLASES[1]
+    scan = {"signal": bold(100), "tr": 0.8, "atlas": "a5"}
+    assert torch.equal(again(scan)["fmri_values"], extractor(scan)["fmri_values"])

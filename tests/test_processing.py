@@ -1,0 +1,328 @@
+import copy
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoProcessor
+
+from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor, add_fmri_tokens
+
+
+BLOCK = FMRI_START + FMRI_PAD + FMRI_END
+KEYS = ["input_ids", "attention_mask", "fmri_values", "roi_coordinates", "fmri_mask"]
+# frames -> tokens, for 4 frames per step, 2 tokens per step and windows of 16 frames
+TOKENS = {8: 4, 10: 6, 16: 8, 20: 8}
+
+
+def bold(frames: int, seed: int = 0) -> np.ndarray:
+    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, 5))).astype(np.float32)
+
+
+def chat(*scans, answer: str | None = "yes") -> list[dict]:
+    blocks = [{"type": "fmri", "fmri": scan, "tr": 2.0} for scan in scans]
+    messages = [{"role": "user", "content": [*blocks, {"type": "text", "text": "Is it connected?"}]}]
+    return messages + ([] if answer is None else [{"role": "assistant", "content": answer}])
+
+
+def count(inputs, processor) -> list[int]:
+    return (inputs["input_ids"] == processor.fmri_token_id).sum(dim=1).tolist()
+
+
+def test_adding_the_tokens_again_adds_nothing(tiny_tokenizer) -> None:
+    before = len(tiny_tokenizer)
+    assert add_fmri_tokens(tiny_tokenizer) == 3
+    assert add_fmri_tokens(tiny_tokenizer) == 0
+    assert len(tiny_tokenizer) == before + 3
+    assert len(tiny_tokenizer(BLOCK, add_special_tokens=False)["input_ids"]) == 3
+    # tokens that were special stay special
+    special = tiny_tokenizer.all_special_tokens
+    assert {"<|im_start|>", "<|im_end|>", FMRI_START, FMRI_PAD, FMRI_END} <= set(special)
+
+
+def test_missing_pad_token_becomes_the_end_of_text(processor) -> None:
+    assert processor.tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_only_inputs_of_the_model_are_returned(processor, signal) -> None:
+    inputs = processor(f"Scan: {BLOCK} old?", signal, tr=2.0)
+    assert list(inputs) == KEYS and set(processor.model_input_names) == set(KEYS)
+    assert count(inputs, processor) == [8]
+    text = processor.decode(inputs["input_ids"][0])
+    assert text == f"Scan: {FMRI_START}{FMRI_PAD * 8}{FMRI_END} old?"
+
+
+@pytest.mark.parametrize("placeholder", [BLOCK, FMRI_PAD, FMRI_START + FMRI_PAD * 30 + FMRI_END])
+def test_forms_of_a_placeholder_are_equal(processor, signal, placeholder: str) -> None:
+    expected = processor(f"a {BLOCK} b", signal, tr=2.0)
+    assert torch.equal(processor(f"a {placeholder} b", signal, tr=2.0)["input_ids"], expected["input_ids"])
+
+
+def test_scans_are_taken_in_order_over_all_texts(processor) -> None:
+    scans = [bold(frames, seed) for seed, frames in enumerate(TOKENS)]
+    inputs = processor([f"{BLOCK}{BLOCK} a", f"b {BLOCK} c {BLOCK}"], scans, tr=2.0)
+    frames = list(TOKENS)
+    assert count(inputs, processor) == [TOKENS[frames[0]] + TOKENS[frames[1]], TOKENS[frames[2]] + TOKENS[frames[3]]]
+    assert processor.feature_extractor.num_steps(inputs["fmri_mask"]) == [n // 2 for n in TOKENS.values()]
+
+
+@pytest.mark.parametrize(
+    "text, scans, message",
+    [
+        ("no placeholder", 1, "got 0 in the text for 1 scans"),
+        (f"{BLOCK} {BLOCK}", 1, "got 2 in the text for 1 scans"),
+        (BLOCK, 0, "got 1 in the text for 0 scans"),
+        (f"{BLOCK} and {FMRI_START}", 1, "typed placeholder"),
+        (None, 1, "got None"),
+    ],
+)
+def test_placeholders_and_scans_must_match(processor, signal, text: str, scans: int, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        processor(text, [signal] * scans, tr=2.0)
+
+
+def test_truncated_scan_is_refused(processor, signal) -> None:
+    with pytest.raises(ValueError, match="expected 8 tokens.*got 4.*truncated"):
+        processor(BLOCK, signal, tr=2.0, truncation=True, max_length=5)
+
+
+def test_text_alone_works(processor) -> None:
+    assert list(processor("Is it?")) == KEYS[:2]
+    assert list(processor.apply_chat_template([{"role": "user", "content": "Is it?"}])) == KEYS[:2]
+
+
+def test_windows_of_a_scan_in_a_text(processor) -> None:
+    assert count(processor(BLOCK, bold(40), tr=2.0, window="full"), processor) == [20]
+    with pytest.raises(ValueError, match="'sliding'"):
+        processor(BLOCK, bold(40), tr=2.0, window="sliding")
+    with pytest.raises(ValueError, match="images"):
+        processor("a", images=[1])
+
+
+# --- chat
+
+
+def test_chat_is_written_as_chatml(processor, signal) -> None:
+    text = processor.apply_chat_template(chat(signal), tokenize=False, add_generation_prompt=True)
+    assert text == (
+        f"<|im_start|>user\n{FMRI_START}{FMRI_PAD * 8}{FMRI_END}Is it connected?<|im_end|>\n"
+        "<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_spaces_and_lines_of_a_text_are_kept(processor) -> None:
+    content = "  two\n\n lines {{ x }} \n"
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    assert text == f"<|im_start|>user\n{content}<|im_end|>\n"
+
+
+def test_chat_equals_text_and_scans(processor) -> None:
+    conversation = chat(bold(8), bold(10, 1))
+    inputs = processor.apply_chat_template(conversation)
+    text = processor.apply_chat_template(conversation, tokenize=False)
+    direct = processor(text, [bold(8), bold(10, 1)], tr=2.0)
+    assert list(inputs) == list(direct) == KEYS
+    for key in KEYS:
+        assert torch.equal(inputs[key], direct[key])
+
+
+def test_conversation_is_left_as_it_was(processor, signal) -> None:
+    conversation = chat(signal)
+    before = copy.deepcopy(conversation)
+    processor.apply_chat_template(conversation)
+    assert str(conversation) == str(before) and conversation[0]["content"][0]["fmri"] is signal
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    frames=st.lists(st.lists(st.sampled_from(list(TOKENS)), max_size=2), min_size=1, max_size=3),
+    side=st.sampled_from(["left", "right"]),
+)
+def test_chats_in_a_batch_are_what_they_are_alone(
+    frames: list[list[int]], side: str, extractor, module_tokenizer
+) -> None:
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    conversations = [chat(*(bold(n, i) for n in item), answer="yes" * (i + 1)) for i, item in enumerate(frames)]
+    batch = processor.apply_chat_template(conversations, return_assistant_tokens_mask=True, padding_side=side)
+    assert batch["attention_mask"][:, 0 if side == "right" else -1].all()
+    assert count(batch, processor) == [sum(TOKENS[n] for n in item) for item in frames]
+    scan = 0
+    for row, conversation in enumerate(conversations):
+        alone = processor.apply_chat_template(conversation, return_assistant_tokens_mask=True)
+        keep = batch["attention_mask"][row].bool()
+        for key in ("input_ids", "assistant_masks"):
+            assert torch.equal(batch[key][row][keep], alone[key][0])
+        assert not batch["assistant_masks"][row][~keep].any()
+        for item in alone.get("fmri_values", []):
+            rois, time = item.shape
+            assert torch.equal(batch["fmri_values"][scan, :rois, :time], item)
+            assert not batch["fmri_mask"][scan, :, time:].any()
+            scan += 1
+    assert scan == len(batch.get("fmri_values", []))
+
+
+def test_assistant_mask_holds_answers_and_their_end(processor) -> None:
+    conversation = [*chat(bold(8)), *chat(bold(10, 1), answer="no, older")]
+    inputs = processor.apply_chat_template(conversation, return_assistant_tokens_mask=True)
+    spoken = inputs["input_ids"][inputs["assistant_masks"].bool()]
+    assert processor.decode(spoken) == "yes<|im_end|>no, older<|im_end|>"
+
+
+def test_cached_codes_bring_tokens_but_no_values(processor, signal) -> None:
+    conversation = [{"role": "user", "content": [{"type": "fmri", "tokens": 6, "fmri": None, "text": None}]}]
+    inputs = processor.apply_chat_template(conversation)
+    assert list(inputs) == KEYS[:2] and count(inputs, processor) == [6]
+    inputs = processor.apply_chat_template([*conversation, *chat(signal)])
+    assert len(inputs["fmri_values"]) == 1 and count(inputs, processor) == [14]
+
+
+def test_block_without_scan_waits_for_it_in_the_text(processor, signal) -> None:
+    conversation = [{"role": "user", "content": [{"type": "fmri"}, {"type": "text", "text": "Old?"}]}]
+    with pytest.raises(ValueError, match="needs a scan"):
+        processor.apply_chat_template(conversation)
+    text = processor.apply_chat_template(conversation, tokenize=False)
+    assert text.count(FMRI_PAD) == 1
+    assert count(processor(text, signal, tr=2.0), processor) == [8]
+
+
+@pytest.mark.parametrize("token", [FMRI_START, FMRI_PAD, FMRI_END])
+@pytest.mark.parametrize("in_block", [True, False])
+def test_typed_placeholder_is_refused(processor, token: str, in_block: bool) -> None:
+    text = f"ignore the scan {token}"
+    content = [{"type": "text", "text": text}] if in_block else text
+    with pytest.raises(ValueError, match="typed placeholder"):
+        processor.apply_chat_template([{"role": "user", "content": content}])
+
+
+def test_unknown_block_is_refused(processor) -> None:
+    with pytest.raises(Exception, match="expected a block of type text or fmri, got image"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+
+
+def test_block_and_call_must_not_contradict(processor, signal) -> None:
+    with pytest.raises(ValueError, match="tr given twice and differently: 1.0 and 2.0"):
+        processor.apply_chat_template(chat(signal), tr=1.0)
+    block = {"type": "fmri", "fmri": {"signal": signal, "atlas": "tiny"}}
+    inputs = processor.apply_chat_template([{"role": "user", "content": [block]}], tr=2.0, atlas="tiny")
+    assert count(inputs, processor) == [8]
+
+
+def test_lists_and_ids_alone_can_be_asked_for(processor, signal) -> None:
+    ids = processor.apply_chat_template(chat(signal), return_dict=False)
+    plain = processor.apply_chat_template(chat(signal), return_tensors=None)
+    assert plain["input_ids"] == ids[0].tolist()
+    assert isinstance(plain["fmri_values"], np.ndarray)
+    assert processor(BLOCK, signal, tr=2.0, return_tensors=None)["input_ids"].count(processor.fmri_token_id) == 8
+
+
+def test_options_may_come_as_pipelines_pass_them(processor, signal) -> None:
+    block = {"type": "fmri", "fmri": signal}
+    conversation = [{"role": "user", "content": [block]}]
+    inputs = processor.apply_chat_template(conversation, processor_kwargs={"tr": 2.0, "window": "full"})
+    assert count(inputs, processor) == [10]
+
+
+def test_control_tokens_of_a_user_can_be_disarmed(processor, signal) -> None:
+    conversation = chat(signal, answer=None)
+    conversation[0]["content"].append({"type": "text", "text": "<|im_end|>"})
+    inputs = processor.apply_chat_template(conversation, sanitize_control_tokens=True)
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (inputs["input_ids"] == end).sum() == 1 and count(inputs, processor) == [8]
+
+
+@pytest.mark.parametrize("conversation", [[], [[]]])
+def test_empty_conversation_is_refused(processor, conversation: list) -> None:
+    with pytest.raises(ValueError, match="at least one message"):
+        processor.apply_chat_template(conversation)
+
+
+# --- choices
+
+
+def test_choices_are_plain_ids(processor) -> None:
+    ids = processor.encode_choices(["younger", "older"])
+    assert processor.batch_decode(ids) == ["younger", "older"]
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        (["yes"], "at least 2 choices, got 1"),
+        (["yes", "no", "yes"], "different choices"),
+        (["a", "a b"], "'a' begin those of 'a b'"),
+        (["a", ""], "'' begin those of 'a'"),
+    ],
+)
+def test_ambiguous_choices_are_refused(processor, choices: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor.encode_choices(choices)
+
+
+# --- saving
+
+
+def test_processor_survives_saving(processor, signal, tmp_path) -> None:
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(again, FmriLMProcessor)
+    assert again.tokens_per_step == 2 and again.chat_template == processor.chat_template
+    assert len(again.tokenizer) == len(processor.tokenizer)
+    assert set(again.tokenizer.all_special_tokens) == set(processor.tokenizer.all_special_tokens)
+    expected = processor.apply_chat_template(chat(signal), return_assistant_tokens_mask=True)
+    inputs = again.apply_chat_template(chat(signal), return_assistant_tokens_mask=True)
+    assert list(inputs) == list(expected)
+    for key in expected:
+        assert torch.equal(inputs[key], expected[key])
+
+
+REMOTE = """
+import sys
+import numpy as np, torch
+from transformers import AutoProcessor
+sys.modules["fmrilm"] = None  # importing it now fails, as where it is not installed
+processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
+block = {{"type": "fmri", "fmri": np.load({scan!r}), "tr": 0.72, "atlas": "tiny"}}
+inputs = processor.apply_chat_template([{{"role": "user", "content": [block]}}])
+torch.save(dict(inputs), {result!r})
+try:
+    type(processor.feature_extractor.atlas("tiny")).load("aal2-94")
+except ValueError as error:
+    assert "from_table" in str(error)
+else:
+    raise AssertionError("the tables do not travel")
+processor.save_pretrained({again!r})
+"""
+
+
+def test_saved_processor_works_without_the_package(processor, tmp_path) -> None:
+    folder, scan = tmp_path / "saved", tmp_path / "scan.npy"
+    np.save(scan, bold(60))
+    processor.save_pretrained(folder)
+    code = REMOTE.format(
+        folder=str(folder),
+        scan=str(scan),
+        result=str(tmp_path / "out.pt"),
+        again=str(tmp_path / "again"),
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    inputs = torch.load(tmp_path / "out.pt")
+    block = {"type": "fmri", "fmri": bold(60), "tr": 0.72, "atlas": "tiny"}
+    expected = processor.apply_chat_template([{"role": "user", "content": [block]}])
+    assert list(inputs) == list(expected)
+    for key in expected:
+        assert torch.equal(inputs[key], expected[key])
+    # and it can be saved again, code included
+    shipped = {path.name for path in folder.glob("*.py")}
+    assert shipped == {path.name for path in (tmp_path / "again").glob("*.py")}
+    assert shipped == {
+        "atlases.py", "parcellation.py", "signal_fmrilm.py", "feature_extraction_fmrilm.py", "processing_fmrilm.py"
+    }  # fmt: skip

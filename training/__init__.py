@@ -1,0 +1,1 @@
+"""Everything that learns, measures or publishes."""

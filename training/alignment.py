@@ -1,0 +1,115 @@
+"""Stage 2: a pretrained language model learns to read and to predict the codec's codes."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, TrainingArguments, get_cosine_schedule_with_warmup
+
+from fmrilm.configuration_fmrilm import FmriLMConfig
+from fmrilm.modeling_fmricodec import FmriCodecModel
+from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
+from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor
+
+from .collator import ChatCollator
+from .trainer import LossPartsTrainer
+
+
+WARM_UP_BATCH, WARM_UP_RATE = 32, 1e-3
+# anchored at the language model: the codec has projections of the same names
+LORA_TARGETS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
+
+
+class AlignmentTrainer(LossPartsTrainer):
+    """Trains on chats with both losses: the text and the next step's codes."""
+
+    loss_parts = ("text_loss", "fmri_loss")
+
+
+def join(
+    codec: FmriCodecModel, language_model: PreTrainedModel, processor: FmriLMProcessor
+) -> FmriLMForConditionalGeneration:
+    """The untrained joint model: vocabulary grown by the fMRI tokens, new embeddings at the old ones' mean."""
+    tokenizer = processor.tokenizer
+    if len(tokenizer) > language_model.config.vocab_size:
+        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        embeddings = language_model.get_input_embeddings().weight
+        with torch.no_grad():
+            embeddings[-3:] = embeddings[:-3].mean(0)
+    start, pad, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_END])
+    config = FmriLMConfig(
+        codec_config=codec.config.to_dict(),
+        text_config=language_model.config.to_dict(),
+        fmri_start_token_id=start,
+        fmri_token_id=pad,
+        fmri_end_token_id=end,
+    )
+    model = FmriLMForConditionalGeneration.from_parts(codec, language_model, config)
+    # a model that speaks placeholders would refer to scans that are not there
+    model.generation_config.suppress_tokens = [start, pad, end]
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def warm_up_projector(
+    model: FmriLMForConditionalGeneration, codes: np.ndarray, targets: np.ndarray, steps: int, seed: int
+) -> float:
+    """
+    Turns the projector's output towards what descriptions are about before any step through the language model: the
+    mean of a scan's projected tokens regresses its standardised descriptors through a linear map that is then
+    thrown away. Seconds here save many minutes there, where this learns slowly.
+
+    Args:
+        codes: int [scans, tokens]; targets: [scans, descriptors], NaN where unknown.
+
+    Returns:
+        Share of the targets' variance explained in the last batches.
+    """
+    projector = model.model.projector
+    codes, targets = torch.from_numpy(codes), torch.from_numpy(targets).float()
+    head = nn.Linear(projector.output_proj.out_features, targets.shape[1])
+    scale = projector.output_norm.weight.detach().mean()
+    optimizer = torch.optim.AdamW([*projector.parameters(), *head.parameters()], lr=WARM_UP_RATE)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    generator = torch.Generator().manual_seed(seed)
+    errors = []
+    for _ in tqdm(range(steps), desc="projector", unit="step"):
+        rows = torch.randint(len(codes), (WARM_UP_BATCH,), generator=generator)
+        features = model.model.get_fmri_features(codes[rows]).unflatten(0, codes[rows].shape)
+        guess = head(features.mean(1) / scale)
+        known = ~targets[rows].isnan()
+        loss = F.mse_loss(guess[known], targets[rows][known])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        errors.append(loss.item())
+    return 1 - float(np.mean(errors[-20:])) / float(np.nanvar(targets.numpy()))
+
+
+def add_lora(model: FmriLMForConditionalGeneration, rank: int) -> PeftModel:
+    """LoRA on the language model's attention; the projector and the head for codes are trained whole."""
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=LORA_TARGETS,
+            modules_to_save=["projector", "fmri_head"],
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def train_alignment(
+    model: PeftModel, dataset: Dataset, processor: FmriLMProcessor, args: TrainingArguments
+) -> PeftModel:
+    trainer = AlignmentTrainer(
+        model=model, args=args, train_dataset=dataset, data_collator=ChatCollator(processor)
+    )
+    trainer.train()
+    return model

@@ -1,0 +1,96 @@
+"""Chats about scans: what stages 2 and 3 learn from, in the three paradigms."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset, Features, Json, List, Value
+
+from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS
+from fmrilm.processors.descriptors.text import QUESTIONS, REQUESTS, description, question
+
+
+FEATURES = Features({"messages": List(Json()), "codes": List(List(Value("int32")))})
+
+
+def scan_block() -> dict:
+    return {"type": "fmri"}
+
+
+def text_block(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def user(*blocks: dict) -> dict:
+    return {"role": "user", "content": list(blocks)}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": [text_block(text)]}
+
+
+# Descriptions go through the descriptors in this order from a random start: what comes next is then no riddle, and
+# what is left to learn are the levels. It is a shuffled order because neighbours in the usual one rise together.
+WALK = np.random.default_rng(0).permutation(len(DESCRIPTOR_NAMES))
+
+
+def describing_chat(levels: np.ndarray, statements: int, rng: np.random.Generator) -> list[dict]:
+    """Open-ended: a request, and a description of some of the known descriptors. levels: int [descriptors]."""
+    known = WALK[levels[WALK] >= 0]
+    chosen = np.roll(known, -rng.integers(len(known)))[:statements]
+    request = REQUESTS[rng.integers(len(REQUESTS))]
+    return [user(scan_block(), text_block(request)), assistant(description(levels, chosen))]
+
+
+def question_chat(levels: np.ndarray, questions: int, rng: np.random.Generator) -> list[dict]:
+    """One or several multiple-choice questions about one scan, each answered with a level."""
+    known = np.flatnonzero(levels >= 0)
+    chat = []
+    for index in rng.permutation(known)[:questions]:
+        text = text_block(question(DESCRIPTOR_NAMES[index], rng.integers(len(QUESTIONS))))
+        chat += [user(text) if chat else user(scan_block(), text), assistant(LEVELS[levels[index]])]
+    return chat
+
+
+def alignment_dataset(codes: np.ndarray, levels: np.ndarray, rows: int, statements: int, seed: int) -> Dataset:
+    """Stage 2: descriptions. codes: int [windows, tokens]; levels: int [windows, descriptors]."""
+    rng = np.random.default_rng(seed)
+    return _dataset(
+        (codes[index], describing_chat(levels[index], statements, rng)) for index in _draw(len(codes), rows, rng)
+    )
+
+
+def instruction_dataset(
+    codes: np.ndarray,
+    levels: np.ndarray,
+    rows: int,
+    questions: int,
+    statements: int,
+    weights: Sequence[float],
+    seed: int,
+) -> Dataset:
+    """
+    Stage 3: one question, several questions in one conversation, or an open-ended description, drawn with `weights`
+    in that order.
+    """
+    rng = np.random.default_rng(seed)
+    chats = []
+    for index in _draw(len(codes), rows, rng):
+        paradigm = rng.choice(3, p=weights)
+        if paradigm == 2:
+            chat = describing_chat(levels[index], statements, rng)
+        else:
+            chat = question_chat(levels[index], 1 if paradigm == 0 else questions, rng)
+        chats.append((codes[index], chat))
+    return _dataset(chats)
+
+
+def _draw(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """Each window once before any comes again."""
+    rounds = [rng.permutation(windows) for _ in range(-(-rows // windows))]
+    return np.concatenate(rounds)[:rows]
+
+
+def _dataset(rows) -> Dataset:
+    return Dataset.from_list(
+        [{"messages": chat, "codes": [codes.tolist()]} for codes, chat in rows], features=FEATURES
+    )

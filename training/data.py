@@ -1,0 +1,144 @@
+"""Scans on their way to the three stages: preparation, split by subject, windows, mixing augmentation."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor
+from fmrilm.processors.descriptors.cohort import Cohort, describe
+from fmrilm.processors.descriptors.networks import membership
+
+from .open_data import Scan
+
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """A scan as the models see it. signal: float32 [time, rois], robust z-scores at the codec's repetition time."""
+
+    signal: np.ndarray
+    atlas: Atlas
+    dataset: str
+    subject: str
+    session: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a scan. signal: [window_length, rois]; descriptors: [descriptors], NaN where absent."""
+
+    signal: np.ndarray
+    descriptors: np.ndarray
+    scan: PreparedScan
+    start: int
+
+
+def prepare_scans(scans: Sequence[Scan], extractor: FmriLMFeatureExtractor) -> list[PreparedScan]:
+    prepared = []
+    for scan in scans:
+        signal, atlas = extractor.prepare_signal(scan.signal, tr=scan.tr, atlas=scan.atlas)
+        prepared.append(PreparedScan(signal, atlas, scan.dataset, scan.subject, scan.session))
+    return prepared
+
+
+def split_subjects(
+    scans: Sequence[PreparedScan], held_out: dict[str, int]
+) -> tuple[list[PreparedScan], list[PreparedScan]]:
+    """
+    Training and held-out scans. The last subjects of each dataset by name are held out, `held_out[dataset]` of
+    them: a rule that looks at nothing but names, and gives the same split everywhere.
+    """
+    subjects = defaultdict(set)
+    for scan in scans:
+        subjects[scan.dataset].add(scan.subject)
+    away = set()
+    for dataset, members in subjects.items():
+        away.update((dataset, subject) for subject in sorted(members)[len(members) - held_out.get(dataset, 0) :])
+    training = [scan for scan in scans if (scan.dataset, scan.subject) not in away]
+    return training, [scan for scan in scans if (scan.dataset, scan.subject) in away]
+
+
+def cut_windows(scans: Sequence[PreparedScan], length: int, stride: int) -> list[Window]:
+    """Every full window of `length` frames at each `stride` frames, with its descriptors."""
+    windows = []
+    for scan in scans:
+        for start in range(0, len(scan.signal) - length + 1, stride):
+            signal = scan.signal[start : start + length]
+            windows.append(Window(signal, describe(signal, scan.atlas), scan, start))
+    return windows
+
+
+class MixedWindows(Dataset):
+    """
+    An endless supply of new connectivity patterns from few subjects: item i is sqrt(a) x one random window plus
+    sqrt(1-a) x another of the same atlas plus white noise of random size in each ROI, with the descriptors computed
+    from the mixture. At most `max_rois` ROIs of it, drawn at random, are given. Items depend on (seed, i) alone.
+    """
+
+    def __init__(
+        self, scans: Sequence[PreparedScan], cohort: Cohort, window_length: int, max_rois: int | None, size: int, seed: int
+    ):
+        self.groups = defaultdict(list)
+        for scan in scans:
+            self.groups[scan.atlas.name].append(scan)
+        self.scans = list(scans)
+        self.cohort = cohort
+        self.window_length = window_length
+        self.max_rois = max_rois
+        self.size = size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self.seed, index))
+        scan = self.scans[rng.integers(len(self.scans))]
+        group = self.groups[scan.atlas.name]
+        share = rng.uniform() if rng.uniform() < 0.75 else 1.0
+        mixed = np.sqrt(share) * self._window(scan, rng)
+        mixed += np.sqrt(1 - share) * self._window(group[rng.integers(len(group))], rng)
+        mixed += self._sources(scan, rng)
+        mixed += rng.uniform(0, 0.5) * rng.uniform(0, 1, mixed.shape[1]) * rng.standard_normal(mixed.shape)
+        mixed = mixed / mixed.std(0)
+        chosen = np.sort(rng.permutation(mixed.shape[1])[: self.max_rois])
+        return {
+            "signal": mixed[:, chosen].astype(np.float32),
+            "coordinates": scan.atlas.coordinates[chosen],
+            "descriptors": self.cohort.z_scores(describe(mixed, scan.atlas)).astype(np.float32),
+        }
+
+    def _sources(self, scan: PreparedScan, rng: np.random.Generator) -> np.ndarray:
+        """Zero to three series of other scans' ROIs, shared by the networks at random: [window_length, rois]."""
+        count = rng.integers(4)
+        series = np.zeros((self.window_length, count))
+        for column in range(count):
+            window = self._window(self.scans[rng.integers(len(self.scans))], rng)
+            series[:, column] = window[:, rng.integers(window.shape[1])]
+        members = membership(scan.atlas)
+        weights = rng.normal(0, 0.4, (members.shape[1], count)) * (rng.uniform(size=(members.shape[1], count)) < 0.4)
+        return series @ (members @ weights).T
+
+    def _window(self, scan: PreparedScan, rng: np.random.Generator) -> np.ndarray:
+        start = rng.integers(len(scan.signal) - self.window_length + 1)
+        return scan.signal[start : start + self.window_length]
+
+
+def collate_signals(items: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Codec inputs from windows of one length and differing numbers of ROIs (padded and masked)."""
+    rois, time = max(item["signal"].shape[1] for item in items), len(items[0]["signal"])
+    batch = {
+        "fmri_values": torch.zeros(len(items), rois, time),
+        "roi_coordinates": torch.zeros(len(items), rois, 3),
+        "fmri_mask": torch.zeros(len(items), rois, time, dtype=torch.bool),
+        "descriptors": torch.from_numpy(np.stack([item["descriptors"] for item in items])),
+    }
+    for row, item in enumerate(items):
+        count = item["signal"].shape[1]
+        batch["fmri_values"][row, :count] = torch.from_numpy(item["signal"].T)
+        batch["roi_coordinates"][row, :count] = torch.from_numpy(item["coordinates"])
+        batch["fmri_mask"][row, :count] = True
+    return batch

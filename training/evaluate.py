@@ -1,0 +1,288 @@
+"""What held-out scans say: does the model read the scan it is given, and what does the codec keep of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from tqdm import tqdm
+
+from fmrilm.modeling_fmricodec import FmriCodecModel
+from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
+from fmrilm.processors import FmriLMProcessor
+from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS
+from fmrilm.processors.descriptors.text import REQUESTS, family, parse, question
+
+from .chats import scan_block, text_block, user
+from .codec import encode_items, window_items
+from .collator import pad_codes, with_token_counts
+from .data import PreparedScan, Window
+
+
+CONDITIONS = ("right", "swapped", "noise")
+BOOTSTRAPS = 2000
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Answers of one window: descriptor index, true level and log-likelihoods [questions, levels] by condition."""
+
+    window: Window
+    asked: np.ndarray
+    truth: np.ndarray
+    scores: dict[str, np.ndarray]
+
+
+def swapped_windows(windows: Sequence[Window], pool: Sequence[Window], seed: int) -> list[Window]:
+    """For each window one of another subject of the same dataset, out of `pool`."""
+    rng = np.random.default_rng(seed)
+    swapped = []
+    for window in windows:
+        others = [
+            other
+            for other in pool
+            if other.scan.dataset == window.scan.dataset and other.scan.subject != window.scan.subject
+        ]
+        if not others:
+            raise ValueError(f"expected another subject in dataset {window.scan.dataset!r}, got none to swap with")
+        swapped.append(others[rng.integers(len(others))])
+    return swapped
+
+
+def noise_items(windows: Sequence[Window], seed: int) -> list[dict[str, np.ndarray]]:
+    """White noise of each window's shape, as `collate_signals` takes it."""
+    rng = np.random.default_rng(seed)
+    return [
+        {**item, "signal": rng.standard_normal(item["signal"].shape).astype(np.float32)}
+        for item in window_items(list(windows))
+    ]
+
+
+def choose_questions(levels: np.ndarray, per_family: int, rng: np.random.Generator) -> np.ndarray:
+    """Up to `per_family` known descriptors of each family; levels: int [descriptors]."""
+    families = np.array([family(name) for name in DESCRIPTOR_NAMES])
+    known = levels >= 0
+    return np.concatenate(
+        [rng.permutation(np.flatnonzero(known & (families == name)))[:per_family] for name in np.unique(families)]
+    )
+
+
+@torch.no_grad()
+def score_questions(
+    model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, codes: np.ndarray, asked: Sequence[int]
+) -> np.ndarray:
+    """
+    Log-likelihood [questions, levels] of each level for questions about one scan, codes int [tokens]. The scan and
+    what stands before it run once, and all questions continue from there as one batch.
+    """
+    choices = processor.encode_choices(list(LEVELS))
+    chats = [
+        with_token_counts([user(scan_block(), text_block(question(DESCRIPTOR_NAMES[index])))], [codes])
+        for index in asked
+    ]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, padding_side="right")
+    ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
+    shared = int((ids[0] == model.config.fmri_end_token_id).nonzero()[0]) + 1
+    steps = model.model.step_ids(ids)
+    cache = model.model(
+        ids[:1, :shared], mask[:1, :shared], fmri_codes=pad_codes([codes]).to(model.device), use_cache=True
+    ).past_key_values
+    cache.batch_repeat_interleave(len(asked))
+    scores = model.score_choices(
+        {
+            "input_ids": ids[:, shared:],
+            "attention_mask": mask,
+            "mm_token_type_ids": steps,
+            "past_key_values": cache,
+        },
+        choices,
+    )
+    return scores.cpu().numpy()
+
+
+def ask_windows(
+    model: FmriLMForConditionalGeneration,
+    processor: FmriLMProcessor,
+    windows: Sequence[Window],
+    levels: np.ndarray,
+    codes: dict[str, np.ndarray],
+    per_family: int,
+    seed: int,
+) -> list[Scored]:
+    """Each window under every condition. levels: [windows, descriptors]; codes: [windows, tokens] each."""
+    rng = np.random.default_rng(seed)
+    scored = []
+    for row, window in enumerate(tqdm(windows, desc="questions", unit="window")):
+        asked = choose_questions(levels[row], per_family, rng)
+        scores = {name: score_questions(model, processor, codes[name][row], asked) for name in CONDITIONS}
+        scored.append(Scored(window, asked, levels[row, asked], scores))
+    return scored
+
+
+def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) -> dict:
+    """
+    Balanced accuracy by family and condition with 95 % bootstrap intervals over subjects. majority: most frequent
+    level int [descriptors] among the training windows.
+    """
+    subjects = sorted({(item.window.scan.dataset, item.window.scan.subject) for item in scored})
+    families = [*dict.fromkeys(family(name) for name in DESCRIPTOR_NAMES), "all"]
+    of_descriptor = np.array([family(name) for name in DESCRIPTOR_NAMES])
+    draws = np.random.default_rng(seed).integers(len(subjects), size=(BOOTSTRAPS, len(subjects)))
+    results = {}
+    for name in families:
+        # [conditions, subjects, truth, answer]
+        confusion = {key: np.zeros((len(subjects), 3, 3)) for key in (*CONDITIONS, "majority")}
+        for item in scored:
+            subject = subjects.index((item.window.scan.dataset, item.window.scan.subject))
+            inside = np.ones(len(item.asked), bool) if name == "all" else of_descriptor[item.asked] == name
+            answers = {key: item.scores[key].argmax(-1) for key in CONDITIONS}
+            answers["majority"] = majority[item.asked]
+            for key, answer in answers.items():
+                np.add.at(confusion[key], (subject, item.truth[inside], answer[inside]), 1)
+        sampled = {key: _balanced_accuracy(table[draws].sum(1)) for key, table in confusion.items()}
+        values = {key: float(_balanced_accuracy(table.sum(0))) for key, table in confusion.items()}
+        difference = _interval(sampled["right"] - sampled["swapped"])
+        results[name] = {
+            "questions": int(confusion["right"].sum()),
+            **{key: {"accuracy": values[key], "interval": _interval(sampled[key])} for key in values},
+            "difference": {"value": values["right"] - values["swapped"], "interval": difference},
+            "beats_swapped": difference[0] > 0,
+        }
+    return {"families": results}
+
+
+def _balanced_accuracy(confusion: np.ndarray) -> np.ndarray:
+    """Mean recall over the answers that occur; confusion [..., truth, answer]."""
+    totals = confusion.sum(-1)
+    recall = np.diagonal(confusion, axis1=-2, axis2=-1) / np.where(totals > 0, totals, np.nan)
+    return np.nanmean(recall, axis=-1)
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    return np.quantile(values, [0.025, 0.975]).tolist()
+
+
+@torch.no_grad()
+def describe_windows(
+    model: FmriLMForConditionalGeneration,
+    processor: FmriLMProcessor,
+    codes: Sequence[np.ndarray],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy open-ended descriptions of scans given as codes int [tokens]."""
+    chats = [with_token_counts([user(scan_block(), text_block(REQUESTS[0]))], [scan]) for scan in codes]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, padding_side="left").to(model.device)
+    generated = model.generate(
+        **inputs,
+        fmri_codes=pad_codes(codes).to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def statement_accuracy(texts: Sequence[str], levels: np.ndarray, said: np.ndarray | None = None) -> float | None:
+    """
+    Share of the parsed statements that are true of the scans, levels int [scans, descriptors]; None without any.
+    With `said` int [descriptors], that level counts as the statement in place of the text's.
+    """
+    right = []
+    for row, text in enumerate(texts):
+        for name, level in parse(text):
+            index = DESCRIPTOR_NAMES.index(name)
+            if levels[row, index] >= 0:
+                claim = LEVELS.index(level) if said is None else said[index]
+                right.append(levels[row, index] == claim)
+    return float(np.mean(right)) if right else None
+
+
+def most_frequent(levels: np.ndarray) -> np.ndarray:
+    """The commonest level int [descriptors] of each descriptor; levels int [windows, descriptors], -1 unknown."""
+    return (levels[..., None] == np.arange(len(LEVELS))).sum(0).argmax(-1)
+
+
+def mentioned(text: str) -> list[int]:
+    """Indices of the descriptors that a text makes statements about."""
+    return [DESCRIPTOR_NAMES.index(name) for name, _ in parse(text)]
+
+
+@torch.no_grad()
+def reconstruct(codec: FmriCodecModel, windows: Sequence[Window]) -> list[np.ndarray]:
+    """Signal [time, rois] that each window's codes decode to."""
+    signals = []
+    for item, codes in zip(window_items(list(windows)), encode_items(codec, window_items(list(windows))), strict=True):
+        signal = codec.decode(torch.from_numpy(codes)[None], torch.from_numpy(item["coordinates"])[None])
+        signals.append(signal[0].T.numpy())
+    return signals
+
+
+def r_squared(signals: Sequence[np.ndarray], guesses: Sequence[np.ndarray]) -> float:
+    """1 - squared error / squared deviation from each window's grand mean, pooled over windows [time, rois]."""
+    error = sum(((signal - guess) ** 2).sum() for signal, guess in zip(signals, guesses, strict=True))
+    return float(1 - error / sum(((signal - signal.mean()) ** 2).sum() for signal in signals))
+
+
+def fc_correlation(signals: Sequence[np.ndarray], guesses: Sequence[np.ndarray]) -> float | None:
+    """Mean correlation of the two FC matrices' upper triangles; None where a guess is constant."""
+    values = []
+    for signal, guess in zip(signals, guesses, strict=True):
+        if (guess.std(0) < 1e-6).any():
+            return None
+        upper = np.triu_indices(signal.shape[1], 1)
+        values.append(np.corrcoef(np.corrcoef(signal.T)[upper], np.corrcoef(guess.T)[upper])[0, 1])
+    return float(np.mean(values))
+
+
+class PatchPCA:
+    """The baseline: principal components of training patches [patch_length x rois], as many as a step has tokens."""
+
+    def __init__(self, scans: Sequence[PreparedScan], patch_length: int, components: int):
+        self.patch_length = patch_length
+        self.models = {}
+        for name in {scan.atlas.name for scan in scans}:
+            patches = [
+                scan.signal[start : start + patch_length].ravel()
+                for scan in scans
+                if scan.atlas.name == name
+                for start in range(0, len(scan.signal) - patch_length + 1, patch_length // 4)
+            ]
+            self.models[name] = PCA(components, svd_solver="randomized", random_state=0).fit(np.stack(patches))
+
+    def reconstruct(self, window: Window) -> np.ndarray:
+        model = self.models[window.scan.atlas.name]
+        patches = window.signal.reshape(-1, self.patch_length * window.signal.shape[1])
+        return model.inverse_transform(model.transform(patches)).reshape(window.signal.shape)
+
+
+def codec_results(codec: FmriCodecModel, windows: Sequence[Window], baseline: PatchPCA, names: dict) -> dict:
+    """Held-out reconstruction per subject beside the baselines. names: what each subject is called."""
+    guesses = reconstruct(codec, windows)
+    subjects = []
+    for key, name in names.items():
+        rows = [i for i, window in enumerate(windows) if (window.scan.dataset, window.scan.subject) == key]
+        signals = [windows[i].signal for i in rows]
+        entry = {"subject": name, "dataset": key[0], "windows": len(rows)}
+        for prefix, candidates in (
+            ("", [guesses[i] for i in rows]),
+            ("pca_", [baseline.reconstruct(windows[i]) for i in rows]),
+            ("mean_", [np.broadcast_to(signal.mean(0), signal.shape) for signal in signals]),
+        ):
+            entry[f"{prefix}r_squared"] = r_squared(signals, candidates)
+            entry[f"{prefix}fc_correlation"] = fc_correlation(signals, candidates)
+        subjects.append(entry)
+    return {"subjects": subjects}
+
+
+def codebook_results(codes: np.ndarray, codebook_size: int) -> dict:
+    """Usage over codes int [windows, tokens]."""
+    counts = np.bincount(codes[codes >= 0], minlength=codebook_size)
+    shares = counts[counts > 0] / counts.sum()
+    return {
+        "numbers_per_window": codes.shape[1],
+        "bits_per_window": float(codes.shape[1] * np.log2(codebook_size)),
+        "codebook_size": codebook_size,
+        "codebook_used": int((counts > 0).sum()),
+        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+    }
