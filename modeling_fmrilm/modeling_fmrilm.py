@@ -203,7 +203,8 @@ class FmriLMModel(FmriLMPreTrainedModel):
             mm_token_type_ids = F.pad(mm_token_type_ids, (cached, 0))
         if not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
             if attention_mask is None:
-                attention_mask = torch.ones_like(mm_token_type_ids)
+                # generation hands over the step ids of the new tokens alone, and no mask where all would be ones
+                attention_mask = mm_token_type_ids.new_ones(len(mm_token_type_ids), cached + length)
             if position_ids is None:
                 position_ids = positions(mm_token_type_ids, attention_mask)[:, -length:]
             attention_mask = self.create_masks(

@@ -139,6 +139,14 @@ def test_generation_with_and_without_cache_agree(model: Model) -> None:
     assert torch.equal(cached, uncached) and torch.equal(cached, static)
 
 
+def test_generation_without_padding_agrees_with_and_without_cache(model: Model) -> None:
+    # where nothing is padded, generation passes no attention mask on
+    inputs, scans = pad([ids(model, "a", SHORT, "b")], "left"), codes(SHORT)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached, uncached = (model.generate(**inputs, fmri_codes=scans, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
 def test_static_cache_gives_the_scores_of_the_dynamic_one(model: Model) -> None:
     inputs, scans = pad([ids(model, "a", SHORT, "b"), ids(model, LONG)], "left"), codes(SHORT, LONG)
     options = {"max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}

@@ -51,8 +51,8 @@ def encode_items(model: FmriCodecModel, items: list[dict[str, np.ndarray]], batc
     for start in range(0, len(items), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate_signals([items[index] for index in chosen])
-        encoded = model.encode(batch["fmri_values"], batch["roi_coordinates"], batch["fmri_mask"])
-        for index, row in zip(chosen, encoded.numpy(), strict=True):
+        inputs = {name: batch[name].to(model.device) for name in ("fmri_values", "roi_coordinates", "fmri_mask")}
+        for index, row in zip(chosen, model.encode(**inputs).cpu().numpy(), strict=True):
             codes[index] = row
     return np.stack(codes)
 

@@ -33,12 +33,9 @@ class ChatCollator:
         labels = inputs["input_ids"].masked_fill(inputs["assistant_masks"] == 0, IGNORED)
         if not (labels != IGNORED).any(-1).all():
             raise ValueError("expected an assistant's answer in every chat, got a row without one")
-        return {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "labels": labels,
-            "fmri_codes": pad_codes(codes),
-        }
+        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+        # a batch may be text alone
+        return {**batch, "fmri_codes": pad_codes(codes)} if codes else batch
 
 
 def pad_codes(codes: Sequence[np.ndarray]) -> torch.Tensor:
@@ -50,7 +47,7 @@ def pad_codes(codes: Sequence[np.ndarray]) -> torch.Tensor:
 
 def with_token_counts(messages: Sequence[dict], codes: Sequence[np.ndarray]) -> list[dict]:
     """The chat with each fMRI block told how many tokens it takes; ValueError if blocks and codes do not pair up."""
-    counts = [len(scan) for scan in codes]
+    counts = [int((np.asarray(scan) >= 0).sum()) for scan in codes]
     chat, used = [], 0
     for message in messages:
         content = message["content"]
@@ -59,7 +56,7 @@ def with_token_counts(messages: Sequence[dict], codes: Sequence[np.ndarray]) -> 
             for block in content:
                 if block["type"] == "fmri":
                     if used < len(counts):
-                        block["tokens"] = int(counts[used])
+                        block["tokens"] = counts[used]
                     used += 1
         chat.append({"role": message["role"], "content": content})
     if used != len(counts):

@@ -56,7 +56,10 @@ def split_subjects(
         subjects[scan.dataset].add(scan.subject)
     away = set()
     for dataset, members in subjects.items():
-        away.update((dataset, subject) for subject in sorted(members)[len(members) - held_out.get(dataset, 0) :])
+        count = held_out.get(dataset, 0)
+        if count > len(members):
+            raise ValueError(f"expected at most {len(members)} subjects to hold out of {dataset!r}, got {count}")
+        away.update((dataset, subject) for subject in sorted(members)[len(members) - count :])
     training = [scan for scan in scans if (scan.dataset, scan.subject) not in away]
     return training, [scan for scan in scans if (scan.dataset, scan.subject) in away]
 
@@ -79,7 +82,13 @@ class MixedWindows(Dataset):
     """
 
     def __init__(
-        self, scans: Sequence[PreparedScan], cohort: Cohort, window_length: int, max_rois: int | None, size: int, seed: int
+        self,
+        scans: Sequence[PreparedScan],
+        cohort: Cohort,
+        window_length: int,
+        max_rois: int | None,
+        size: int,
+        seed: int,
     ):
         self.groups = defaultdict(list)
         for scan in scans:
@@ -139,6 +148,6 @@ def collate_signals(items: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.T
     for row, item in enumerate(items):
         count = item["signal"].shape[1]
         batch["fmri_values"][row, :count] = torch.from_numpy(item["signal"].T)
-        batch["roi_coordinates"][row, :count] = torch.from_numpy(item["coordinates"])
+        batch["roi_coordinates"][row, :count] = torch.tensor(item["coordinates"])
         batch["fmri_mask"][row, :count] = True
     return batch

@@ -33,7 +33,6 @@ ATLASES = ("aal2-94", "schaefer-100-7networks", "schaefer-400-7networks")
 LORA_RANK = 8
 # one question, several questions in one conversation, open-ended description
 PARADIGM_WEIGHTS = (0.1, 0.7, 0.2)
-DESCRIPTION_TOKENS = 80
 # subjects of each dataset that no stage sees; LEMON has one subject and stays in training
 HELD_OUT = {"hcp": 2, "greifswald": 2, "hcp-schaefer": 1}
 
@@ -42,17 +41,18 @@ HELD_OUT = {"hcp": 2, "greifswald": 2, "hcp-schaefer": 1}
 class DemoSettings:
     """What the demo spends; `quick()` is the same chain in about a minute, and learns next to nothing."""
 
-    codec_steps: int = 440
+    codec_steps: int = 420
     codec_batch: int = 16
     mixtures: int = 1000
     projector_steps: int = 250
-    alignment_steps: int = 60
-    sft_steps: int = 90
+    alignment_steps: int = 40
+    sft_steps: int = 110
     rows_per_step: int = 4
     statements: int = 8
     questions: int = 8
     questions_per_family: int = 8
     window_stride: int = 136
+    description_tokens: int = 80
     seed: int = 0
 
     @classmethod
@@ -69,6 +69,7 @@ class DemoSettings:
             questions=2,
             questions_per_family=1,
             window_stride=272,
+            description_tokens=8,
         )
 
 
@@ -224,7 +225,7 @@ class Demo:
         print_answers(answers)
         first = _first_windows(self.windows)
         texts = {
-            name: evaluate.describe_windows(model, processor, list(codes[name][first]), DESCRIPTION_TOKENS)
+            name: evaluate.describe_windows(model, processor, list(codes[name][first]), settings.description_tokens)
             for name in ("right", "swapped")
         }
         majority = evaluate.most_frequent(training_levels)

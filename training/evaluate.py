@@ -213,8 +213,8 @@ def reconstruct(codec: FmriCodecModel, windows: Sequence[Window]) -> list[np.nda
     """Signal [time, rois] that each window's codes decode to."""
     signals = []
     for item, codes in zip(window_items(list(windows)), encode_items(codec, window_items(list(windows))), strict=True):
-        signal = codec.decode(torch.from_numpy(codes)[None], torch.from_numpy(item["coordinates"])[None])
-        signals.append(signal[0].T.numpy())
+        inputs = (torch.tensor(array)[None].to(codec.device) for array in (codes, item["coordinates"]))
+        signals.append(codec.decode(*inputs)[0].T.cpu().numpy())
     return signals
 
 

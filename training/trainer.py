@@ -24,7 +24,8 @@ class LossPartsTrainer(Trainer):
         )
         for name in self.loss_parts:
             value = outputs.get(name)
-            if value is not None:
+            # evaluation must not mix into what is logged of training
+            if value is not None and model.training:
                 self._parts[name].append(value.detach())
         return (loss, outputs) if return_outputs else loss
 

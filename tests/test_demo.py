@@ -1,0 +1,85 @@
+"""The quick demo, once, with the real scans and the real language model, and what it leaves behind."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fmrilm.training.demo import HELD_OUT, run_demo
+from fmrilm.training.open_data import open_scans
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    run_demo(folder, quick=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(finished: Path) -> dict:
+    return json.loads((finished / "results.json").read_text())
+
+
+def test_run_leaves_model_results_and_report_and_nothing_half_written(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {"model", "results.json", "report.html"}
+    assert {path.name for path in finished.parent.iterdir()} == {"run"}
+    assert (finished / "model" / "model.safetensors").stat().st_size > 400e6
+
+
+def test_people_of_each_held_out_dataset_are_questioned(results: dict) -> None:
+    held_out = {name: counts["held_out"] for name, counts in results["data"]["datasets"].items()}
+    assert held_out == {**HELD_OUT, "lemon": 0}
+    assert results["data"]["training_subjects"] + results["data"]["held_out_subjects"] == 15
+    asked = {answer["subject"].rsplit(" ", 1)[0] for answer in results["answers"]}
+    assert asked == set(HELD_OUT)
+
+
+def test_every_answer_has_probabilities_that_sum_to_one(results: dict) -> None:
+    for answer in results["answers"]:
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+        assert answer["answer"] == max(answer["probabilities"], key=answer["probabilities"].get)
+
+
+def test_results_compare_right_swapped_noise_and_majority(results: dict) -> None:
+    families = results["questions"]["families"]
+    assert set(families) == {"connectivity", "strength", "autocorrelation", "all"}
+    for family in families.values():
+        low, high = family["difference"]["interval"]
+        assert family["beats_swapped"] == (low > 0)
+        assert low <= high
+        for condition in ("right", "swapped", "noise", "majority"):
+            assert 0 <= family[condition]["accuracy"] <= 1
+
+
+def test_no_identifier_of_a_person_is_written(finished: Path) -> None:
+    identifiers = {scan.subject for scan in open_scans()}
+    for path in [finished / "results.json", finished / "report.html", *(finished / "model").glob("*.json")]:
+        text = path.read_text()
+        assert not [name for name in identifiers if name in text], path.name
+
+
+def test_finished_run_is_not_repeated(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    before = (finished / "results.json").stat().st_mtime_ns
+    run_demo(finished, quick=True)
+    assert "holds a finished run" in capsys.readouterr().out
+    assert (finished / "results.json").stat().st_mtime_ns == before
+
+
+def test_usage_snippet_of_the_readme_runs_on_the_model(finished: Path, tmp_path: Path, capsys) -> None:
+    scan = next(scan for scan in open_scans() if scan.atlas == "aal2-94" and scan.tr == 0.72)
+    np.save(tmp_path / "scan.npy", scan.signal)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(snippet.strip().splitlines()) == 10
+    snippet = snippet.replace("runs/demo/model", str(finished / "model"))
+    snippet = snippet.replace("scan.npy", str(tmp_path / "scan.npy"))
+    names: dict = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["scores"].shape == (1, 3)
+    assert names["scores"].softmax(-1).sum().item() == pytest.approx(1, abs=1e-5)
+    assert "tensor" in capsys.readouterr().out

@@ -1,0 +1,206 @@
+"""A saved folder is all that is needed: it opens with transformers, torch, numpy and scipy, without this package."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packaging.requirements import Requirement
+from transformers import Trainer, TrainingArguments
+
+from fmrilm import FmriLMModel
+from fmrilm.training.alignment import add_lora
+
+
+AUTO_CLASSES = {
+    "AutoConfig": "configuration_fmrilm.FmriLMConfig",
+    "AutoModel": "modeling_fmrilm.FmriLMModel",
+    "AutoModelForCausalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
+}
+MODEL_FILES = {
+    "configuration_fmrilm.py",
+    "modeling_fmricodec.py",
+    "modeling_fmrilm.py",
+    "quantization_fmrilm.py",
+}
+PROCESSOR_FILES = {
+    "atlases.py",
+    "feature_extraction_fmrilm.py",
+    "parcellation.py",
+    "processing_fmrilm.py",
+    "signal_fmrilm.py",
+}
+
+SCRIPT = """
+import importlib, json, sys
+
+arguments = json.loads(sys.argv[1])
+sys.path.insert(0, arguments["site"])
+for name in ("fmrilm", "nilearn", "nibabel", "datasets", "peft", "trl"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        continue
+    raise AssertionError(name + " can be imported")
+
+import torch, transformers
+from transformers import (
+    AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
+)
+
+torch.set_num_threads(arguments["threads"])
+trust = {"trust_remote_code": True}
+folder, codec_folder = arguments["folder"], arguments["codec"]
+chat, signal = arguments["chat"], torch.load(arguments["signal"])
+chat[0]["content"][0]["fmri"] = signal
+
+processor = AutoProcessor.from_pretrained(folder, **trust)
+extractor = AutoFeatureExtractor.from_pretrained(folder, **trust)
+config = AutoConfig.from_pretrained(folder, **trust)
+inputs = processor.apply_chat_template(chat, add_generation_prompt=True)
+scan = extractor(signal, tr=chat[0]["content"][0]["tr"], atlas=chat[0]["content"][0]["atlas"])
+results = {"inputs": dict(inputs), "scan": dict(scan), "classes": [type(config).__name__]}
+with torch.no_grad():
+    for auto in (AutoModelForMultimodalLM, AutoModelForCausalLM):
+        model = auto.from_pretrained(folder, **trust)
+        results["classes"].append(type(model).__name__)
+        results[auto.__name__] = model(**inputs).logits
+    results["generated"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    # what is loaded this way can be saved in turn
+    model.save_pretrained(arguments["again"])
+    processor.save_pretrained(arguments["again"])
+    base = AutoModel.from_pretrained(folder, **trust)
+    results["classes"].append(type(base).__name__)
+    results["AutoModel"] = base(**inputs).last_hidden_state
+    codec_config = AutoConfig.from_pretrained(codec_folder, **trust)
+    codec = AutoModel.from_pretrained(codec_folder, **trust)
+    results["classes"] += [type(codec_config).__name__, type(codec).__name__]
+    results["codes"] = codec.encode(**scan)
+torch.save(results, arguments["results"])
+"""
+
+
+def distributions(*names: str) -> Iterator[Distribution]:
+    """Installed distributions of these names and all that they require without extras."""
+    waiting, seen = list(names), set()
+    while waiting:
+        name = waiting.pop().lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            # of another platform's wheels, such as CUDA's
+            continue
+        yield found
+        requirements = [Requirement(text) for text in found.requires or []]
+        waiting += [item.name for item in requirements if not item.marker or item.marker.evaluate({"extra": ""})]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of links to what a saved model may need, and nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    for found in distributions("transformers", "torch", "numpy", "scipy"):
+        for name in {path.parts[0] for path in found.files if path.parts[0] not in ("..", "__pycache__")}:
+            link = folder / name
+            if not link.exists():
+                link.symlink_to(found.locate_file(name))
+    return folder
+
+
+def auto_map(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "config.json").read_text())["auto_map"]
+
+
+def code_files(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.py")}
+
+
+def test_saved_folders_open_without_the_package(tiny_model, make_codec, processor, site: Path, tmp_path: Path) -> None:
+    model, codec = tiny_model("qwen3"), make_codec()
+    folder, codec_folder, again = tmp_path / "joint", tmp_path / "codec", tmp_path / "again"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    codec.save_pretrained(codec_folder)
+    signal = torch.from_numpy(1000 + np.random.default_rng(0).normal(0, 10, (40, 5)))
+    torch.save(signal, tmp_path / "signal.pt")
+    block = {"type": "fmri", "tr": 0.72, "atlas": "tiny"}
+    chat = [{"role": "user", "content": [block, {"type": "text", "text": "Is it connected?"}]}]
+    arguments = {
+        "site": str(site),
+        "threads": torch.get_num_threads(),
+        "folder": str(folder),
+        "codec": str(codec_folder),
+        "again": str(again),
+        "signal": str(tmp_path / "signal.pt"),
+        "chat": chat,
+        "results": str(tmp_path / "results.pt"),
+    }
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    # isolated: neither this folder, nor the environment's packages, nor what an editable install adds
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", SCRIPT, json.dumps(arguments)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    results = torch.load(tmp_path / "results.pt")
+
+    chat[0]["content"][0]["fmri"] = signal
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True)
+    scan = processor.feature_extractor(signal, tr=0.72, atlas="tiny")
+    for expected, found in ((inputs, results["inputs"]), (scan, results["scan"])):
+        assert list(expected) == list(found)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        assert torch.equal(results["AutoModelForMultimodalLM"], logits)
+        assert torch.equal(results["AutoModelForCausalLM"], logits)
+        assert torch.equal(results["AutoModel"], model.model(**inputs).last_hidden_state)
+        assert torch.equal(results["generated"], model.generate(**inputs, max_new_tokens=4, do_sample=False))
+        assert torch.equal(results["codes"], codec.encode(**scan))
+    heads = ["FmriLMForConditionalGeneration"] * 2
+    assert results["classes"] == ["FmriLMConfig", *heads, "FmriLMModel", "FmriCodecConfig", "FmriCodecModel"]
+    assert code_files(again) == code_files(folder) and auto_map(again) == auto_map(folder)
+
+
+def test_folder_names_all_its_auto_classes_and_holds_their_code(tiny_model, processor, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert auto_map(tmp_path) == AUTO_CLASSES
+    assert code_files(tmp_path) == MODEL_FILES | PROCESSOR_FILES
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert saved["auto_map"]["AutoProcessor"] == "processing_fmrilm.FmriLMProcessor"
+    nested = saved["feature_extractor"]["auto_map"]
+    assert nested["AutoFeatureExtractor"] == "feature_extraction_fmrilm.FmriLMFeatureExtractor"
+
+
+def test_every_way_of_saving_names_all_auto_classes(tiny_model, tmp_path: Path) -> None:
+    model = tiny_model()
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    Trainer(model=model, args=args).save_model(str(tmp_path / "trainer"))
+    FmriLMModel.from_pretrained(tmp_path / "trainer").save_pretrained(tmp_path / "base")
+    add_lora(model, 2).merge_and_unload().save_pretrained(tmp_path / "merged")
+    for name in ("trainer", "base", "merged"):
+        assert auto_map(tmp_path / name) == AUTO_CLASSES
+        assert code_files(tmp_path / name) == MODEL_FILES
+
+
+def test_codec_alone_names_its_auto_classes(tiny_codec, tmp_path: Path) -> None:
+    tiny_codec.save_pretrained(tmp_path)
+    expected = {"AutoConfig": "configuration_fmrilm.FmriCodecConfig", "AutoModel": "modeling_fmricodec.FmriCodecModel"}
+    assert auto_map(tmp_path) == expected
+    assert code_files(tmp_path) == MODEL_FILES - {"modeling_fmrilm.py"}
