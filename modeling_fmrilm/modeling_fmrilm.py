@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
@@ -14,13 +14,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_fmrilm import FmriLMConfig
+from .generation_fmrilm import FmriLMGenerationMixin
 from .modeling_fmricodec import FmriCodecModel
+from .steps_fmrilm import positions, step_ids
 
 
 # label of what carries no loss
 IGNORED = -100
-# what a forward pass may hold beside text, one entry a scan
-SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes")
 # what a saved folder can be opened with; register_for_auto_class alone writes one Auto class per class
 AUTO_MAP = {
     "AutoConfig": "configuration_fmrilm.FmriLMConfig",
@@ -44,23 +44,6 @@ class FmriLMOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-def step_ids(input_ids: torch.Tensor, fmri_token_id: int, tokens_per_step: int) -> torch.Tensor:
-    """
-    The one place that says which token belongs to which step: int64 [batch, length], 0 for text and n > 0 for the
-    n-th step of its row (counted over all its scans). Attention blocks and positions follow from it.
-    """
-    is_fmri = input_ids == fmri_token_id
-    index = is_fmri.long().cumsum(-1) - 1
-    return (index // tokens_per_step + 1) * is_fmri
-
-
-def positions(steps: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids [batch, length]: each text token takes one, the tokens of a step share one, padding takes none."""
-    opens_step = F.pad(steps[:, 1:] != steps[:, :-1], (1, 0), value=True)
-    advances = ((steps == 0) | opens_step) & attention_mask.bool()
-    return (advances.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class FmriLMProjector(nn.Module):
@@ -239,7 +222,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
         )
 
 
-class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
+class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixin):
     """
     Text about scans, and codes of the next step. `lm_head` speaks words; `fmri_head` says at slot k of step t what
     code slot k of step t+1 will hold.
@@ -357,93 +340,6 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         if not known.any():
             return hidden.new_zeros(())
         return F.cross_entropy(self.fmri_head(states[known]).float(), labels[known])
-
-    @torch.no_grad()
-    def score_choices(self, inputs: dict[str, torch.Tensor], choices: list[list[int]]) -> torch.Tensor:
-        """
-        Log-likelihood [batch, choices] of each allowed answer (token ids) after the prompts in `inputs`, which run
-        once; softmax over the last axis gives the probability of each choice. With a `past_key_values` (used up
-        here), `attention_mask` and `mm_token_type_ids` cover the cached tokens, too.
-        """
-        inputs = dict(inputs)
-        input_ids = inputs["input_ids"]
-        mask = inputs.setdefault("attention_mask", torch.ones_like(input_ids))
-        steps = inputs.setdefault("mm_token_type_ids", self.model.step_ids(input_ids))
-        if steps.shape != mask.shape:
-            raise ValueError(f"expected mm_token_type_ids of shape {tuple(mask.shape)}, got {tuple(steps.shape)}")
-        outputs = self.model(**inputs, use_cache=True)
-        length, rows = input_ids.shape[1], torch.arange(len(input_ids), device=self.device)
-        last = (torch.arange(length, device=self.device) * mask[:, -length:]).argmax(-1)
-        scores = self.lm_head(outputs.last_hidden_state[rows, last]).float().log_softmax(-1)
-        totals = scores[:, [choice[0] for choice in choices]]
-        longest = max(len(choice) for choice in choices)
-        if longest == 1:
-            return totals
-        # each choice continues the cached prompt: all but its last token are read, all but its first are scored
-        count = len(choices)
-        cache = outputs.past_key_values
-        cache.batch_repeat_interleave(count)
-        padded = input_ids.new_zeros(count, longest)
-        for row, choice in enumerate(choices):
-            padded[row, : len(choice)] = torch.tensor(choice, device=self.device)
-        lengths = torch.tensor([len(choice) for choice in choices], device=self.device)
-        scored = torch.arange(1, longest, device=self.device) < lengths[:, None]
-        read = scored.long().repeat(len(rows), 1)
-        outputs = self.model(
-            padded[:, :-1].repeat(len(rows), 1),
-            attention_mask=torch.cat([mask.repeat_interleave(count, 0), read], -1),
-            mm_token_type_ids=F.pad(steps.repeat_interleave(count, 0), (0, longest - 1)),
-            past_key_values=cache,
-        )
-        scores = self.lm_head(outputs.last_hidden_state).float().log_softmax(-1).unflatten(0, (len(rows), count))
-        following = padded[:, 1:].expand(len(rows), -1, -1)
-        return totals + (scores.gather(-1, following[..., None])[..., 0] * scored).sum(-1)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs,
-    ) -> dict:
-        steps = self.model.step_ids(input_ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        # a prompt of inputs_embeds has no ids: nothing is known of its steps
-        steps = F.pad(steps, (mask.shape[1] - steps.shape[1], 0))
-        kwargs.update(mm_token_type_ids=steps, position_ids=positions(steps, mask))
-        if kwargs.get("use_cache", True) and not is_first_iteration:
-            # the cache holds the scans already
-            kwargs = {name: value for name, value in kwargs.items() if name not in SCAN_INPUTS}
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-
-    @staticmethod
-    def create_masks_for_generate(config, mm_token_type_ids=None, block_sequence_ids=None, **kwargs) -> dict | None:
-        """The masks a static cache needs before the forward pass."""
-        kwargs.pop("token_type_ids", None), kwargs.pop("is_first_iteration", None)
-        blocks = None if mm_token_type_ids is None else mm_token_type_ids - 1
-        return create_masks_for_generate(config=config.get_text_config(), block_sequence_ids=blocks, **kwargs)
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
-    ):
-        """Repeats rows for beams; a row's scans are repeated as a block: A, B, A, B for two scans and two beams."""
-        if expand_size == 1:
-            return input_ids, kwargs
-        scans = {name: kwargs.pop(name) for name in SCAN_INPUTS if kwargs.get(name) is not None}
-        counts = (input_ids == self.config.fmri_start_token_id).sum(-1).tolist()
-        blocks = torch.arange(sum(counts), device=input_ids.device).split(counts)
-        order = torch.cat([block.repeat(expand_size) for block in blocks])
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        return input_ids, {**kwargs, **{name: value[order] for name, value in scans.items()}}
 
 
 __all__ = ["FmriLMForConditionalGeneration", "FmriLMModel", "FmriLMOutput", "FmriLMPreTrainedModel", "FmriLMProjector"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.modeling_fmrilm import positions, step_ids
+from fmrilm.steps_fmrilm import positions, step_ids
 
 
 Model = FmriLMForConditionalGeneration

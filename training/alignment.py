@@ -108,6 +108,7 @@ def add_lora(model: FmriLMForConditionalGeneration, rank: int) -> PeftModel:
 def train_alignment(
     model: PeftModel, dataset: Dataset, processor: FmriLMProcessor, args: TrainingArguments
 ) -> PeftModel:
+    """On rows {"messages", "codes"}."""
     trainer = AlignmentTrainer(
         model=model, args=args, train_dataset=dataset, data_collator=ChatCollator(processor)
     )

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from fmrilm.processors import FmriLMProcessor
 
 
 IGNORED = -100
+# Lengths are rounded up to this: matrix kernels are prepared once for each shape, and few shapes come again.
+LENGTH_MULTIPLE = 32
 
 
 @dataclass
@@ -33,7 +36,12 @@ class ChatCollator:
         labels = inputs["input_ids"].masked_fill(inputs["assistant_masks"] == 0, IGNORED)
         if not (labels != IGNORED).any(-1).all():
             raise ValueError("expected an assistant's answer in every chat, got a row without one")
-        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+        missing = -labels.shape[1] % LENGTH_MULTIPLE
+        batch = {
+            "input_ids": F.pad(inputs["input_ids"], (0, missing), value=self.processor.tokenizer.pad_token_id),
+            "attention_mask": F.pad(inputs["attention_mask"], (0, missing)),
+            "labels": F.pad(labels, (0, missing), value=IGNORED),
+        }
         # a batch may be text alone
         return {**batch, "fmri_codes": pad_codes(codes)} if codes else batch
 

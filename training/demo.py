@@ -32,7 +32,7 @@ from .trainer import half_precision, training_options
 ATLASES = ("aal2-94", "schaefer-100-7networks", "schaefer-400-7networks")
 LORA_RANK = 8
 # one question, several questions in one conversation, open-ended description
-PARADIGM_WEIGHTS = (0.1, 0.7, 0.2)
+PARADIGM_WEIGHTS = (0.05, 0.85, 0.1)
 # subjects of each dataset that no stage sees; LEMON has one subject and stays in training
 HELD_OUT = {"hcp": 2, "greifswald": 2, "hcp-schaefer": 1}
 
@@ -41,12 +41,12 @@ HELD_OUT = {"hcp": 2, "greifswald": 2, "hcp-schaefer": 1}
 class DemoSettings:
     """What the demo spends; `quick()` is the same chain in about a minute, and learns next to nothing."""
 
-    codec_steps: int = 420
+    codec_steps: int = 380
     codec_batch: int = 16
     mixtures: int = 1000
     projector_steps: int = 250
-    alignment_steps: int = 40
-    sft_steps: int = 110
+    alignment_steps: int = 20
+    sft_steps: int = 118
     rows_per_step: int = 4
     statements: int = 8
     questions: int = 8

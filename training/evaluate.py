@@ -122,7 +122,8 @@ def ask_windows(
 
 def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) -> dict:
     """
-    Balanced accuracy by family and condition with 95 % bootstrap intervals over subjects. majority: most frequent
+    Balanced accuracy by family and condition with 95 % bootstrap intervals over subjects, for the families that were
+    asked about. majority: most frequent
     level int [descriptors] among the training windows.
     """
     subjects = sorted({(item.window.scan.dataset, item.window.scan.subject) for item in scored})
@@ -140,6 +141,8 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
             answers["majority"] = majority[item.asked]
             for key, answer in answers.items():
                 np.add.at(confusion[key], (subject, item.truth[inside], answer[inside]), 1)
+        if not confusion["right"].any():
+            continue
         sampled = {key: _balanced_accuracy(table[draws].sum(1)) for key, table in confusion.items()}
         values = {key: float(_balanced_accuracy(table.sum(0))) for key, table in confusion.items()}
         difference = _interval(sampled["right"] - sampled["swapped"])
@@ -155,12 +158,14 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
 def _balanced_accuracy(confusion: np.ndarray) -> np.ndarray:
     """Mean recall over the answers that occur; confusion [..., truth, answer]."""
     totals = confusion.sum(-1)
-    recall = np.diagonal(confusion, axis1=-2, axis2=-1) / np.where(totals > 0, totals, np.nan)
-    return np.nanmean(recall, axis=-1)
+    occurs = totals > 0
+    recall = np.diagonal(confusion, axis1=-2, axis2=-1) / np.where(occurs, totals, 1)
+    return recall.sum(-1) / np.where(occurs.any(-1), occurs.sum(-1), np.nan)
 
 
 def _interval(values: np.ndarray) -> list[float]:
-    return np.quantile(values, [0.025, 0.975]).tolist()
+    # a draw of subjects who were not asked has no value
+    return np.nanquantile(values, [0.025, 0.975]).tolist()
 
 
 @torch.no_grad()

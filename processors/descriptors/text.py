@@ -12,7 +12,7 @@ from .networks import NETWORKS
 # A statement is a phrase, " is " and a level; the same phrase names the descriptor in questions.
 QUESTIONS = (
     "Is {phrase} low, typical or high?",
-    "{Phrase}: low, typical or high?",
+    "{Phrase}?",
 )
 REQUESTS = ("Describe this scan.", "What does this scan show?", "Summarize the brain activity in this scan.")
 
