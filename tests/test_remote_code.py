@@ -26,9 +26,11 @@ AUTO_CLASSES = {
 }
 MODEL_FILES = {
     "configuration_fmrilm.py",
+    "generation_fmrilm.py",
     "modeling_fmricodec.py",
     "modeling_fmrilm.py",
     "quantization_fmrilm.py",
+    "steps_fmrilm.py",
 }
 PROCESSOR_FILES = {
     "atlases.py",
