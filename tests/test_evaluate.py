@@ -68,6 +68,18 @@ def test_results_are_balanced_accuracies() -> None:
         assert result["difference"]["value"] == pytest.approx(0.5) and result["beats_swapped"]
 
 
+def test_answers_with_several_swapped_scans_count_as_one() -> None:
+    truth = [0, 1, 2, 0]
+    row = scored("a", truth, right=truth, swapped=truth, noise=truth)
+    wrong = scored("a", truth, right=[1, 2, 0, 1], swapped=[1, 2, 0, 1], noise=truth)
+    both = np.stack([row.scores["swapped"], wrong.scores["swapped"]])
+    item = evaluate.Scored(row.window, row.asked, row.truth, {**row.scores, "swapped": both})
+    results = evaluate.question_results([item], np.zeros(len(DESCRIPTOR_NAMES), int), seed=0)["families"]["all"]
+    assert results["questions"] == len(row.truth)
+    assert results["right"]["accuracy"] == 1
+    assert results["swapped"]["accuracy"] == 0.5
+
+
 def test_intervals_are_as_wide_as_subjects_differ() -> None:
     perfect, wrong = [0, 1, 2, 0], [1, 2, 0, 1]
     rows = [

@@ -217,9 +217,11 @@ class Demo:
             "swapped": encode_items(codec, window_items(swapped)),
             "noise": encode_items(codec, evaluate.noise_items(self.windows, settings.seed)),
         }
+        stand_ins = cut_windows(self.training, self.extractor.window_length, stride=2 * settings.window_stride)
+        others = stand_ins, encode_items(codec, window_items(stand_ins))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision()):
             scored = evaluate.ask_windows(
-                model, processor, self.windows, levels, codes, settings.questions_per_family, settings.seed
+                model, processor, self.windows, levels, codes, others, settings.questions_per_family, settings.seed
             )
         answers = self.answers(scored)
         print_answers(answers)

@@ -26,7 +26,10 @@ BOOTSTRAPS = 2000
 
 @dataclass(frozen=True)
 class Scored:
-    """Answers of one window: descriptor index, true level and log-likelihoods [questions, levels] by condition."""
+    """
+    Answers of one window: descriptor index, true level and log-likelihoods [questions, levels] by condition, of the
+    swapped one [scans, questions, levels].
+    """
 
     window: Window
     asked: np.ndarray
@@ -107,24 +110,51 @@ def ask_windows(
     windows: Sequence[Window],
     levels: np.ndarray,
     codes: dict[str, np.ndarray],
+    others: tuple[Sequence[Window], np.ndarray],
     per_family: int,
     seed: int,
 ) -> list[Scored]:
-    """Each window under every condition. levels: [windows, descriptors]; codes: [windows, tokens] each."""
+    """
+    Each window's questions under every condition. All windows of a dataset are asked the same, so that what is
+    answered about one person's scan is the swapped answer for every other person of the dataset: the swapped scores
+    [scans, questions, levels] are those of all of them, of `windows` and of `others`.
+
+    Args:
+        levels: int [windows, descriptors]. codes: int [windows, tokens] of the right scans and of noise.
+        others: windows of training subjects and their codes, that stand in for held-out ones.
+    """
     rng = np.random.default_rng(seed)
+    asked = {}
+    for row, window in enumerate(windows):
+        if window.scan.dataset not in asked:
+            asked[window.scan.dataset] = choose_questions(levels[row], per_family, rng)
+    answered = [(window, row) for window, row in zip(*others, strict=True) if window.scan.dataset in asked]
+    jobs = [*zip(windows, codes["right"], strict=True), *answered, *zip(windows, codes["noise"], strict=True)]
+    scores = [
+        score_questions(model, processor, row, asked[window.scan.dataset])
+        for window, row in tqdm(jobs, desc="questions", unit="scan")
+    ]
+    pool = [(window.scan, score) for (window, _), score in zip(jobs, scores, strict=True)][: -len(windows)]
+    noise = scores[len(scores) - len(windows) :]
     scored = []
-    for row, window in enumerate(tqdm(windows, desc="questions", unit="window")):
-        asked = choose_questions(levels[row], per_family, rng)
-        scores = {name: score_questions(model, processor, codes[name][row], asked) for name in CONDITIONS}
-        scored.append(Scored(window, asked, levels[row, asked], scores))
+    for row, window in enumerate(windows):
+        own = window.scan
+        swapped = [
+            score for scan, score in pool if scan.dataset == own.dataset and scan.subject != own.subject
+        ]
+        if not swapped:
+            raise ValueError(f"expected another subject in dataset {own.dataset!r}, got none to swap with")
+        questions = asked[own.dataset]
+        conditions = {"right": scores[row], "swapped": np.stack(swapped), "noise": noise[row]}
+        scored.append(Scored(window, questions, levels[row, questions], conditions))
     return scored
 
 
 def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) -> dict:
     """
     Balanced accuracy by family and condition with 95 % bootstrap intervals over subjects, for the families that were
-    asked about. majority: most frequent
-    level int [descriptors] among the training windows.
+    asked about. majority: most frequent level int [descriptors] among the training windows. Answers with several
+    swapped scans count as one answer, a share each.
     """
     subjects = sorted({(item.window.scan.dataset, item.window.scan.subject) for item in scored})
     families = [*dict.fromkeys(family(name) for name in DESCRIPTOR_NAMES), "all"]
@@ -137,22 +167,29 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
         for item in scored:
             subject = subjects.index((item.window.scan.dataset, item.window.scan.subject))
             inside = np.ones(len(item.asked), bool) if name == "all" else of_descriptor[item.asked] == name
-            answers = {key: item.scores[key].argmax(-1) for key in CONDITIONS}
-            answers["majority"] = majority[item.asked]
+            answers = {key: np.atleast_2d(item.scores[key].argmax(-1)) for key in CONDITIONS}
+            answers["majority"] = majority[item.asked][None]
             for key, answer in answers.items():
-                np.add.at(confusion[key], (subject, item.truth[inside], answer[inside]), 1)
+                given = answer[:, inside]
+                truth = np.broadcast_to(item.truth[inside], given.shape)
+                np.add.at(confusion[key], (subject, truth, given), 1 / len(given))
         if not confusion["right"].any():
             continue
         sampled = {key: _balanced_accuracy(table[draws].sum(1)) for key, table in confusion.items()}
         values = {key: float(_balanced_accuracy(table.sum(0))) for key, table in confusion.items()}
         difference = _interval(sampled["right"] - sampled["swapped"])
         results[name] = {
-            "questions": int(confusion["right"].sum()),
+            "questions": round(confusion["right"].sum()),
             **{key: {"accuracy": values[key], "interval": _interval(sampled[key])} for key in values},
             "difference": {"value": values["right"] - values["swapped"], "interval": difference},
             "beats_swapped": difference[0] > 0,
         }
-    return {"families": results}
+    beaten = [name for name in results if name != "all" and results[name]["beats_swapped"]]
+    verdict = (
+        f"the right scan beats a swapped one, interval clear of zero, in {len(beaten)} of {len(results) - 1} question "
+        f"families{': ' if beaten else ''}{', '.join(beaten)}"
+    )
+    return {"families": results, "verdict": verdict}
 
 
 def _balanced_accuracy(confusion: np.ndarray) -> np.ndarray:
