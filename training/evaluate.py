@@ -153,8 +153,8 @@ def ask_windows(
 def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) -> dict:
     """
     Balanced accuracy by family and condition with 95 % bootstrap intervals over subjects, for the families that were
-    asked about. majority: most frequent level int [descriptors] among the training windows. Answers with several
-    swapped scans count as one answer, a share each.
+    asked about; draws without all the answers that occur are left out. Answers with several swapped scans count as
+    one answer, a share each. majority: most frequent level int [descriptors] among the training windows.
     """
     subjects = sorted({(item.window.scan.dataset, item.window.scan.subject) for item in scored})
     families = [*dict.fromkeys(family(name) for name in DESCRIPTOR_NAMES), "all"]
@@ -175,7 +175,11 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
                 np.add.at(confusion[key], (subject, truth, given), 1 / len(given))
         if not confusion["right"].any():
             continue
-        sampled = {key: _balanced_accuracy(table[draws].sum(1)) for key, table in confusion.items()}
+        # a draw of people in whom one of the answers is never true has no balanced accuracy: answering the same to
+        # everything would score above chance there
+        truths = confusion["right"].sum(-1)
+        defined = (truths[draws].sum(1) > 0)[:, truths.sum(0) > 0].all(-1)
+        sampled = {key: _balanced_accuracy(table[draws[defined]].sum(1)) for key, table in confusion.items()}
         values = {key: float(_balanced_accuracy(table.sum(0))) for key, table in confusion.items()}
         difference = _interval(sampled["right"] - sampled["swapped"])
         results[name] = {
@@ -197,12 +201,11 @@ def _balanced_accuracy(confusion: np.ndarray) -> np.ndarray:
     totals = confusion.sum(-1)
     occurs = totals > 0
     recall = np.diagonal(confusion, axis1=-2, axis2=-1) / np.where(occurs, totals, 1)
-    return recall.sum(-1) / np.where(occurs.any(-1), occurs.sum(-1), np.nan)
+    return recall.sum(-1) / occurs.sum(-1)
 
 
 def _interval(values: np.ndarray) -> list[float]:
-    # a draw of subjects who were not asked has no value
-    return np.nanquantile(values, [0.025, 0.975]).tolist()
+    return np.quantile(values, [0.025, 0.975]).tolist()
 
 
 @torch.no_grad()
