@@ -78,6 +78,7 @@ def test_answers_with_several_swapped_scans_count_as_one() -> None:
     assert results["questions"] == len(row.truth)
     assert results["right"]["accuracy"] == 1
     assert results["swapped"]["accuracy"] == 0.5
+    assert results["people"] == [{"right": 1.0, "swapped": 0.5, "answers": [6, 3, 3]}]
 
 
 def test_intervals_are_as_wide_as_subjects_differ() -> None:

@@ -154,7 +154,8 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
     """
     Balanced accuracy by family and condition with 95 % bootstrap intervals over subjects, for the families that were
     asked about; draws without all the answers that occur are left out. Answers with several swapped scans count as
-    one answer, a share each. majority: most frequent level int [descriptors] among the training windows.
+    one answer, a share each. `people` holds each person's share of right answers, and how often each level was the
+    answer. majority: most frequent level int [descriptors] among the training windows.
     """
     subjects = sorted({(item.window.scan.dataset, item.window.scan.subject) for item in scored})
     families = [*dict.fromkeys(family(name) for name in DESCRIPTOR_NAMES), "all"]
@@ -187,6 +188,15 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
             **{key: {"accuracy": values[key], "interval": _interval(sampled[key])} for key in values},
             "difference": {"value": values["right"] - values["swapped"], "interval": difference},
             "beats_swapped": difference[0] > 0,
+            # people in the order of their dataset and name, as everywhere in the results
+            "people": [
+                {
+                    **{k: float(confusion[k][i].trace() / confusion[k][i].sum()) for k in ("right", "swapped")},
+                    "answers": confusion["right"][i].sum(0).astype(int).tolist(),
+                }
+                for i in range(len(subjects))
+                if confusion["right"][i].any()
+            ],
         }
     beaten = [name for name in results if name != "all" and results[name]["beats_swapped"]]
     verdict = (

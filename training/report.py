@@ -172,7 +172,8 @@ def _families(families: dict[str, dict[str, Any]]) -> str:
         "is read from the scan where blue lies to the right of orange; at the dashed line the model guesses."
     )
     return (
-        "<p>The same questions, answered four ways: with the right scan, with another scan in its place, with noise "
+        "<p>The same questions, answered four ways: with the right scan, with other people's scans of "
+        "the same dataset, with noise "
         "in its place, and always with the commonest answer.</p>"
         + drawing("Accuracy of each question family", draw, 1.2 + 0.62 * len(ordered), caption)
         + table(head, rows, "numbers", "Accuracy of each question family")
