@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_fmrilm import FmriLMConfig
+from .forecast_fmrilm import FmriLMForecastMixin
 from .generation_fmrilm import FmriLMGenerationMixin
 from .modeling_fmricodec import FmriCodecModel
 from .steps_fmrilm import positions, step_ids
@@ -222,7 +223,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
         )
 
 
-class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixin):
+class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixin, FmriLMForecastMixin):
     """
     Text about scans, and codes of the next step. `lm_head` speaks words; `fmri_head` says at slot k of step t what
     code slot k of step t+1 will hold.

@@ -21,4 +21,24 @@ def positions(steps: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor
     return (advances.long().cumsum(-1) - 1).clamp(min=0)
 
 
-__all__ = ["positions", "step_ids"]
+def whole_steps(
+    fmri_values: torch.Tensor, fmri_mask: torch.Tensor | None, patch_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Scans [batch, rois, time] and their masks without the frames before the first whole step counted from the end, so
+    that the last step ends with the last frame; ValueError for a scan of less than one step.
+    """
+    if fmri_mask is None:
+        fmri_mask = torch.ones_like(fmri_values, dtype=torch.bool)
+    frames = fmri_mask.any(1).sum(-1)
+    kept = frames // patch_length * patch_length
+    if not kept.all():
+        raise ValueError(f"expected scans of at least one step of {patch_length} frames, got {int(frames.min())} frames")
+    index = torch.arange(int(kept.max()), device=fmri_values.device)
+    source = (index + (frames - kept)[:, None]).clamp(max=fmri_values.shape[-1] - 1)
+    source = source[:, None].expand(-1, fmri_values.shape[1], -1)
+    inside = (index < kept[:, None])[:, None]
+    return fmri_values.gather(-1, source), fmri_mask.gather(-1, source) & inside
+
+
+__all__ = ["positions", "step_ids", "whole_steps"]

@@ -1,0 +1,133 @@
+"""Forecasts and surprise: causal, independent of padding and batch-mates, in line with the model's own losses."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fmrilm import FmriLMForConditionalGeneration
+from fmrilm.steps_fmrilm import whole_steps
+
+
+Model = FmriLMForConditionalGeneration
+# two tokens make a step: a scan of four steps, one of two
+LONG, SHORT = [3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8]
+BATCH = torch.tensor([LONG, SHORT + [-1] * 4])
+
+
+@pytest.fixture(params=["llama", "qwen3", "gpt2"])
+def model(request, tiny_model: Callable[..., Model]) -> Model:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def llama(tiny_model: Callable[..., Model]) -> Model:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def scan() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(1, 5, 12, generator=generator), 60 * torch.randn(1, 5, 3, generator=generator)
+
+
+def next_codes(model: Model, codes: list[int]) -> list[int]:
+    """The most likely next step by one uncached pass over the scan alone."""
+    config = model.config
+    row = torch.tensor([[config.fmri_start_token_id] + [config.fmri_token_id] * len(codes)])
+    hidden = model.model(row, fmri_codes=torch.tensor([codes])).last_hidden_state
+    return model.fmri_head(hidden[0, -2:]).argmax(-1).tolist()
+
+
+@torch.no_grad()
+def test_rolled_codes_equal_one_uncached_pass_for_each_step(model: Model) -> None:
+    expected = list(LONG)
+    for _ in range(3):
+        expected += next_codes(model, expected)
+    assert model.forecast_codes(torch.tensor([LONG]), steps=3).tolist() == [expected]
+
+
+def test_batch_mates_of_other_lengths_do_not_change_a_forecast(model: Model) -> None:
+    together = model.forecast_codes(BATCH, steps=2)
+    for row, codes in enumerate((LONG, SHORT)):
+        alone = model.forecast_codes(torch.tensor([codes]), steps=2)[0]
+        assert torch.equal(together[row, : len(alone)], alone)
+        assert (together[row, len(alone) :] == -1).all()
+
+
+def test_draws_repeat_with_their_seed_and_follow_the_temperature(llama: Model) -> None:
+    scans = torch.tensor([LONG] * 32)
+
+    def draw(temperature: float, seed: int) -> torch.Tensor:
+        return llama.forecast_codes(scans, 1, temperature, torch.Generator().manual_seed(seed))[:, len(LONG) :]
+
+    assert torch.equal(draw(1.0, 0), draw(1.0, 0))
+    assert not torch.equal(draw(1.0, 0), draw(1.0, 1))
+    assert torch.equal(draw(1e-4, 0), llama.forecast_codes(scans, 1)[:, len(LONG) :])
+
+
+def test_forecast_decodes_the_rolled_codes_after_the_context(model: Model, scan: tuple) -> None:
+    values, coordinates = scan
+    forecast = model.forecast(values, coordinates, steps=2)
+    codes = model.forecast_codes(model.model.get_fmri_codes(values, coordinates), steps=2)
+    assert torch.allclose(forecast, model.model.codec.decode(codes, coordinates)[..., 12:], atol=1e-6)
+    assert forecast.shape == (1, 5, 8)
+
+
+def test_forecast_starts_after_the_last_frame(llama: Model, scan: tuple) -> None:
+    values, coordinates = scan
+    whole = llama.forecast(values[..., 3:11], coordinates)
+    assert torch.equal(llama.forecast(values[..., :11], coordinates), whole)
+
+
+def test_padding_does_not_change_a_forecast(llama: Model, scan: tuple) -> None:
+    values, coordinates = scan
+    padded = torch.cat([torch.nn.functional.pad(values[..., 2:], (0, 2)), values])
+    mask = torch.ones_like(padded, dtype=torch.bool)
+    mask[0, :, 10:] = False
+    both = llama.forecast(padded, coordinates.expand(2, -1, -1), mask)
+    assert torch.allclose(both[0], llama.forecast(values[..., 2:], coordinates)[0], atol=1e-5)
+    assert torch.allclose(both[1], llama.forecast(values, coordinates)[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_mean_surprise_is_the_next_step_loss(model: Model) -> None:
+    config = model.config
+    row = torch.tensor([[config.fmri_start_token_id] + [config.fmri_token_id] * len(LONG)])
+    loss = model(row, fmri_codes=torch.tensor([LONG]), labels=row).fmri_loss
+    surprise = model.surprise(torch.tensor([LONG]))
+    assert surprise.shape == (1, 4) and surprise[0, 0].isnan()
+    assert torch.allclose(surprise[0, 1:].mean(), loss, atol=1e-5)
+
+
+def test_surprise_of_a_step_knows_neither_the_future_nor_batch_mates(model: Model) -> None:
+    together = model.surprise(BATCH)
+    assert torch.allclose(together[1, :2], model.surprise(torch.tensor([SHORT]))[0], atol=1e-5, equal_nan=True)
+    assert together[1, 2:].isnan().all()
+    changed = torch.tensor([LONG[:6] + [7, 7]])
+    assert torch.allclose(together[0, 1:3], model.surprise(changed)[0, 1:3], atol=1e-5)
+    assert not torch.allclose(together[0, 3], model.surprise(changed)[0, 3], atol=1e-5)
+
+
+def test_whole_steps_end_with_the_last_frame() -> None:
+    values = torch.arange(11.0).expand(2, 1, -1)
+    mask = torch.ones(2, 1, 11, dtype=torch.bool)
+    mask[1, :, 6:] = False
+    kept, inside = whole_steps(values, mask, patch_length=4)
+    assert kept[0, 0].tolist() == [3, 4, 5, 6, 7, 8, 9, 10] and inside[0].all()
+    assert kept[1, 0, :4].tolist() == [2, 3, 4, 5] and inside[1, 0].tolist() == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "at least one step"),
+        ({"steps": 7}, "max_steps=8 steps together, got 3 and 7"),
+        ({"temperature": 0.0}, "temperature above 0"),
+        ({"fmri_values": torch.zeros(1, 5, 3)}, "at least one step of 4 frames, got 3"),
+    ],
+)
+def test_impossible_forecasts_are_refused(llama: Model, scan: tuple, changes: dict, message: str) -> None:
+    values, coordinates = scan
+    with pytest.raises(ValueError, match=message):
+        llama.forecast(**{"fmri_values": values, "roi_coordinates": coordinates, **changes})
