@@ -7,7 +7,7 @@ from .steps_fmrilm import positions, whole_steps
 
 
 class FmriLMForecastMixin:
-    """For a model with a `model` (`FmriLMModel`) and an `fmri_head`. A scan alone is its opening token and its codes."""
+    """For a model with a `model` (`FmriLMModel`) and an `fmri_head`. A scan alone: its opening token and its codes."""
 
     @torch.no_grad()
     def forecast(

@@ -13,6 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .backbones_fmrilm import check_backbone
 from .configuration_fmrilm import FmriLMConfig
 from .forecast_fmrilm import FmriLMForecastMixin
 from .generation_fmrilm import FmriLMGenerationMixin
@@ -191,6 +192,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
                 attention_mask = mm_token_type_ids.new_ones(len(mm_token_type_ids), cached + length)
             if position_ids is None:
                 position_ids = positions(mm_token_type_ids, attention_mask)[:, -length:]
+            self.check_context(position_ids, fmri_codes)
             attention_mask = self.create_masks(
                 inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids[:, -length:]
             )
@@ -201,6 +203,19 @@ class FmriLMModel(FmriLMPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
+
+    def check_context(self, position_ids: torch.Tensor, fmri_codes: torch.Tensor | None) -> None:
+        """ValueError if scans and text take more positions than the language model has."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        # few sequences have as many tokens; only then is it worth looking at the positions themselves
+        if fmri_codes is None or limit is None or position_ids.shape[1] <= limit:
+            return
+        taken = int(position_ids.max()) + 1
+        if taken > limit:
+            raise ValueError(
+                f"expected at most {limit} positions, the language model's context, got {taken}: cut the scan into "
+                "windows (the processor's window='sliding') or ask less at a time"
+            )
 
     def create_masks(
         self,
@@ -247,7 +262,11 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
     def from_parts(
         cls, codec: FmriCodecModel, language_model: PreTrainedModel, config: FmriLMConfig
     ) -> "FmriLMForConditionalGeneration":
-        """A new joint model from a trained codec and a pretrained causal language model (both are copied)."""
+        """
+        A new joint model from a trained codec and a pretrained causal language model (both are copied). ValueError for
+        a language model that cannot read scans.
+        """
+        check_backbone(language_model)
         joint = cls(config)
         joint.model.codec.load_state_dict(codec.state_dict())
         joint.model.language_model.load_state_dict(language_model.base_model.state_dict())
@@ -280,12 +299,14 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        num_fmri_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> FmriLMOutput:
         """
         labels: [batch, length], -100 where text carries no loss. The codes of the next step are predicted whenever
-        labels are given with a scan. num_items_in_batch: labels in the whole of an accumulated batch, of which this
-        is a part. The other arguments are those of [`FmriLMModel.forward`]. In training mode with
+        labels are given with a scan. num_items_in_batch, num_fmri_items_in_batch: labels of text and of next codes in
+        the whole of an accumulated batch, of which this is a part; without the second, the first one's share goes for
+        both. The other arguments are those of [`FmriLMModel.forward`]. In training mode with
         labels there are no logits: only labelled positions meet the vocabulary, most of the head's work is saved.
         """
         if fmri_codes is None and fmri_values is not None:
@@ -295,13 +316,16 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
         loss = text_loss = fmri_loss = logits = None
         if labels is not None:
             text_loss = self.text_loss(hidden, labels)
-            loss = text_loss
+            # a part's share of an accumulated batch: the shares sum to one
+            share = fmri_share = 1.0
+            if num_items_in_batch is not None and num_items_in_batch > 0:
+                share = fmri_share = (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
+            loss = share * text_loss
             if fmri_codes is not None:
                 fmri_loss = self.next_step_loss(hidden, input_ids, fmri_codes)
-                loss = loss + self.config.fmri_loss_weight * fmri_loss
-            if num_items_in_batch is not None:
-                # the share of an accumulated batch, for both parts: the shares sum to one
-                loss = loss * ((labels[:, 1:] != IGNORED).sum() / num_items_in_batch)
+                if num_fmri_items_in_batch is not None:
+                    fmri_share = self.next_codes(fmri_codes).numel() / num_fmri_items_in_batch
+                loss = loss + self.config.fmri_loss_weight * fmri_share * fmri_loss
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept, :])
@@ -326,6 +350,11 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
         total = F.cross_entropy(logits, following[scored], reduction="sum")
         return total / scored.sum().clamp(min=1)
 
+    def next_codes(self, fmri_codes: torch.LongTensor) -> torch.LongTensor:
+        """The codes [labels] that `next_step_loss` predicts: those of fmri_codes [scans, tokens] but the first step's."""
+        following = fmri_codes[:, self.config.codec_config.tokens_per_step :]
+        return following[following >= 0]
+
     def next_step_loss(
         self, hidden: torch.Tensor, input_ids: torch.LongTensor, fmri_codes: torch.LongTensor
     ) -> torch.Tensor:
@@ -333,14 +362,14 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
         Mean cross-entropy of code k of step t+1 given slot k of step t (paper Eq. 5); the last step of a scan has
         no label. hidden: [batch, length, hidden]; fmri_codes: [scans, tokens].
         """
-        states = hidden[input_ids == self.config.fmri_token_id]
-        per_step = self.config.codec_config.tokens_per_step
-        labels = F.pad(fmri_codes[:, per_step:], (0, per_step), value=-1)
-        labels = labels[fmri_codes >= 0]
-        known = labels >= 0
-        if not known.any():
+        following = self.next_codes(fmri_codes)
+        if not len(following):
             return hidden.new_zeros(())
-        return F.cross_entropy(self.fmri_head(states[known]).float(), labels[known])
+        states = hidden[input_ids == self.config.fmri_token_id]
+        # the states are those of all valid codes, scan after scan; a scan's last step has nothing to predict
+        per_step = self.config.codec_config.tokens_per_step
+        has_next = F.pad(fmri_codes[:, per_step:] >= 0, (0, per_step))
+        return F.cross_entropy(self.fmri_head(states[has_next[fmri_codes >= 0]]).float(), following)
 
 
 __all__ = ["FmriLMForConditionalGeneration", "FmriLMModel", "FmriLMOutput", "FmriLMPreTrainedModel", "FmriLMProjector"]

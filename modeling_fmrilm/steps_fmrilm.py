@@ -33,7 +33,7 @@ def whole_steps(
     frames = fmri_mask.any(1).sum(-1)
     kept = frames // patch_length * patch_length
     if not kept.all():
-        raise ValueError(f"expected scans of at least one step of {patch_length} frames, got {int(frames.min())} frames")
+        raise ValueError(f"expected scans of at least one step of {patch_length} frames, got {int(frames.min())}")
     index = torch.arange(int(kept.max()), device=fmri_values.device)
     source = (index + (frames - kept)[:, None]).clamp(max=fmri_values.shape[-1] - 1)
     source = source[:, None].expand(-1, fmri_values.shape[1], -1)
