@@ -100,6 +100,8 @@ class FmriLMModel(FmriLMPreTrainedModel):
         self.codec = FmriCodecModel._from_config(config.codec_config)
         self.codec.requires_grad_(False)
         self.projector = FmriLMProjector(config)
+        # the tokens around a scan: apart from the vocabulary, so that they can be trained where that is frozen
+        self.boundaries = nn.Embedding(2, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -128,6 +130,9 @@ class FmriLMModel(FmriLMPreTrainedModel):
         """Embeddings [batch, length, hidden] of text, and of codes [scans, tokens] at the placeholders."""
         is_fmri = input_ids == self.config.fmri_token_id
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_fmri, 0))
+        boundaries = (self.config.fmri_start_token_id, self.config.fmri_end_token_id)
+        for token, embedding in zip(boundaries, self.boundaries.weight, strict=True):
+            embeddings = torch.where((input_ids == token)[..., None], embedding.to(embeddings.dtype), embeddings)
         expected = 0 if fmri_codes is None else int((fmri_codes >= 0).sum())
         if expected != is_fmri.sum():
             raise ValueError(f"expected {expected} fMRI placeholder tokens for the scans, got {int(is_fmri.sum())}")
@@ -272,10 +277,11 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
         joint.model.language_model.load_state_dict(language_model.base_model.state_dict())
         joint.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
         joint.tie_weights()
-        # projected codes enter at the size of word embeddings
-        size = joint.get_input_embeddings().weight.detach().pow(2).mean().sqrt()
+        # what a scan brings enters at the size of word embeddings
+        words = joint.get_input_embeddings().weight.detach()
         with torch.no_grad():
-            joint.model.projector.output_norm.weight.fill_(size)
+            joint.model.projector.output_norm.weight.fill_(words.pow(2).mean().sqrt())
+            joint.model.boundaries.weight.copy_(words.mean(0))
         return joint
 
     def get_input_embeddings(self) -> nn.Module:
@@ -351,7 +357,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
         return total / scored.sum().clamp(min=1)
 
     def next_codes(self, fmri_codes: torch.LongTensor) -> torch.LongTensor:
-        """The codes [labels] that `next_step_loss` predicts: those of fmri_codes [scans, tokens] but the first step's."""
+        """The codes [labels] that `next_step_loss` predicts: fmri_codes [scans, tokens] after the first step."""
         following = fmri_codes[:, self.config.codec_config.tokens_per_step :]
         return following[following >= 0]
 

@@ -149,7 +149,7 @@ def test_answers_are_the_true_levels_of_known_descriptors() -> None:
 
 def test_alignment_describes_every_window_before_any_comes_again() -> None:
     codes, levels = random_scans(20)
-    dataset = alignment_dataset(codes, levels, 50, statements=5, seed=3)
+    dataset = alignment_dataset(codes, levels, ["a text"], 50, statements=5, weights=[1, 0, 0], seed=3)
     drawn = [window_of(row) for row in dataset]
     assert sorted(drawn[:20]) == sorted(drawn[20:40]) == list(range(20)) and len(drawn) == 50
     for row in dataset:
@@ -157,6 +157,19 @@ def test_alignment_describes_every_window_before_any_comes_again() -> None:
         assert len(claims) == len(dict(claims)) == 5
         truth = levels[window_of(row)]
         assert all(truth[DESCRIPTOR_NAMES.index(name)] == LEVELS.index(level) for name, level in claims)
+
+
+def test_alignment_mixes_its_three_kinds_by_their_weights() -> None:
+    texts = ["one " * 300, "two " * 300]
+    dataset = alignment_dataset(*random_scans(20), texts, 400, statements=1, weights=[0.5, 0.2, 0.3], seed=3)
+    described = [row for row in dataset if row["messages"]]
+    alone = [row for row in dataset if row["codes"] and not row["messages"]]
+    plain = [row for row in dataset if row["text"]]
+    assert len(described) + len(alone) + len(plain) == 400
+    for rows, share in ((described, 0.5), (alone, 0.2), (plain, 0.3)):
+        assert abs(len(rows) / 400 - share) < 0.08
+    assert {row["text"] for row in plain} == {("one " * 100).strip(), ("two " * 100).strip()}
+    assert not any(row["codes"] or row["messages"] for row in plain)
 
 
 def test_descriptions_parse_back() -> None:

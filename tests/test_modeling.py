@@ -80,6 +80,7 @@ def test_joining_keeps_the_pretrained_weights(tied: bool, tiny_model, make_langu
     assert torch.allclose(joint(inputs).logits[..., :count], old(inputs).logits, atol=1e-6)
     embeddings = joint.get_input_embeddings().weight
     assert torch.allclose(embeddings[-3:], embeddings[:-3].mean(0).expand(3, -1), atol=1e-6)
+    assert torch.allclose(joint.model.boundaries.weight, embeddings.mean(0).expand(2, -1), atol=1e-6)
 
 
 def test_projected_codes_have_the_size_of_word_embeddings(llama: Model) -> None:

@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.training.alignment import AlignmentTrainer, add_lora, train_alignment
+from fmrilm.training.alignment import add_lora, train_alignment
+from fmrilm.training.chats import FEATURES, alignment_dataset
 from fmrilm.training.collator import ChatCollator
 from fmrilm.training.sft import train_sft
+from fmrilm.training.trainer import JointTrainer
 from helpers import chats, random_scans
 
 
@@ -43,6 +46,13 @@ def trainer(model: Model, processor, folder, of: type[Trainer] = Trainer, **chan
     )
 
 
+def mixed_rows(rows: int = 8) -> Dataset:
+    """Rows of all three kinds of stage 2."""
+    codes, levels = random_scans(8)
+    texts = ["the visual network talks to the default mode network", "a brain at rest is never at rest"]
+    return alignment_dataset(codes, levels, texts, rows, statements=1, weights=[0.4, 0.3, 0.3], seed=1)
+
+
 @torch.no_grad()
 def loss(model: Model | PeftModel, processor) -> float:
     return model.eval()(**ChatCollator(processor)(list(chats()))).loss.item()
@@ -73,7 +83,7 @@ def test_resumed_training_equals_uninterrupted_training(tiny_model, processor, t
 
 
 @pytest.mark.parametrize("backbone", ["llama", "gpt2"])
-def test_lora_trains_attention_projector_and_head(backbone: str, tiny_model, processor, tmp_path) -> None:
+def test_lora_trains_attention_and_what_a_scan_passes_through(backbone: str, tiny_model, processor, tmp_path) -> None:
     model = tiny_model(backbone)
     codec = copy.deepcopy(model.model.codec.state_dict())
     frozen = model.model.language_model.get_input_embeddings().weight.clone()
@@ -81,7 +91,7 @@ def test_lora_trains_attention_projector_and_head(backbone: str, tiny_model, pro
     trainable = {name for name, value in adapted.named_parameters() if value.requires_grad}
     projector = dict(tiny_model().model.projector.named_parameters())
     whole = {f"model.projector.modules_to_save.default.{name}" for name in projector}
-    whole.add("fmri_head.modules_to_save.default.weight")
+    whole |= {"fmri_head.modules_to_save.default.weight", "model.boundaries.modules_to_save.default.weight"}
     layer = "model.language_model.layers.{}.self_attn.{}.lora_{}.default.weight"
     projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
     if backbone == "gpt2":
@@ -99,7 +109,7 @@ def test_lora_trains_attention_projector_and_head(backbone: str, tiny_model, pro
 
 def test_alignment_logs_both_losses(tiny_model, processor, tmp_path) -> None:
     model = tiny_model()
-    aligned = trainer(model, processor, tmp_path, AlignmentTrainer, max_steps=4, eval_strategy="steps", eval_steps=1)
+    aligned = trainer(model, processor, tmp_path, JointTrainer, max_steps=4, eval_strategy="steps", eval_steps=1)
     aligned.train()
     logs = [entry for entry in aligned.state.log_history if "loss" in entry]
     assert len(logs) == 2
@@ -109,16 +119,61 @@ def test_alignment_logs_both_losses(tiny_model, processor, tmp_path) -> None:
         assert entry["loss"] == pytest.approx(expected, rel=0.02)
 
 
-def test_accumulated_batches_train_as_one(tiny_model, processor, tmp_path) -> None:
+def test_full_tuning_leaves_only_the_codec_as_it_was(tiny_model, processor, tmp_path) -> None:
+    model = tiny_model()
+    codec = copy.deepcopy(model.model.codec.state_dict())
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    train_alignment(model, mixed_rows(), processor, TrainingArguments(**options(tmp_path)))
+    unchanged = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    assert unchanged == {name for name in before if name.startswith("model.codec.")}
+    assert equal_states(model.model.codec, codec)
+
+
+def test_scan_alone_teaches_next_codes_and_plain_text_teaches_words(tiny_model, processor) -> None:
+    rows, model = list(mixed_rows()), tiny_model()
+    scan = next(row for row in rows if row["codes"] and not row["messages"])
+    text = next(row for row in rows if row["text"])
+    inputs = ChatCollator(processor)([scan])
+    assert (inputs["labels"] == -100).all()
+    outputs = model(**inputs)
+    assert outputs.text_loss == 0 and outputs.loss == model.config.fmri_loss_weight * outputs.fmri_loss > 0
+    inputs = ChatCollator(processor)([text])
+    assert "fmri_codes" not in inputs and torch.equal(inputs["labels"] != -100, inputs["attention_mask"].bool())
+    assert processor.tokenizer.decode(inputs["input_ids"][0][inputs["attention_mask"][0] == 1]) == text["text"]
+    assert model(**inputs).fmri_loss is None
+
+
+@pytest.mark.parametrize("of", [Trainer, JointTrainer])
+def test_batches_of_scans_alone_lower_their_loss(of: type[Trainer], tiny_model, processor, tmp_path) -> None:
+    rows = Dataset.from_list([row for row in mixed_rows() if row["codes"] and not row["messages"]], features=FEATURES)
+    model, inputs = tiny_model(), ChatCollator(processor)(list(rows))
+    before = model(**inputs).fmri_loss
+    args = TrainingArguments(**options(tmp_path, max_steps=12))
+    of(model=model, args=args, train_dataset=rows, data_collator=ChatCollator(processor)).train()
+    assert model.eval()(**inputs).fmri_loss < 0.9 * before
+
+
+def test_accumulated_batches_of_mixed_rows_train_as_one(tiny_model, processor, tmp_path) -> None:
+    rows = list(mixed_rows(8))
+    kinds = {(bool(row["messages"]), bool(row["codes"])) for row in rows}
+    assert kinds == {(True, True), (False, True), (False, False)}
+    assert_batch_size_does_not_matter(JointTrainer, rows, tiny_model, processor, tmp_path)
+
+
+def test_accumulated_batches_of_equal_rows_train_as_one_by_the_plain_trainer(tiny_model, processor, tmp_path) -> None:
     # one text about four scans: each has the same number of labels
     rows = [{**chats(1)[0], "codes": [codes.tolist()]} for codes in random_scans(4)[0]]
+    assert_batch_size_does_not_matter(Trainer, rows, tiny_model, processor, tmp_path)
+
+
+def assert_batch_size_does_not_matter(of: type[Trainer], rows: list[dict], tiny_model, processor, tmp_path) -> None:
     models = []
-    for size in (4, 1):
+    for size in (len(rows), 1):
         model = tiny_model()
         values = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 1, "max_grad_norm": 0.0}
-        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": len(rows) // size}
         args = TrainingArguments(**options(tmp_path, **values, **sizes))
-        Trainer(model=model, args=args, train_dataset=rows, data_collator=ChatCollator(processor)).train()
+        of(model=model, args=args, train_dataset=rows, data_collator=ChatCollator(processor)).train()
         models.append(model)
     for name in ("lm_head", "fmri_head"):
         untrained, whole, parts = (model.get_submodule(name).weight for model in (tiny_model(), *models))

@@ -15,18 +15,12 @@ from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor
 
 from .collator import ChatCollator
-from .trainer import LossPartsTrainer
+from .trainer import JointTrainer
 
 
 WARM_UP_BATCH, WARM_UP_RATE = 32, 1e-3
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
-
-
-class AlignmentTrainer(LossPartsTrainer):
-    """Trains on chats with both losses: the text and the next step's codes."""
-
-    loss_parts = ("text_loss", "fmri_loss")
 
 
 def join(
@@ -92,24 +86,27 @@ def warm_up_projector(
 
 
 def add_lora(model: FmriLMForConditionalGeneration, rank: int) -> PeftModel:
-    """LoRA on the language model's attention; the projector and the head for codes are trained whole."""
+    """
+    LoRA on the language model's attention; what a scan enters and leaves through is trained whole. A model without it
+    has its whole language model tuned.
+    """
     return get_peft_model(
         model,
         LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
             target_modules=LORA_TARGETS,
-            modules_to_save=["projector", "fmri_head"],
+            modules_to_save=["projector", "boundaries", "fmri_head"],
             task_type="CAUSAL_LM",
         ),
     )
 
 
 def train_alignment(
-    model: PeftModel, dataset: Dataset, processor: FmriLMProcessor, args: TrainingArguments
-) -> PeftModel:
-    """On rows {"messages", "codes"}."""
-    trainer = AlignmentTrainer(
+    model: PeftModel | PreTrainedModel, dataset: Dataset, processor: FmriLMProcessor, args: TrainingArguments
+) -> PeftModel | PreTrainedModel:
+    """On rows {"messages", "codes", "text"}; the codec stays as it is."""
+    trainer = JointTrainer(
         model=model, args=args, train_dataset=dataset, data_collator=ChatCollator(processor)
     )
     trainer.train()

@@ -8,8 +8,12 @@ from datasets import Dataset, Features, Json, List, Value
 from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS
 from fmrilm.processors.descriptors.text import QUESTIONS, REQUESTS, description, question
 
+from .plain_text import excerpt
 
-FEATURES = Features({"messages": List(Json()), "codes": List(List(Value("int32")))})
+
+FEATURES = Features({"messages": List(Json()), "codes": List(List(Value("int32"))), "text": Value("string")})
+# words of plain text in a row: about as many tokens as a scan and its description
+TEXT_WORDS = 100
 
 
 def scan_block() -> dict:
@@ -51,12 +55,28 @@ def question_chat(levels: np.ndarray, questions: int, rng: np.random.Generator) 
     return chat
 
 
-def alignment_dataset(codes: np.ndarray, levels: np.ndarray, rows: int, statements: int, seed: int) -> Dataset:
-    """Stage 2: descriptions. codes: int [windows, tokens]; levels: int [windows, descriptors]."""
+def alignment_dataset(
+    codes: np.ndarray,
+    levels: np.ndarray,
+    texts: Sequence[str],
+    rows: int,
+    statements: int,
+    weights: Sequence[float],
+    seed: int,
+) -> Dataset:
+    """
+    Stage 2: a scan with its description, a scan alone (only its next codes are to be told), or plain text, drawn with
+    `weights` in that order. codes: int [windows, tokens]; levels: int [windows, descriptors].
+    """
     rng = np.random.default_rng(seed)
-    return _dataset(
-        (codes[index], describing_chat(levels[index], statements, rng)) for index in _draw(len(codes), rows, rng)
-    )
+    made = []
+    for index in _draw(len(codes), rows, rng):
+        kind = rng.choice(3, p=weights)
+        if kind == 2:
+            made.append(_row(text=excerpt(texts[rng.integers(len(texts))], TEXT_WORDS, rng)))
+        else:
+            made.append(_row(codes[index], [] if kind else describing_chat(levels[index], statements, rng)))
+    return Dataset.from_list(made, features=FEATURES)
 
 
 def instruction_dataset(
@@ -73,15 +93,15 @@ def instruction_dataset(
     in that order.
     """
     rng = np.random.default_rng(seed)
-    chats = []
+    made = []
     for index in _draw(len(codes), rows, rng):
         paradigm = rng.choice(3, p=weights)
         if paradigm == 2:
             chat = describing_chat(levels[index], statements, rng)
         else:
             chat = question_chat(levels[index], 1 if paradigm == 0 else questions, rng)
-        chats.append((codes[index], chat))
-    return _dataset(chats)
+        made.append(_row(codes[index], chat))
+    return Dataset.from_list(made, features=FEATURES)
 
 
 def _draw(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray:
@@ -90,7 +110,5 @@ def _draw(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate(rounds)[:rows]
 
 
-def _dataset(rows) -> Dataset:
-    return Dataset.from_list(
-        [{"messages": chat, "codes": [codes.tolist()]} for codes, chat in rows], features=FEATURES
-    )
+def _row(codes: np.ndarray | None = None, chat: Sequence[dict] = (), text: str | None = None) -> dict:
+    return {"messages": list(chat), "codes": [] if codes is None else [codes.tolist()], "text": text}

@@ -1,4 +1,4 @@
-"""Batches for the language model: chats with cached codes in, masked labels out."""
+"""Batches for the language model: rows with cached codes in, masked labels out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from fmrilm.processors import FmriLMProcessor
+from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor
 
 
 IGNORED = -100
@@ -18,37 +19,66 @@ LENGTH_MULTIPLE = 32
 @dataclass
 class ChatCollator:
     """
-    Rows {"messages": chat, "codes": int [scans][tokens]} to model inputs. Blocks of the chat stand for the row's
-    codes in order. Only what the assistant says carries a label.
+    Rows {"messages": chat, "codes": int [scans][tokens], "text": str} to model inputs. Blocks of a chat stand for the
+    row's codes in order, and only what the assistant says carries a label. A row without a chat is a scan alone,
+    which carries no text label, or plain text, of which all does.
     """
 
     processor: FmriLMProcessor
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        chats, codes = [], []
-        for row in rows:
-            remaining = [np.asarray(scan) for scan in row["codes"]]
-            codes.extend(remaining)
-            chats.append(with_token_counts(row["messages"], remaining))
-        inputs = self.processor.apply_chat_template(
-            chats, return_assistant_tokens_mask=True, return_tensors="pt", padding_side="right"
-        )
-        labels = inputs["input_ids"].masked_fill(inputs["assistant_masks"] == 0, IGNORED)
-        if not (labels != IGNORED).any(-1).all():
-            raise ValueError("expected an assistant's answer in every chat, got a row without one")
-        missing = -labels.shape[1] % LENGTH_MULTIPLE
+        codes = [np.asarray(scan) for row in rows for scan in row["codes"]]
+        chats = iter(self._chats([row for row in rows if row["messages"]]))
+        pairs = [next(chats) if row["messages"] else self._plain(row) for row in rows]
+        ids, labels = zip(*pairs, strict=True)
+        missing = -max(map(len, ids)) % LENGTH_MULTIPLE
+        fill = self.processor.tokenizer.pad_token_id
         batch = {
-            "input_ids": F.pad(inputs["input_ids"], (0, missing), value=self.processor.tokenizer.pad_token_id),
-            "attention_mask": F.pad(inputs["attention_mask"], (0, missing)),
-            "labels": F.pad(labels, (0, missing), value=IGNORED),
+            "input_ids": _padded(ids, fill, missing),
+            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0, missing),
+            "labels": _padded(labels, IGNORED, missing),
         }
         # a batch may be text alone
         return {**batch, "fmri_codes": pad_codes(codes)} if codes else batch
 
+    def _chats(self, rows: Sequence[dict]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Token ids [length] and labels [length] of each chat."""
+        if not rows:
+            return []
+        inputs = self.processor.apply_chat_template(
+            [with_token_counts(row["messages"], row["codes"]) for row in rows],
+            return_assistant_tokens_mask=True,
+            return_tensors="pt",
+            padding_side="right",
+        )
+        labels = inputs["input_ids"].masked_fill(inputs["assistant_masks"] == 0, IGNORED)
+        if not (labels != IGNORED).any(-1).all():
+            raise ValueError("expected an assistant's answer in every chat, got a row without one")
+        lengths = inputs["attention_mask"].sum(-1).tolist()
+        return [(inputs["input_ids"][row, :end], labels[row, :end]) for row, end in enumerate(lengths)]
+
+    def _plain(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        if row["codes"]:
+            if len(row["codes"]) != 1:
+                raise ValueError(f"expected one scan in a row without a chat, got {len(row['codes'])}")
+            start, pad, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_END])
+            count = int((np.asarray(row["codes"][0]) >= 0).sum())
+            ids = torch.tensor([start, *[pad] * count, end])
+            return ids, torch.full_like(ids, IGNORED)
+        if not row["text"]:
+            raise ValueError("expected a chat, a scan or text in every row, got a row without any")
+        ids = torch.tensor(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
+        return ids, ids
+
+
+def _padded(rows: Sequence[torch.Tensor], fill: int, missing: int) -> torch.Tensor:
+    return F.pad(pad_sequence(list(rows), batch_first=True, padding_value=fill), (0, missing), value=fill)
+
 
 def pad_codes(codes: Sequence[np.ndarray]) -> torch.Tensor:
     """Codes int64 [scans, tokens] of scans of differing lengths; -1 is padding."""
-    return torch.nn.utils.rnn.pad_sequence(
+    return pad_sequence(
         [torch.as_tensor(scan, dtype=torch.long) for scan in codes], batch_first=True, padding_value=-1
     )
 

@@ -19,10 +19,12 @@ from fmrilm.processors.descriptors.text import description, question
 from . import evaluate
 from .alignment import add_lora, join, train_alignment, warm_up_projector
 from .chats import alignment_dataset, instruction_dataset
+from .code_cache import cached_codes
 from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
 from .data import MixedWindows, PreparedScan, Window, cut_windows, prepare_scans, split_subjects
 from .language_models import load_language_model
 from .open_data import open_scans
+from .plain_text import plain_texts
 from .report import ReportExample, write_report
 from .run_log import Clock, run_costs
 from .sft import train_sft
@@ -31,7 +33,9 @@ from .trainer import half_precision, training_options
 
 ATLASES = ("aal2-94", "schaefer-100-7networks", "schaefer-400-7networks")
 LORA_RANK = 8
-# one question, several questions in one conversation, open-ended description
+# stage 2: a scan and its description, a scan alone, plain text
+ALIGNMENT_WEIGHTS = (0.8, 0.1, 0.1)
+# stage 3: one question, several questions in one conversation, open-ended description
 PARADIGM_WEIGHTS = (0.05, 0.85, 0.1)
 # subjects of each dataset that no stage sees; LEMON has one subject and stays in training
 HELD_OUT = {"hcp": 2, "greifswald": 2, "hcp-schaefer": 1}
@@ -168,7 +172,7 @@ class Demo:
             ]
         )
         self.levels = self.cohort.levels(self.cohort.from_z_scores(self.z_scores))
-        self.codes = encode_items(codec, items + window_items(real))
+        self.codes = cached_codes(codec, items + window_items(real), self.output / "codes")
         language_model, tokenizer = load_language_model()
         processor = FmriLMProcessor(self.extractor, tokenizer, tokens_per_step=codec.config.tokens_per_step)
         return processor, join(codec, language_model, processor)
@@ -176,7 +180,15 @@ class Demo:
     def align(self, model: FmriLMForConditionalGeneration, processor: FmriLMProcessor) -> PeftModel:
         settings = self.settings
         rows = settings.alignment_steps * settings.rows_per_step
-        dataset = alignment_dataset(self.codes, self.levels, rows, settings.statements, settings.seed)
+        dataset = alignment_dataset(
+            self.codes,
+            self.levels,
+            plain_texts()[0],
+            rows,
+            settings.statements,
+            weights=ALIGNMENT_WEIGHTS,
+            seed=settings.seed,
+        )
         args = TrainingArguments(
             **training_options(self.output, settings.alignment_steps, settings.rows_per_step, 1e-3, settings.seed),
             bf16=half_precision(),

@@ -8,17 +8,15 @@ from trl import SFTConfig, SFTTrainer
 from fmrilm.processors import FmriLMProcessor
 
 from .collator import ChatCollator
-from .trainer import LossPartsTrainer
+from .trainer import JointTrainer
 
 
 # TRL's own preparation knows neither scans nor codes: the collator does that work
 REQUIRED = {"max_length": None, "remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
 
 
-class FmriLMSFTTrainer(LossPartsTrainer, SFTTrainer):
+class FmriLMSFTTrainer(JointTrainer, SFTTrainer):
     """TRL's SFTTrainer on the model's own loss: labelled tokens alone meet the vocabulary, and codes stay in it."""
-
-    loss_parts = ("text_loss", "fmri_loss")
 
 
 def train_sft(

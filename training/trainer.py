@@ -36,6 +36,24 @@ class LossPartsTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+class JointTrainer(LossPartsTrainer):
+    """For the language model: the two losses, each weighted by its own labels over an accumulated batch."""
+
+    loss_parts = ("text_loss", "fmri_loss")
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        per_step = self.model.config.codec_config.tokens_per_step
+        counts = [(batch["fmri_codes"][:, per_step:] >= 0).sum() for batch in batches if "fmri_codes" in batch]
+        if counts:
+            total = torch.stack(counts).sum().to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                total = self.accelerator.gather(total).sum()
+            for batch in batches:
+                batch["num_fmri_items_in_batch"] = total.clamp(min=1)
+        return batches, items
+
+
 def training_options(output: Path, steps: int, batch: int, learning_rate: float, seed: int) -> dict:
     """Trainer arguments that the demo's three stages share: one warm-up, one cosine, nothing reported elsewhere."""
     return {
