@@ -142,7 +142,8 @@ class Handler(BaseHTTPRequestHandler):
             for known, pattern, name in ROUTES:
                 match = pattern.fullmatch(target.path)
                 if match and known == method:
-                    getattr(self, f"on_{name}")(**{key: unquote(text or "") for key, text in match.groupdict().items()})
+                    values = {key: unquote(text or "") for key, text in match.groupdict().items()}
+                    getattr(self, f"on_{name}")(**values)
                     return
             raise Refused(404, "NotFound", f"no route {self.command} {target.path}")
         except Refused as error:

@@ -110,7 +110,11 @@ def train_alignment(
 ) -> PeftModel:
     """On rows {"messages", "codes"}."""
     trainer = AlignmentTrainer(
-        model=model, args=args, train_dataset=dataset, data_collator=ChatCollator(processor)
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=ChatCollator(processor),
+        processing_class=processor,
     )
     trainer.train()
     return model
