@@ -241,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         if "README.md" in files:
             header = re.match(r"---\n(.*?)\n---", files["README.md"].content.decode(), flags=re.DOTALL)
             info["cardData"] = yaml.safe_load(header[1]) if header else {}
-            info["pipeline_tag"] = info["cardData"].get("pipeline_tag")
+            info |= {key: info["cardData"].get(key) for key in ("pipeline_tag", "library_name")}
         self.send(info)
 
     def on_refs(self, kind: str, repo: str) -> None:

@@ -35,7 +35,7 @@ def demo(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="Saved model with its processor, or an adapter.")],
+    folder: Annotated[Path, typer.Argument(help="Saved model or adapter with its processor.")],
     repo: Annotated[str, typer.Argument(help="Repository on the Hub, such as me/my-model.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
     branch: Annotated[str, typer.Option("--revision", help="Branch to commit to.")] = "main",

@@ -46,13 +46,12 @@ def subject_hashes(*groups: Iterable[str]) -> list[list[str]]:
 
 def fill_card(folder: Path, results: dict | None = None, repo: str = UNKNOWN_REPO) -> ModelCard:
     """
-    The card of a model or adapter in `folder`. results: what `fmrilm demo` writes into results.json; without it, the
-    card says that training and evaluation are not stated.
+    The card of a model or adapter and its processor in `folder`. results: what `fmrilm demo` writes into results.json;
+    without it, the card says that training and evaluation are not stated.
     """
     adapter = _read(folder / "adapter_config.json")
     config = _read(folder / "config.json") or {}
-    processor = _read(folder / "processor_config.json")
-    extractor = (processor or {}).get("feature_extractor", {})
+    extractor = _read(folder / "processor_config.json")["feature_extractor"]
     if adapter:
         base_model = adapter["base_model_name_or_path"]
     else:
@@ -81,8 +80,7 @@ def fill_card(folder: Path, results: dict | None = None, repo: str = UNKNOWN_REP
         "license": license,
         "codec": codec,
         "seconds_per_step": codec.get("patch_length", 0) * codec.get("repetition_time", 0),
-        "processor_here": processor is not None,
-        "atlases": [{**atlas, "has_image": atlas["name"] in images} for atlas in extractor.get("atlases", [])],
+        "atlases": [{**atlas, "has_image": atlas["name"] in images} for atlas in extractor["atlases"]],
         "preprocessing": extractor,
         "results": results is not None,
     }
@@ -106,7 +104,10 @@ def read_card(path: Path) -> ModelCard:
         raise ValueError(f"{path.name}: expected metadata in YAML, got {error}") from error
     license = card.data.get("license")
     if license not in LICENSES:
-        raise ValueError(f"{path.name}: expected a license that the Hub knows, such as apache-2.0, got {license!r}")
+        raise ValueError(
+            f"{path.name}: expected a license that the Hub knows, such as apache-2.0, got {license!r}; without that "
+            "file, a card is filled in"
+        )
     if license == "other" and not card.data.get("license_name"):
         raise ValueError(f"{path.name}: expected license_name beside license: other, got none")
     return card

@@ -38,7 +38,7 @@ def push(
     dry_run: bool = False,
 ) -> tuple[str | None, dict[str, int]]:
     """
-    Uploads a saved model with its processor, or an adapter, to the repository `repo`, which is made if need be. The
+    Uploads a saved model or adapter with its processor to the repository `repo`, which is made if need be. The
     card is the folder's own README.md, or is filled in where there is none, or anew from `results` (results.json).
 
     Returns:
@@ -46,9 +46,12 @@ def push(
     """
     validate_repo_id(repo)
     problems = list(find_problems(folder))
+    try:
+        card = None if problems else str(_card(folder, repo, results)).encode()
+    except ValueError as error:
+        problems = [str(error)]
     if problems:
         raise ValueError(f"{folder} was not pushed:\n" + "\n".join(f"- {problem}" for problem in problems))
-    card = str(_card(folder, repo, results)).encode()
     files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     sizes = {name: path.stat().st_size for name, path in files.items()} | {CARD: len(card)}
     if dry_run:
@@ -66,7 +69,7 @@ def push(
 
 
 def find_problems(folder: Path) -> Iterator[str]:
-    """Everything that keeps a folder from being pushed, a sentence each."""
+    """Everything but its card that keeps a folder from being pushed, a sentence each."""
     if not folder.is_dir():
         yield f"expected a folder, got {folder}"
         return
@@ -93,11 +96,6 @@ def find_problems(folder: Path) -> Iterator[str]:
         yield from _model_problems(folder)
     yield from _processor_problems(folder)
     yield from _code_problems(folder, files)
-    if (folder / CARD).exists():
-        try:
-            read_card(folder / CARD)
-        except ValueError as error:
-            yield str(error)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -186,8 +184,6 @@ def _model_problems(folder: Path) -> Iterator[str]:
         return
     if config.get("auto_map") != AUTO_MAP:
         yield f"config.json: expected auto_map {AUTO_MAP}, got {config.get('auto_map')}"
-    if not (folder / "processor_config.json").exists():
-        yield "expected processor_config.json with an atlas, got none: save the processor into the folder"
     tokens = {config[f"fmri_{name}token_id"] for name in ("start_", "", "end_")}
     path = folder / "generation_config.json"
     suppressed = json.loads(path.read_text()).get("suppress_tokens") if path.exists() else None
@@ -197,7 +193,9 @@ def _model_problems(folder: Path) -> Iterator[str]:
 
 def _processor_problems(folder: Path) -> Iterator[str]:
     path = folder / "processor_config.json"
-    if path.exists() and not json.loads(path.read_text()).get("feature_extractor", {}).get("atlases"):
+    if not path.exists():
+        yield f"expected {path.name} with an atlas, got none: save the processor into the folder"
+    elif not json.loads(path.read_text()).get("feature_extractor", {}).get("atlases"):
         yield f"{path.name}: expected at least one atlas, got none: scans could not be read"
 
 
