@@ -101,8 +101,6 @@ def add_lora(model: FmriLMForConditionalGeneration, rank: int) -> PeftModel:
             target_modules=LORA_TARGETS,
             modules_to_save=["projector", "fmri_head"],
             task_type="CAUSAL_LM",
-            # the base model's code and weights of this commit, whatever its branch holds when the adapter is loaded
-            revision=getattr(model.config, "_commit_hash", None),
         ),
     )
 

@@ -20,6 +20,7 @@ from .model_card import UNKNOWN_REPO, fill_card, read_card
 
 
 CARD = "README.md"
+ADAPTER = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pkl", ".pickle", ".pth", ".ckpt", ".joblib")
 # the Hub's limits: https://huggingface.co/docs/hub/storage-limits
 MAX_FILE_BYTES = 50 * 10**9
@@ -57,12 +58,15 @@ def push(
     if dry_run:
         return None, sizes
     api = HfApi()
+    own = {CARD: card}
+    if ADAPTER in files:
+        own[ADAPTER] = _pinned(files[ADAPTER], api)
     repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
     if private and not api.model_info(repo).private:
         raise ValueError(f"expected {repo} to be private, got a public repository of that name: nothing was uploaded")
     if branch != "main":
         api.create_branch(repo, branch=branch, exist_ok=True)
-    operations = [CommitOperationAdd(name, card if name == CARD else str(files[name])) for name in sizes]
+    operations = [CommitOperationAdd(name, own.get(name) or str(files[name])) for name in sizes]
     old = [name for name in api.list_repo_files(repo, revision=branch) if name.endswith(REPLACED_SUFFIXES)]
     operations += [CommitOperationDelete(name) for name in old if name not in sizes]
     return api.create_commit(repo, operations, commit_message=message, revision=branch).oid, sizes
@@ -90,7 +94,7 @@ def find_problems(folder: Path) -> Iterator[str]:
             yield f"{path.name}: expected JSON, {error}"
             return
     yield from _weight_problems(folder)
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER).exists():
         yield from _adapter_problems(folder)
     else:
         yield from _model_problems(folder)
@@ -146,7 +150,7 @@ def _weight_problems(folder: Path) -> Iterator[str]:
         expected = set(json.loads(index.read_text())["weight_map"].values())
         if missing := sorted(expected - {path.name for path in weights}):
             yield f"{index.name} names weights that are not there: {', '.join(missing)}"
-    elif (folder / "adapter_config.json").exists():
+    elif (folder / ADAPTER).exists():
         if not (folder / "adapter_model.safetensors").exists():
             yield "expected weights in adapter_model.safetensors, got none"
     elif not (folder / "model.safetensors").exists():
@@ -160,8 +164,8 @@ def _weight_problems(folder: Path) -> Iterator[str]:
 
 
 def _adapter_problems(folder: Path) -> Iterator[str]:
-    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    missing = "adapter_config.json: expected the Hub id of the base model in base_model_name_or_path, got"
+    base = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path")
+    missing = f"{ADAPTER}: expected the Hub id of the base model in base_model_name_or_path, got"
     if not base:
         yield f"{missing} none: push the base model, load it from the Hub and train the adapter on that"
         return
@@ -176,7 +180,7 @@ def _adapter_problems(folder: Path) -> Iterator[str]:
 
 def _model_problems(folder: Path) -> Iterator[str]:
     if not (folder / "config.json").exists():
-        yield "expected config.json of a model or adapter_config.json, got neither"
+        yield f"expected config.json of a model or {ADAPTER}, got neither"
         return
     config = json.loads((folder / "config.json").read_text())
     if config.get("model_type") != "fmrilm":
@@ -220,6 +224,16 @@ def _code_problems(folder: Path, files: list[Path]) -> Iterator[str]:
                 needed |= {module, *(Path(path).name for path in get_relative_import_files(own[module]))}
     if missing := sorted(needed - {path.name for path in present}):
         yield f"expected the code that the configurations name, without {', '.join(missing)} it does not load"
+
+
+def _pinned(path: Path, api: HfApi) -> bytes:
+    """
+    The adapter's configuration with the commit its base model is at, if it names none: the base model's code and
+    weights stay those it was trained on, whatever comes to that repository later.
+    """
+    values = json.loads(path.read_text())
+    values["revision"] = values.get("revision") or api.model_info(values["base_model_name_or_path"]).sha
+    return json.dumps(values, indent=2).encode()
 
 
 def _card(folder: Path, repo: str, results: Path | None) -> ModelCard:
