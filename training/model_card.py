@@ -49,19 +49,24 @@ def fill_card(folder: Path, results: dict | None = None, repo: str = UNKNOWN_REP
     The card of a model or adapter and its processor in `folder`. results: what `fmrilm demo` writes into results.json;
     without it, the card says that training and evaluation are not stated.
     """
+    try:
+        return ModelCard(_template().render(_values(folder, results, repo)))
+    except (KeyError, UndefinedError) as error:
+        raise ValueError(f"expected the results of `fmrilm demo`, got some without {error}") from error
+
+
+def _values(folder: Path, results: dict | None, repo: str) -> dict[str, Any]:
+    """What the template's names stand for."""
     adapter = _read(folder / "adapter_config.json")
     config = _read(folder / "config.json") or {}
     extractor = _read(folder / "processor_config.json")["feature_extractor"]
-    if adapter:
-        base_model = adapter["base_model_name_or_path"]
-    else:
-        base_model = results and results.get("model", {}).get("base_model")
-    license = (results or {}).get("model", {}).get("license", "unknown")
+    origin = results["model"] if results else {"base_model": None, "license": "unknown"}
+    base_model = adapter["base_model_name_or_path"] if adapter else origin["base_model"]
     name = folder.name if repo == UNKNOWN_REPO else repo.split("/")[-1]
     images = {path.name.split(".")[0] for path in folder.glob("atlases/*")}
-    data = ModelCardData(
+    metadata = ModelCardData(
         language="en",
-        license=license,
+        license=origin["license"],
         library_name="peft" if adapter else "transformers",
         pipeline_tag=PIPELINE_TAG,
         tags=["fmri", "neuroscience", "fmri-lm"],
@@ -72,12 +77,12 @@ def fill_card(folder: Path, results: dict | None = None, repo: str = UNKNOWN_REP
     )
     codec = config.get("codec_config", {})
     values = {
-        "metadata": data.to_yaml(),
+        "metadata": metadata.to_yaml(),
         "name": name,
         "kind": "adapter" if adapter else "model",
         "repo": repo,
         "base_model": base_model,
-        "license": license,
+        "license": origin["license"],
         "codec": codec,
         "seconds_per_step": codec.get("patch_length", 0) * codec.get("repetition_time", 0),
         "atlases": [{**atlas, "has_image": atlas["name"] in images} for atlas in extractor["atlases"]],
@@ -85,15 +90,11 @@ def fill_card(folder: Path, results: dict | None = None, repo: str = UNKNOWN_REP
         "results": results is not None,
     }
     if results is not None:
-        try:
-            values |= {key: results[key] for key in ("data", "questions", "run", "settings")}
-            values["codec_results"] = results["codec"]
-            people = results["data"]["people"]
-            values["overlap"] = len(set(people["training"]) & set(people["held_out"]))
-            return ModelCard(_template().render(values))
-        except (KeyError, UndefinedError) as error:
-            raise ValueError(f"expected the results of `fmrilm demo`, got some without {error}") from error
-    return ModelCard(_template().render(values))
+        people = results["data"]["people"]
+        values |= {key: results[key] for key in ("data", "questions", "run", "settings")}
+        values["codec_results"] = results["codec"]
+        values["overlap"] = len(set(people["training"]) & set(people["held_out"]))
+    return values
 
 
 def read_card(path: Path) -> ModelCard:
