@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from fmrilm.training.demo import HELD_OUT, run_demo
+from fmrilm.training.model_card import read_card
 from fmrilm.training.open_data import open_scans
+from fmrilm.training.publish import find_problems
 
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +61,8 @@ def test_results_compare_right_swapped_noise_and_majority(results: dict) -> None
 
 def test_no_identifier_of_a_person_is_written(finished: Path) -> None:
     identifiers = {scan.subject for scan in open_scans()}
-    for path in [finished / "results.json", finished / "report.html", *(finished / "model").glob("*.json")]:
+    paths = [finished / "results.json", finished / "report.html", finished / "model" / "README.md"]
+    for path in [*paths, *(finished / "model").glob("*.json")]:
         text = path.read_text()
         assert not [name for name in identifiers if name in text], path.name
 
@@ -83,3 +86,16 @@ def test_usage_snippet_of_the_readme_runs_on_the_model(finished: Path, tmp_path:
     assert names["scores"].shape == (1, 3)
     assert names["scores"].softmax(-1).sum().item() == pytest.approx(1, abs=1e-5)
     assert "tensor" in capsys.readouterr().out
+
+
+def test_card_of_the_model_states_what_was_measured(finished: Path, results: dict) -> None:
+    card = read_card(finished / "model" / "README.md")
+    assert (card.data.base_model, card.data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    assert f"0 of the {results['data']['held_out_subjects']} held-out people are among them" in card.text
+    assert "learned next to nothing" in card.text
+    families = results["questions"]["families"]
+    accuracies = [result for result in card.data.eval_results if result.metric_type == "balanced_accuracy"]
+    assert {result.dataset_config: result.metric_value for result in accuracies} == {
+        name: pytest.approx(family["right"]["accuracy"], abs=1e-4) for name, family in families.items()
+    }
+    assert not list(find_problems(finished / "model"))

@@ -107,7 +107,11 @@ def train_alignment(
 ) -> PeftModel | PreTrainedModel:
     """On rows {"messages", "codes", "text"}; the codec stays as it is."""
     trainer = JointTrainer(
-        model=model, args=args, train_dataset=dataset, data_collator=ChatCollator(processor)
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=ChatCollator(processor),
+        processing_class=processor,
     )
     trainer.train()
     return model

@@ -22,8 +22,9 @@ from .chats import alignment_dataset, instruction_dataset
 from .code_cache import cached_codes
 from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
 from .data import MixedWindows, PreparedScan, Window, cut_windows, prepare_scans, split_subjects
-from .language_models import load_language_model
-from .open_data import open_scans
+from .language_models import PACKAGED_MODEL_CARD, load_language_model
+from .model_card import fill_card, subject_hashes
+from .open_data import TERMS, open_scans
 from .plain_text import plain_texts
 from .report import ReportExample, write_report
 from .run_log import Clock, run_costs
@@ -245,13 +246,17 @@ class Demo:
         majority = evaluate.most_frequent(training_levels)
         per_step = codec.config.tokens_per_step
         baseline = evaluate.PatchPCA(self.training, codec.config.patch_length, per_step)
+        people = subject_hashes(*({scan.subject for scan in scans} for scans in (self.training, self.held_out)))
         results = {
+            "model": PACKAGED_MODEL_CARD,
             "data": {
                 "training_subjects": len(_subjects(self.training)),
                 "held_out_subjects": len(self.names),
                 "training_windows": len(self.training_windows),
                 "held_out_windows": len(self.windows),
                 "datasets": _dataset_counts(self.training, self.held_out),
+                "people": dict(zip(("training", "held_out"), people, strict=True)),
+                "terms": TERMS,
                 "atlases": list(ATLASES),
             },
             "codec": {
@@ -360,7 +365,7 @@ def _first_windows(windows: list[Window]) -> list[int]:
 
 def run_demo(output: Path, quick: bool = False) -> dict:
     """
-    Runs the chain and writes `model/` (model and processor), `results.json` and `report.html` into `output`.
+    Runs the chain and writes `model/` (model, processor and card), `results.json` and `report.html` into `output`.
     A finished run of the same settings is not repeated.
     """
     settings = DemoSettings.quick() if quick else DemoSettings()
@@ -376,6 +381,7 @@ def run_demo(output: Path, quick: bool = False) -> dict:
     results, example = Demo(settings, quick, staging).run()
     write_report(staging / "report.html", results, example)
     (staging / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    fill_card(staging / "model", results).save(staging / "model" / "README.md")
     shutil.rmtree(output, ignore_errors=True)
     staging.rename(output)
     return results

@@ -12,6 +12,8 @@ from .open_data import package_folder
 
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
+# where it comes from, and its licence, which models that grow out of it keep
+PACKAGED_MODEL_CARD = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 CACHE = Path(os.environ.get("FMRILM_CACHE", Path.home() / ".cache" / "fmrilm"))
 
 

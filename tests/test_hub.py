@@ -1,0 +1,399 @@
+"""
+Against a Hub on loopback, by the real clients: pushed here, pulled in a process without this package. The clients read
+their environment when they are imported, so each side is a process of its own; what both sides did, the tests read.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import TOKEN, USER, Hub, running_hub
+from huggingface_hub import ModelCard
+
+from fmrilm.processors import FmriLMProcessor
+from fmrilm.training.alignment import join
+from helpers import chats, linked_site
+
+
+AUTO_CLASSES = {
+    "AutoConfig": "configuration_fmrilm.FmriLMConfig",
+    "AutoModel": "modeling_fmrilm.FmriLMModel",
+    "AutoModelForCausalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
+}
+PREAMBLE = """
+import json, sys
+
+arguments = json.loads(sys.argv[1])
+for place in arguments["places"]:
+    sys.path.insert(0, place)
+folder, chat = arguments["folder"], arguments["chat"]
+"""
+
+# a client that is killed in the middle of its upload
+UPLOAD = """
+from huggingface_hub import HfApi
+
+api = HfApi()
+api.create_repo("tester/model")
+api.upload_folder(repo_id="tester/model", folder_path=folder)
+"""
+
+PUSH = """
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+from typer.testing import CliRunner
+
+import fmrilm
+from fmrilm.training.alignment import add_lora
+from fmrilm.training.cli import app
+from fmrilm.training.sft import train_sft
+from helpers import chats
+
+
+def run(*words):
+    result = CliRunner().invoke(app, ["push", *words])
+    return [result.exit_code, result.output]
+
+
+said = {
+    "model": run(folder, "tester/model"),
+    "private": run(folder, "tester/secret", "--private"),
+    "branch": run(folder, "tester/model", "--revision", "trial/1", "--message", "A trial"),
+    "not private": run(folder, "tester/model", "--private"),
+}
+processor = AutoProcessor.from_pretrained("tester/model")
+processor.push_to_hub("tester/processor")
+chats(4).push_to_hub("tester/chats")
+adapted = train_sft(
+    add_lora(fmrilm.FmriLMForConditionalGeneration.from_pretrained("tester/model"), 2),
+    chats(4),
+    processor,
+    output_dir=arguments["output"],
+    max_steps=2,
+    save_steps=1,
+    save_strategy="steps",
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    report_to="none",
+    per_device_train_batch_size=2,
+    push_to_hub=True,
+    hub_model_id="tester/trl",
+    hub_strategy="all_checkpoints",
+    hub_always_push=True,
+)
+adapter = Path(arguments["output"]) / "adapter"
+adapted.save_pretrained(adapter)
+processor.save_pretrained(adapter)
+(adapter / "README.md").unlink()
+said["adapter"] = run(str(adapter), "tester/adapter")
+adapted.push_to_hub("tester/peft")
+# a later commit with other weights: an adapter belongs to the ones that it was trained on
+model = fmrilm.FmriLMForConditionalGeneration.from_pretrained("tester/model")
+with torch.no_grad():
+    said["adapted"] = adapted.eval()(**processor.apply_chat_template(chat, add_generation_prompt=True)).logits
+    model.lm_head.weight[5] += 1
+model.push_to_hub("tester/model", commit_message="Other weights")
+merged = adapted.merge_and_unload()
+merged.push_to_hub("tester/merged")
+torch.save(said, arguments["results"])
+"""
+
+PULL = """
+import importlib, re
+
+for name in ("fmrilm", "trl", "nilearn"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        continue
+    raise AssertionError(name + " can be imported")
+
+import torch
+from datasets import load_dataset
+from huggingface_hub import ModelCard, snapshot_download
+from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer, TrainingArguments, pipeline
+
+trust = {"trust_remote_code": True}
+old = arguments["commit"]
+results = {}
+
+
+def error_of(call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+
+def use(card, revision):
+    (snippet,) = re.findall(r"```python\\n(.*?)```", ModelCard.load(card).text, flags=re.DOTALL)
+    snippet = snippet.replace("<commit>", revision).replace("<repository>", card)
+    names = {}
+    exec(snippet, names)
+    return names["output"], names["scores"].detach()
+
+
+processor = AutoProcessor.from_pretrained("tester/processor", **trust)
+inputs = processor.apply_chat_template(chat, add_generation_prompt=True)
+results["inputs"] = dict(inputs)
+with torch.no_grad():
+    for revision in (old, "main", "trial/1"):
+        model = AutoModelForMultimodalLM.from_pretrained("tester/model", revision=revision, **trust)
+        results[revision] = model(**inputs).logits
+    merged = AutoModelForMultimodalLM.from_pretrained("tester/merged", **trust)
+    results["merged"] = merged(**inputs).logits
+    from peft import AutoPeftModelForCausalLM
+
+    for repo in ("tester/adapter", "tester/peft"):
+        adapter = AutoPeftModelForCausalLM.from_pretrained(repo, **trust).eval()
+        results[repo] = adapter(**inputs).logits
+results["use"] = use("tester/model", old)
+results["use of the adapter"] = use("tester/adapter", "main")
+results["chats"] = load_dataset("tester/chats", split="train")[:]
+results["anonymous snapshot"] = error_of(snapshot_download, "tester/secret", token=False)
+results["anonymous model"] = error_of(AutoModelForMultimodalLM.from_pretrained, "tester/secret", token=False, **trust)
+secret = AutoModelForMultimodalLM.from_pretrained("tester/secret", **trust)
+with torch.no_grad():
+    results["secret"] = secret(**inputs).logits
+results["task"] = pipeline(model="tester/model", **trust).task
+
+example = processor.apply_chat_template(chat, return_tensors="pt")
+example = {name: value[0] for name, value in example.items()}
+example["labels"] = example["input_ids"]
+args = TrainingArguments(
+    arguments["output"], max_steps=2, learning_rate=1e-2, use_cpu=True, report_to="none", save_steps=1,
+    push_to_hub=True, hub_model_id="tester/tuned", hub_strategy="end", per_device_train_batch_size=1,
+)
+model = AutoModelForMultimodalLM.from_pretrained("tester/model", revision=old, **trust)
+trainer = Trainer(
+    model=model,
+    args=args,
+    train_dataset=[example],
+    data_collator=lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
+    processing_class=processor,
+)
+trainer.train()
+trainer.push_to_hub()
+again = AutoModelForMultimodalLM.from_pretrained("tester/tuned", **trust).eval()
+with torch.no_grad():
+    results["tuned"], results["tuned again"] = model.eval()(**inputs).logits, again(**inputs).logits
+results["tuned inputs"] = dict(
+    AutoProcessor.from_pretrained("tester/tuned", **trust).apply_chat_template(chat, add_generation_prompt=True)
+)
+results["suppressed"] = again.generation_config.suppress_tokens
+torch.save(results, arguments["results"])
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with running_hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def parts(make_codec, make_language_model, extractor, module_tokenizer):
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    language_model = make_language_model("llama", len(module_tokenizer) - 3)
+    return join(make_codec(), language_model, processor).eval(), processor
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, parts) -> Path:
+    """Where both processes run: `model/`, and a scan."""
+    place = tmp_path_factory.mktemp("hub")
+    for part in parts:
+        part.save_pretrained(place / "model")
+    rng = torch.Generator().manual_seed(0)
+    signal = 1000 + 10 * torch.randn(40, 5, generator=rng)
+    np.save(place / "scan.npy", signal.numpy())
+    return place
+
+
+def chat_about(place: Path) -> list[dict]:
+    block = {"type": "fmri", "fmri": str(place / "scan.npy"), "tr": 2.0, "atlas": "tiny"}
+    return [{"role": "user", "content": [block, {"type": "text", "text": "Is it connected?"}]}]
+
+
+def start(hub: Hub, place: Path, name: str, script: str, *options: str, **arguments) -> subprocess.Popen:
+    """A process with a home of its own that knows the Hub and the token."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
+    environment |= {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(place / name),
+    }
+    arguments |= {
+        "folder": str(place / "model"),
+        "chat": chat_about(place),
+        "output": str(place / f"{name}-output"),
+        "results": str(place / f"{name}-results"),
+    }
+    command = [sys.executable, *options, "-c", PREAMBLE + script, json.dumps(arguments)]
+    return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen, place: Path, name: str) -> Path:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()[-6000:]
+    return place / f"{name}-results"
+
+
+@pytest.fixture(scope="module")
+def killed(hub: Hub, place: Path) -> dict:
+    """What the Hub holds after a client was killed in the middle of its upload."""
+    hub.hold_next_upload = True
+    process = start(hub, place, "killed", UPLOAD, places=[])
+    held = hub.holding.wait(60)
+    process.kill()
+    process.communicate()
+    return {"held": held, "files": set(hub.files(f"{USER}/model")), "objects": dict(hub.objects)}
+
+
+@pytest.fixture(scope="module")
+def said(hub: Hub, place: Path, killed: dict) -> dict:
+    """What the commands answered in the process that pushed; its first upload broke off in the middle."""
+    hub.break_next_upload = True
+    process = start(hub, place, "push", PUSH, places=[str(Path(__file__).parent)])
+    return torch.load(finish(process, place, "push"), weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def pulled(hub: Hub, place: Path, said: dict) -> dict:
+    """What the process without this package found."""
+    site = place / "site"
+    site.mkdir()
+    linked_site(site, "transformers", "torch", "numpy", "scipy", "datasets", "peft", "accelerate")
+    process = start(
+        hub, place, "pull", PULL, "-I", "-S", places=[str(site)], commit=commit_of(said["model"]),
+    )
+    return torch.load(finish(process, place, "pull"), weights_only=True)
+
+
+def commit_of(answer: list) -> str:
+    code, output = answer
+    assert code == 0, output
+    return re.search(r"is at commit ([0-9a-f]{40})", output)[1]
+
+
+def logits(parts, place: Path) -> torch.Tensor:
+    model, processor = parts
+    with torch.no_grad():
+        return model(**processor.apply_chat_template(chat_about(place), add_generation_prompt=True)).logits
+
+
+def test_killed_client_leaves_nothing_behind(killed: dict) -> None:
+    assert killed == {"held": True, "files": {".gitattributes"}, "objects": {}}
+
+
+def test_broken_connection_is_overcome_and_leaves_one_commit(hub: Hub, said: dict) -> None:
+    repository = hub.repositories["models", "tester/model"]
+    assert list(repository.titles.values()) == ["initial commit", "Upload model", "Other weights"]
+    uploads = [line for line in hub.requests if line.startswith("PUT /objects/")]
+    # killed, broken off, repeated by the client itself
+    assert uploads[0] == uploads[1] == uploads[2] and len(set(uploads)) == len(uploads) - 2
+
+
+def test_push_answers_with_the_commit_of_the_branch_it_made(hub: Hub, said: dict) -> None:
+    repository = hub.repositories["models", "tester/model"]
+    pushed = commit_of(said["model"])
+    assert repository.titles[pushed] == "Upload model"
+    # the same files again: the client makes no empty commit
+    assert commit_of(said["branch"]) == repository.branches["trial/1"] == pushed != repository.branches["main"]
+
+
+def test_public_repository_is_not_taken_for_a_private_one(said: dict) -> None:
+    code, output = said["not private"]
+    assert code == 1 and "expected tester/model to be private" in output
+
+
+def test_what_is_pulled_answers_as_what_was_pushed(parts, place: Path, said: dict, pulled: dict) -> None:
+    model, processor = parts
+    expected = processor.apply_chat_template(chat_about(place), add_generation_prompt=True)
+    assert list(expected) == list(pulled["inputs"])
+    assert all(torch.equal(expected[name], pulled["inputs"][name]) for name in expected)
+    assert torch.equal(pulled["secret"], logits(parts, place))
+
+
+def test_old_revisions_load_by_commit_and_by_branch(parts, place: Path, said: dict, pulled: dict) -> None:
+    old = logits(parts, place)
+    assert torch.equal(pulled[commit_of(said["model"])], old)
+    assert torch.equal(pulled["trial/1"], old)
+    assert not torch.allclose(pulled["main"], old)
+
+
+def test_adapter_loads_onto_the_commit_it_was_trained_on(said: dict, pulled: dict, hub: Hub) -> None:
+    values = json.loads(hub.files("tester/adapter")["adapter_config.json"])
+    assert (values["base_model_name_or_path"], values["revision"]) == ("tester/model", commit_of(said["model"]))
+    assert torch.equal(pulled["tester/adapter"], said["adapted"])
+    # what the library pushes by itself names no commit, and goes onto whatever the branch holds
+    assert json.loads(hub.files("tester/peft")["adapter_config.json"])["revision"] is None
+    assert not torch.allclose(pulled["tester/peft"], said["adapted"])
+    assert torch.allclose(pulled["merged"], said["adapted"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["use", "use of the adapter"])
+def test_snippet_of_the_card_runs_on_the_pushed_repository(name: str, pulled: dict) -> None:
+    output, scores = pulled[name]
+    assert output.shape[0] == 1 and scores.shape == (1, 3)
+    assert scores.softmax(-1).sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_card_names_task_library_and_base(hub: Hub, pulled: dict) -> None:
+    model = ModelCard(hub.files("tester/model")["README.md"].decode()).data
+    assert (model.pipeline_tag, model.library_name, model.license) == ("any-to-any", "transformers", "unknown")
+    assert pulled["task"] == "any-to-any"
+    adapter = ModelCard(hub.files("tester/adapter")["README.md"].decode()).data
+    assert (adapter.library_name, adapter.base_model, adapter.base_model_relation) == (
+        "peft", "tester/model", "adapter",
+    )
+
+
+def test_chats_come_back_as_they_were_pushed(pulled: dict) -> None:
+    assert pulled["chats"] == chats(4)[:]
+
+
+def test_private_repository_is_refused_without_token(pulled: dict) -> None:
+    kind, text = pulled["anonymous snapshot"]
+    assert kind == "RepositoryNotFoundError" and "401" in text
+    kind, text = pulled["anonymous model"]
+    assert kind == "OSError" and "pass a token" in text
+
+
+def test_model_tuned_from_the_hub_goes_back_to_it(hub: Hub, parts, place: Path, said: dict, pulled: dict) -> None:
+    assert torch.equal(pulled["tuned"], pulled["tuned again"])
+    assert not torch.allclose(pulled["tuned"], logits(parts, place))
+    assert all(torch.equal(value, pulled["tuned inputs"][name]) for name, value in pulled["inputs"].items())
+    config = parts[0].config
+    placeholders = [config.fmri_start_token_id, config.fmri_token_id, config.fmri_end_token_id]
+    assert pulled["suppressed"] == placeholders
+
+
+@pytest.mark.parametrize("repo", ["tester/model", "tester/merged", "tester/tuned"])
+def test_every_push_brings_all_auto_classes_and_their_code(repo: str, hub: Hub, pulled: dict) -> None:
+    files = hub.files(repo)
+    values = json.loads(files["config.json"])
+    assert values["auto_map"] == AUTO_CLASSES
+    assert {entry.split(".")[0] + ".py" for entry in AUTO_CLASSES.values()} <= files.keys()
+    first = hub.files("tester/model")
+    assert all(files[name] == first[name] for name in files if name.endswith(".py"))
+    assert json.loads(files["generation_config.json"])["suppress_tokens"]
+
+
+def test_every_checkpoint_holds_the_processor(hub: Hub, said: dict) -> None:
+    files = hub.files("tester/trl")
+    for folder in ("", "checkpoint-1/", "checkpoint-2/"):
+        assert json.loads(files[f"{folder}processor_config.json"])["feature_extractor"]["atlases"]
+        assert {f"{folder}tokenizer.json", f"{folder}processing_fmrilm.py"} <= files.keys()

@@ -1,0 +1,61 @@
+"""Options of from_pretrained that users of transformers expect."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMultimodalLM
+
+from fmrilm import FmriLMForConditionalGeneration
+
+
+@pytest.fixture
+def folder(tiny_model, processor, tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def inputs(processor, signal) -> dict:
+    block = {"type": "fmri", "fmri": signal, "tr": 2.0, "atlas": "tiny"}
+    chat = [{"role": "user", "content": [block, {"type": "text", "text": "Is it connected?"}]}]
+    return processor.apply_chat_template(chat, add_generation_prompt=True)
+
+
+@torch.no_grad()
+def logits(model: FmriLMForConditionalGeneration, inputs: dict) -> torch.Tensor:
+    return model.eval()(**inputs).logits
+
+
+def load(folder: Path, **options) -> FmriLMForConditionalGeneration:
+    return AutoModelForMultimodalLM.from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_dtype_sets_the_language_model_and_answers_stay_close(dtype, folder: Path, inputs: dict) -> None:
+    model = load(folder, dtype=dtype)
+    assert model.dtype == (torch.bfloat16 if dtype == "bfloat16" else dtype)
+    assert {parameter.dtype for parameter in model.model.language_model.parameters()} == {model.dtype}
+    found, expected = logits(model, inputs).float(), logits(load(folder), inputs)
+    assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_map_places_the_whole_model(device_map, folder: Path, inputs: dict) -> None:
+    model = load(folder, device_map=device_map)
+    assert torch.equal(logits(model, inputs).cpu(), logits(load(folder), inputs))
+    assert model.generate(**inputs.to(model.device), max_new_tokens=2).shape[0] == 1
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree(implementation: str, folder: Path, inputs: dict) -> None:
+    model = load(folder, attn_implementation=implementation)
+    assert model.model.language_model.config._attn_implementation == implementation
+    assert torch.allclose(logits(model, inputs), logits(load(folder), inputs), atol=1e-4)
+
+
+def test_attention_implementation_is_chosen_for_each_part(folder: Path, inputs: dict) -> None:
+    model = load(folder, attn_implementation={"text_config": "eager", "codec_config": "sdpa"})
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert model.model.codec.config._attn_implementation == "sdpa"
+    assert torch.allclose(logits(model, inputs), logits(load(folder), inputs), atol=1e-4)

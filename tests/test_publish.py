@@ -1,0 +1,349 @@
+"""What goes to the Hub: folders are refused whole before anything is uploaded, cards say what is known."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Trainer, TrainingArguments
+from typer.testing import CliRunner
+
+from fmrilm import FmriLMForConditionalGeneration
+from fmrilm.processors import FmriLMProcessor
+from fmrilm.training.alignment import add_lora, join, train_alignment
+from fmrilm.training.cli import app
+from fmrilm.training.model_card import UNKNOWN_REPO, fill_card, read_card, subject_hashes
+from fmrilm.training.publish import find_problems, push
+from helpers import chats
+
+
+@pytest.fixture(scope="module")
+def model(make_codec, make_language_model, extractor, module_tokenizer) -> FmriLMForConditionalGeneration:
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    return join(make_codec(), make_language_model("llama", len(module_tokenizer) - 3), processor).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(model, extractor, module_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    model.save_pretrained(folder)
+    FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def saved_adapter(make_codec, make_language_model, extractor, module_tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    model = join(make_codec(), make_language_model("llama", len(module_tokenizer) - 3), processor)
+    add_lora(model, 2).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    change(folder / "adapter_config.json", base_model_name_or_path="someone/base")
+    return folder
+
+
+def change(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def forget_atlas(folder: Path) -> None:
+    values = json.loads((folder / "processor_config.json").read_text())
+    values["feature_extractor"]["atlases"] = []
+    (folder / "processor_config.json").write_text(json.dumps(values))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def card(folder: Path, metadata: str) -> None:
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n# Tiny\n")
+
+
+def enormous(path: Path) -> None:
+    with open(path, "wb") as handle:
+        # takes no place on the disk
+        handle.truncate(50 * 10**9 + 1)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "expected weights in model.safetensors, got none"),
+    "half of the weights": (lambda f: truncate(f / "model.safetensors"), "expected whole safetensors"),
+    "a shard missing": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001.safetensors"}}'),
+        "weights that are not there: model-00001.safetensors",
+    ),
+    "no processor": (lambda f: (f / "processor_config.json").unlink(), "expected processor_config.json with an atlas"),
+    "no atlas": (forget_atlas, "expected at least one atlas"),
+    "a pickle by name": (lambda f: (f / "training_args.bin").touch(), "training_args.bin: expected no pickle"),
+    "a pickle by content": (
+        lambda f: torch.save({"a": 1}, f / "notes.txt", _use_new_zipfile_serialization=False),
+        "notes.txt: expected no pickle",
+    ),
+    "a pickle in an archive": (lambda f: torch.save({"a": 1}, f / "notes.dat"), "notes.dat: expected no pickle"),
+    "a pickle in an array": (
+        lambda f: np.save(f / "codes.npy", np.array([{}], dtype=object), allow_pickle=True), "codes.npy: expected no",
+    ),
+    "a pickle in arrays": (
+        lambda f: np.savez(f / "codes.npz", np.array([{}], dtype=object)), "codes.npz: expected no pickle",
+    ),
+    "a pickle in a subfolder": (
+        lambda f: ((f / "checkpoint-1").mkdir(), (f / "checkpoint-1" / "optimizer.pt").touch()),
+        "checkpoint-1/optimizer.pt: expected no pickle",
+    ),
+    "other code": (lambda f: (f / "setup.py").touch(), "setup.py: expected no Python but"),
+    "code in a subfolder": (
+        lambda f: ((f / "more").mkdir(), shutil.copy(f / "atlases.py", f / "more")), "more/atlases.py: expected no",
+    ),
+    "changed code": (lambda f: (f / "atlases.py").write_text("pass\n"), "atlases.py: expected this version's code"),
+    "code missing": (lambda f: (f / "steps_fmrilm.py").unlink(), "without steps_fmrilm.py it does not load"),
+    "auto classes missing": (lambda f: change(f / "config.json", auto_map={}), "config.json: expected auto_map"),
+    "another model": (lambda f: change(f / "config.json", model_type="llama"), "expected model_type fmrilm, got 'll"),
+    "neither model nor adapter": (lambda f: (f / "config.json").unlink(), "got neither"),
+    "placeholders may be spoken": (
+        lambda f: change(f / "generation_config.json", suppress_tokens=None), "expected suppress_tokens with",
+    ),
+    "broken JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: expected JSON"),
+    "a file too large": (lambda f: enormous(f / "model.dat"), "expected at most 50000000000 bytes"),
+    "an invalid licence": (lambda f: card(f, "license: free"), "expected a license that the Hub knows"),
+    "no licence": (lambda f: card(f, "language: en"), "expected a license that the Hub knows"),
+    "another licence without a name": (lambda f: card(f, "license: other"), "expected license_name"),
+    "broken YAML": (lambda f: card(f, "license: [mit"), "expected metadata in YAML"),
+    "metadata that is no mapping": (lambda f: card(f, "- mit"), "expected metadata in YAML"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_folder_is_refused_before_anything_is_asked(bad: str, folder: Path) -> None:
+    spoil, message = BAD[bad]
+    spoil(folder)
+    # not a dry run: the tests' environment has no Hub, so that a question would be another error
+    with pytest.raises(ValueError, match="was not pushed") as error:
+        push(folder, "me/tiny")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("base", [None, "", "/somewhere/base", "a/b/c", "base model"])
+def test_adapter_without_a_base_on_the_hub_is_refused(base: str | None, saved_adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_adapter, tmp_path / "adapter"))
+    change(folder / "adapter_config.json", base_model_name_or_path=base)
+    with pytest.raises(ValueError, match="expected the Hub id of the base model"):
+        push(folder, "me/adapter")
+
+
+def test_adapter_on_a_local_folder_is_refused(saved_adapter: Path, tmp_path: Path, monkeypatch) -> None:
+    folder = Path(shutil.copytree(saved_adapter, tmp_path / "adapter"))
+    monkeypatch.chdir(tmp_path)
+    Path("runs/base").mkdir(parents=True)
+    change(folder / "adapter_config.json", base_model_name_or_path="runs/base")
+    with pytest.raises(ValueError, match="which only this machine has"):
+        push(folder, "me/adapter")
+
+
+def test_adapter_without_weights_is_refused(saved_adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_adapter, tmp_path / "adapter"))
+    (folder / "adapter_model.safetensors").unlink()
+    assert list(find_problems(folder)) == ["expected weights in adapter_model.safetensors, got none"]
+
+
+def test_all_problems_are_named_at_once(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "more.pkl").touch()
+    forget_atlas(folder)
+    assert len(list(find_problems(folder))) == 3
+
+
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a folder"):
+        push(tmp_path / "nowhere", "me/tiny")
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "-tiny", "me/ti ny"])
+def test_impossible_repository_is_refused(repo: str, folder: Path) -> None:
+    with pytest.raises(ValueError):
+        push(folder, repo)
+
+
+def test_dry_run_lists_every_file_and_changes_none(folder: Path) -> None:
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "left.pt").touch()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = CliRunner().invoke(app, ["push", str(folder), "me/tiny", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[-1] == "nothing was uploaded"
+    listed = {line.split()[-1] for line in lines[:-1]}
+    assert listed == {path.name for path in folder.iterdir() if path.is_file()} | {"README.md"}
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_command_says_what_is_wrong(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    result = CliRunner().invoke(app, ["push", str(folder), "me/tiny"])
+    assert result.exit_code == 1
+    assert "error:" in result.output and "expected weights" in result.output
+
+
+def results(training: tuple[str, ...] = ("a", "b", "c"), held_out: tuple[str, ...] = ("d", "e")) -> dict:
+    """The parts of results.json that a card is filled from."""
+    people = subject_hashes(training, held_out)
+    condition = {"accuracy": 0.6, "interval": [0.4, 0.7]}
+    family = {
+        "questions": 12,
+        **dict.fromkeys(("right", "swapped", "noise", "majority"), condition),
+        "difference": {"value": 0.2, "interval": [-0.05, 0.3]},
+    }
+    subject = {"subject": "study 1", "r_squared": 0.31, "pca_r_squared": 0.3, "fc_correlation": None}
+    return {
+        "model": {"base_model": "someone/words", "license": "apache-2.0"},
+        "data": {
+            "training_subjects": len(training),
+            "held_out_subjects": len(held_out),
+            "training_windows": 7,
+            "held_out_windows": 4,
+            "datasets": {"study": {"training": len(training), "held_out": len(held_out)}},
+            "terms": {"study": "the study's own"},
+            "people": dict(zip(("training", "held_out"), people, strict=True)),
+        },
+        "questions": {"families": {"connectivity": family}, "verdict": "nothing beats anything"},
+        "codec": {"subjects": [{**subject, "pca_fc_correlation": 0.5}]},
+        "settings": {
+            "codec_steps": 10, "codec_batch": 4, "alignment_steps": 5, "sft_steps": 6, "rows_per_step": 2,
+        },
+        "run": {
+            "hardware": "2 CPU cores, no GPU",
+            "peak_memory_gb": 1.5,
+            "quick": False,
+            "seconds": {"codec": 60.0, "alignment": 30.0, "sft": 90.0, "total": 240.0},
+        },
+    }
+
+
+def test_card_is_filled_from_folder_and_results(folder: Path) -> None:
+    card = ModelCard(str(fill_card(folder, results(), "me/tiny")))
+    text = card.text
+    assert card.data.to_dict().items() >= {
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "any-to-any",
+        "base_model": "someone/words",
+        "base_model_relation": "finetune",
+    }.items()
+    for expected in (
+        '"me/tiny", "<commit>"',
+        "| tiny | 5 |",
+        "| 1 codec | 40 mixtures of windows | 10 | 1.0 |",
+        "| study | 3 | 2 | the study's own |",
+        "0 of the 2 held-out people are among them",
+        "2 CPU cores, no GPU, 1.5 GB of memory, 4.0 minutes",
+        "| connectivity | 12 | 60 % (40 % to 70 %) | ",
+        "| +20 (-5 to +30) |",
+        "In short: nothing beats anything.",
+        "| study 1 | 0.31 | 0.30 | — | 0.50 |",
+        "**Not a medical device, and not for diagnosis**",
+        "- code: Apache-2.0\n- weights: apache-2.0\n- data: not part of this repository",
+        "arXiv:2511.21760",
+    ):
+        assert expected in text, expected
+    right, difference = card.data.eval_results
+    assert (right.metric_type, right.metric_value, right.dataset_config) == ("balanced_accuracy", 0.6, "connectivity")
+    assert right.metric_args == {"interval_95": [0.4, 0.7]}
+    assert (difference.metric_name, difference.metric_value) == ("right minus swapped", 0.2)
+
+
+def test_card_counts_people_on_both_sides_and_names_none(folder: Path) -> None:
+    text = str(fill_card(folder, results(training=("sub-1", "sub-2", "sub-3"), held_out=("sub-3", "sub-4"))))
+    assert "1 of the 2 held-out people are among them" in text
+    assert "sub-" not in text
+
+
+def test_card_without_results_claims_nothing(folder: Path) -> None:
+    card = ModelCard(str(fill_card(folder)))
+    assert card.data.license == "unknown" and card.data.eval_results is None and card.data.base_model is None
+    assert "Not stated: this card was filled without results." in card.text
+    assert "## Evaluation" not in card.text and UNKNOWN_REPO in card.text
+
+
+def test_card_of_an_adapter_names_its_base(saved_adapter: Path) -> None:
+    card = ModelCard(str(fill_card(saved_adapter)))
+    assert (card.data.base_model, card.data.base_model_relation, card.data.library_name) == (
+        "someone/base", "adapter", "peft",
+    )
+    assert "AutoPeftModelForCausalLM" in card.text and "AutoModelForMultimodalLM" not in card.text
+
+
+@pytest.mark.parametrize("part", ["data", "questions", "codec", "settings", "run"])
+def test_incomplete_results_are_refused(part: str, folder: Path) -> None:
+    incomplete = results()
+    incomplete[part] = {}
+    with pytest.raises(ValueError, match="expected the results of `fmrilm demo`, got some without"):
+        fill_card(folder, incomplete)
+
+
+def test_own_card_goes_along_with_the_repository_filled_in(folder: Path, tmp_path: Path) -> None:
+    fill_card(folder, results()).save(folder / "README.md")
+    own = len((folder / "README.md").read_bytes())
+    assert read_card(folder / "README.md").data.license == "apache-2.0"
+    _, sizes = push(folder, "me/tiny", dry_run=True)
+    # "<repository>" in the snippet has become the repository's name
+    assert sizes["README.md"] == own - len(UNKNOWN_REPO) + len("me/tiny")
+    longer = results()
+    longer["questions"]["verdict"] += " at all"
+    (tmp_path / "results.json").write_text(json.dumps(longer))
+    _, anew = push(folder, "me/tiny", results=tmp_path / "results.json", dry_run=True)
+    assert anew["README.md"] == sizes["README.md"] + len(" at all")
+
+
+@given(st.sets(st.text(min_size=1), max_size=8), st.sets(st.text(min_size=1), max_size=8))
+def test_hashes_count_who_is_in_both_groups(first: set[str], second: set[str]) -> None:
+    hashed = subject_hashes(first, second)
+    assert [len(group) for group in hashed] == [len(first), len(second)]
+    assert len(set(hashed[0]) & set(hashed[1])) == len(first & second)
+
+
+def test_hashes_cannot_be_tried_out_afterwards() -> None:
+    assert subject_hashes(["101309"]) != subject_hashes(["101309"])
+
+
+def test_stage_two_checkpoints_hold_the_processor(model, extractor, module_tokenizer, tmp_path: Path) -> None:
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+        remove_unused_columns=False, disable_tqdm=True,
+    )
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    copy = FmriLMForConditionalGeneration(model.config)
+    train_alignment(add_lora(copy, 2), chats(2), processor, args)
+    files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+    assert {"processor_config.json", "tokenizer.json", "processing_fmrilm.py", "adapter_config.json"} <= files
+
+
+@pytest.mark.parametrize("way", ["model", "trainer", "merged"])
+def test_no_way_of_saving_lets_the_model_speak_placeholders(way: str, saved: Path, tmp_path: Path) -> None:
+    model = FmriLMForConditionalGeneration.from_pretrained(saved)
+    if way == "model":
+        model.save_pretrained(tmp_path)
+    elif way == "trainer":
+        Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)).save_model()
+    else:
+        add_lora(model, 2).merge_and_unload().save_pretrained(tmp_path)
+    again = FmriLMForConditionalGeneration.from_pretrained(tmp_path)
+    config = again.config
+    placeholders = [config.fmri_start_token_id, config.fmri_token_id, config.fmri_end_token_id]
+    # a head that says nothing but placeholders, were it allowed to
+    with torch.no_grad():
+        again.lm_head.weight[:] = 0
+        again.lm_head.weight[placeholders] = 1
+    generated = again.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=True)
+    assert not torch.isin(generated, torch.tensor(placeholders)).any()
