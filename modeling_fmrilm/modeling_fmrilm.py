@@ -17,6 +17,7 @@ from .configuration_fmrilm import FmriLMConfig
 from .generation_fmrilm import FmriLMGenerationMixin
 from .modeling_fmricodec import FmriCodecModel
 from .modeling_original_fmrilm import FmriOriginalEncoder, FmriOriginalProjector
+from .pipeline_fmrilm import CUSTOM_PIPELINES
 from .steps_fmrilm import positions, step_ids
 
 
@@ -95,6 +96,7 @@ class FmriLMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = dict(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, **kwargs)
 
 

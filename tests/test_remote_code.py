@@ -30,6 +30,7 @@ MODEL_FILES = {
     "modeling_fmricodec.py",
     "modeling_fmrilm.py",
     "modeling_original_fmrilm.py",
+    "pipeline_fmrilm.py",
     "quantization_fmrilm.py",
     "steps_fmrilm.py",
 }
