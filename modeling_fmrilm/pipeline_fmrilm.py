@@ -95,7 +95,7 @@ class FmriLMPipeline(Pipeline):
 
     def preprocess(self, inputs: dict, **options: Any) -> dict[str, torch.Tensor]:
         if not isinstance(inputs, dict) or not {"fmri", "question"} <= inputs.keys():
-            raise ValueError(f'expected a scan with a question, or {{"fmri", "question"}}, got a {type(inputs).__name__}')
+            raise ValueError(f"expected a scan with a question, got {type(inputs).__name__} without a question")
         content = [{"type": "fmri", "fmri": inputs["fmri"]}, {"type": "text", "text": inputs["question"]}]
         chat = [{"role": "user", "content": content}]
         return dict(self.processor.apply_chat_template(chat, add_generation_prompt=True, **options))

@@ -1,8 +1,12 @@
-"""Scans and codes that several test files make."""
+"""Scans and codes that several test files make, and a place to run in without this package."""
 
+from collections.abc import Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from packaging.requirements import Requirement
 
 from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES
@@ -38,3 +42,31 @@ def random_scans(windows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def chats(rows: int = 8, statements: int = 1) -> Dataset:
     weights = [0.4, 0.3, 0.3]
     return instruction_dataset(*random_scans(8), rows, questions=2, statements=statements, weights=weights, seed=0)
+
+
+def distributions(*names: str) -> Iterator[Distribution]:
+    """Installed distributions of these names and all that they require without extras."""
+    waiting, seen = list(names), set()
+    while waiting:
+        name = waiting.pop().lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            # of another platform's wheels, such as CUDA's
+            continue
+        yield found
+        requirements = [Requirement(text) for text in found.requires or []]
+        waiting += [item.name for item in requirements if not item.marker or item.marker.evaluate({"extra": ""})]
+
+
+def linked_site(folder: Path, *names: str) -> Path:
+    """Fills a folder with links to these distributions and what they require, and nothing else; returns it."""
+    for found in distributions(*names):
+        for name in {path.parts[0] for path in found.files if path.parts[0] not in ("..", "__pycache__")}:
+            link = folder / name
+            if not link.exists():
+                link.symlink_to(found.locate_file(name))
+    return folder

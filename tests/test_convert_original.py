@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,147 +10,37 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_tiny_atlas, build_tiny_language_model, build_tiny_tokenizer
 from omegaconf import OmegaConf
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import Atlas
 from fmrilm.training.convert_original import Conversion, convert_original, official_atlas
 from fmrilm.training.original_checkpoint import load_checkpoint
+from official_checkpoint import (
+    CODE_DIM,
+    ROIS,
+    WIDTH,
+    Tensors,
+    brain_tensors,
+    features,
+    language_tensors,
+    mask_and_positions,
+)
 
 
-ROIS, WIDTH, HEADS, LAYERS, TEXT_WIDTH, CODE_DIM = 5, 128, 2, 2, 32, 8
 MEDIAN, IQR = 14000.0, 6500.0
-Tensors = dict[str, torch.Tensor]
-
-
-def linear(name: str, out: int, inside: int) -> Tensors:
-    return {f"{name}.weight": torch.randn(out, inside) / math.sqrt(inside), f"{name}.bias": 0.1 * torch.randn(out)}
-
-
-def norm(name: str) -> Tensors:
-    return {f"{name}.weight": 1 + 0.1 * torch.randn(WIDTH), f"{name}.bias": 0.1 * torch.randn(WIDTH)}
-
-
-def brain_tensors(layout: str, patch: int, feature_dim: int) -> Tensors:
-    """Encoder, projector and what neither needs, by the names that the documentation gives."""
-    encoder = "tokenizer.encoder."
-    tensors = linear(encoder + "patch_embed.proj", WIDTH, patch)
-    tensors[encoder + "patch_embed.proj.weight"] = tensors[encoder + "patch_embed.proj.weight"][:, None, None]
-    tensors[encoder + "pos_embed"] = torch.randn(1, ROIS, WIDTH)
-    for index in range(LAYERS):
-        block = f"{encoder}blocks.{index}."
-        tensors |= norm(block + "norm1") | norm(block + "norm2")
-        tensors |= linear(block + "attn.qkv", 3 * WIDTH, WIDTH) | linear(block + "attn.proj", WIDTH, WIDTH)
-        tensors |= linear(block + "mlp.fc1", 4 * WIDTH, WIDTH) | linear(block + "mlp.fc2", WIDTH, 4 * WIDTH)
-    if layout == "released":
-        tensors |= norm(encoder + "ln_post")
-        tensors |= linear(encoder + "conv_out.0", WIDTH, WIDTH) | linear(encoder + "conv_out.2", CODE_DIM, WIDTH)
-        tensors["tokenizer.patch_embed.proj.weight"] = tensors[encoder + "patch_embed.proj.weight"]
-    else:
-        tensors |= norm(encoder + "norm") | linear("tokenizer.encode_task_layer.0", WIDTH, WIDTH)
-        tensors |= linear("tokenizer.encode_task_layer.2", CODE_DIM, WIDTH)
-        tensors["tokenizer.quantize.embedding.weight"] = torch.randn(16, CODE_DIM)
-    tensors |= linear("encode_transform_layer.0", TEXT_WIDTH, feature_dim)
-    tensors["pos_embed.weight"] = torch.randn(ROIS, TEXT_WIDTH)
-    return tensors
-
-
-def language_tensors(backbone: str, vocabulary: int, prefix: str, lora: str | None) -> tuple[Tensors, Tensors]:
-    """A random language model by official names, adapters beside their base weights; and its own plain state."""
-    model = build_tiny_language_model(backbone, vocabulary)
-    tensors, plain = {}, dict(model.state_dict())
-    for name, value in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        if lora is None or not module.endswith(tuple(lora.split())):
-            tensors[prefix + name] = value
-            continue
-        tensors[f"{prefix}{module}.base_layer.{leaf}"] = value
-        if leaf == "bias":
-            continue
-        out, inside = value.shape if backbone != "gpt2" else value.T.shape
-        a, b = torch.randn(1, inside), torch.randn(out, 1)
-        tensors[f"{prefix}{module}.lora_A.default.weight"] = a
-        tensors[f"{prefix}{module}.lora_B.default.weight"] = b
-        # alpha 2 over rank 1
-        update = 2 * b @ a
-        plain[name] = value + (update.T if backbone == "gpt2" else update)
-    return tensors, plain
-
-
-def features(tensors: Tensors, layout: str, x: torch.Tensor, patch: int, feature_dim: int) -> torch.Tensor:
-    """h_fmri [tokens, hidden] of one scan x [rois, time] as sections B.2 and D.1 of the formulas say, ROI-major."""
-
-    def weight(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return tensors[name + ".weight"], tensors[name + ".bias"]
-
-    def affine(name: str, z: torch.Tensor) -> torch.Tensor:
-        w, b = weight(name)
-        return z @ w.T + b
-
-    def layer_norm(name: str, z: torch.Tensor) -> torch.Tensor:
-        w, b = weight(name)
-        centred = z - z.mean(-1, keepdim=True)
-        return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w + b
-
-    def gelu(z: torch.Tensor) -> torch.Tensor:
-        return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-
-    encoder = "tokenizer.encoder."
-    w, b = weight(encoder + "patch_embed.proj")
-    steps = x.shape[1] // patch
-    z = torch.stack(
-        [
-            w[:, 0, 0] @ x[roi, step * patch : (step + 1) * patch] + b + tensors[encoder + "pos_embed"][0, roi]
-            for roi in range(ROIS)
-            for step in range(steps)
-        ]
-    )
-    for index in range(LAYERS):
-        block, size = f"{encoder}blocks.{index}.", WIDTH // HEADS
-        qkv = affine(block + "attn.qkv", layer_norm(block + "norm1", z))
-        heads = []
-        for head in range(HEADS):
-            q, k, v = (qkv[:, part * WIDTH + head * size :][:, :size] for part in range(3))
-            heads.append((q @ k.T / math.sqrt(size)).softmax(-1) @ v)
-        z = z + affine(block + "attn.proj", torch.cat(heads, -1))
-        z = z + affine(block + "mlp.fc2", gelu(affine(block + "mlp.fc1", layer_norm(block + "norm2", z))))
-    z = layer_norm(encoder + ("ln_post" if layout == "released" else "norm"), z)
-    if feature_dim == CODE_DIM:
-        head = encoder + "conv_out" if layout == "released" else "tokenizer.encode_task_layer"
-        z = affine(head + ".2", affine(head + ".0", z).tanh())
-    return gelu(affine("encode_transform_layer.0", z)) + tensors["pos_embed.weight"].repeat_interleave(steps, 0)
-
-
-def mask_and_positions(kinds: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Sections D.3 and D.4: may row i see column j, bool [length, length], and position ids [length]. kinds: "t" for a
-    token of text, "f" for one of the scan.
-    """
-    length, first = len(kinds), kinds.index("f")
-    seen, places = torch.zeros(length, length, dtype=torch.bool), []
-    for i in range(length):
-        for j in range(length):
-            same = kinds[i] == kinds[j] == "f" and (j - first) // ROIS <= (i - first) // ROIS
-            seen[i, j] = j <= i or same
-    for i, kind in enumerate(kinds):
-        place = first + (i - first) // ROIS if kind == "f" else i if i < first else i - ROIS * steps + steps
-        places.append(place)
-    return seen, torch.tensor(places)
 
 
 @pytest.fixture
-def backbone_folder(tmp_path: Path) -> Callable[[str], tuple[Path, int]]:
-    """Saves configuration and tokenizer of a tiny language model, with as many rows as the tokenizer will need."""
+def backbone_folder(make_language_model, tiny_tokenizer, tmp_path: Path) -> Callable:
+    """Saves configuration and tokenizer of a tiny language model; gives the folder and the model."""
 
-    def save(backbone: str) -> tuple[Path, int]:
-        tokenizer = build_tiny_tokenizer()
-        vocabulary = len(tokenizer) + 3
-        folder = tmp_path / backbone
-        build_tiny_language_model(backbone, vocabulary).config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder, vocabulary
+    def save(backbone: str, spare: int = 3) -> tuple[Path, PreTrainedModel]:
+        model = make_language_model(backbone, len(tiny_tokenizer) + spare)
+        model.config.save_pretrained(tmp_path / backbone)
+        tiny_tokenizer.save_pretrained(tmp_path / backbone)
+        return tmp_path / backbone, model
 
     return save
 
@@ -170,17 +59,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_converted_checkpoint_computes_the_documented_formulas(case: str, backbone_folder, tmp_path: Path) -> None:
+def test_converted_checkpoint_computes_the_documented_formulas(
+    case: str, backbone_folder, tiny_atlas, tmp_path: Path
+) -> None:
     layout, backbone, prefix, lora, patch, feature_dim, kind = CASES[case]
-    folder, vocabulary = backbone_folder(backbone)
+    # Qwen's vocabulary has rows to spare for the fMRI tokens, GPT-2's has none
+    folder, reference = backbone_folder(backbone, spare=0 if backbone == "gpt2" else 3)
     torch.manual_seed(1)
     brain = brain_tensors(layout, patch, feature_dim)
-    language, plain = language_tensors(backbone, vocabulary, prefix, lora)
+    language, plain = language_tensors(reference, prefix, lora)
     more = {"model_args": settings(folder, kind), "validation_results": {"sex": np.float64(0.9)}}
     tensors = brain | language if layout == "released" else {"model": brain | language}
     torch.save({**tensors, **more}, tmp_path / "model.pt")
     output = tmp_path / "converted"
-    report = convert_original(tmp_path / "model.pt", output, MEDIAN, IQR, atlas=build_tiny_atlas(ROIS))
+    report = convert_original(tmp_path / "model.pt", output, MEDIAN, IQR, atlas=tiny_atlas)
 
     # every tensor is used or listed
     assert report["layout"] == layout and report == json.loads((output / "conversion.json").read_text())
@@ -205,21 +97,22 @@ def test_converted_checkpoint_computes_the_documented_formulas(case: str, backbo
         assert torch.allclose(found, expected, atol=1e-5)
 
         # the language model: a plain one with merged weights, and the documented mask and positions
-        reference = build_tiny_language_model(backbone, vocabulary)
         reference.load_state_dict(plain)
-        kinds = "".join("f" if token == model.config.fmri_token_id else "t" for token in inputs["input_ids"][0])
+        is_fmri = inputs["input_ids"][0] == model.config.fmri_token_id
+        kinds = "".join("f" if scan else "t" for scan in is_fmri)
         steps = 160 // patch
         assert kinds.count("f") == ROIS * steps
         seen, places = mask_and_positions(kinds, steps)
-        embeddings = reference.get_input_embeddings()(inputs["input_ids"])[0].clone()
-        embeddings[inputs["input_ids"][0] == model.config.fmri_token_id] = expected
+        embeddings = reference.get_input_embeddings()(inputs["input_ids"][0].masked_fill(is_fmri, 0))
+        embeddings[is_fmri] = expected
         logits = reference(
             inputs_embeds=embeddings[None],
             attention_mask=torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
             position_ids=places[None],
         ).logits
         outputs = model(**inputs, labels=inputs["input_ids"])
-    assert torch.allclose(outputs.logits, logits, atol=1e-5 * float(logits.abs().max()))
+    found = outputs.logits[..., : logits.shape[-1]]
+    assert torch.allclose(found, logits, atol=1e-5 * float(logits.abs().max()))
     assert outputs.fmri_loss is None and outputs.text_loss == outputs.loss
     answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
@@ -240,12 +133,12 @@ def test_converted_checkpoint_computes_the_documented_formulas(case: str, backbo
         ),
     ],
 )
-def test_prompt_is_the_official_one(case: str, expected: str, backbone_folder, tmp_path: Path) -> None:
+def test_prompt_is_the_official_one(case: str, expected: str, backbone_folder, tiny_atlas, tmp_path: Path) -> None:
     layout, backbone, prefix, *_, patch, feature_dim, _ = CASES[case]
-    folder, vocabulary = backbone_folder(backbone)
-    tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(backbone, vocabulary, prefix, None)[0]
+    folder, reference = backbone_folder(backbone)
+    tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, None)[0]
     torch.save(tensors, tmp_path / "model.pt")
-    given = {"text_config": str(folder), "atlas": build_tiny_atlas(ROIS)}
+    given = {"text_config": str(folder), "atlas": tiny_atlas}
     convert_original(tmp_path / "model.pt", tmp_path / "with", MEDIAN, IQR, **given)
     convert_original(tmp_path / "model.pt", tmp_path / "without", MEDIAN, IQR, **given, delimiters=False)
     scan = MEDIAN + 140 * np.random.default_rng(0).normal(size=(160, ROIS))
@@ -291,14 +184,14 @@ def test_settings_are_read_as_plain_data(tmp_path: Path) -> None:
         assert found == values and tensors["pos_embed.weight"].tolist() == [1, 1]
 
 
-def test_missing_and_misshapen_tensors_are_named(backbone_folder, tmp_path: Path) -> None:
+def test_missing_and_misshapen_tensors_are_named(backbone_folder, tiny_atlas, tmp_path: Path) -> None:
     layout, backbone, prefix, lora, patch, feature_dim, _ = CASES["released"]
-    folder, vocabulary = backbone_folder(backbone)
-    whole = brain_tensors(layout, patch, feature_dim) | language_tensors(backbone, vocabulary, prefix, lora)[0]
+    folder, reference = backbone_folder(backbone)
+    whole = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, lora)[0]
 
     def convert(tensors: Tensors, **options) -> None:
         torch.save(tensors, tmp_path / "model.pt")
-        options = {"lora_alpha": 2.0, "text_config": str(folder), "atlas": build_tiny_atlas(ROIS), **options}
+        options = {"lora_alpha": 2.0, "text_config": str(folder), "atlas": tiny_atlas, **options}
         convert_original(tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, **options)
 
     def without(*names: str) -> Tensors:
@@ -360,13 +253,13 @@ def test_sizes_are_read_off_the_tensors(patch: int, width: int, heads: int) -> N
     assert (config.num_attention_heads, config.intermediate_size, config.feature_dim) == (heads, 4 * width, 128)
 
 
-def test_converted_model_refuses_scans_it_cannot_know(backbone_folder, tmp_path: Path) -> None:
+def test_converted_model_refuses_scans_it_cannot_know(backbone_folder, tiny_atlas, tmp_path: Path) -> None:
     layout, backbone, prefix, *_, patch, feature_dim, _ = CASES["released"]
-    folder, vocabulary = backbone_folder(backbone)
-    tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(backbone, vocabulary, prefix, None)[0]
+    folder, reference = backbone_folder(backbone)
+    tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, None)[0]
     torch.save(tensors, tmp_path / "model.pt")
     convert_original(
-        tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, text_config=str(folder), atlas=build_tiny_atlas(ROIS)
+        tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, text_config=str(folder), atlas=tiny_atlas
     )
     model = FmriLMForConditionalGeneration.from_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match=r"\[5, 160\], got \[5, 320\]"):

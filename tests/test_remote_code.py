@@ -4,18 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from packaging.requirements import Requirement
 from transformers import Trainer, TrainingArguments
 
 from fmrilm import FmriLMModel
 from fmrilm.training.alignment import add_lora
+from helpers import linked_site
 
 
 AUTO_CLASSES = {
@@ -91,34 +89,9 @@ torch.save(results, arguments["results"])
 """
 
 
-def distributions(*names: str) -> Iterator[Distribution]:
-    """Installed distributions of these names and all that they require without extras."""
-    waiting, seen = list(names), set()
-    while waiting:
-        name = waiting.pop().lower().replace("_", "-")
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            found = distribution(name)
-        except PackageNotFoundError:
-            # of another platform's wheels, such as CUDA's
-            continue
-        yield found
-        requirements = [Requirement(text) for text in found.requires or []]
-        waiting += [item.name for item in requirements if not item.marker or item.marker.evaluate({"extra": ""})]
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of links to what a saved model may need, and nothing else."""
-    folder = tmp_path_factory.mktemp("site")
-    for found in distributions("transformers", "torch", "numpy", "scipy"):
-        for name in {path.parts[0] for path in found.files if path.parts[0] not in ("..", "__pycache__")}:
-            link = folder / name
-            if not link.exists():
-                link.symlink_to(found.locate_file(name))
-    return folder
+    return linked_site(tmp_path_factory.mktemp("site"), "transformers", "torch", "numpy", "scipy")
 
 
 def auto_map(folder: Path) -> dict[str, str]:
