@@ -8,10 +8,12 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_fmrilm import FmriCodecConfig, FmriLMConfig
 from .modeling_fmricodec import FmriCodecModel
 from .modeling_fmrilm import FmriLMForConditionalGeneration, FmriLMModel
+from .pipeline_fmrilm import FmriLMPipeline
 from .processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
 
 
@@ -23,6 +25,7 @@ AutoModelForCausalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exis
 AutoModelForMultimodalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exist_ok=True)
 AutoFeatureExtractor.register(FmriLMConfig, FmriLMFeatureExtractor, exist_ok=True)
 AutoProcessor.register(FmriLMConfig, FmriLMProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline("fmri-text-to-text", FmriLMPipeline, pt_model=AutoModelForMultimodalLM)
 
 # every save ships the code, so that a downloaded folder loads where this package is not installed
 FmriCodecConfig.register_for_auto_class()
@@ -39,5 +42,6 @@ __all__ = [
     "FmriLMFeatureExtractor",
     "FmriLMForConditionalGeneration",
     "FmriLMModel",
+    "FmriLMPipeline",
     "FmriLMProcessor",
 ]

@@ -65,6 +65,8 @@ class FmriLMConfig(PreTrainedConfig):
     Args:
         codec_config, text_config: the two parts; any causal language model of the Auto classes is a `text_config`.
         fmri_start_token_id, fmri_token_id, fmri_end_token_id: the three added special tokens.
+        fmri_input: what the language model reads of a scan: "codes", their codebook vectors, or "features", the
+            codec's continuous vectors before quantisation.
         projector_hidden_size: width of the projector's hidden layer.
         fmri_loss_weight: weight of the next-step code prediction beside the text loss (0.1 in the paper).
     """
@@ -81,14 +83,59 @@ class FmriLMConfig(PreTrainedConfig):
     fmri_start_token_id: int | None = None
     fmri_token_id: int | None = None
     fmri_end_token_id: int | None = None
+    fmri_input: str = "codes"
     projector_hidden_size: int = 512
     fmri_loss_weight: float | int = 0.1
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.codec_config, dict) and self.codec_config.get("model_type") == "fmri_original":
+            self.codec_config = FmriOriginalConfig(**self.codec_config)
         super().__post_init__(**kwargs)
+        if self.fmri_input not in ("codes", "features"):
+            raise ValueError(f'expected fmri_input "codes" or "features", got {self.fmri_input!r}')
+        if self.fmri_input == "codes" and not self.codec_config.codebook_size:
+            kind = self.codec_config.model_type
+            raise ValueError(f'{kind} makes no codes: expected fmri_input "features", got "codes"')
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
 
-__all__ = ["FmriCodecConfig", "FmriLMConfig"]
+class FmriOriginalConfig(PreTrainedConfig):
+    """
+    Configuration of [`FmriOriginalEncoder`]. The defaults are the released base size.
+
+    Args:
+        num_rois: ROIs of the one atlas that the weights know.
+        patch_length: frames in one patch.
+        num_patches: patches of a scan (T'); a scan has exactly `num_patches * patch_length` frames.
+        feature_dim: dimension of the features; None for those of the encoder itself, else the output of the layers
+            that lead to the codebook.
+    """
+
+    model_type = "fmri_original"
+    base_config_key = "codec_config"
+
+    num_rois: int = 450
+    patch_length: int = 160
+    num_patches: int = 1
+    feature_dim: int | None = None
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that share a position and see each other."""
+        return self.num_rois
+
+    @property
+    def codebook_size(self) -> int:
+        """No codes: the language model never read them."""
+        return 0
+
+
+__all__ = ["FmriCodecConfig", "FmriLMConfig", "FmriOriginalConfig"]

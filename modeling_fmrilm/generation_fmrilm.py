@@ -9,7 +9,7 @@ from .steps_fmrilm import positions
 
 
 # what a forward pass may hold beside text, one entry a scan
-SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes")
+SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes", "fmri_features")
 
 
 class FmriLMGenerationMixin(GenerationMixin):
@@ -94,7 +94,9 @@ class FmriLMGenerationMixin(GenerationMixin):
         if expand_size == 1:
             return input_ids, kwargs
         scans = {name: kwargs.pop(name) for name in SCAN_INPUTS if kwargs.get(name) is not None}
-        counts = (input_ids == self.config.fmri_start_token_id).sum(-1).tolist()
+        is_fmri = input_ids == self.config.fmri_token_id
+        # a scan begins where its placeholders do: not every prompt has start tokens
+        counts = (is_fmri & ~F.pad(is_fmri[:, :-1], (1, 0))).sum(-1).tolist()
         blocks = torch.arange(sum(counts), device=input_ids.device).split(counts)
         order = torch.cat([block.repeat(expand_size) for block in blocks])
         input_ids, kwargs = super()._expand_inputs_for_generation(

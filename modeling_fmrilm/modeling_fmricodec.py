@@ -317,5 +317,15 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         pooled = torch.einsum("bs,bskd->bkd", weights, slots).flatten(1)
         return self.descriptor_head(pooled.to(self.dtype)).float()
 
+    def encode_features(
+        self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor, fmri_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What `encode` rounds to codes: unit vectors [batch, tokens, codebook_dim], and the mask [batch, tokens] of
+        the tokens that hold data.
+        """
+        latents, step_mask = self._latents(fmri_values, roi_coordinates, fmri_mask)
+        return F.normalize(self.to_codebook(latents).float(), dim=-1), self._token_mask(step_mask)
+
 
 __all__ = ["FmriCodecModel", "FmriCodecOutput", "FmriCodecPreTrainedModel"]

@@ -18,6 +18,8 @@ from .configuration_fmrilm import FmriLMConfig
 from .forecast_fmrilm import FmriLMForecastMixin
 from .generation_fmrilm import FmriLMGenerationMixin
 from .modeling_fmricodec import FmriCodecModel
+from .modeling_original_fmrilm import FmriOriginalEncoder, FmriOriginalProjector
+from .pipeline_fmrilm import CUSTOM_PIPELINES
 from .steps_fmrilm import positions, step_ids
 
 
@@ -73,6 +75,13 @@ class FmriLMProjector(nn.Module):
         return self.output_norm(self.output_proj(F.gelu(self.input_proj(states) + self.slots.weight)))
 
 
+# what reads a scan, and what carries it to the language model, by the model type of `codec_config`
+CODECS = {
+    "fmri_codec": (FmriCodecModel, FmriLMProjector),
+    "fmri_original": (FmriOriginalEncoder, FmriOriginalProjector),
+}
+
+
 class FmriLMPreTrainedModel(PreTrainedModel):
     config: FmriLMConfig
     base_model_prefix = "model"
@@ -89,17 +98,19 @@ class FmriLMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = dict(CUSTOM_PIPELINES)
         super().save_pretrained(save_directory, **kwargs)
 
 
 class FmriLMModel(FmriLMPreTrainedModel):
-    """Text and scans to hidden states. The codec is frozen here: its codes are input, not something to train."""
+    """Text and scans to hidden states. The codec is frozen here: its output is input, not something to train."""
 
     def __init__(self, config: FmriLMConfig):
         super().__init__(config)
-        self.codec = FmriCodecModel._from_config(config.codec_config)
+        codec_class, projector_class = CODECS[config.codec_config.model_type]
+        self.codec = codec_class._from_config(config.codec_config)
         self.codec.requires_grad_(False)
-        self.projector = FmriLMProjector(config)
+        self.projector = projector_class(config)
         # the tokens around a scan: apart from the vocabulary, so that they can be trained where that is frozen
         self.boundaries = nn.Embedding(2, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -118,27 +129,60 @@ class FmriLMModel(FmriLMPreTrainedModel):
         """Codes int64 [scans, tokens], -1 on padding, of the scans (see [`FmriCodecModel.encode`])."""
         return self.codec.encode(fmri_values, roi_coordinates, fmri_mask)
 
-    def get_fmri_features(self, fmri_codes: torch.Tensor) -> torch.Tensor:
-        """Projected embeddings [valid tokens, hidden] of codes [scans, tokens], scan after scan, padding left out."""
-        valid = fmri_codes >= 0
+    @torch.no_grad()
+    def read_scans(
+        self,
+        fmri_values: torch.Tensor | None = None,
+        roi_coordinates: torch.Tensor | None = None,
+        fmri_mask: torch.Tensor | None = None,
+        fmri_codes: torch.Tensor | None = None,
+        fmri_features: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """
+        What `fmri_input` says the language model reads of the scans: codes [scans, tokens], -1 on padding, or
+        features [scans, tokens, dim], NaN on padding; None without a scan.
+        """
+        if self.config.fmri_input == "codes":
+            if fmri_features is not None:
+                raise ValueError('expected scans or codes of a model with fmri_input="codes", got fmri_features')
+            if fmri_codes is None and fmri_values is not None:
+                return self.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
+            return fmri_codes
+        if fmri_features is None and fmri_values is not None:
+            fmri_features, valid = self.codec.encode_features(fmri_values, roi_coordinates, fmri_mask)
+            fmri_features = fmri_features.masked_fill(~valid[..., None], float("nan"))
+        if fmri_features is None and fmri_codes is not None:
+            raise ValueError(
+                'expected fmri_values or fmri_features, which a model with fmri_input="features" reads, got fmri_codes'
+            )
+        return fmri_features
+
+    def get_fmri_features(self, scans: torch.Tensor) -> torch.Tensor:
+        """Projected embeddings [valid tokens, hidden] of what `read_scans` gives, scan after scan, no padding."""
+        if self.config.fmri_input == "codes":
+            valid = scans >= 0
+            vectors = self.codec.embed_codes(scans.clamp(min=0))
+        else:
+            valid = ~scans.isnan().any(-1)
+            vectors = scans.nan_to_num()
+        vectors = vectors.to(self.projector.input_proj.weight.dtype)
         # padding follows the last step, so that no mean before it contains any
-        vectors = self.codec.embed_codes(fmri_codes.clamp(min=0)).to(self.projector.input_proj.weight.dtype)
         steps = vectors.unflatten(1, (-1, self.config.codec_config.tokens_per_step))
         return self.projector(steps).flatten(1, 2)[valid]
 
-    def embed(self, input_ids: torch.Tensor, fmri_codes: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings [batch, length, hidden] of text, and of codes [scans, tokens] at the placeholders."""
+    def embed(self, input_ids: torch.Tensor, scans: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings [batch, length, hidden] of text, and at the placeholders of what `read_scans` gives."""
         is_fmri = input_ids == self.config.fmri_token_id
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_fmri, 0))
         boundaries = (self.config.fmri_start_token_id, self.config.fmri_end_token_id)
         for token, embedding in zip(boundaries, self.boundaries.weight, strict=True):
             embeddings = torch.where((input_ids == token)[..., None], embedding.to(embeddings.dtype), embeddings)
-        expected = 0 if fmri_codes is None else int((fmri_codes >= 0).sum())
+        features = None if scans is None else self.get_fmri_features(scans)
+        expected = 0 if features is None else len(features)
         if expected != is_fmri.sum():
             raise ValueError(f"expected {expected} fMRI placeholder tokens for the scans, got {int(is_fmri.sum())}")
         if expected:
-            features = self.get_fmri_features(fmri_codes).to(embeddings.dtype)
-            embeddings = embeddings.masked_scatter(is_fmri[..., None], features)
+            embeddings = embeddings.masked_scatter(is_fmri[..., None], features.to(embeddings.dtype))
         return embeddings
 
     def step_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -157,6 +201,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
         roi_coordinates: torch.Tensor | None = None,
         fmri_mask: torch.Tensor | None = None,
         fmri_codes: torch.LongTensor | None = None,
+        fmri_features: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -165,19 +210,19 @@ class FmriLMModel(FmriLMPreTrainedModel):
             input_ids: [batch, length] with one placeholder for each code.
             attention_mask: [batch, cached + length], or masks made already.
             fmri_values, roi_coordinates, fmri_mask: the scans in order of appearance, [scans, rois, time],
-                [scans, rois, 3], [scans, rois, time]; or fmri_codes [scans, tokens] (-1 is padding) in their place.
+                [scans, rois, 3], [scans, rois, time]; or what `read_scans` makes of them in their place: fmri_codes
+                [scans, tokens], or with `fmri_input="features"` fmri_features [scans, tokens, dim].
             inputs_embeds: [batch, length, hidden] in place of input_ids, scans and all.
             mm_token_type_ids: step ids of the cached and the given tokens; derived from input_ids when absent, which
                 takes position_ids where something is cached.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
-        if inputs_embeds is not None and (fmri_values is not None or fmri_codes is not None):
-            raise ValueError("expected inputs_embeds with the scans in them, got inputs_embeds and scans")
-        if fmri_codes is None and fmri_values is not None:
-            fmri_codes = self.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, fmri_codes)
+            scans = self.read_scans(fmri_values, roi_coordinates, fmri_mask, fmri_codes, fmri_features)
+            inputs_embeds = self.embed(input_ids, scans)
+        elif any(scans is not None for scans in (fmri_values, fmri_codes, fmri_features)):
+            raise ValueError("expected inputs_embeds with the scans in them, got inputs_embeds and scans")
         length = inputs_embeds.shape[1]
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         if mm_token_type_ids is None:
@@ -256,7 +301,8 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
         self.model = FmriLMModel(config)
         hidden_size = config.text_config.hidden_size
         self.lm_head = nn.Linear(hidden_size, config.text_config.vocab_size, bias=False)
-        self.fmri_head = nn.Linear(hidden_size, config.codec_config.codebook_size, bias=False)
+        codebook_size = config.codec_config.codebook_size
+        self.fmri_head = nn.Linear(hidden_size, codebook_size, bias=False) if codebook_size else None
         if config.tie_word_embeddings:
             embeddings = self.get_input_embeddings()
             name = next(name for name, module in self.model.named_modules() if module is embeddings)
@@ -302,6 +348,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
         roi_coordinates: torch.Tensor | None = None,
         fmri_mask: torch.Tensor | None = None,
         fmri_codes: torch.LongTensor | None = None,
+        fmri_features: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -310,14 +357,24 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
     ) -> FmriLMOutput:
         """
         labels: [batch, length], -100 where text carries no loss. The codes of the next step are predicted whenever
-        labels are given with a scan. num_items_in_batch, num_fmri_items_in_batch: labels of text and of next codes in
-        the whole of an accumulated batch, of which this is a part; without the second, the first one's share goes for
-        both. The other arguments are those of [`FmriLMModel.forward`]. In training mode with
-        labels there are no logits: only labelled positions meet the vocabulary, most of the head's work is saved.
+        labels are given with a scan or its codes. num_items_in_batch, num_fmri_items_in_batch: labels of text and of
+        next codes in the whole of an accumulated batch, of which this is a part; without the second, the first one's
+        share goes for both. The other arguments are those of [`FmriLMModel.forward`]. In training mode with labels
+        there are no logits: only labelled positions meet the vocabulary, most of the head's work is saved.
         """
-        if fmri_codes is None and fmri_values is not None:
+        predicts_codes = labels is not None and self.fmri_head is not None
+        if predicts_codes and fmri_codes is None and fmri_values is not None:
             fmri_codes = self.model.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
-        outputs = self.model(input_ids, attention_mask=attention_mask, fmri_codes=fmri_codes, **kwargs)
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            fmri_values=fmri_values,
+            roi_coordinates=roi_coordinates,
+            fmri_mask=fmri_mask,
+            fmri_codes=fmri_codes,
+            fmri_features=fmri_features,
+            **kwargs,
+        )
         hidden = outputs.last_hidden_state
         loss = text_loss = fmri_loss = logits = None
         if labels is not None:
@@ -327,7 +384,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
             if num_items_in_batch is not None and num_items_in_batch > 0:
                 share = fmri_share = (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
             loss = share * text_loss
-            if fmri_codes is not None:
+            if predicts_codes and fmri_codes is not None:
                 fmri_loss = self.next_step_loss(hidden, input_ids, fmri_codes)
                 if num_fmri_items_in_batch is not None:
                     fmri_share = self.next_codes(fmri_codes).numel() / num_fmri_items_in_batch

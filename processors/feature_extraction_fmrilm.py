@@ -33,6 +33,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         window_stride: frames from one sliding window to the next; `window_length` unless given.
         detrend_order: order of the polynomial drift that is removed; 0 removes the mean only.
         clip: largest absolute z-score.
+        median, iqr: one centre and one spread for all ROIs, in the units of the signals, in place of drift removal
+            and robust z-scores per ROI; clips nothing. What the paper's official checkpoints were trained on.
     """
 
     model_input_names = ["fmri_values", "roi_coordinates", "fmri_mask"]
@@ -47,6 +49,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         window_stride: int | None = None,
         detrend_order: int = 2,
         clip: float = 6.0,
+        median: float | None = None,
+        iqr: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -61,6 +65,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"expected 1 <= patch_length <= window_length, got {patch_length} and {window_length}")
         if detrend_order < 0 or clip <= 0:
             raise ValueError(f"expected detrend_order >= 0 and clip > 0, got {detrend_order} and {clip}")
+        if (median is None) != (iqr is None) or iqr is not None and iqr <= 0:
+            raise ValueError(f"expected median and iqr > 0 together or neither, got {median} and {iqr}")
         _check_window(window, window_stride)
         self.repetition_time = repetition_time
         self.patch_length = patch_length
@@ -69,6 +75,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         self.window_stride = window_stride
         self.detrend_order = detrend_order
         self.clip = clip
+        self.median = median
+        self.iqr = iqr
 
     def to_dict(self) -> dict[str, Any]:
         # the base class drops an attribute of this name: for audio it is an array of filter weights
@@ -187,13 +195,16 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
                 f"({len(signal) * tr:.1f} s); expected at least one patch of {self.patch_length} frames "
                 f"({self.patch_length * self.repetition_time:.1f} s)"
             )
-        clean = resample(detrend(signal, self.detrend_order), tr, self.repetition_time)
+        order = self.detrend_order if self.median is None else 0
+        clean = resample(detrend(signal, order), tr, self.repetition_time)
         constant = np.flatnonzero(interquartile_range(clean) <= CONSTANT_BELOW * np.abs(signal).max(axis=0))
         if constant.size:
             raise ValueError(
                 f"{constant.size} of {len(atlas)} ROIs are constant, the first is {atlas.rois[constant[0]]!r} "
                 f"(column {constant[0]}); expected a signal that varies"
             )
+        if self.median is not None:
+            return ((clean + signal.mean(axis=0) - self.median) / self.iqr).astype(np.float32)
         return robust_zscore(clean, self.clip).astype(np.float32)
 
     def _pad(self, items: list[tuple[np.ndarray, Atlas]]) -> dict[str, np.ndarray]:

@@ -67,6 +67,8 @@ class FmriLMProcessor(ProcessorMixin):
         tokenizer: any tokenizer; the fMRI tokens are added to it if it lacks them.
         tokens_per_step: tokens the model makes of one step of a scan.
         chat_template: Jinja template; ChatML with fMRI blocks unless given.
+        fmri_delimiters: what is written before and after a scan in a text without chat template; the start and end
+            tokens unless given.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class FmriLMProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         tokens_per_step: int = 16,
         chat_template: str | None = None,
+        fmri_delimiters: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if tokens_per_step < 1:
@@ -82,6 +85,7 @@ class FmriLMProcessor(ProcessorMixin):
         chat_template = CHAT_TEMPLATE if chat_template is None else chat_template
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
         self.tokens_per_step = tokens_per_step
+        self.fmri_delimiters = [FMRI_START, FMRI_END] if fmri_delimiters is None else fmri_delimiters
         add_fmri_tokens(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -148,7 +152,8 @@ class FmriLMProcessor(ProcessorMixin):
             return_tensors=return_tensors,
         )
         remaining = iter(tokens)
-        texts = [_SCAN.sub(lambda _: FMRI_START + FMRI_PAD * next(remaining) + FMRI_END, item) for item in texts]
+        before, after = self.fmri_delimiters
+        texts = [_SCAN.sub(lambda _: before + FMRI_PAD * next(remaining) + after, item) for item in texts]
         encoding = self.tokenizer(
             texts[0] if isinstance(text, str) and return_tensors is None else texts,
             padding=padding,

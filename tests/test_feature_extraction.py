@@ -259,6 +259,19 @@ def test_wrong_configuration_is_refused(arguments: dict, message: str) -> None:
         FmriLMFeatureExtractor(**arguments)
 
 
+def test_one_scale_for_all_rois_keeps_their_levels(signal, tiny_atlas, tmp_path) -> None:
+    FmriLMFeatureExtractor(
+        atlases=[tiny_atlas], patch_length=4, window_length=16, median=1000.0, iqr=20.0
+    ).save_pretrained(tmp_path)
+    extractor = FmriLMFeatureExtractor.from_pretrained(tmp_path)
+    signal = signal + np.arange(5) * 100
+    values = extractor(signal, tr=2.0)["fmri_values"][0].numpy()
+    assert np.allclose(values, (signal[:16].T - 1000) / 20, atol=1e-5)
+    # at another sampling rate, too, levels stay apart and nothing is clipped
+    faster = extractor(signal, tr=1.0, window="full")["fmri_values"][0, :, :10].numpy()
+    assert np.allclose(faster.mean(-1), (signal.mean(0) - 1000) / 20, atol=0.2) and faster.max() > 18
+
+
 def test_settings_and_atlases_survive_saving(tmp_path) -> None:
     extractor = FmriLMFeatureExtractor(ATLASES, window="full", window_length=48, detrend_order=1, clip=5.0)
     extractor.save_pretrained(tmp_path)

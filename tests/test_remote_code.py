@@ -27,6 +27,8 @@ MODEL_FILES = {
     "generation_fmrilm.py",
     "modeling_fmricodec.py",
     "modeling_fmrilm.py",
+    "modeling_original_fmrilm.py",
+    "pipeline_fmrilm.py",
     "quantization_fmrilm.py",
     "steps_fmrilm.py",
 }
@@ -178,4 +180,4 @@ def test_codec_alone_names_its_auto_classes(tiny_codec, tmp_path: Path) -> None:
     tiny_codec.save_pretrained(tmp_path)
     expected = {"AutoConfig": "configuration_fmrilm.FmriCodecConfig", "AutoModel": "modeling_fmricodec.FmriCodecModel"}
     assert auto_map(tmp_path) == expected
-    assert code_files(tmp_path) == MODEL_FILES - {"modeling_fmrilm.py", "generation_fmrilm.py", "steps_fmrilm.py"}
+    assert code_files(tmp_path) == {"configuration_fmrilm.py", "modeling_fmricodec.py", "quantization_fmrilm.py"}

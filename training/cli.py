@@ -58,5 +58,55 @@ def push(
     typer.echo("nothing was uploaded" if commit is None else f"{repo} is at commit {commit}")
 
 
+@app.command("convert-original")
+def convert_original(
+    checkpoint: Annotated[Path, typer.Argument(help="Official checkpoint, a .pt file.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the model and its processor.")],
+    median: Annotated[float, typer.Option(help="Median of the data's intensities (official: medians).")],
+    iqr: Annotated[float, typer.Option(help="Interquartile range of the data's intensities (official: iqrs).")],
+    text_config: Annotated[str | None, typer.Option(help="Folder or Hub id of the language model.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Scale of the LoRA weights, if not in the file.")] = None,
+    delimiters: Annotated[bool | None, typer.Option(help="Write <fmri> and </fmri> around a scan.")] = None,
+    atlas: Annotated[Path | None, typer.Option(help="ROI table (TSV), if not Tian S3 and Schaefer-400.")] = None,
+) -> None:
+    """Turn an official checkpoint of the paper into a model and a processor of this package."""
+    from fmrilm import Atlas
+
+    from .convert_original import convert_original as convert
+
+    try:
+        table = None if atlas is None else Atlas.from_table(atlas)
+        report = convert(checkpoint, output, median, iqr, text_config, lora_alpha, delimiters, table)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    used, unused = len(report["used"]), len(report["unused"])
+    typer.echo(f"{output}: layout {report['layout']}, {used} tensors used, {unused} not (conversion.json names them)")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder of a model and its processor.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the language model as a plain checkpoint.")],
+    scan: Annotated[Path | None, typer.Option(help="Scan to write as prompt embeddings, too.")] = None,
+    question: Annotated[str | None, typer.Option(help="What is asked about the scan.")] = None,
+    tr: Annotated[float | None, typer.Option(help="Seconds between two frames of the scan.")] = None,
+) -> None:
+    """Write the language model and a scan's prompt for servers that do not know fMRI, such as vLLM."""
+    from .export import export as write
+
+    try:
+        difference = write(model, output, scan, question, tr)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(str(output))
+    if difference:
+        typer.echo(
+            f"a causal server moves {difference['total_variation']:.0%} of the next word's probability; the likeliest "
+            f"word {'stays' if difference['same_word'] else 'changes'}"
+        )
+
+
 def main() -> None:
     app()

@@ -1,0 +1,137 @@
+"""pipeline("fmri-text-to-text"): a scan and a question to an answer, or to the probabilities of allowed answers."""
+
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, Pipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+
+# what a saved configuration says of the pipeline, so that a folder brings it along
+CUSTOM_PIPELINES = {
+    "fmri-text-to-text": {
+        "impl": "pipeline_fmrilm.FmriLMPipeline",
+        "pt": ["AutoModelForMultimodalLM"],
+        "type": "multimodal",
+    }
+}
+SCAN_OPTIONS = ("tr", "atlas", "label_image", "window")
+
+
+class FmriLMPipeline(Pipeline):
+    """
+    Answers questions about scans:
+
+        pipe = pipeline("fmri-text-to-text", model=folder, trust_remote_code=True)
+        pipe("scan.nii.gz", "Describe the scan.", label_image="atlas.nii.gz")
+        pipe(scans, "Is it older than 40?", choices=["yes", "no"], batch_size=4)
+
+    A scan is whatever the processor takes: a path, an image, an array [time, rois] or a dict {"signal", "tr",
+    "atlas"}. Batches give what single scans give.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256)
+
+    def _sanitize_parameters(self, choices: Sequence[str] | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Options of the scan go to the processor, all others to `generate`."""
+        scan = {name: kwargs.pop(name) for name in SCAN_OPTIONS if name in kwargs}
+        if choices is None:
+            return scan, {"generate_kwargs": kwargs} if kwargs else {}, {}
+        if kwargs:
+            raise ValueError(f"expected no options of generation beside choices, got {', '.join(kwargs)}")
+        return scan, {"choices": list(choices)}, {}
+
+    def __call__(self, fmri: Any, question: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """
+        Args:
+            fmri: one scan or a list; or, without `question`, items {"fmri": scan, "question": text}: one, a list, a
+                dataset or a generator.
+            question: one for all scans, or a list of as many.
+            choices: allowed answers. With them the answer is the likeliest one.
+            tr, atlas, label_image, window: of the scans, as the processor takes them.
+            batch_size, num_workers: of the loop over a list.
+            kwargs: options of `generate`.
+
+        Returns:
+            {"answer": text} or, with choices, {"answer": choice, "probabilities": {choice: probability}}; a list of
+            these for a list, an iterator for a dataset or a generator.
+        """
+        if question is None:
+            return super().__call__(fmri, **kwargs)
+        if not isinstance(fmri, list | tuple):
+            return super().__call__({"fmri": fmri, "question": question}, **kwargs)
+        questions = [question] * len(fmri) if isinstance(question, str) else list(question)
+        if not fmri or len(questions) != len(fmri):
+            raise ValueError(f"expected as many questions as scans, got {len(questions)} for {len(fmri)} scans")
+        return super().__call__([{"fmri": f, "question": q} for f, q in zip(fmri, questions, strict=True)], **kwargs)
+
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator[dict]:
+        # the library's own batches know no scans of differing sizes
+        dataset = (PipelineDataset if isinstance(inputs, Sized) else PipelineIterator)(
+            inputs, self.preprocess, preprocess_params
+        )
+        batches = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=self.collate)
+        for batch in batches:
+            yield from self.forward(batch, **forward_params)
+
+    def run_single(self, inputs: dict, *params: dict) -> dict:
+        return next(self.get_iterator([inputs], 0, 1, *params))
+
+    def preprocess(self, inputs: dict, **options: Any) -> dict[str, torch.Tensor]:
+        if not isinstance(inputs, dict) or not {"fmri", "question"} <= inputs.keys():
+            raise ValueError(f"expected a scan with a question, got {type(inputs).__name__} without a question")
+        content = [{"type": "fmri", "fmri": inputs["fmri"]}, {"type": "text", "text": inputs["question"]}]
+        chat = [{"role": "user", "content": content}]
+        return dict(self.processor.apply_chat_template(chat, add_generation_prompt=True, **options))
+
+    def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """One batch of items [1, ...]: text is padded on the left, ROIs and frames behind the last."""
+        batch = {}
+        for name in items[0]:
+            values = [item[name] for item in items]
+            text = name in ("input_ids", "attention_mask")
+            fill = self.tokenizer.pad_token_id if name == "input_ids" else 0
+            shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+            padded = []
+            for value in values:
+                missing = [size - own for size, own in zip(shape, value.shape, strict=True)][::-1]
+                sides = [side for size in missing for side in ((size, 0) if text else (0, size))]
+                padded.append(F.pad(value, sides, value=fill))
+            batch[name] = torch.cat(padded)
+        return batch
+
+    def _forward(
+        self, batch: dict[str, torch.Tensor], choices: list[str] | None = None, generate_kwargs: dict | None = None
+    ) -> list[dict]:
+        if choices is not None:
+            scores = self.model.score_choices(batch, self.processor.encode_choices(choices)).softmax(-1)
+            return [
+                {"answer": choices[row.argmax()], "probabilities": dict(zip(choices, row.tolist(), strict=True))}
+                for row in scores.cpu()
+            ]
+        ids = self.model.generate(**batch, **self._prepare_generate_kwargs(generate_kwargs or {}))
+        new = ids[:, batch["input_ids"].shape[1] :]
+        return [{"answer": text} for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def postprocess(self, outputs: dict) -> dict:
+        """Nothing is left to do."""
+        return outputs
+
+
+__all__ = ["CUSTOM_PIPELINES", "FmriLMPipeline"]

@@ -1,0 +1,269 @@
+"""Official checkpoints: opened safely, complete, and computing what their documentation says, on small random ones."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+
+from fmrilm import FmriLMForConditionalGeneration
+from fmrilm.processors import Atlas
+from fmrilm.training.convert_original import Conversion, convert_original, official_atlas
+from fmrilm.training.original_checkpoint import load_checkpoint
+from official_checkpoint import (
+    CODE_DIM,
+    ROIS,
+    WIDTH,
+    Tensors,
+    brain_tensors,
+    features,
+    language_tensors,
+    mask_and_positions,
+)
+
+
+MEDIAN, IQR = 14000.0, 6500.0
+
+
+@pytest.fixture
+def backbone_folder(make_language_model, tiny_tokenizer, tmp_path: Path) -> Callable:
+    """Saves configuration and tokenizer of a tiny language model; gives the folder and the model."""
+
+    def save(backbone: str, spare: int = 3) -> tuple[Path, PreTrainedModel]:
+        model = make_language_model(backbone, len(tiny_tokenizer) + spare)
+        model.config.save_pretrained(tmp_path / backbone)
+        tiny_tokenizer.save_pretrained(tmp_path / backbone)
+        return tmp_path / backbone, model
+
+    return save
+
+
+def settings(lm_name: str | Path, kind: str):
+    values = {"lm_name": str(lm_name), "lora": {"lora_r": 1, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj"]}}
+    return OmegaConf.create(values) if kind == "omegaconf" else argparse.Namespace(**values)
+
+
+CASES = {
+    "released": ("released", "qwen3", "llm.base_model.base_model.model.", "q_proj k_proj", 160, WIDTH, "omegaconf"),
+    "released, codebook features": ("released", "qwen3", "llm.base_model.", None, 160, CODE_DIM, "omegaconf"),
+    "december": ("december-2025", "qwen3", "llm.", "q_proj k_proj", 80, WIDTH, "namespace"),
+    "december, GPT-2": ("december-2025", "gpt2", "llm.base_model.model.", "c_attn", 160, CODE_DIM, "namespace"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_converted_checkpoint_computes_the_documented_formulas(
+    case: str, backbone_folder, tiny_atlas, tmp_path: Path
+) -> None:
+    layout, backbone, prefix, lora, patch, feature_dim, kind = CASES[case]
+    # Qwen's vocabulary has rows to spare for the fMRI tokens, GPT-2's has none
+    folder, reference = backbone_folder(backbone, spare=0 if backbone == "gpt2" else 3)
+    torch.manual_seed(1)
+    brain = brain_tensors(layout, patch, feature_dim)
+    language, plain = language_tensors(reference, prefix, lora)
+    more = {"model_args": settings(folder, kind), "validation_results": {"sex": np.float64(0.9)}}
+    tensors = brain | language if layout == "released" else {"model": brain | language}
+    torch.save({**tensors, **more}, tmp_path / "model.pt")
+    output = tmp_path / "converted"
+    report = convert_original(tmp_path / "model.pt", output, MEDIAN, IQR, atlas=tiny_atlas)
+
+    # every tensor is used or listed
+    assert report["layout"] == layout and report == json.loads((output / "conversion.json").read_text())
+    assert sorted([*report["used"], *report["unused"]]) == sorted(brain | language)
+    head = {"released": "tokenizer.encoder.conv_out", "december-2025": "tokenizer.encode_task_layer"}[layout]
+    spare = {name for name in brain if name.startswith(("tokenizer.patch_embed", "tokenizer.quantize"))}
+    if feature_dim == WIDTH:
+        spare |= {name for name in brain if name.startswith(head)}
+    assert set(report["unused"]) == spare
+
+    model = AutoModelForMultimodalLM.from_pretrained(output).eval()
+    processor = AutoProcessor.from_pretrained(output)
+    torch.manual_seed(2)
+    scan = MEDIAN + 3000 * torch.randn(ROIS) + 140 * torch.randn(200, ROIS)
+    chat = [{"role": "user", "content": [{"type": "fmri", "fmri": scan, "tr": 2.0}, {"type": "text", "text": "Old?"}]}]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True)
+    x = (scan[:160].T - MEDIAN) / IQR
+    assert torch.allclose(inputs["fmri_values"][0], x, atol=1e-5)
+    with torch.no_grad():
+        expected = features(brain, layout, x, patch, feature_dim)
+        found = model.model.get_fmri_features(model.model.read_scans(inputs["fmri_values"], inputs["roi_coordinates"]))
+        assert torch.allclose(found, expected, atol=1e-5)
+
+        # the language model: a plain one with merged weights, and the documented mask and positions
+        reference.load_state_dict(plain)
+        is_fmri = inputs["input_ids"][0] == model.config.fmri_token_id
+        kinds = "".join("f" if scan else "t" for scan in is_fmri)
+        steps = 160 // patch
+        assert kinds.count("f") == ROIS * steps
+        seen, places = mask_and_positions(kinds, steps)
+        embeddings = reference.get_input_embeddings()(inputs["input_ids"][0].masked_fill(is_fmri, 0))
+        embeddings[is_fmri] = expected
+        logits = reference(
+            inputs_embeds=embeddings[None],
+            attention_mask=torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
+            position_ids=places[None],
+        ).logits
+        outputs = model(**inputs, labels=inputs["input_ids"])
+    found = outputs.logits[..., : logits.shape[-1]]
+    assert torch.allclose(found, logits, atol=1e-5 * float(logits.abs().max()))
+    assert outputs.fmri_loss is None and outputs.text_loss == outputs.loss
+    answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (
+            "released",
+            "<|im_start|>user\n<fmri>SCAN</fmri>### Question: Old?\n### Answer:<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\nYes<|endoftext|>\n",
+        ),
+        (
+            "december",
+            "<fmri>SCAN</fmri><|im_start|>user\n### Question: Old?\n### Answer:<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\nYes<|endoftext|>\n",
+        ),
+    ],
+)
+def test_prompt_is_the_official_one(case: str, expected: str, backbone_folder, tiny_atlas, tmp_path: Path) -> None:
+    layout, backbone, prefix, *_, patch, feature_dim, _ = CASES[case]
+    folder, reference = backbone_folder(backbone)
+    tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, None)[0]
+    torch.save(tensors, tmp_path / "model.pt")
+    given = {"text_config": str(folder), "atlas": tiny_atlas}
+    convert_original(tmp_path / "model.pt", tmp_path / "with", MEDIAN, IQR, **given)
+    convert_original(tmp_path / "model.pt", tmp_path / "without", MEDIAN, IQR, **given, delimiters=False)
+    scan = MEDIAN + 140 * np.random.default_rng(0).normal(size=(160, ROIS))
+    blocks = [{"type": "fmri", "fmri": scan, "tr": 2.0}, {"type": "text", "text": "Old?"}]
+    chat = [{"role": "user", "content": blocks}, {"role": "assistant", "content": "Yes"}]
+    for name, start, end in (("with", "<fmri>", "</fmri>"), ("without", "", "")):
+        processor = AutoProcessor.from_pretrained(tmp_path / name)
+        pads = "<|fmri_pad|>" * (ROIS * 160 // patch)
+        text = processor.apply_chat_template(chat, tokenize=False)
+        assert text == expected.replace("<fmri>", start).replace("</fmri>", end).replace("SCAN", pads)
+        ids = processor("<|fmri_pad|> Old?", fmri=scan, tr=2.0)["input_ids"][0]
+        assert processor.tokenizer.decode(ids) == f"{start}{pads}{end} Old?"
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+class Unknown:
+    pass
+
+
+@pytest.mark.parametrize(("content", "named"), [(Malice(), "posix.system"), (Unknown(), "Unknown")])
+def test_file_that_names_anything_else_is_refused(content, named: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (content, [argparse.Namespace(a=OmegaConf.create({"b": 1}), c=content)]):
+        torch.save({"pos_embed.weight": torch.zeros(1), "model_args": place}, "model.pt")
+        with pytest.raises(ValueError, match=f"model.pt: refused, it names .*{named}; expected tensors and settings"):
+            load_checkpoint(Path("model.pt"))
+    assert not Path("harmed").exists()
+    # what was allowed while it was opened is not allowed afterwards
+    torch.save(argparse.Namespace(a=1), "namespace.pt")
+    with pytest.raises(Exception, match="argparse.Namespace"):
+        torch.load("namespace.pt", weights_only=True)
+
+
+def test_settings_are_read_as_plain_data(tmp_path: Path) -> None:
+    values = {"lm_name": "some/model", "lora": {"lora_alpha": 2.0, "on": True, "targets": ["q", "k"]}, "none": None}
+    for args in (OmegaConf.create(values), argparse.Namespace(**values), values):
+        torch.save({"pos_embed.weight": torch.ones(2), "model_args": args}, tmp_path / "model.pt")
+        tensors, found = load_checkpoint(tmp_path / "model.pt")
+        assert found == values and tensors["pos_embed.weight"].tolist() == [1, 1]
+
+
+def test_missing_and_misshapen_tensors_are_named(backbone_folder, tiny_atlas, tmp_path: Path) -> None:
+    layout, backbone, prefix, lora, patch, feature_dim, _ = CASES["released"]
+    folder, reference = backbone_folder(backbone)
+    whole = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, lora)[0]
+
+    def convert(tensors: Tensors, **options) -> None:
+        torch.save(tensors, tmp_path / "model.pt")
+        options = {"lora_alpha": 2.0, "text_config": str(folder), "atlas": tiny_atlas, **options}
+        convert_original(tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, **options)
+
+    def without(*names: str) -> Tensors:
+        return {name: value for name, value in whole.items() if name not in names}
+
+    qkv, down = "tokenizer.encoder.blocks.1.attn.qkv.bias", prefix + "model.layers.0.mlp.down_proj.weight"
+    with pytest.raises(ValueError, match=f"lacks 2 tensors: {down}, {qkv}$"):
+        convert(without(qkv, down))
+    for name in (
+        "pos_embed.weight",
+        "tokenizer.encoder.pos_embed",
+        "encode_transform_layer.0.weight",
+        "tokenizer.encoder.ln_post.weight",
+        prefix + "model.layers.1.self_attn.q_proj.lora_B.default.weight",
+    ):
+        with pytest.raises(ValueError, match=name):
+            convert(without(name))
+    with pytest.raises(ValueError, match="expected one LoRA adapter, got 0"):
+        convert(without(prefix + "model.layers.1.self_attn.q_proj.lora_A.default.weight"))
+    with pytest.raises(ValueError, match=r"one tensor llm.\*model.embed_tokens.weight, got 0"):
+        convert(without(prefix + "model.embed_tokens.weight"))
+    with pytest.raises(ValueError, match=r"blocks.0.norm1.weight: expected shape \(128,\), got \(64,\)"):
+        convert({**whole, "tokenizer.encoder.blocks.0.norm1.weight": torch.ones(64)})
+    with pytest.raises(ValueError, match="give it .the official code says 2"):
+        convert(whole, lora_alpha=None)
+    with pytest.raises(ValueError, match="which language model"):
+        convert(whole, text_config=None)
+    with pytest.raises(ValueError, match="knows 5 ROIs, expected an atlas of as many, got Atlas"):
+        convert(whole, atlas=None)
+    other = prefix + "lm_head.weight"
+    with pytest.raises(ValueError, match="head of its own"):
+        convert({**whole, other: whole[other] + 1})
+    convert({**without(other), "tokenizer.extra": torch.ones(3)})
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["unused"]["tokenizer.extra"] == [3]
+    with pytest.raises(ValueError, match="which exists"):
+        convert(whole)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_official_atlas_has_subcortex_first() -> None:
+    atlas = official_atlas()
+    assert len(atlas) == 450 and atlas.labels == tuple(range(1, 451))
+    assert atlas.rois[:50] == Atlas.load("tian-s3").rois
+    assert np.array_equal(atlas.coordinates[50:], Atlas.load("schaefer-400-7networks").coordinates)
+
+
+@pytest.mark.parametrize(("patch", "width", "heads"), [(160, 384, 6), (32, 768, 12), (160, 1024, 16)])
+def test_sizes_are_read_off_the_tensors(patch: int, width: int, heads: int) -> None:
+    shapes = {
+        "tokenizer.encoder.pos_embed": (1, 450, width),
+        "tokenizer.encoder.patch_embed.proj.weight": (width, 1, 1, patch),
+        "tokenizer.encoder.blocks.0.mlp.fc1.weight": (4 * width, width),
+        "tokenizer.encoder.blocks.11.mlp.fc1.weight": (4 * width, width),
+        "tokenizer.encoder.ln_post.weight": (width,),
+        "encode_transform_layer.0.weight": (1024, 128),
+    }
+    config = Conversion({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}).encoder_config()
+    assert (config.num_rois, config.num_patches, config.tokens_per_step) == (450, 160 // patch, 450)
+    assert (config.num_attention_heads, config.intermediate_size, config.feature_dim) == (heads, 4 * width, 128)
+
+
+def test_converted_model_refuses_scans_it_cannot_know(backbone_folder, tiny_atlas, tmp_path: Path) -> None:
+    layout, backbone, prefix, *_, patch, feature_dim, _ = CASES["released"]
+    folder, reference = backbone_folder(backbone)
+    tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, None)[0]
+    torch.save(tensors, tmp_path / "model.pt")
+    convert_original(
+        tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, text_config=str(folder), atlas=tiny_atlas
+    )
+    model = FmriLMForConditionalGeneration.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"\[5, 160\], got \[5, 320\]"):
+        model.model.read_scans(torch.zeros(1, 5, 320), torch.zeros(1, 5, 3))
+    mask = F.pad(torch.ones(1, 5, 150, dtype=torch.bool), (0, 10))
+    with pytest.raises(ValueError, match="without padding, got a mask with 50 frames of it"):
+        model.model.read_scans(torch.zeros(1, 5, 160), torch.zeros(1, 5, 3), mask)
