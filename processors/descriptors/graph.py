@@ -54,14 +54,18 @@ def global_efficiency(weights: np.ndarray) -> float:
     count (Latora & Marchiori 2001).
     """
     rois = len(weights)
-    # what is within d edges of each ROI, for d = 1, 2, ...: a few dense products take a fraction of a search's time
-    edges = (weights > 0).astype(np.float32)
-    np.fill_diagonal(edges, 1)
-    reached, count = edges, int(edges.sum())
+    # one bit for each ROI within d edges of another, d = 1, 2, ...: who is within d + 1 is what the neighbours reach
+    edges = np.zeros((rois, -(-rois // 64) * 64), bool)
+    edges[:, :rois] = weights > 0
+    np.fill_diagonal(edges, True)
+    sources, neighbours = np.nonzero(edges)
+    starts = np.searchsorted(sources, np.arange(rois))
+    reached = np.packbits(edges, axis=1).view(np.uint64)
+    count = len(sources)
     total, distance = count - rois, 1
     while True:
-        reached = (reached @ edges > 0).astype(np.float32)
-        distance, before, count = distance + 1, count, np.count_nonzero(reached)
+        reached = np.bitwise_or.reduceat(reached[neighbours], starts, axis=0)
+        distance, before, count = distance + 1, count, int(np.bitwise_count(reached).sum())
         if count == before:
             return total / (rois * (rois - 1))
         total += (count - before) / distance
