@@ -16,6 +16,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -166,29 +167,33 @@ def throughput(scans: int) -> list[dict]:
     return rows
 
 
-def halves(scans: list[PreparedScan]) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(scan.signal[: len(scan.signal) // 2], scan.signal[len(scan.signal) // 2 :]) for scan in scans]
-
-
-def fitted_on(scans: list[PreparedScan], signals: list[np.ndarray]) -> tuple[Cohort, np.ndarray]:
-    """Cohort of these signals, one of each scan, and their descriptors [scans, names]."""
-    references = fit_references((signal, scan.atlas) for scan, signal in zip(scans, signals, strict=True))
-    descriptors = np.stack(
-        [describe(signal, scan.atlas, MEASURES, TR, references) for scan, signal in zip(scans, signals, strict=True)]
-    )
-    subjects = len({(scan.dataset, scan.subject) for scan in scans})
-    atlases = [scan.atlas for scan in scans]
-    return Cohort.fit("first halves", MEASURES, descriptors, subjects, atlases, references), descriptors
-
-
-def paired(scans: list[PreparedScan]) -> tuple[np.ndarray, np.ndarray]:
+def prepared_halves() -> list[tuple[PreparedScan, PreparedScan]]:
     """
-    Z-scores [scans, names] of the first and the second halves of the scans against the cohort of the first halves:
-    the second ones have no part in its moments or its reference gradients.
+    First and second half of each open scan, cut before anything is done to them: normalised together, what one half
+    has more of the other would have less of.
     """
-    first, second = zip(*halves(scans), strict=True)
-    cohort, descriptors = fitted_on(scans, list(first))
-    others = np.stack([cohort.describe(signal, scan.atlas, TR) for scan, signal in zip(scans, second, strict=True)])
+    names = ("aal2-94", "schaefer-100-7networks", "schaefer-400-7networks")
+    extractor = FmriLMFeatureExtractor(atlases=[Atlas.load(name) for name in names])
+    scans = open_scans()
+    parts = [
+        prepare_scans([replace(scan, signal=np.array_split(scan.signal, 2)[half]) for scan in scans], extractor)
+        for half in (0, 1)
+    ]
+    return list(zip(*parts, strict=True))
+
+
+def paired(halves: list[tuple[PreparedScan, PreparedScan]]) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Z-scores [scans, names] of the first and the second halves against the cohort of the first ones: the second have
+    no part in its moments or its reference gradients.
+    """
+    first = [half for half, _ in halves]
+    references = fit_references((scan.signal, scan.atlas) for scan in first)
+    descriptors = np.stack([describe(scan.signal, scan.atlas, MEASURES, TR, references) for scan in first])
+    people = len({(scan.dataset, scan.subject) for scan in first})
+    atlases = [scan.atlas for scan in first]
+    cohort = Cohort.fit("first halves", MEASURES, descriptors, people, atlases, references)
+    others = np.stack([cohort.describe(scan.signal, scan.atlas, TR) for _, scan in halves])
     return cohort.z_scores(descriptors), cohort.z_scores(others)
 
 
@@ -200,14 +205,15 @@ def correlate(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.corrcoef(first[known], second[known])[0, 1])
 
 
-def reliability(scans: list[PreparedScan]) -> list[dict]:
+def reliability(halves: list[tuple[PreparedScan, PreparedScan]]) -> list[dict]:
     """
     Of each descriptor: correlation over scans between first and second halves, of all scans and after each dataset's
     mean is taken away (scanners and atlases differ, which alone makes halves agree). Of the subjects with two
     sessions, who are too few to correlate: mean absolute difference between sessions of a person and between
     persons, in standard deviations of the cohort of first halves.
     """
-    first, second = paired(scans)
+    first, second = paired(halves)
+    scans = [scan for scan, _ in halves]
     datasets = np.array([scan.dataset for scan in scans])
     several = np.isin(datasets, [name for name in set(datasets) if (datasets == name).sum() > 1])
     centred = [
@@ -239,23 +245,23 @@ def reliability(scans: list[PreparedScan]) -> list[dict]:
     return rows
 
 
-def identification(scans: list[PreparedScan]) -> list[dict]:
+def identification(halves: list[tuple[PreparedScan, PreparedScan]]) -> list[dict]:
     """
     For the second half of each scan, the first half with the most similar z-scores (Pearson correlation over the
     descriptors both have): how often it is the same scan's, or the same person's. Among all scans, and among those
     of one dataset with a cohort of that dataset alone. No second half has a part in any cohort.
     """
     rows = []
-    groups = {"all": scans}
-    for scan in scans:
-        groups.setdefault(scan.dataset, []).append(scan)
+    groups = {"all": halves}
+    for pair in halves:
+        groups.setdefault(pair[0].dataset, []).append(pair)
     chosen_of = {"all families": list(MEASURES)}
     chosen_of |= {family: of_family(family) for family in dict.fromkeys(FAMILIES.values())}
     for group, members in groups.items():
         if len(members) < 2:
             continue
         first, second = paired(members)
-        keys = [(scan.dataset, scan.subject) for scan in members]
+        keys = [(scan.dataset, scan.subject) for scan, _ in members]
         for what, measures in chosen_of.items():
             columns = [NAMES.index(name) for name in descriptor_names(measures)]
             similarity = np.array([[correlate(a, b) for b in first[:, columns]] for a in second[:, columns]])
@@ -300,10 +306,9 @@ def main() -> None:
     if "throughput" in parts:
         write(args.results / "descriptors_throughput.csv", throughput(4 if args.quick else 200))
     if "reliability" in parts:
-        names = ("aal2-94", "schaefer-100-7networks", "schaefer-400-7networks")
-        scans = prepare_scans(open_scans(), FmriLMFeatureExtractor(atlases=[Atlas.load(name) for name in names]))
-        write(args.results / "descriptors_reliability.csv", reliability(scans))
-        write(args.results / "descriptors_identification.csv", identification(scans))
+        halves = prepared_halves()
+        write(args.results / "descriptors_reliability.csv", reliability(halves))
+        write(args.results / "descriptors_identification.csv", identification(halves))
 
 
 if __name__ == "__main__":
