@@ -127,7 +127,7 @@ def speed(repeats: int) -> list[dict]:
         ("standardize", lambda: networks.standardize(scan)),
         ("correlation", lambda: networks.correlation(standardized)),
         ("gradients: affinity", lambda: gradients.affinity(matrix)),
-        ("gradients: affinity and diffusion map", lambda: gradients.diffusion_gradients(matrix)),
+        ("gradients: affinity, diffusion map", lambda: gradients.diffusion_gradients(matrix)),
         ("graph: threshold", lambda: graph.strongest_edges(matrix)),
         ("graph: efficiency", lambda: graph.global_efficiency(weights)),
         ("graph: modularity", lambda: graph.modularity(weights)),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.linalg import eigh
+from scipy.sparse.linalg import eigsh
 
 from ..atlases import Atlas
 from .networks import correlation, membership, network_series, standardize
@@ -43,11 +43,14 @@ def diffusion_gradients(connectivity: np.ndarray) -> np.ndarray:
         return np.full((rois, COMPONENTS), np.nan)
     scale = similarity.sum(1) ** -ALPHA
     similarity *= scale * scale[:, None]
-    # the random walk's operator is not symmetric, but similar to this matrix that is
+    # the random walk's operator is not symmetric, but similar to one that is and whose first eigenvector is known:
+    # without it, an eigenvalue 1 is left only where the ROIs fall apart into unconnected sets
     roots = np.sqrt(similarity.sum(1))
-    values, vectors = eigh(similarity / (roots * roots[:, None]), subset_by_index=(rois - COMPONENTS - 1, rois - 1))
-    values, vectors = values[-2::-1], vectors[:, -2::-1] / roots[:, None]
-    # the eigenvalue 1 belongs to the constant vector, once for each unconnected set
+    first = roots / np.linalg.norm(roots)
+    operator = similarity / (roots * roots[:, None]) - first * first[:, None]
+    start = np.random.default_rng(0).standard_normal(rois)
+    values, vectors = eigsh(operator, COMPONENTS, which="LA", v0=start)
+    values, vectors = values[::-1], vectors[:, ::-1] / roots[:, None]
     if values[0] > 1 - 1e-10:
         return np.full((rois, COMPONENTS), np.nan)
     return vectors / np.linalg.norm(vectors, axis=0) * np.sqrt(rois) * values / (1 - values)
