@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .cohort import DESCRIPTOR_NAMES, LEVELS
+from .cohort import LEVELS
+from .measures import CORE_NAMES
 from .networks import NETWORKS
 
 
@@ -30,7 +31,7 @@ def phrase(name: str) -> str:
     return f"connectivity between the {words[0]} and {words[1]} networks"
 
 
-PHRASES = {name: phrase(name) for name in DESCRIPTOR_NAMES}
+PHRASES = {name: phrase(name) for name in CORE_NAMES}
 _NAMES = {text: name for name, text in PHRASES.items()}
 _STATEMENT = re.compile(rf"({'|'.join(map(re.escape, _NAMES))}) is ({'|'.join(LEVELS)})\b", re.IGNORECASE)
 
@@ -50,7 +51,7 @@ def description(levels: np.ndarray, chosen: Sequence[int]) -> str:
     """One sentence for each of the chosen descriptors; levels int [descriptors] as `Cohort.levels` gives them."""
     return " ".join(
         f"{text[0].upper()}{text[1:]} is {LEVELS[levels[index]]}."
-        for index, text in ((index, PHRASES[DESCRIPTOR_NAMES[index]]) for index in chosen)
+        for index, text in ((index, PHRASES[CORE_NAMES[index]]) for index in chosen)
     )
 
 
