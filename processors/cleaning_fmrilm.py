@@ -173,7 +173,7 @@ def _position(names: tuple[str, ...] | None, column: str) -> int:
     if names is None:
         raise ValueError(f"cleaning asks for the confound {column!r}: expected a table with column names")
     if column not in names:
-        raise ValueError(f"cleaning asks for the confound {column!r}, which is not among the {len(names)} of the table")
+        raise ValueError(f"cleaning asks for the confound {column!r}, not one of the {len(names)} of the table")
     return names.index(column)
 
 

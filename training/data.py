@@ -1,12 +1,16 @@
 """Scans on their way to the three stages: preparation, split by subject, windows, mixing augmentation."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
-from torch.utils.data import Dataset
+from datasets import Dataset
+from torch.utils import data
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.descriptors.cohort import Cohort, describe
@@ -44,6 +48,22 @@ def prepare_scans(scans: Sequence[Scan], extractor: FmriLMFeatureExtractor) -> l
     return prepared
 
 
+def load_prepared(folder: Path, extractor: FmriLMFeatureExtractor) -> list[PreparedScan]:
+    """Scans that `fmrilm prepare` wrote. Those of one site are one dataset; without sites, all of the folder are."""
+    prepared = []
+    for table in sorted((folder / "atlases").glob("*.json")):
+        atlas = Atlas.from_dict(json.loads(table.read_text(encoding="utf-8")))
+        for shard in sorted((folder / atlas.name).glob("*.parquet")):
+            for row in Dataset(pq.read_table(shard)).with_format("numpy"):
+                scan = {key: row[key] for key in ("signal", "tr", "censored")}
+                signal, _ = extractor.prepare_signal(scan, atlas=atlas)
+                dataset = row["site"] or folder.name
+                prepared.append(PreparedScan(signal, atlas, dataset, row["subject"], row["session"] or ""))
+    if not prepared:
+        raise ValueError(f"no prepared scans in {folder}: expected a folder that `fmrilm prepare` wrote")
+    return prepared
+
+
 def split_subjects(
     scans: Sequence[PreparedScan], held_out: dict[str, int]
 ) -> tuple[list[PreparedScan], list[PreparedScan]]:
@@ -74,7 +94,7 @@ def cut_windows(scans: Sequence[PreparedScan], length: int, stride: int) -> list
     return windows
 
 
-class MixedWindows(Dataset):
+class MixedWindows(data.Dataset):
     """
     An endless supply of new connectivity patterns from few subjects: item i is sqrt(a) x one random window plus
     sqrt(1-a) x another of the same atlas plus white noise of random size in each ROI, with the descriptors computed
