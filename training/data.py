@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
-from torch.utils import data
+from torch.utils.data import Dataset
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.descriptors.cohort import Cohort, describe
@@ -54,7 +54,7 @@ def load_prepared(folder: Path, extractor: FmriLMFeatureExtractor) -> list[Prepa
     for table in sorted((folder / "atlases").glob("*.json")):
         atlas = Atlas.from_dict(json.loads(table.read_text(encoding="utf-8")))
         for shard in sorted((folder / atlas.name).glob("*.parquet")):
-            for row in Dataset(pq.read_table(shard)).with_format("numpy"):
+            for row in datasets.Dataset(pq.read_table(shard)).with_format("numpy"):
                 scan = {key: row[key] for key in ("signal", "tr", "censored")}
                 signal, _ = extractor.prepare_signal(scan, atlas=atlas)
                 dataset = row["site"] or folder.name
@@ -94,7 +94,7 @@ def cut_windows(scans: Sequence[PreparedScan], length: int, stride: int) -> list
     return windows
 
 
-class MixedWindows(data.Dataset):
+class MixedWindows(Dataset):
     """
     An endless supply of new connectivity patterns from few subjects: item i is sqrt(a) x one random window plus
     sqrt(1-a) x another of the same atlas plus white noise of random size in each ROI, with the descriptors computed

@@ -31,6 +31,7 @@ FAILURES = "failures.csv"
 ATLASES = "atlases"
 SHARD = "part-{:05d}.parquet"
 ATLAS_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+CONNECT_SECONDS = 20
 LABEL_TYPES = {int: "int64", float: "float64", str: "string"}
 
 
@@ -115,20 +116,20 @@ def prepare(
 def prepare_scan(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> dict[str, Any]:
     """The signal float32 [time, rois] at its own TR, parcellated and, if asked, cleaned; tr in s; censored frames."""
     band = {"high_pass": preparation.high_pass, "low_pass": preparation.low_pass}
-    extractor = FmriLMFeatureExtractor([atlas], cleaning=band)
+    extractor = FmriLMFeatureExtractor(cleaning=band)
     content: dict[str, Any] = {"signal": scan.path, "confounds": scan.confounds}
     if preparation.confounds is not None:
         if scan.confounds is not None:
             raise ValueError("a table of confounds is given, and a strategy to make one: expected one of the two")
         content.update(_fmriprep_confounds(scan.path, preparation.confounds))
     tr = preparation.tr if scan.tr is None else scan.tr
-    measured = extractor.read_signal(content, tr=tr, label_image=preparation.label_image)
+    measured = extractor.read_signal(content, tr=tr, atlas=atlas, label_image=preparation.label_image)
     signal, kept = measured.signal, np.ones(len(measured.signal), dtype=bool)
     if measured.confounds is not None or any(band.values()):
         signal, kept = extractor.clean_signal(measured)
     row = {"signal": signal.astype(np.float32), "tr": float(measured.tr), "censored": ~kept}
     # what a model could not read later is refused now
-    FmriLMFeatureExtractor([atlas]).prepare_signal(row)
+    FmriLMFeatureExtractor().prepare_signal(row, atlas=atlas)
     return row
 
 
@@ -153,11 +154,11 @@ def _attempt(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> dict[s
     # whatever a broken file raises, it must not stop the others
     except Exception as error:
         reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-        return _without_paths(reason, [scan.path, scan.confounds, preparation.label_image])
+        return _anonymous(reason, [scan.path, scan.confounds, preparation.label_image], {atlas.name, *atlas.rois})
 
 
-def _without_paths(reason: str, paths: Iterable[Path | None]) -> str:
-    """One line in which no file or folder is named."""
+def _anonymous(reason: str, paths: Iterable[Path | None], speakable: set[str]) -> str:
+    """One line that names no file or folder, and quotes nothing out of a file but what is in `speakable`."""
     known = [path for path in paths if path is not None]
     for path in known:
         for form in (path.absolute(), path, path.name):
@@ -165,6 +166,7 @@ def _without_paths(reason: str, paths: Iterable[Path | None]) -> str:
     for path in known:
         reason = reason.replace(str(path.absolute().parent), "<folder>")
     reason = re.sub(r"(^|(?<=[\s'\"(:=])|<folder>)([A-Za-z]:)?[/\\][^\s'\"]+", "<file>", reason)
+    reason = re.sub(r"(['\"])(.*?)\1", lambda quote: quote[0] if quote[2] in speakable else "'...'", reason)
     return " ".join(reason.split())
 
 
@@ -176,7 +178,10 @@ def _run(work: Iterable[tuple], jobs: int, scheduler: str | None) -> Iterator[di
                 from distributed import Client
             except ImportError as error:
                 raise ValueError("a Dask cluster needs distributed: pip install 'fmri-lm[cluster]'") from error
-            stack.enter_context(Client(scheduler, set_as_default=True))
+            try:
+                stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS))
+            except OSError as error:
+                raise ValueError(f"no Dask scheduler answers at {scheduler}") from error
             stack.enter_context(joblib.parallel_config(backend="dask"))
         elif jobs != 1:
             stack.enter_context(joblib.parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1))
@@ -283,6 +288,8 @@ def _load_atlases(scans: Sequence[ScanSource], default: str | None) -> dict[str,
         raise ValueError("which atlas are the scans' ROIs from? Give --atlas, or a column atlas in the manifest")
     atlases = {}
     for name in sorted({scan.atlas or default for scan in scans}):
+        if name.endswith(".tsv") and not Path(name).is_file():
+            raise ValueError(f"no table of an atlas at {name}")
         atlases[name] = Atlas.from_table(name) if name.endswith(".tsv") else Atlas.load(name)
         # it names a folder of the output
         if not ATLAS_NAME.fullmatch(atlases[name].name) or atlases[name].name == ATLASES:

@@ -15,7 +15,9 @@ def prepare(
     ],
     output: Annotated[Path, typer.Argument(help="Folder of the dataset: a new one, or one to go on with.")],
     atlas: Annotated[str | None, typer.Option(help="Packaged atlas, or a table (.tsv) of ROIs.")] = None,
-    label_image: Annotated[Path | None, typer.Option(help="Parcels of the atlas as an image, for volumes.")] = None,
+    label_image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Parcels of the atlas as an image, for volumes.")
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Table (.csv, .tsv) of labels by subject, or by subject and session.")
     ] = None,
