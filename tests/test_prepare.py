@@ -42,7 +42,7 @@ def bold(seed: int, frames: int = FRAMES) -> np.ndarray:
     return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, ROIS))).astype(np.float32)
 
 
-def study(folder: Path, subjects: int, columns: str = "") -> Path:
+def study(folder: Path, subjects: int) -> Path:
     """A manifest of scans in .npy files."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = ["path,subject,tr,age"]
@@ -65,7 +65,7 @@ def rows_of(output: Path, name: str = "five") -> list[dict]:
 # --- what is written
 
 
-def test_dataset_is_read_as_it_was_prepared(table, tmp_path, monkeypatch) -> None:
+def test_dataset_is_read_as_it_was_prepared(table, tmp_path) -> None:
     output = tmp_path / "out"
     assert run(study(tmp_path / "in", 3), output, table, shard_size=2) == Outcome(3, 0, 0)
     names = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())

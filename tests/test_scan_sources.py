@@ -36,6 +36,12 @@ def test_manifest_is_read_as_it_is_written(tmp_path) -> None:
     assert find_scans(tabs) == [first, second, third]
 
 
+def test_paths_hold_in_other_processes(tmp_path, monkeypatch) -> None:
+    write(tmp_path / "study" / "m.csv", "path,subject\na.npy,1\n")
+    monkeypatch.chdir(tmp_path)
+    assert find_scans(Path("study/m.csv"))[0].path == tmp_path / "study" / "a.npy"
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -3,11 +3,10 @@
 import csv
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,21 +14,18 @@ from typing import Any
 
 import joblib
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Array2D, Dataset, Features, List, Value
+from datasets import Array2D, Features, List, Value
 from tqdm import tqdm
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 
 from .prepared_card import card
 from .scan_sources import ScanSource
+from .shards import ShardStore, write_whole
 
 
-LEDGER = "ledger.jsonl"
 FAILURES = "failures.csv"
 ATLASES = "atlases"
-SHARD = "part-{:05d}.parquet"
 ATLAS_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 CONNECT_SECONDS = 20
 LABEL_TYPES = {int: "int64", float: "float64", str: "string"}
@@ -40,7 +36,7 @@ class Preparation:
     """
     What is done to every scan.
 
-    tr: s, before what a file's header says. label_image: parcels of the atlas, for volumes. confounds: a strategy of
+    tr: s, goes before a file's header. label_image: absolute path of the parcels, for volumes. confounds: strategy of
     `nilearn.interfaces.fmriprep.load_confounds_strategy` for fMRIPrep's tables. high_pass, low_pass: Hz.
     """
 
@@ -68,7 +64,7 @@ class Outcome:
 def prepare(
     scans: Sequence[ScanSource],
     output: Path,
-    atlas: str | None,
+    default_atlas: str | None,
     preparation: Preparation,
     jobs: int = 1,
     scheduler: str | None = None,
@@ -78,38 +74,38 @@ def prepare(
     Write the scans to `output`, which then holds those of `scans` that can be read, and no others.
 
     Args:
-        atlas: name of a packaged atlas or path of its table, for scans that name none.
+        default_atlas: name of a packaged atlas or path of its table, for scans that name none.
         jobs: processes on this machine.
         scheduler: address of a Dask cluster to use instead; its workers must see the same files.
         shard_size: scans per Parquet file.
     """
-    atlases = _load_atlases(scans, atlas)
-    known = {of.name: of for of in atlases.values()}
-    features = {name: _features(of, scans) for name, of in known.items()}
+    atlas_of = _load_atlases(scans, default_atlas)
+    atlases = {atlas.name: atlas for atlas in atlas_of}
+    features = {name: _features(atlas, scans) for name, atlas in atlases.items()}
     settings = {**preparation.describe(), "labels": _label_types(scans)}
-    of_scan = [atlases[scan.atlas or atlas] for scan in scans]
-    keys = [_key(scan, of) for scan, of in zip(scans, of_scan, strict=True)]
+    keys = [_key(scan, atlas) for scan, atlas in zip(scans, atlas_of, strict=True)]
     store = ShardStore(output, settings, set(keys))
-    for name, of in known.items():
-        _write(output / ATLASES / f"{name}.json", json.dumps(of.to_dict(), ensure_ascii=False) + "\n")
+    for name, atlas in atlases.items():
+        write_whole(output / ATLASES / f"{name}.json", json.dumps(atlas.to_dict(), ensure_ascii=False) + "\n")
 
-    todo = [(key, scan, of) for key, scan, of in zip(keys, scans, of_scan, strict=True) if key not in store.keys]
+    done = store.keys
+    todo = [item for item in zip(keys, scans, atlas_of, strict=True) if item[0] not in done]
+    results = _run(((scan, atlas, preparation) for _, scan, atlas in todo), jobs, scheduler)
     failures: list[tuple[ScanSource, str]] = []
     waiting: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     _write_failures(output, failures)
-    work = ((scan, of, preparation) for _, scan, of in todo)
-    progress = tqdm(_run(work, jobs, scheduler), total=len(todo), desc="preparing", unit="scan")
-    for (key, scan, of), result in zip(todo, progress, strict=True):
+    progress = tqdm(zip(todo, results, strict=True), total=len(todo), desc="preparing", unit="scan")
+    for (key, scan, atlas), result in progress:
         if isinstance(result, str):
             failures.append((scan, result))
             _write_failures(output, failures)
             continue
-        waiting[of.name].append((key, {**result, "atlas": of.name, **_identity(scan), **scan.labels}))
-        if len(waiting[of.name]) == shard_size:
-            store.add(of.name, waiting.pop(of.name), features[of.name])
+        waiting[atlas.name].append((key, {**result, "atlas": atlas.name, **_identity(scan), **scan.labels}))
+        if len(waiting[atlas.name]) == shard_size:
+            store.add(atlas.name, waiting.pop(atlas.name), features[atlas.name])
     for name, rows in waiting.items():
         store.add(name, rows, features[name])
-    _write(output / "README.md", card(output, settings, known))
+    write_whole(output / "README.md", card(output, settings, atlases))
     return Outcome(len(todo) - len(failures), len(scans) - len(todo), len(failures))
 
 
@@ -161,11 +157,10 @@ def _anonymous(reason: str, paths: Iterable[Path | None], speakable: set[str]) -
     """One line that names no file or folder, and quotes nothing out of a file but what is in `speakable`."""
     known = [path for path in paths if path is not None]
     for path in known:
-        for form in (path.absolute(), path, path.name):
-            reason = reason.replace(str(form), "<file>")
+        reason = reason.replace(str(path), "<file>").replace(path.name, "<file>")
     for path in known:
-        reason = reason.replace(str(path.absolute().parent), "<folder>")
-    reason = re.sub(r"(^|(?<=[\s'\"(:=])|<folder>)([A-Za-z]:)?[/\\][^\s'\"]+", "<file>", reason)
+        reason = reason.replace(str(path.parent), "<folder>")
+    reason = re.sub(r"(^|(?<=[\s'\"(:=])|<folder>)/[^\s'\"]+", "<file>", reason)
     reason = re.sub(r"(['\"])(.*?)\1", lambda quote: quote[0] if quote[2] in speakable else "'...'", reason)
     return " ".join(reason.split())
 
@@ -188,85 +183,6 @@ def _run(work: Iterable[tuple], jobs: int, scheduler: str | None) -> Iterator[di
         yield from joblib.Parallel(return_as="generator")(joblib.delayed(_attempt)(*item) for item in work)
 
 
-class ShardStore:
-    """
-    Parquet shards in a folder per atlas, and a ledger: its first line holds the settings, each other one a shard and
-    the keys of its rows. A shard without a line, left by a run that was killed, does not count and is removed.
-    """
-
-    def __init__(self, output: Path, settings: dict[str, Any], wanted: set[str]) -> None:
-        self.output = output
-        self.settings = settings
-        self.shards = self._read_ledger()
-        output.mkdir(parents=True, exist_ok=True)
-        for shard, keys in list(self.shards.items()):
-            keep = [key in wanted for key in keys]
-            if not all(keep):
-                del self.shards[shard]
-                if any(keep):
-                    table = pq.read_table(output / shard).filter(pa.array(keep))
-                    again = self._next_shard(Path(shard).parent.name)
-                    _write(output / again, lambda path, table=table: pq.write_table(table, path))
-                    self.shards[again] = [key for key in keys if key in wanted]
-        lines = [{"settings": settings}, *self.shards_as_lines()]
-        _write(output / LEDGER, "".join(json.dumps(line) + "\n" for line in lines))
-        for path in [*output.glob("*/part-*.parquet"), *output.glob("*/.*.tmp"), *output.glob(".*.tmp")]:
-            if path.relative_to(output).as_posix() not in self.shards:
-                path.unlink()
-
-    @property
-    def keys(self) -> set[str]:
-        return {key for keys in self.shards.values() for key in keys}
-
-    def shards_as_lines(self) -> list[dict[str, Any]]:
-        return [{"shard": shard, "keys": keys} for shard, keys in self.shards.items()]
-
-    def add(self, folder: str, rows: Sequence[tuple[str, dict[str, Any]]], features: Features) -> None:
-        """Write a shard, then its line in the ledger."""
-        shard = self._next_shard(folder)
-        table = Dataset.from_list([row for _, row in rows], features=features).data.table
-        _write(self.output / shard, lambda path: pq.write_table(table, path))
-        self.shards[shard] = [key for key, _ in rows]
-        with open(self.output / LEDGER, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"shard": shard, "keys": self.shards[shard]}) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-
-    def _next_shard(self, folder: str) -> str:
-        numbers = [int(path.stem.split("-")[1]) for path in (self.output / folder).glob("part-*.parquet")]
-        return f"{folder}/{SHARD.format(max(numbers, default=-1) + 1)}"
-
-    def _read_ledger(self) -> dict[str, list[str]]:
-        path = self.output / LEDGER
-        if not path.is_file():
-            if self.output.is_file() or (self.output.is_dir() and any(self.output.glob("[!.]*"))):
-                raise ValueError(f"{self.output} holds something else: expected a new folder, or one prepared before")
-            return {}
-        # a line without an end was being written when its run was killed
-        first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        before = json.loads(first)["settings"]
-        if changed := [name for name in self.settings if before.get(name) != self.settings[name]]:
-            raise ValueError(
-                f"{self.output} was prepared with other settings, "
-                + ", ".join(f"{name} {before.get(name)} instead of {self.settings[name]}" for name in changed)
-                + "; choose another folder"
-            )
-        return {line["shard"]: line["keys"] for line in map(json.loads, lines)}
-
-
-def _write(path: Path, content: str | Callable[[Path], None]) -> None:
-    """All of a file or nothing: under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    if isinstance(content, str):
-        temporary.write_text(content, encoding="utf-8")
-    else:
-        content(temporary)
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-
-
 def _write_failures(output: Path, failures: Sequence[tuple[ScanSource, str]]) -> None:
     path = output / FAILURES
     if not failures:
@@ -279,24 +195,24 @@ def _write_failures(output: Path, failures: Sequence[tuple[ScanSource, str]]) ->
             writer.writerow(["subject", "session", "task", "run", "reason"])
             writer.writerows([*scan.ids, reason] for scan, reason in failures)
 
-    _write(path, write)
+    write_whole(path, write)
 
 
-def _load_atlases(scans: Sequence[ScanSource], default: str | None) -> dict[str, Atlas]:
-    """Atlases by the name or path under which a scan or the command names them."""
+def _load_atlases(scans: Sequence[ScanSource], default: str | None) -> list[Atlas]:
+    """The atlas of each scan."""
     if default is None and any(scan.atlas is None for scan in scans):
         raise ValueError("which atlas are the scans' ROIs from? Give --atlas, or a column atlas in the manifest")
-    atlases = {}
+    named = {}
     for name in sorted({scan.atlas or default for scan in scans}):
         if name.endswith(".tsv") and not Path(name).is_file():
             raise ValueError(f"no table of an atlas at {name}")
-        atlases[name] = Atlas.from_table(name) if name.endswith(".tsv") else Atlas.load(name)
+        named[name] = Atlas.from_table(name) if name.endswith(".tsv") else Atlas.load(name)
         # it names a folder of the output
-        if not ATLAS_NAME.fullmatch(atlases[name].name) or atlases[name].name == ATLASES:
-            raise ValueError(f"expected an atlas name of letters, digits and '_.-', got {atlases[name].name!r}")
-    if len({atlas.name for atlas in atlases.values()}) < len(atlases):
-        raise ValueError(f"two atlases of one name among {', '.join(atlases)}")
-    return atlases
+        if not ATLAS_NAME.fullmatch(named[name].name) or named[name].name == ATLASES:
+            raise ValueError(f"expected an atlas name of letters, digits and '_.-', got {named[name].name!r}")
+    if len({atlas.name for atlas in named.values()}) < len(named):
+        raise ValueError(f"two atlases of one name among {', '.join(named)}")
+    return [named[scan.atlas or default] for scan in scans]
 
 
 def _key(scan: ScanSource, atlas: Atlas) -> str:
@@ -317,7 +233,7 @@ def _identity(scan: ScanSource) -> dict[str, str | None]:
 def _label_types(scans: Sequence[ScanSource]) -> dict[str, str]:
     """Arrow type of each label; text where all are missing."""
     types = {}
-    for name in {name: None for scan in scans for name in scan.labels}:
+    for name in sorted({name for scan in scans for name in scan.labels}):
         kind = next((type(scan.labels[name]) for scan in scans if scan.labels.get(name) is not None), str)
         types[name] = LABEL_TYPES[kind]
     return types

@@ -47,7 +47,7 @@ def prepare(
             find_scans(source, labels, space),
             output,
             atlas,
-            Preparation(tr, label_image, confounds, high_pass, low_pass),
+            Preparation(tr, label_image and label_image.absolute(), confounds, high_pass, low_pass),
             jobs,
             scheduler,
             shard_size,

@@ -24,7 +24,7 @@ class ScanSource:
     """
     A scan that can be prepared.
 
-    path, confounds: files. subject ... site: ids as they are written to the output. tr: s, where the file tells none.
+    path, confounds: absolute paths. subject ... site: ids as they are written to the output. tr: s, if it is known.
     atlas: name or table. labels: what is known about the subject or session.
     """
 
@@ -54,6 +54,8 @@ def find_scans(source: Path, labels: Path | None = None, space: str = "MNI*") ->
         labels: table with a column `subject` (or `participant_id`), perhaps `session`, and labels.
         space: pattern of the template space to take of a derivatives folder.
     """
+    # other processes, on other machines too, start elsewhere
+    source = source.absolute()
     if source.is_file():
         scans = read_manifest(source)
     elif source.is_dir():
