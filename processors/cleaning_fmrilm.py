@@ -81,7 +81,7 @@ def clean(
     """Clean a scan at its own repetition time.
 
     Args:
-        signal: float [time, rois], finite.
+        signal: float [time, rois], finite but for ROIs that are NaN throughout, which stay so.
         tr: s.
         detrend_order: order of the polynomial drift to remove; 0 removes the mean only.
         confounds: array [time, confounds], a table with column names (DataFrame) or the path of a .tsv or .csv.
@@ -98,15 +98,18 @@ def clean(
     first, last = np.flatnonzero(kept)[[0, -1]]
     inside = slice(first, last + 1)
     kept, frames = kept[inside], np.arange(last + 1 - first)
-    both = np.hstack([signal, nuisance])[inside]
+    present = ~np.isnan(signal).all(axis=0)
+    both = np.hstack([signal[:, present], nuisance])[inside]
     if cleaning.high_pass is None and cleaning.low_pass is None:
         both = detrend(both[kept], detrend_order, frames[kept])
     else:
         if not kept.all():
             both[~kept] = CubicSpline(frames[kept], both[kept])(frames[~kept])
         both = _band_pass(detrend(both, detrend_order), tr, cleaning)[kept]
-    cleaned = _regress(both[:, : signal.shape[1]], both[:, signal.shape[1] :], detrend_order)
-    return (cleaned if kept.all() else make_interp_spline(frames[kept], cleaned, k=1)(frames)), kept
+    cleaned = _regress(both[:, : present.sum()], both[:, present.sum() :], detrend_order)
+    out = np.full((len(frames), len(present)), np.nan)
+    out[:, present] = cleaned if kept.all() else make_interp_spline(frames[kept], cleaned, k=1)(frames)
+    return out, kept
 
 
 def _read_confounds(confounds: Any, frames: int) -> tuple[tuple[str, ...] | None, np.ndarray | None]:

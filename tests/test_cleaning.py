@@ -108,6 +108,15 @@ def test_values_of_censored_frames_change_nothing(cleaning: Cleaning, frames: se
         np.testing.assert_allclose(cleaned[:, column], np.interp(np.arange(len(kept)), at, cleaned[at, column]))
 
 
+@pytest.mark.parametrize("cleaning", [Cleaning(), Cleaning(low_pass=0.1)])
+def test_missing_roi_stays_missing_and_changes_nothing(cleaning: Cleaning) -> None:
+    signal, confounds = recording()
+    expected, _ = clean(signal, TR, 2, cleaning, confounds, censor(50, 51))
+    signal[:, 2] = expected[:, 2] = np.nan
+    cleaned, _ = clean(signal, TR, 2, cleaning, confounds, censor(50, 51))
+    np.testing.assert_allclose(cleaned, expected, atol=1e-9)
+
+
 def test_cleaned_scan_with_its_mask_is_clean_already() -> None:
     signal, confounds = recording()
     cleaned, kept = clean(signal, TR, 2, Cleaning(), confounds, censor(0, 50, 51, 120))
