@@ -1,6 +1,7 @@
 """FmriLMFeatureExtractor: scans in any usual form -> z-scored, windowed, padded tensors with ROI coordinates."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ from transformers import BatchFeature, FeatureExtractionMixin
 from transformers.utils import logging
 
 from .atlases import Atlas
+from .cleaning_fmrilm import Cleaning, clean
 from .parcellation import TR_RANGE, parcellate, read_scan
-from .signal_fmrilm import detrend, interquartile_range, resample, resampled_length, robust_zscore, window_bounds
+from .signal_fmrilm import (
+    interquartile_range,
+    nearest_frames,
+    resample,
+    resampled_length,
+    robust_zscore,
+    window_bounds,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -19,6 +28,17 @@ logger = logging.get_logger(__name__)
 WINDOWS = ("first", "sliding", "random", "full")
 # relative to the largest value of a ROI: below it, what varies is float32 rounding
 CONSTANT_BELOW = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredScan:
+    """A scan as it was measured. signal: float64 [time, rois]; tr: s; confounds, censored: as they were given."""
+
+    signal: np.ndarray
+    tr: float
+    atlas: Atlas
+    confounds: Any = None
+    censored: Any = None
 
 
 class FmriLMFeatureExtractor(FeatureExtractionMixin):
@@ -35,6 +55,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         clip: largest absolute z-score.
         median, iqr: one centre and one spread for all ROIs, in the units of the signals, in place of drift removal
             and robust z-scores per ROI; clips nothing. What the paper's official checkpoints were trained on.
+        cleaning: settings of `Cleaning` as a dict: band-pass, columns of confound tables, thresholds for scrubbing.
     """
 
     model_input_names = ["fmri_values", "roi_coordinates", "fmri_mask"]
@@ -51,6 +72,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         clip: float = 6.0,
         median: float | None = None,
         iqr: float | None = None,
+        cleaning: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -67,6 +89,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"expected detrend_order >= 0 and clip > 0, got {detrend_order} and {clip}")
         if (median is None) != (iqr is None) or iqr is not None and iqr <= 0:
             raise ValueError(f"expected median and iqr > 0 together or neither, got {median} and {iqr}")
+        Cleaning.from_dict(cleaning)
         _check_window(window, window_stride)
         self.repetition_time = repetition_time
         self.patch_length = patch_length
@@ -77,6 +100,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         self.clip = clip
         self.median = median
         self.iqr = iqr
+        self.cleaning = cleaning
 
     def to_dict(self) -> dict[str, Any]:
         # the base class drops an attribute of this name: for audio it is an array of filter weights
@@ -109,7 +133,9 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         """Prepare one scan or a list of scans.
 
         A scan is a path, a nibabel image (with `label_image`), an array or tensor [time, rois], or a dict with
-        "signal" (one of these), "tr" and "atlas".
+        "signal" (one of these), "tr" and "atlas". A dict may bring "confounds" (array [time, confounds], table or
+        its path), which are regressed out, and "censored" (bool [time]), frames to do without: they are interpolated
+        and left out of every estimate. They stay True in `fmri_mask`, where holes would shift steps.
 
         Args:
             tr: repetition time of the scans in seconds; goes before the one in a file's header.
@@ -147,11 +173,21 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         self, scan: Any, tr: float | None = None, atlas: str | Atlas | None = None, label_image: Any = None
     ) -> tuple[np.ndarray, Atlas]:
         """One scan before windowing: float32 [time, rois] at `repetition_time`, robust z-scores; and its atlas."""
+        read = self.read_signal(scan, tr=tr, atlas=atlas, label_image=label_image)
+        return self._standardize(read), read.atlas
+
+    def read_signal(
+        self, scan: Any, tr: float | None = None, atlas: str | Atlas | None = None, label_image: Any = None
+    ) -> MeasuredScan:
+        """One scan as it was measured, parcellated but not cleaned."""
+        confounds, censored = None, None
         while isinstance(scan, dict):
             if scan.get("signal") is None:
                 raise ValueError(f"a scan given as dict needs 'signal', got keys {sorted(scan)}")
             tr = _agree("tr", tr, scan.get("tr"))
             atlas = _agree("atlas", atlas, scan.get("atlas"))
+            confounds = scan.get("confounds") if confounds is None else confounds
+            censored = scan.get("censored") if censored is None else censored
             scan = scan["signal"]
 
         columns = None
@@ -171,7 +207,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         _check_shape(signal, found)
         _check_finite(signal, found)
         _check_tr(tr)
-        return self._clean(signal, tr, found), found
+        return MeasuredScan(signal, tr, found, confounds, censored)
 
     def num_steps(self, fmri_mask: np.ndarray | torch.Tensor) -> list[int]:
         """Steps of the model per item, from the mask bool [batch, rois, time]; a tail counts as one."""
@@ -187,25 +223,34 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"which atlas are the scan's ROIs from? Give atlas=...; known: {self._known()}")
         return Atlas.from_dict(self.atlases[0])
 
-    def _clean(self, signal: np.ndarray, tr: float, atlas: Atlas) -> np.ndarray:
-        frames = resampled_length(len(signal), tr, self.repetition_time)
+    def clean_signal(self, read: MeasuredScan) -> tuple[np.ndarray, np.ndarray]:
+        """Cleaned at its own repetition time, float64 [time, rois], and the frames that were kept, bool [time]."""
+        settings = Cleaning.from_dict(self.cleaning)
+        order = self.detrend_order if self.median is None else 0
+        return clean(read.signal, read.tr, order, settings, read.confounds, read.censored)
+
+    def _standardize(self, read: MeasuredScan) -> np.ndarray:
+        cleaned, kept = self.clean_signal(read)
+        frames = resampled_length(len(cleaned), read.tr, self.repetition_time)
         if frames < self.patch_length:
             raise ValueError(
-                f"scan too short: {len(signal)} frames at {tr} s make {frames} frames at {self.repetition_time} s "
-                f"({len(signal) * tr:.1f} s); expected at least one patch of {self.patch_length} frames "
+                f"scan too short: {len(cleaned)} frames at {read.tr} s make {frames} frames at {self.repetition_time} "
+                f"s ({len(cleaned) * read.tr:.1f} s); expected at least one patch of {self.patch_length} frames "
                 f"({self.patch_length * self.repetition_time:.1f} s)"
             )
-        order = self.detrend_order if self.median is None else 0
-        clean = resample(detrend(signal, order), tr, self.repetition_time)
-        constant = np.flatnonzero(interquartile_range(clean) <= CONSTANT_BELOW * np.abs(signal).max(axis=0))
-        if constant.size:
+        kept = kept[nearest_frames(len(cleaned), read.tr, self.repetition_time)]
+        cleaned = resample(cleaned, read.tr, self.repetition_time)
+        constant = interquartile_range(cleaned[kept]) <= CONSTANT_BELOW * np.abs(read.signal).max(axis=0)
+        if constant.any():
+            first = int(np.flatnonzero(constant)[0])
             raise ValueError(
-                f"{constant.size} of {len(atlas)} ROIs are constant, the first is {atlas.rois[constant[0]]!r} "
-                f"(column {constant[0]}); expected a signal that varies"
+                f"{constant.sum()} of {len(read.atlas)} ROIs are constant, the first is {read.atlas.rois[first]!r} "
+                f"(column {first}); expected a signal that varies"
             )
         if self.median is not None:
-            return ((clean + signal.mean(axis=0) - self.median) / self.iqr).astype(np.float32)
-        return robust_zscore(clean, self.clip).astype(np.float32)
+            # the mean is taken out for the filters alone
+            return ((cleaned + read.signal.mean(axis=0) - self.median) / self.iqr).astype(np.float32)
+        return robust_zscore(cleaned, self.clip, kept).astype(np.float32)
 
     def _pad(self, items: list[tuple[np.ndarray, Atlas]]) -> dict[str, np.ndarray]:
         rois = max(len(atlas) for _, atlas in items)

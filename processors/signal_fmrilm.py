@@ -21,9 +21,14 @@ def resampled_length(frames: int, tr: float, repetition_time: float) -> int:
     return math.floor((frames - 1) * sampling_ratio(tr, repetition_time)) + 1
 
 
-def detrend(signal: np.ndarray, order: int) -> np.ndarray:
-    """Remove the least-squares polynomial of `order` (0: the mean only) from each ROI."""
-    time = np.linspace(-1.0, 1.0, len(signal))
+def detrend(signal: np.ndarray, order: int, frames: np.ndarray | None = None) -> np.ndarray:
+    """
+    Remove the least-squares polynomial of `order` (0: the mean only) from each ROI.
+
+    frames: increasing position in time of each row, where some are left out.
+    """
+    frames = np.arange(len(signal)) if frames is None else frames
+    time = np.interp(frames, frames[[0, -1]], [-1.0, 1.0])
     # Legendre columns stay well conditioned where powers of time do not
     basis, _ = np.linalg.qr(np.polynomial.legendre.legvander(time, min(order, len(signal) - 1)))
     return signal - basis @ (basis.T @ signal)
@@ -46,13 +51,19 @@ def interquartile_range(signal: np.ndarray) -> np.ndarray:
     return high - low
 
 
-def robust_zscore(signal: np.ndarray, clip: float) -> np.ndarray:
+def robust_zscore(signal: np.ndarray, clip: float, kept: np.ndarray | slice = slice(None)) -> np.ndarray:
     """Centre on the median, divide by IQR / 1.349 (the SD of normal data), clip to [-clip, clip].
 
-    Spikes from head motion move mean and SD, but hardly these two.
+    Spikes from head motion move mean and SD, but hardly these two. kept: bool [time], the frames they come from.
     """
-    scale = interquartile_range(signal) / NORMAL_IQR
-    return np.clip((signal - np.median(signal, axis=0)) / scale, -clip, clip)
+    scale = interquartile_range(signal[kept]) / NORMAL_IQR
+    return np.clip((signal - np.median(signal[kept], axis=0)) / scale, -clip, clip)
+
+
+def nearest_frames(frames: int, tr: float, repetition_time: float) -> np.ndarray:
+    """The input frame that is nearest in time to each frame `resample` returns."""
+    times = np.arange(resampled_length(frames, tr, repetition_time)) * repetition_time
+    return np.minimum(np.rint(times / tr).astype(int), frames - 1)
 
 
 def window_bounds(

@@ -34,6 +34,7 @@ MODEL_FILES = {
 }
 PROCESSOR_FILES = {
     "atlases.py",
+    "cleaning_fmrilm.py",
     "feature_extraction_fmrilm.py",
     "parcellation.py",
     "processing_fmrilm.py",

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .prepare_command import prepare
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -106,6 +108,9 @@ def export(
             f"a causal server moves {difference['total_variation']:.0%} of the next word's probability; the likeliest "
             f"word {'stays' if difference['same_word'] else 'changes'}"
         )
+
+
+app.command()(prepare)
 
 
 def main() -> None:

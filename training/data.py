@@ -1,10 +1,14 @@
 """Scans on their way to the three stages: preparation, split by subject, windows, mixing augmentation."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 
@@ -42,6 +46,22 @@ def prepare_scans(scans: Sequence[Scan], extractor: FmriLMFeatureExtractor) -> l
     for scan in scans:
         signal, atlas = extractor.prepare_signal(scan.signal, tr=scan.tr, atlas=scan.atlas)
         prepared.append(PreparedScan(signal, atlas, scan.dataset, scan.subject, scan.session))
+    return prepared
+
+
+def load_prepared(folder: Path, extractor: FmriLMFeatureExtractor) -> list[PreparedScan]:
+    """Scans that `fmrilm prepare` wrote. Those of one site are one dataset; without sites, all of the folder are."""
+    prepared = []
+    for table in sorted((folder / "atlases").glob("*.json")):
+        atlas = Atlas.from_dict(json.loads(table.read_text(encoding="utf-8")))
+        for shard in sorted((folder / atlas.name).glob("*.parquet")):
+            for row in datasets.Dataset(pq.read_table(shard)).with_format("numpy"):
+                scan = {key: row[key] for key in ("signal", "tr", "censored")}
+                signal, _ = extractor.prepare_signal(scan, atlas=atlas)
+                dataset = row["site"] or folder.name
+                prepared.append(PreparedScan(signal, atlas, dataset, row["subject"], row["session"] or ""))
+    if not prepared:
+        raise ValueError(f"no prepared scans in {folder}: expected a folder that `fmrilm prepare` wrote")
     return prepared
 
 

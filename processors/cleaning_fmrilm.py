@@ -1,0 +1,229 @@
+"""Cleaning of a scan at its own sampling rate: scrubbing, drift, band-pass and confound regression in one step.
+
+Order, after Lindquist et al. 2019 (second recommendation), Power et al. 2014 and `nilearn.signal.clean`:
+
+1. censored frames at both ends are cut off, those between become a cubic spline through the kept frames;
+2. drift is removed, and the band-pass applied, to the signal and to the confounds alike, so that regression
+   brings back nothing that was filtered out;
+3. confounds are regressed out, fitted on kept frames alone;
+4. censored frames become straight lines between their cleaned neighbours: time stays evenly spaced, and no motion is
+   left in them. A spline would swing out in long gaps. The mask of kept frames goes along, so that scales are
+   estimated without them.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import CubicSpline, make_interp_spline
+from scipy.linalg import qr
+from scipy.signal import butter, sosfiltfilt
+
+from .signal_fmrilm import detrend
+
+
+FILTER_ORDER = 5
+# of the scan's frames; with fewer left, what is interpolated outweighs what was measured
+LEAST_KEPT = 0.5
+# of a confound's largest value: what varies less after removal of drift was constant, or a drift
+ROUNDING = 1e-10
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """
+    Settings of `clean`.
+
+    Attributes:
+        columns: columns of a confound table to regress out; all of them unless given.
+        high_pass, low_pass: slowest and fastest fluctuation to keep, Hz.
+        fd_threshold: frames with more `framewise_displacement` in the confound table are censored, mm.
+        dvars_threshold: frames with more `std_dvars` in the confound table are censored.
+        min_stretch: stretches of fewer kept frames between censored ones are censored, too (Power et al. 2014: 5).
+    """
+
+    columns: tuple[str, ...] | None = None
+    high_pass: float | None = None
+    low_pass: float | None = None
+    fd_threshold: float | None = None
+    dvars_threshold: float | None = None
+    min_stretch: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("high_pass", "low_pass", "fd_threshold", "dvars_threshold"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"cleaning: expected {name} > 0, got {value}")
+        if self.high_pass is not None and self.low_pass is not None and self.high_pass >= self.low_pass:
+            raise ValueError(f"cleaning: expected high_pass < low_pass (Hz), got {self.high_pass} and {self.low_pass}")
+        if self.min_stretch < 0:
+            raise ValueError(f"cleaning: expected min_stretch >= 0 frames, got {self.min_stretch}")
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any] | None) -> "Cleaning":
+        """Checked settings; None means that nothing is asked for."""
+        settings = settings or {}
+        if unknown := sorted(set(settings) - set(cls.__dataclass_fields__)):
+            raise ValueError(f"cleaning knows {', '.join(cls.__dataclass_fields__)}; got {', '.join(unknown)}")
+        return cls(**settings)
+
+
+def clean(
+    signal: np.ndarray,
+    tr: float,
+    detrend_order: int,
+    cleaning: Cleaning,
+    confounds: Any = None,
+    censored: Any = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clean a scan at its own repetition time.
+
+    Args:
+        signal: float [time, rois], finite but for ROIs that are NaN throughout, which stay so.
+        tr: s.
+        detrend_order: order of the polynomial drift to remove; 0 removes the mean only.
+        confounds: array [time, confounds], a table with column names (DataFrame) or the path of a .tsv or .csv.
+            NaN in the first row, as derivatives have it, takes the value of the second.
+        censored: bool [time], True on frames to do without.
+
+    Returns:
+        float64 [time, rois] and the kept frames, bool [time]; shorter than the input where its ends are censored.
+    """
+    names, confounds = _read_confounds(confounds, len(signal))
+    kept = _kept_frames(cleaning, names, confounds, censored, len(signal))
+    nuisance = _select(cleaning, names, confounds, len(signal))
+
+    first, last = np.flatnonzero(kept)[[0, -1]]
+    inside = slice(first, last + 1)
+    kept, frames = kept[inside], np.arange(last + 1 - first)
+    present = ~np.isnan(signal).all(axis=0)
+    both = np.hstack([signal[:, present], nuisance])[inside]
+    if cleaning.high_pass is None and cleaning.low_pass is None:
+        both = detrend(both[kept], detrend_order, frames[kept])
+    else:
+        if not kept.all():
+            both[~kept] = CubicSpline(frames[kept], both[kept])(frames[~kept])
+        both = _band_pass(detrend(both, detrend_order), tr, cleaning)[kept]
+    cleaned = _regress(both[:, : present.sum()], both[:, present.sum() :], detrend_order)
+    out = np.full((len(frames), len(present)), np.nan)
+    out[:, present] = cleaned if kept.all() else make_interp_spline(frames[kept], cleaned, k=1)(frames)
+    return out, kept
+
+
+def _read_confounds(confounds: Any, frames: int) -> tuple[tuple[str, ...] | None, np.ndarray | None]:
+    """Column names, if there are any, and float64 [time, confounds]."""
+    if confounds is None:
+        return None, None
+    names = None
+    if isinstance(confounds, (str, Path)):
+        names, confounds = _read_table(Path(confounds))
+    elif hasattr(confounds, "columns"):
+        names = tuple(str(name) for name in confounds.columns)
+    values = np.array(confounds, dtype=np.float64)
+    if values.ndim == 1:
+        values = values[:, None]
+    if values.ndim != 2 or len(values) != frames:
+        raise ValueError(
+            f"expected confounds [time, confounds] with {frames} rows, one per frame, got {len(values)} rows "
+            f"(shape {values.shape})"
+        )
+    return names, values
+
+
+def _read_table(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with open(path, newline="", encoding="utf-8-sig") as handle:
+        rows = [row for row in csv.reader(handle, delimiter=delimiter) if row]
+    if not rows:
+        raise ValueError("expected a confound table with a header, got an empty file")
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"confound table, line {number}: expected {len(rows[0])} cells, got {len(row)}")
+    cells = [["nan" if cell.strip() in ("", "n/a") else cell for cell in row] for row in rows[1:]]
+    try:
+        return tuple(name.strip() for name in rows[0]), np.array(cells, dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"confound table: expected numbers below the header: {error}") from error
+
+
+def _kept_frames(
+    cleaning: Cleaning, names: tuple[str, ...] | None, confounds: np.ndarray | None, censored: Any, frames: int
+) -> np.ndarray:
+    """Frames to keep: bool [time]."""
+    out = np.zeros(frames, dtype=bool) if censored is None else np.asarray(censored)
+    if out.shape != (frames,) or out.dtype != bool:
+        raise ValueError(f"expected censored as {frames} bools, one per frame, got {out.shape} of {out.dtype}")
+    for column, threshold in (
+        ("framewise_displacement", cleaning.fd_threshold),
+        ("std_dvars", cleaning.dvars_threshold),
+    ):
+        if threshold is not None:
+            out = out | (confounds[:, _position(names, column)] > threshold)
+    if out.any() and cleaning.min_stretch:
+        # first and one-past-last frame of each kept stretch
+        bounds = np.flatnonzero(np.diff(np.concatenate([[True], out, [True]]))).reshape(-1, 2)
+        out = out.copy()
+        for start, stop in bounds[np.diff(bounds, axis=1)[:, 0] < cleaning.min_stretch]:
+            out[start:stop] = True
+    if frames - out.sum() < LEAST_KEPT * frames:
+        raise ValueError(f"{out.sum()} of {frames} frames are censored; expected at most {1 - LEAST_KEPT:.0%}")
+    return ~out
+
+
+def _position(names: tuple[str, ...] | None, column: str) -> int:
+    if names is None:
+        raise ValueError(f"cleaning asks for the confound {column!r}: expected a table with column names")
+    if column not in names:
+        raise ValueError(f"cleaning asks for the confound {column!r}, not one of the {len(names)} of the table")
+    return names.index(column)
+
+
+def _select(
+    cleaning: Cleaning, names: tuple[str, ...] | None, confounds: np.ndarray | None, frames: int
+) -> np.ndarray:
+    """The confounds to regress out: float64 [time, confounds], each at most 1 in size."""
+    if cleaning.columns is not None:
+        confounds = confounds[:, [_position(names, column) for column in cleaning.columns]]
+    if confounds is None:
+        return np.empty((frames, 0))
+    confounds = confounds.copy()
+    confounds[0] = np.where(np.isnan(confounds[0]), confounds[min(1, frames - 1)], confounds[0])
+    bad = ~np.isfinite(confounds)
+    if bad.any():
+        raise ValueError(
+            f"{bad.sum()} values of the confounds are NaN or infinite, first in column "
+            f"{np.flatnonzero(bad.any(axis=0))[0]}; expected that in a first row alone"
+        )
+    size = np.abs(confounds).max(axis=0)
+    return confounds / np.where(size == 0, 1, size)
+
+
+def _band_pass(values: np.ndarray, tr: float, cleaning: Cleaning) -> np.ndarray:
+    """Butterworth filter, forwards and backwards: no phase shift."""
+    cutoffs = [cutoff for cutoff in (cleaning.high_pass, cleaning.low_pass) if cutoff is not None]
+    if max(cutoffs) >= 0.5 / tr:
+        raise ValueError(f"expected cutoffs under {0.5 / tr:.3f} Hz, half the sampling rate, got {max(cutoffs)} Hz")
+    kind = "bandpass" if len(cutoffs) == 2 else "lowpass" if cleaning.high_pass is None else "highpass"
+    sections = butter(FILTER_ORDER, cutoffs if len(cutoffs) == 2 else cutoffs[0], kind, output="sos", fs=1 / tr)
+    try:
+        return sosfiltfilt(sections, values, axis=0)
+    except ValueError as error:
+        raise ValueError(f"{len(values)} frames are too few for a {kind} filter: {error}") from error
+
+
+def _regress(signal: np.ndarray, confounds: np.ndarray, detrend_order: int) -> np.ndarray:
+    """Residual of the signal after the least-squares fit of the confounds, all [kept frames, ...]."""
+    spread = confounds.std(axis=0, ddof=1)
+    standardized = (confounds - confounds.mean(axis=0))[:, spread > ROUNDING] / spread[spread > ROUNDING]
+    if not standardized.size:
+        return signal
+    basis, triangle, _ = qr(standardized, mode="economic", pivoting=True)
+    basis = basis[:, np.abs(np.diag(triangle)) > 100 * np.finfo(np.float64).eps]
+    if basis.shape[1] + detrend_order + 1 >= len(signal):
+        raise ValueError(
+            f"{basis.shape[1]} independent confounds and a drift of order {detrend_order} leave nothing of "
+            f"{len(signal)} kept frames"
+        )
+    return signal - basis @ (basis.T @ signal)

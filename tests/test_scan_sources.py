@@ -1,0 +1,202 @@
+"""Manifests, derivatives folders, folders of files, and the labels that are joined to their scans."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmrilm.training.scan_sources import ScanSource, find_scans, parse_bids_name
+
+
+def write(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+MANIFEST = """\
+path,subject,session,tr,site,atlas,confounds,age,sex,code,score
+a.npy,01,,0.72,A,aal2-94,,30,f,007,1.5
+b/c.npy,02,,,,,b/c.tsv,,m,010,2
+/d.npy,3,,2,B,,,41,n/a,100,-1e3
+"""
+
+
+def test_manifest_is_read_as_it_is_written(tmp_path) -> None:
+    first, second, third = find_scans(write(tmp_path / "m.csv", MANIFEST))
+    assert first == ScanSource(
+        tmp_path / "a.npy", "01", tr=0.72, site="A", atlas="aal2-94",
+        labels={"age": 30, "sex": "f", "code": "007", "score": 1.5},
+    )  # fmt: skip
+    assert second.path == tmp_path / "b" / "c.npy" and second.confounds == tmp_path / "b" / "c.tsv"
+    assert second.tr is None and second.labels == {"age": None, "sex": "m", "code": "010", "score": 2.0}
+    assert third.path == Path("/d.npy") and third.labels["sex"] is None and third.labels["score"] == -1000.0
+    tabs = write(tmp_path / "m.tsv", MANIFEST.replace(",", "\t"))
+    assert find_scans(tabs) == [first, second, third]
+
+
+def test_paths_hold_in_other_processes(tmp_path, monkeypatch) -> None:
+    write(tmp_path / "study" / "m.csv", "path,subject\na.npy,1\n")
+    monkeypatch.chdir(tmp_path)
+    assert find_scans(Path("study/m.csv"))[0].path == tmp_path / "study" / "a.npy"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("path,age\na.npy,3\n", "expected columns path and subject, got path, age: no subject"),
+        ("path,subject\n", "at least one row, got 1 lines"),
+        ("path,subject\na.npy\n", "line 2: expected 2 cells, got 1"),
+        ("path,subject\n,01\n", "line 2: expected a path and a subject"),
+        ("path,subject,age,age\na,b,1,2\n", "different names of columns"),
+        ("path,subject,tr\na.npy,01,2s\n", "line 2: expected tr in seconds, got '2s'"),
+        ("path,subject,signal\na.npy,01,2\n", "cannot be named 'signal'"),
+        ("path,subject\na.npy,01\nb.npy,01\n", "two scans of subject '01', session None"),
+        ("path,subject,run\na.npy,01,1\nb.npy,01,1\n", "run 1: expected one"),
+        ("path,subject,run,age\na.npy,01,1,3\nb.npy,01,2,4\n", "label 'age' differs between rows of subject '01': 3"),
+        ("path,subject,session,run,age\na,1,x,1,3\nb,1,x,2,4\n", "subject '1', session 'x': 3 and 4"),
+        ("path,subject\na.npy,../x\n", "expected a subject without slashes.*'../x'"),
+        ("path,subject,session\na.npy,1,..\n", "expected a session without"),
+        ("path,subject,site\na.npy,1,a/b\n", "expected a site without"),
+        ('path,subject\na.npy,"a\nb"\n', "line breaks"),
+    ],
+)
+def test_unfit_manifest_is_refused(text: str, message: str, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_scans(write(tmp_path / "m.csv", text))
+
+
+def test_labels_may_differ_between_sessions_and_scans_between_atlases(tmp_path) -> None:
+    text = "path,subject,session,atlas,age\na.npy,1,x,p,30\nb.npy,1,y,p,31\nc.npy,1,y,q,31\n"
+    assert [scan.labels["age"] for scan in find_scans(write(tmp_path / "m.csv", text))] == [30, 31, 31]
+
+
+def test_missing_source_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="nothing at"):
+        find_scans(tmp_path / "none")
+    with pytest.raises(ValueError, match="no scans in"):
+        find_scans(tmp_path)
+
+
+# --- folders
+
+
+def test_names_of_files_in_a_folder_are_subjects(tmp_path) -> None:
+    for name in ("b.npy", "a.nii.gz", "c.ptseries.nii", ".hidden.npy", "notes.txt"):
+        write(tmp_path / name)
+    write(tmp_path / "deeper" / "d.npy")
+    assert [(scan.path.name, scan.subject) for scan in find_scans(tmp_path)] == [
+        ("a.nii.gz", "a"),
+        ("b.npy", "b"),
+        ("c.ptseries.nii", "c"),
+    ]
+
+
+@given(
+    st.dictionaries(
+        st.text("abcdxyz", min_size=2, max_size=5).filter(lambda key: key != "sub"),
+        st.text("abAB019", min_size=1, max_size=5),
+        max_size=5,
+    ),
+    st.sampled_from([".nii.gz", ".dtseries.nii", ".nii"]),
+)
+def test_bids_names_are_taken_apart(entities: dict[str, str], extension: str) -> None:
+    name = "_".join(["sub-01", *(f"{key}-{value}" for key, value in entities.items()), "bold"]) + extension
+    assert parse_bids_name(name) == {"sub": "01", **entities, "suffix": "bold", "extension": extension}
+
+
+@pytest.mark.parametrize(
+    "name", ["bold.nii", "sub-01.nii", "sub-_bold.nii", "sub-01_bold", "sub-01_run-1_run-2_bold.nii", "ses-1_bold.nii"]
+)
+def test_other_names_are_not_bids(name: str) -> None:
+    assert parse_bids_name(name) is None
+
+
+def derivative(folder: Path, name: str) -> Path:
+    subject, *rest = name.split("_")
+    session = [part for part in rest if part.startswith("ses-")]
+    return write(folder / Path(subject, *session, "func", name))
+
+
+NAMES = (
+    "sub-01_ses-a_task-rest_run-1_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.nii.gz",
+    "sub-01_ses-a_task-rest_run-2_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.nii.gz",
+    "sub-01_ses-b_task-rest_acq-AP_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.nii.gz",
+    "sub-01_ses-b_task-rest_acq-AP_run-2_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.nii.gz",
+    "sub-02_task-rest_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.nii.gz",
+)
+OTHERS = (
+    "sub-02_task-rest_space-T1w_desc-preproc_bold.nii.gz",
+    "sub-02_task-rest_desc-preproc_bold.nii.gz",
+    "sub-02_task-rest_space-MNI152NLin2009cAsym_res-2_desc-brain_mask.nii.gz",
+    "sub-02_task-rest_space-MNI152NLin2009cAsym_res-2_boldref.nii.gz",
+    "sub-02_task-rest_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.json",
+    "sub-02_task-rest_desc-confounds_timeseries.tsv",
+    "sub-02_task-rest_space-fsLR_den-91k_bold.dtseries.nii",
+)
+
+
+def test_derivatives_in_template_space_are_found(tmp_path) -> None:
+    for name in (*NAMES, *OTHERS):
+        derivative(tmp_path, name)
+    scans = find_scans(tmp_path)
+    assert [scan.path.name for scan in scans] == sorted(NAMES)
+    assert sorted(scan.ids for scan in scans if scan.session) == [
+        ("01", "a", "rest", "1"),
+        ("01", "a", "rest", "2"),
+        ("01", "b", "rest", "acq-AP"),
+        ("01", "b", "rest", "acq-AP_run-2"),
+    ]
+    assert scans[-1].ids == ("02", None, "rest", None)
+    assert [scan.path.name for scan in find_scans(tmp_path, space="fsLR")] == [OTHERS[-1]]
+
+
+def test_space_must_be_there_and_be_one(tmp_path) -> None:
+    derivative(tmp_path, OTHERS[0])
+    with pytest.raises(ValueError, match="no preprocessed scan in a space like 'MNI.*spaces found: T1w"):
+        find_scans(tmp_path)
+    for name in (NAMES[4], NAMES[4].replace("2009c", "6")):
+        derivative(tmp_path, name)
+    with pytest.raises(ValueError, match="one scan in 2 spaces.*MNI152NLin2009cAsym_res-2, MNI152NLin6Asym_res-2"):
+        find_scans(tmp_path)
+    assert len(find_scans(tmp_path, space="MNI152NLin6Asym")) == 1
+
+
+# --- labels
+
+
+def three(folder: Path) -> Path:
+    return write(folder / "m.csv", "path,subject,session\na.npy,sub-1,x\nb.npy,1,y\nc.npy,2,x\n")
+
+
+def test_labels_are_joined_by_subject(tmp_path) -> None:
+    labels = write(tmp_path / "participants.tsv", "participant_id\tage\tsite\nsub-1\t30\tA\nsub-9\t50\tB\n")
+    scans = find_scans(three(tmp_path), labels)
+    assert [(scan.labels, scan.site) for scan in scans] == [({"age": 30}, "A")] * 2 + [({"age": None}, None)]
+
+
+def test_labels_are_joined_by_session(tmp_path) -> None:
+    labels = write(tmp_path / "l.csv", "subject,session_id,age\n1,ses-x,30\n1,y,31\n2,y,50\n")
+    assert [scan.labels["age"] for scan in find_scans(three(tmp_path), labels)] == [30, 31, None]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name,age\n1,30\n", "expected a column subject or participant_id, got name, age"),
+        ("subject,age\n1,30\n1,31\n", "label 'age' differs between rows of subject '1': 30 and 31"),
+        ("subject,path\n1,30\n", "cannot be named 'path'"),
+        ("subject,age\nA,30\n", "none of its subjects has a scan; it starts with 'A', the scans with 'sub-1'"),
+        ("subject,site\n1,../x\n", "expected a site without slashes"),
+    ],
+)
+def test_unfit_labels_are_refused(text: str, message: str, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_scans(three(tmp_path), write(tmp_path / "l.csv", text))
+
+
+def test_labels_of_manifest_and_table_must_not_clash(tmp_path) -> None:
+    manifest = write(tmp_path / "m.csv", "path,subject,age\na.npy,1,3\n")
+    with pytest.raises(ValueError, match="the labels age stand in the manifest, too"):
+        find_scans(manifest, write(tmp_path / "l.csv", "subject,age\n1,4\n"))

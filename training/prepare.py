@@ -1,0 +1,252 @@
+"""Scans from files to a dataset in Parquet shards, in parallel, resumable; the row schema of `load_dataset`."""
+
+import csv
+import hashlib
+import json
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+from datasets import Array2D, Features, List, Value
+from tqdm import tqdm
+
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor
+
+from .prepared_card import card
+from .scan_sources import ScanSource
+from .shards import ShardStore, write_whole
+
+
+FAILURES = "failures.csv"
+ATLASES = "atlases"
+ATLAS_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+CONNECT_SECONDS = 20
+LABEL_TYPES = {int: "int64", float: "float64", str: "string"}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """
+    What is done to every scan.
+
+    tr: s, goes before a file's header. label_image: absolute path of the parcels, for volumes. confounds: strategy of
+    `nilearn.interfaces.fmriprep.load_confounds_strategy` for fMRIPrep's tables. high_pass, low_pass: Hz.
+    """
+
+    tr: float | None = None
+    label_image: Path | None = None
+    confounds: str | None = None
+    high_pass: float | None = None
+    low_pass: float | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The settings without a path: a label image is named by its content."""
+        image = self.label_image and hashlib.sha256(self.label_image.read_bytes()).hexdigest()[:16]
+        return {**asdict(self), "label_image": image}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Numbers of scans that were prepared now, had been before, and failed."""
+
+    prepared: int
+    skipped: int
+    failed: int
+
+
+def prepare(
+    scans: Sequence[ScanSource],
+    output: Path,
+    default_atlas: str | None,
+    preparation: Preparation,
+    jobs: int = 1,
+    scheduler: str | None = None,
+    shard_size: int = 64,
+) -> Outcome:
+    """
+    Write the scans to `output`, which then holds those of `scans` that can be read, and no others.
+
+    Args:
+        default_atlas: name of a packaged atlas or path of its table, for scans that name none.
+        jobs: processes on this machine.
+        scheduler: address of a Dask cluster to use instead; its workers must see the same files.
+        shard_size: scans per Parquet file.
+    """
+    atlas_of = _load_atlases(scans, default_atlas)
+    atlases = {atlas.name: atlas for atlas in atlas_of}
+    features = {name: _features(atlas, scans) for name, atlas in atlases.items()}
+    settings = {**preparation.describe(), "labels": _label_types(scans)}
+    keys = [_key(scan, atlas) for scan, atlas in zip(scans, atlas_of, strict=True)]
+    store = ShardStore(output, settings, set(keys))
+    for name, atlas in atlases.items():
+        write_whole(output / ATLASES / f"{name}.json", json.dumps(atlas.to_dict(), ensure_ascii=False) + "\n")
+
+    done = store.keys
+    todo = [item for item in zip(keys, scans, atlas_of, strict=True) if item[0] not in done]
+    results = _run(((scan, atlas, preparation) for _, scan, atlas in todo), jobs, scheduler)
+    failures: list[tuple[ScanSource, str]] = []
+    waiting: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    _write_failures(output, failures)
+    progress = tqdm(zip(todo, results, strict=True), total=len(todo), desc="preparing", unit="scan")
+    for (key, scan, atlas), result in progress:
+        if isinstance(result, str):
+            failures.append((scan, result))
+            _write_failures(output, failures)
+            continue
+        waiting[atlas.name].append((key, {**result, "atlas": atlas.name, **_identity(scan), **scan.labels}))
+        if len(waiting[atlas.name]) == shard_size:
+            store.add(atlas.name, waiting.pop(atlas.name), features[atlas.name])
+    for name, rows in waiting.items():
+        store.add(name, rows, features[name])
+    write_whole(output / "README.md", card(output, settings, atlases))
+    return Outcome(len(todo) - len(failures), len(scans) - len(todo), len(failures))
+
+
+def prepare_scan(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> dict[str, Any]:
+    """The signal float32 [time, rois] at its own TR, parcellated and, if asked, cleaned; tr in s; censored frames."""
+    band = {"high_pass": preparation.high_pass, "low_pass": preparation.low_pass}
+    extractor = FmriLMFeatureExtractor(cleaning=band)
+    content: dict[str, Any] = {"signal": scan.path, "confounds": scan.confounds}
+    if preparation.confounds is not None:
+        if scan.confounds is not None:
+            raise ValueError("a table of confounds is given, and a strategy to make one: expected one of the two")
+        content.update(_fmriprep_confounds(scan.path, preparation.confounds))
+    tr = preparation.tr if scan.tr is None else scan.tr
+    measured = extractor.read_signal(content, tr=tr, atlas=atlas, label_image=preparation.label_image)
+    signal, kept = measured.signal, np.ones(len(measured.signal), dtype=bool)
+    if measured.confounds is not None or any(band.values()):
+        signal, kept = extractor.clean_signal(measured)
+    row = {"signal": signal.astype(np.float32), "tr": float(measured.tr), "censored": ~kept}
+    # what a model could not read later is refused now
+    FmriLMFeatureExtractor().prepare_signal(row, atlas=atlas)
+    return row
+
+
+def _fmriprep_confounds(path: Path, strategy: str) -> dict[str, Any]:
+    """Confounds [time, confounds] and censored frames, from the table that fMRIPrep wrote beside the scan."""
+    from nilearn.interfaces.fmriprep import load_confounds_strategy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        confounds, kept = load_confounds_strategy(str(path), denoise_strategy=strategy)
+    censored = np.zeros(len(confounds), dtype=bool)
+    if kept is not None:
+        censored[:] = True
+        censored[kept] = False
+    return {"confounds": confounds, "censored": censored}
+
+
+def _attempt(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> dict[str, Any] | str:
+    """The prepared row, or why there is none."""
+    try:
+        return prepare_scan(scan, atlas, preparation)
+    # whatever a broken file raises, it must not stop the others
+    except Exception as error:
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        return _anonymous(reason, [scan.path, scan.confounds, preparation.label_image], {atlas.name, *atlas.rois})
+
+
+def _anonymous(reason: str, paths: Iterable[Path | None], speakable: set[str]) -> str:
+    """One line that names no file or folder, and quotes nothing out of a file but what is in `speakable`."""
+    known = [path for path in paths if path is not None]
+    for path in known:
+        reason = reason.replace(str(path), "<file>").replace(path.name, "<file>")
+    for path in known:
+        reason = reason.replace(str(path.parent), "<folder>")
+    reason = re.sub(r"(^|(?<=[\s'\"(:=])|<folder>)/[^\s'\"]+", "<file>", reason)
+    reason = re.sub(r"(['\"])(.*?)\1", lambda quote: quote[0] if quote[2] in speakable else "'...'", reason)
+    return " ".join(reason.split())
+
+
+def _run(work: Iterable[tuple], jobs: int, scheduler: str | None) -> Iterator[dict[str, Any] | str]:
+    """Results in the order of the work, as they come."""
+    with ExitStack() as stack:
+        if scheduler is not None:
+            try:
+                from distributed import Client
+            except ImportError as error:
+                raise ValueError("a Dask cluster needs distributed: pip install 'fmri-lm[cluster]'") from error
+            try:
+                stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS))
+            except OSError as error:
+                raise ValueError(f"no Dask scheduler answers at {scheduler}") from error
+            stack.enter_context(joblib.parallel_config(backend="dask"))
+        elif jobs != 1:
+            stack.enter_context(joblib.parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1))
+        yield from joblib.Parallel(return_as="generator")(joblib.delayed(_attempt)(*item) for item in work)
+
+
+def _write_failures(output: Path, failures: Sequence[tuple[ScanSource, str]]) -> None:
+    path = output / FAILURES
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as handle:
+            writer = csv.writer(handle)
+            writer.writerow(["subject", "session", "task", "run", "reason"])
+            writer.writerows([*scan.ids, reason] for scan, reason in failures)
+
+    write_whole(path, write)
+
+
+def _load_atlases(scans: Sequence[ScanSource], default: str | None) -> list[Atlas]:
+    """The atlas of each scan."""
+    if default is None and any(scan.atlas is None for scan in scans):
+        raise ValueError("which atlas are the scans' ROIs from? Give --atlas, or a column atlas in the manifest")
+    named = {}
+    for name in sorted({scan.atlas or default for scan in scans}):
+        if name.endswith(".tsv") and not Path(name).is_file():
+            raise ValueError(f"no table of an atlas at {name}")
+        named[name] = Atlas.from_table(name) if name.endswith(".tsv") else Atlas.load(name)
+        # it names a folder of the output
+        if not ATLAS_NAME.fullmatch(named[name].name) or named[name].name == ATLASES:
+            raise ValueError(f"expected an atlas name of letters, digits and '_.-', got {named[name].name!r}")
+    if len({atlas.name for atlas in named.values()}) < len(named):
+        raise ValueError(f"two atlases of one name among {', '.join(named)}")
+    return [named[scan.atlas or default] for scan in scans]
+
+
+def _key(scan: ScanSource, atlas: Atlas) -> str:
+    """Changes when anything about the scan does: its ids, labels, atlas, or its files' size or time. Holds no path."""
+    files = []
+    for path in (scan.path, scan.confounds):
+        if path is not None and path.is_file():
+            status = path.stat()
+            files.append((status.st_size, status.st_mtime_ns))
+    content = [_identity(scan), scan.labels, scan.tr, atlas.name, atlas.checksum, files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def _identity(scan: ScanSource) -> dict[str, str | None]:
+    return {name: getattr(scan, name) for name in ("subject", "session", "task", "run", "site")}
+
+
+def _label_types(scans: Sequence[ScanSource]) -> dict[str, str]:
+    """Arrow type of each label; text where all are missing."""
+    types = {}
+    for name in sorted({name for scan in scans for name in scan.labels}):
+        kind = next((type(scan.labels[name]) for scan in scans if scan.labels.get(name) is not None), str)
+        types[name] = LABEL_TYPES[kind]
+    return types
+
+
+def _features(atlas: Atlas, scans: Sequence[ScanSource]) -> Features:
+    strings = ("atlas", "subject", "session", "task", "run", "site")
+    return Features(
+        {
+            "signal": Array2D((None, len(atlas)), "float32"),
+            "tr": Value("float64"),
+            "censored": List(Value("bool")),
+            **{name: Value("string") for name in strings},
+            **{name: Value(kind) for name, kind in _label_types(scans).items()},
+        }
+    )

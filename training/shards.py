@@ -1,0 +1,89 @@
+"""Parquet shards that are whole or not there at all, and the ledger of what they hold."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features
+
+
+LEDGER = "ledger.jsonl"
+
+
+class ShardStore:
+    """
+    Parquet shards in a folder per atlas, and a ledger: its first line holds the settings, each other one a shard and
+    the keys of its rows. A shard without a line, left by a run that was killed, does not count and is removed.
+
+    Args:
+        settings: what was done to all scans; a folder made with others is refused.
+        wanted: keys of the rows to keep; all others are dropped.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any], wanted: set[str]) -> None:
+        self.output = output
+        self.shards = self._read_ledger(settings)
+        for shard, keys in list(self.shards.items()):
+            keep = [key in wanted for key in keys]
+            if not all(keep):
+                del self.shards[shard]
+                if any(keep):
+                    rows = pq.read_table(output / shard).filter(pa.array(keep))
+                    kept = [key for key in keys if key in wanted]
+                    self.shards[self._write_shard(Path(shard).parent.name, rows)] = kept
+        lines = [{"settings": settings}, *({"shard": shard, "keys": keys} for shard, keys in self.shards.items())]
+        write_whole(output / LEDGER, "".join(json.dumps(line) + "\n" for line in lines))
+        for path in [*output.glob("*/part-*.parquet"), *output.glob("*/.*.tmp"), *output.glob(".*.tmp")]:
+            if path.relative_to(output).as_posix() not in self.shards:
+                path.unlink()
+
+    @property
+    def keys(self) -> set[str]:
+        """Keys of all rows."""
+        return {key for keys in self.shards.values() for key in keys}
+
+    def add(self, folder: str, rows: Sequence[tuple[str, dict[str, Any]]], features: Features) -> None:
+        """Write a shard of (key, row), then its line in the ledger."""
+        shard = self._write_shard(folder, Dataset.from_list([row for _, row in rows], features=features).data.table)
+        self.shards[shard] = [key for key, _ in rows]
+        with open(self.output / LEDGER, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"shard": shard, "keys": self.shards[shard]}) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def _write_shard(self, folder: str, rows: pa.Table) -> str:
+        numbers = [int(path.stem.split("-")[1]) for path in (self.output / folder).glob("part-*.parquet")]
+        shard = f"{folder}/part-{max(numbers, default=-1) + 1:05d}.parquet"
+        write_whole(self.output / shard, lambda path: pq.write_table(rows, path))
+        return shard
+
+    def _read_ledger(self, settings: dict[str, Any]) -> dict[str, list[str]]:
+        path = self.output / LEDGER
+        if not path.is_file():
+            if self.output.is_file() or (self.output.is_dir() and any(self.output.glob("[!.]*"))):
+                raise ValueError(f"{self.output} holds something else: expected a new folder, or one prepared before")
+            return {}
+        # a line without an end was being written when its run was killed
+        first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        before = json.loads(first)["settings"]
+        if changed := [name for name in settings if before.get(name) != settings[name]]:
+            differences = ", ".join(f"{name} {before.get(name)} instead of {settings[name]}" for name in changed)
+            raise ValueError(f"{self.output} was prepared with other settings, {differences}; choose another folder")
+        return {line["shard"]: line["keys"] for line in map(json.loads, lines)}
+
+
+def write_whole(path: Path, content: str | Callable[[Path], None]) -> None:
+    """Write text, or what a function writes to the path it is given: all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if isinstance(content, str):
+        temporary.write_text(content, encoding="utf-8")
+    else:
+        content(temporary)
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(path)
