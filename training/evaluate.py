@@ -245,11 +245,9 @@ def statement_accuracy(texts: Sequence[str], levels: np.ndarray, said: np.ndarra
     """
     right = []
     for row, text in enumerate(texts):
-        for name, level in parse(text):
-            index = DESCRIPTOR_NAMES.index(name)
+        for index, level in claims(text):
             if levels[row, index] >= 0:
-                claim = LEVELS.index(level) if said is None else said[index]
-                right.append(levels[row, index] == claim)
+                right.append(levels[row, index] == (level if said is None else said[index]))
     return float(np.mean(right)) if right else None
 
 
@@ -258,9 +256,18 @@ def most_frequent(levels: np.ndarray) -> np.ndarray:
     return (levels[..., None] == np.arange(len(LEVELS))).sum(0).argmax(-1)
 
 
+def claims(text: str) -> list[tuple[int, int]]:
+    """Indices into `DESCRIPTOR_NAMES` and `LEVELS` of what a text says of them."""
+    return [
+        (DESCRIPTOR_NAMES.index(name), LEVELS.index(level))
+        for name, level, _ in parse(text)
+        if name in DESCRIPTOR_NAMES and level in LEVELS
+    ]
+
+
 def mentioned(text: str) -> list[int]:
     """Indices of the descriptors that a text makes statements about."""
-    return [DESCRIPTOR_NAMES.index(name) for name, _ in parse(text)]
+    return [index for index, _ in claims(text)]
 
 
 @torch.no_grad()
