@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import QUESTIONS, REQUESTS, parse, question
 from fmrilm.training.chats import alignment_dataset, instruction_dataset, scan_block, text_block, user
 from fmrilm.training.collator import ChatCollator
@@ -16,7 +17,7 @@ from fmrilm.training.data import collate_signals
 from helpers import chats, random_scans
 
 
-ASKED = {question(name, variant): name for name in DESCRIPTOR_NAMES for variant in range(len(QUESTIONS))}
+ASKED = {question(name, variant): name for name in CORE_NAMES for variant in range(len(QUESTIONS))}
 
 
 def window_of(row: dict) -> int:
@@ -140,7 +141,7 @@ def test_answers_are_the_true_levels_of_known_descriptors() -> None:
             claims = parse(answer) if text in REQUESTS else [(ASKED[text], answer)]
             assert claims
             for name, level, *_ in claims:
-                assert truth[DESCRIPTOR_NAMES.index(name)] == LEVELS.index(level)
+                assert truth[CORE_NAMES.index(name)] == LEVELS.index(level)
                 stated += 1
         names = [ASKED.get(message["content"][-1]["text"]) for message in chat[::2]]
         assert len(set(names)) == len(names)
@@ -156,4 +157,4 @@ def test_alignment_describes_every_window_before_any_comes_again() -> None:
         claims = parse(row["messages"][1]["content"][0]["text"])
         assert len(claims) == len({claim.descriptor for claim in claims}) == 5
         truth = levels[window_of(row)]
-        assert all(truth[DESCRIPTOR_NAMES.index(name)] == LEVELS.index(level) for name, level, _ in claims)
+        assert all(truth[CORE_NAMES.index(name)] == LEVELS.index(level) for name, level, _ in claims)

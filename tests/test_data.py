@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrilm.processors.descriptors.cohort import Cohort, describe
+from fmrilm.processors.descriptors.cohort import Cohort
+from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.training.data import MixedWindows, PreparedScan, cut_windows, split_subjects
 from helpers import atlas, prepared
 
@@ -41,13 +42,14 @@ def test_windows_are_cut_at_each_stride() -> None:
     assert [window.start for window in windows] == [0, 8, 16, 24]
     for window in windows:
         assert np.array_equal(window.signal, scan.signal[window.start : window.start + 16])
-        assert np.array_equal(window.descriptors, describe(window.signal, scan.atlas), equal_nan=True)
+        assert np.array_equal(window.descriptors, describe(window.signal, scan.atlas, CORE_MEASURES), equal_nan=True)
 
 
 def mixtures(max_rois: int = 100, seed: int = 0) -> MixedWindows:
     scans = [prepared("a"), prepared("b"), prepared("c", of=atlas("large", 12))]
     descriptors = np.stack([window.descriptors for window in cut_windows(scans, 16, 4)])
-    return MixedWindows(scans, Cohort.fit(descriptors, 3), 16, max_rois, size=20, seed=seed)
+    cohort = Cohort.fit("tests", CORE_MEASURES, descriptors, 3, [scan.atlas for scan in scans])
+    return MixedWindows(scans, cohort, 16, max_rois, size=20, seed=seed)
 
 
 def test_mixtures_depend_on_seed_and_index_alone() -> None:
@@ -72,7 +74,7 @@ def test_mixtures_come_with_their_own_descriptors() -> None:
     for item in (dataset[index] for index in range(20)):
         of = atlases[item["signal"].shape[1]]
         sizes.add(len(of))
-        expected = dataset.cohort.z_scores(describe(item["signal"], of))
+        expected = dataset.cohort.z_scores(dataset.cohort.describe(item["signal"], of))
         assert np.allclose(item["descriptors"], expected, atol=1e-3, equal_nan=True)
         assert np.array_equal(item["coordinates"], of.coordinates)
         assert np.isfinite(item["descriptors"]).any()

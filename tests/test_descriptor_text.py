@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.phrases import NAMES, PHRASES
 from fmrilm.processors.descriptors.text import (
     BOUNDS,
@@ -103,9 +104,9 @@ def test_interpretations_go_with_the_sign_and_only_outside_the_range() -> None:
 
 
 def test_wording_of_the_demo_stays() -> None:
-    levels = np.zeros(len(DESCRIPTOR_NAMES), int)
+    levels = np.zeros(len(CORE_NAMES), int)
     levels[0] = 2
-    chosen = [0, DESCRIPTOR_NAMES.index("strength/Default"), DESCRIPTOR_NAMES.index("autocorrelation/SalVentAttn")]
+    chosen = [0, CORE_NAMES.index("strength/Default"), CORE_NAMES.index("autocorrelation/SalVentAttn")]
     assert description(levels, chosen) == (
         "Connectivity within the visual network is high. "
         "Overall connectivity of the default mode network is low. "

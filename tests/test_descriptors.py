@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,197 +5,176 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fmrilm.processors import Atlas
-from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS, Cohort, describe
-from fmrilm.processors.descriptors.connectivity import PAIRS, connectivity, network_blocks, strength
+from fmrilm.processors.descriptors.connectivity import PAIRS, network_blocks
+from fmrilm.processors.descriptors.gradients import fit_references
+from fmrilm.processors.descriptors.measures import (
+    CORE_MEASURES,
+    CORE_NAMES,
+    FAMILIES,
+    MEASURES,
+    describe,
+    descriptor_names,
+)
 from fmrilm.processors.descriptors.networks import NETWORKS, membership, standardize
-from fmrilm.processors.descriptors.temporal import autocorrelation
+from helpers import labelled_atlas, slow_series
 
 
-# ROIs per network: one has a single ROI, the last has none
-SIZES = {"Vis": 4, "SomMot": 3, "DorsAttn": 2, "SalVentAttn": 1, "Limbic": 2, "Cont": 3, "Default": 5}
-ROIS, TIME = sum(SIZES.values()), 40
-
-
-def build_atlas(networks: tuple[str, ...]) -> Atlas:
-    rois = tuple(f"roi{i}" for i in range(len(networks)))
-    return Atlas("made-up", rois, networks, np.zeros((len(networks), 3)))
-
-
-def build_signal(seed: int = 0, batch: tuple[int, ...] = ()) -> np.ndarray:
-    """Correlated slow series [*batch, time, rois] on a large mean, as BOLD is."""
-    rng = np.random.default_rng(seed)
-    noise = rng.normal(size=(*batch, TIME, ROIS)) + rng.normal(size=(*batch, TIME, 1))
-    return 1000 + 10 * noise.cumsum(-2)
+TIME = 80
+# all that does not depend on the unit of the signal
+SCALE_FREE = [name for name in MEASURES if name not in ("amplitude", "variability")]
 
 
 @pytest.fixture(scope="module")
 def atlas() -> Atlas:
-    networks = [name for name, size in SIZES.items() for _ in range(size)]
-    return build_atlas(tuple(np.random.default_rng(1).permutation(networks).tolist()))
+    return labelled_atlas()
 
 
 @pytest.fixture(scope="module")
-def descriptors(atlas: Atlas) -> np.ndarray:
-    return describe(build_signal(batch=(30,)), atlas)
+def references(atlas: Atlas) -> dict[str, np.ndarray]:
+    return fit_references([(slow_series(seed, TIME, len(atlas)), atlas) for seed in range(3)])
+
+
+def values(signal: np.ndarray, atlas: Atlas, measures, references=None) -> dict[str, float]:
+    measures = list(measures)
+    found = describe(signal, atlas, measures, 2.0, references)
+    return dict(zip(descriptor_names(measures), found.tolist(), strict=True))
+
+
+def test_names_are_those_of_the_contract() -> None:
+    names = descriptor_names(MEASURES)
+    assert len(names) == len(set(names)) == 36 + 3 + 3 + 24 + 3 + 8 + 5 * 9 + 8 + 28
+    assert len(CORE_NAMES) == 36 + 8 + 8
+    assert CORE_NAMES[:2] == ["connectivity/Vis-Vis", "connectivity/Vis-SomMot"]
+    assert {"gradient_mean/3-Subcortical", "efficiency/global", "falff/global", "fnc/Cont-Default"} < set(names)
+    assert set(FAMILIES.values()) == {"connectivity", "gradients", "graph", "temporal"}
+    assert FAMILIES["strength"] == "graph" and FAMILIES["gradient_range"] == "gradients"
+
+
+@pytest.mark.parametrize("measures", [["connectivity", "loudness"], ["strength", "strength"], []])
+def test_measures_that_are_unknown_or_repeated_are_refused(measures: list[str], atlas: Atlas) -> None:
+    with pytest.raises(ValueError, match="expected (measures among connectivity.*got loudness|at least one measure)"):
+        describe(slow_series(0, TIME, len(atlas)), atlas, measures)
 
 
 def test_blocks_are_means_of_the_correlation_matrix(atlas: Atlas) -> None:
-    signal, networks = build_signal(), np.array(atlas.networks)
+    signal, networks = slow_series(0, TIME, len(atlas)), np.array(atlas.networks)
     matrix = np.corrcoef(signal.T)
     np.fill_diagonal(matrix, np.nan)
-    blocks = network_blocks(signal, atlas)
+    blocks = network_blocks(standardize(signal), membership(atlas))
     for i, a in enumerate(NETWORKS):
         for j, b in enumerate(NETWORKS):
             block = matrix[np.ix_(networks == a, networks == b)]
             expected = np.nanmean(block) if np.isfinite(block).any() else np.nan
             np.testing.assert_allclose(blocks[i, j], expected, atol=1e-10, err_msg=f"{a}-{b}")
-    named = dict(zip(PAIRS, connectivity(signal, atlas), strict=True))
-    assert named["Vis", "Default"] == blocks[0, 6]
-    assert np.isnan(named["SalVentAttn", "SalVentAttn"])  # one ROI has no connectivity within
+    found = values(signal, atlas, ["connectivity"])
+    assert list(found) == [f"connectivity/{pair}" for pair in PAIRS]
+    assert found["connectivity/Vis-Default"] == blocks[0, 6]
+    assert np.isnan(found["connectivity/SalVentAttn-SalVentAttn"])  # one ROI has no connectivity within
 
 
 def test_strength_is_the_row_mean_of_the_correlation_matrix(atlas: Atlas) -> None:
-    signal, networks = build_signal(), np.array(atlas.networks)
+    signal, networks = slow_series(0, TIME, len(atlas)), np.array(atlas.networks)
     matrix = np.corrcoef(signal.T)
     np.fill_diagonal(matrix, np.nan)
     rows = np.nanmean(matrix, axis=1)
-    expected = [rows[networks == name].mean() if name in SIZES else np.nan for name in NETWORKS]
-    np.testing.assert_allclose(strength(signal, atlas), expected, atol=1e-10)
+    expected = [rows[networks == name].mean() if name in networks else np.nan for name in NETWORKS]
+    np.testing.assert_allclose(describe(signal, atlas, ["strength"]), expected, atol=1e-10)
 
 
-def test_autocorrelation_equals_a_loop(atlas: Atlas) -> None:
-    signal, networks = build_signal(), np.array(atlas.networks)
-    for value, name in zip(autocorrelation(signal, atlas), NETWORKS, strict=True):
-        if name not in SIZES:
-            assert np.isnan(value)
-            continue
-        columns = [(c - c.mean()) / c.std() for c in signal[:, networks == name].T]
-        series = sum(columns) / len(columns)
-        series = series - series.mean()
-        expected = sum(series[t] * series[t + 1] for t in range(TIME - 1)) / sum(x * x for x in series)
-        assert value == pytest.approx(expected, abs=1e-10)
-
-
-def test_batch_equals_one_by_one(atlas: Atlas) -> None:
-    signals = build_signal(batch=(2, 3))
-    together = describe(signals, atlas)
-    assert together.shape == (2, 3, len(DESCRIPTOR_NAMES)) and together.dtype == np.float64
+def test_batch_equals_one_by_one(atlas: Atlas, references: dict[str, np.ndarray]) -> None:
+    signals = slow_series(0, TIME, len(atlas), batch=(2, 3))
+    together = describe(signals, atlas, MEASURES, 2.0, references)
+    assert together.shape == (2, 3, len(descriptor_names(MEASURES))) and together.dtype == np.float64
     for index in np.ndindex(2, 3):
-        np.testing.assert_allclose(together[index], describe(signals[index], atlas), atol=1e-12)
+        alone = describe(signals[index], atlas, MEASURES, 2.0, references)
+        np.testing.assert_allclose(together[index], alone, atol=1e-9)
+
+
+def test_each_measure_is_the_same_alone_and_with_others(atlas: Atlas, references: dict[str, np.ndarray]) -> None:
+    signal = slow_series(0, TIME, len(atlas))
+    together = values(signal, atlas, MEASURES, references)
+    for measure in MEASURES:
+        alone = values(signal, atlas, [measure], references)
+        np.testing.assert_array_equal(list(alone.values()), [together[name] for name in alone], err_msg=measure)
 
 
 def test_float32_costs_only_its_own_rounding(atlas: Atlas) -> None:
-    signal = build_signal().astype(np.float32)
-    np.testing.assert_array_equal(connectivity(signal, atlas), connectivity(signal.astype(np.float64), atlas))
+    signal = slow_series(0, TIME, len(atlas)).astype(np.float32)
+    measures = [measure for measure in MEASURES if FAMILIES[measure] != "gradients"]
+    np.testing.assert_array_equal(
+        describe(signal, atlas, measures, 2.0), describe(signal.astype(np.float64), atlas, measures, 2.0)
+    )
 
 
-def test_only_descriptors_of_absent_networks_are_nan(atlas: Atlas) -> None:
-    absent = ["Subcortical" in name or name.endswith("/SalVentAttn-SalVentAttn") for name in DESCRIPTOR_NAMES]
-    np.testing.assert_array_equal(np.isnan(describe(build_signal(), atlas)), absent)
+def test_only_descriptors_of_absent_networks_are_nan(atlas: Atlas, references: dict[str, np.ndarray]) -> None:
+    found = values(slow_series(0, TIME, len(atlas)), atlas, MEASURES, references)
+    absent = {name for name in found if "Subcortical" in name} | {"connectivity/SalVentAttn-SalVentAttn"}
+    assert {name for name, value in found.items() if np.isnan(value)} == absent
+
+
+def test_what_a_small_atlas_cannot_have_is_nan() -> None:
+    small = labelled_atlas({"Vis": 2, "Default": 2})
+    signal = slow_series(0, TIME, 4)
+    found = values(signal, small, MEASURES, fit_references([(signal, small)]))
+    missing = {name.partition("/")[0] for name, value in found.items() if np.isnan(value) and name.endswith("global")}
+    assert missing == {"efficiency", "modularity", "clustering"}
+    assert all(np.isnan(value) for name, value in found.items() if name.startswith("gradient"))
+    assert np.isfinite([found[f"{name}/Vis"] for name in ("strength", "falff", "amplitude")]).all()
 
 
 def test_unknown_network_is_refused() -> None:
     with pytest.raises(ValueError, match="made-up.*got also.*Auditory"):
-        membership(build_atlas(("Vis", "Auditory")))
+        describe(slow_series(0, TIME, 3), labelled_atlas({"Vis": 2, "Auditory": 1}), CORE_MEASURES)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1234.5, np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about the infinite value
-def test_roi_that_does_not_vary_is_refused(value: float) -> None:
-    signal = build_signal()
+def test_roi_that_does_not_vary_is_refused(value: float, atlas: Atlas) -> None:
+    signal = slow_series(0, TIME, len(atlas))
     signal[:, 3] = value
     with pytest.raises(ValueError, match="vary over time, got 1 "):
-        standardize(signal)
+        describe(signal, atlas, CORE_MEASURES)
 
 
 def test_wrong_shape_tells_the_expected_one(atlas: Atlas) -> None:
-    with pytest.raises(ValueError, match=rf"expected signal \[..., time, {ROIS}\].*\({ROIS}, {TIME}\)"):
-        describe(build_signal().T, atlas)
+    rois = len(atlas)
+    with pytest.raises(ValueError, match=rf"expected signal \[..., time, {rois}\].*\({rois}, {TIME}\)"):
+        describe(slow_series(0, TIME, rois).T, atlas, CORE_MEASURES)
 
 
-@settings(max_examples=25, deadline=None)
-@given(order=st.permutations(range(ROIS)))
-def test_order_of_rois_does_not_matter(atlas: Atlas, order: list[int]) -> None:
-    permuted = build_atlas(tuple(atlas.networks[i] for i in order))
-    signal = build_signal()
-    np.testing.assert_allclose(describe(signal[:, order], permuted), describe(signal, atlas), atol=1e-10)
+@pytest.mark.parametrize("repetition_time", [None, 0, -1.0])
+@pytest.mark.parametrize("measure", ["falff", "spectral_ratio"])
+def test_frequencies_need_a_repetition_time(measure: str, repetition_time: float | None, atlas: Atlas) -> None:
+    with pytest.raises(ValueError, match=f"expected repetition_time in seconds.*got {repetition_time}"):
+        describe(slow_series(0, TIME, len(atlas)), atlas, [measure], repetition_time)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    scale=hnp.arrays(float, ROIS, elements=st.floats(0.01, 100)),
-    shift=hnp.arrays(float, ROIS, elements=st.floats(-1e4, 1e4)),
-)
-def test_scale_and_offset_of_a_roi_do_not_matter(atlas: Atlas, scale: np.ndarray, shift: np.ndarray) -> None:
-    signal = build_signal()
-    np.testing.assert_allclose(describe(scale * signal + shift, atlas), describe(signal, atlas), atol=1e-7)
+@settings(max_examples=20, deadline=None)
+@given(random=st.randoms(use_true_random=False))
+def test_order_of_rois_does_not_matter(atlas: Atlas, references: dict[str, np.ndarray], random) -> None:
+    order = list(range(len(atlas)))
+    random.shuffle(order)
+    permuted = Atlas(atlas.name, tuple(atlas.rois[i] for i in order), tuple(atlas.networks[i] for i in order),
+                     atlas.coordinates[order])
+    signal = slow_series(0, TIME, len(atlas))
+    # the communities that modularity is about are found by going through the ROIs in their order
+    measures = [measure for measure in MEASURES if measure != "modularity"]
+    moved = {name: reference[order] for name, reference in references.items()}
+    np.testing.assert_allclose(
+        describe(signal[:, order], permuted, measures, 2.0, moved),
+        describe(signal, atlas, measures, 2.0, references),
+        atol=1e-8,
+    )
 
 
-def test_levels_are_thirds_of_the_training_windows(descriptors: np.ndarray) -> None:
-    levels = Cohort.fit(descriptors, subjects=3).levels(descriptors)
-    present = ~np.isnan(descriptors[0])
-    for level in range(len(LEVELS)):
-        assert ((levels == level).sum(0)[present] == 10).all()
-    assert (levels[:, ~present] == -1).all()
-    lowest, highest = descriptors[:, present].argmin(0), descriptors[:, present].argmax(0)
-    assert (levels[:, present][lowest, range(present.sum())] == LEVELS.index("low")).all()
-    assert (levels[:, present][highest, range(present.sum())] == LEVELS.index("high")).all()
-
-
-def test_z_scores_have_the_cohorts_moments(descriptors: np.ndarray) -> None:
-    present = ~np.isnan(descriptors[0])
-    scores = Cohort.fit(descriptors, subjects=3).z_scores(descriptors)
-    np.testing.assert_allclose(scores[:, present].mean(0), 0, atol=1e-10)
-    np.testing.assert_allclose(scores[:, present].std(0), 1, atol=1e-10)
-    assert np.isnan(scores[:, ~present]).all()
-
-
-def test_windows_without_a_network_do_not_count(descriptors: np.ndarray) -> None:
-    partial = descriptors.copy()
-    partial[20:, 0] = np.nan
-    cohort = Cohort.fit(partial, subjects=3)
-    assert cohort.mean[0] == pytest.approx(partial[:20, 0].mean())
-    assert (cohort.levels(partial)[20:, 0] == -1).all()
-
-
-@pytest.mark.filterwarnings("error")
-def test_descriptor_unknown_to_the_cohort_has_no_level(descriptors: np.ndarray) -> None:
-    missing = DESCRIPTOR_NAMES.index("strength/Subcortical")
-    cohort = Cohort.fit(descriptors, subjects=3)
-    new = descriptors[0].copy()
-    new[missing] = 0.3
-    assert np.isnan(cohort.mean[missing])
-    assert cohort.levels(new)[missing] == -1 and np.isnan(cohort.z_scores(new)[missing])
-
-
-def test_cohort_stays_as_it_was_fitted(descriptors: np.ndarray) -> None:
-    training = descriptors[:20].copy()
-    cohort = Cohort.fit(training, subjects=2)
-    before = repr(cohort)
-    cohort.levels(descriptors[20:] + 5)
-    cohort.z_scores(descriptors[20:] + 5)
-    training[:] = 0
-    assert repr(cohort) == before
-    assert (cohort.subjects, cohort.windows, cohort.names) == (2, 20, DESCRIPTOR_NAMES)
-
-
-def test_round_trip_is_exact_and_plain_json(descriptors: np.ndarray, tmp_path) -> None:
-    cohort = Cohort.fit(descriptors, subjects=3)
-    cohort.save(tmp_path / "cohort.json")
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    json.loads((tmp_path / "cohort.json").read_text(), parse_constant=refuse)
-    # by repr, because NaN is not equal to itself; it shows every digit of a float
-    assert repr(Cohort.load(tmp_path / "cohort.json")) == repr(cohort)
-
-
-def test_cohort_of_other_descriptors_is_refused(descriptors: np.ndarray, tmp_path) -> None:
-    path = tmp_path / "cohort.json"
-    Cohort.fit(descriptors, subjects=3).save(path)
-    path.write_text(path.read_text().replace("strength/Vis", "strength/Other"))
-    with pytest.raises(ValueError, match="cohort.json: expected the"):
-        Cohort.load(path)
-    with pytest.raises(ValueError, match=r"expected descriptors \[windows, \d+\], got \(3, 2\)"):
-        Cohort.fit(np.zeros((3, 2)), subjects=1)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_scale_and_offset_of_a_roi_do_not_matter(atlas: Atlas, references: dict[str, np.ndarray], data) -> None:
+    scale = data.draw(hnp.arrays(float, len(atlas), elements=st.floats(0.01, 100)))
+    shift = data.draw(hnp.arrays(float, len(atlas), elements=st.floats(-1e4, 1e4)))
+    signal = slow_series(0, TIME, len(atlas))
+    np.testing.assert_allclose(
+        describe(scale * signal + shift, atlas, SCALE_FREE, 2.0, references),
+        describe(signal, atlas, SCALE_FREE, 2.0, references),
+        atol=1e-6,
+    )

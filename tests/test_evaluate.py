@@ -7,7 +7,8 @@ import torch
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FMRI_END, FMRI_START
-from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import description, family, question
 from fmrilm.training import evaluate
 from fmrilm.training.chats import scan_block, text_block, user
@@ -22,10 +23,10 @@ Model = FmriLMForConditionalGeneration
 @pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
 def test_questions_of_one_scan_score_as_if_asked_one_by_one(backbone: str, tiny_model, processor) -> None:
     model, codes = tiny_model(backbone), np.array([3, 1, 4, 1, 5, 9])
-    asked = [0, 30, len(DESCRIPTOR_NAMES) - 1]
+    asked = [0, 30, len(CORE_NAMES) - 1]
     scores = evaluate.score_questions(model, processor, codes, asked)
     for row, index in enumerate(asked):
-        chat = with_token_counts([user(scan_block(), text_block(question(DESCRIPTOR_NAMES[index])))], [codes])
+        chat = with_token_counts([user(scan_block(), text_block(question(CORE_NAMES[index])))], [codes])
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         for column, level in enumerate(LEVELS):
             answer = torch.tensor([processor.tokenizer(level, add_special_tokens=False)["input_ids"]])
@@ -42,13 +43,13 @@ def test_descriptions_start_after_the_prompt(tiny_model, processor) -> None:
 
 def window(subject: str, dataset: str = "study") -> Window:
     scan = prepared(subject, dataset)
-    return Window(scan.signal[:16], np.zeros(len(DESCRIPTOR_NAMES)), scan, 0)
+    return Window(scan.signal[:16], np.zeros(len(CORE_NAMES)), scan, 0)
 
 
 def scored(subject: str, truth: list[int], **answers: list[int]) -> evaluate.Scored:
     """The same four questions in each family, and what is answered to them under each condition."""
-    families = sorted({family(name) for name in DESCRIPTOR_NAMES})
-    asked = [[i for i, name in enumerate(DESCRIPTOR_NAMES) if family(name) == wanted][:4] for wanted in families]
+    families = sorted({family(name) for name in CORE_NAMES})
+    asked = [[i for i, name in enumerate(CORE_NAMES) if family(name) == wanted][:4] for wanted in families]
     scores = {name: np.log(np.eye(3)[answer * len(families)] + 0.1) for name, answer in answers.items()}
     return evaluate.Scored(window(subject), np.concatenate(asked), np.array(truth * len(families)), scores)
 
@@ -56,8 +57,8 @@ def scored(subject: str, truth: list[int], **answers: list[int]) -> evaluate.Sco
 def test_results_are_balanced_accuracies() -> None:
     answers = {"right": [0, 1, 1, 2], "swapped": [0, 0, 0, 0], "noise": [2, 2, 2, 1]}
     rows = [scored("a", [0, 0, 1, 2], **answers), scored("b", [0, 0, 1, 2], **answers)]
-    results = evaluate.question_results(rows, np.ones(len(DESCRIPTOR_NAMES), int), seed=0)["families"]
-    assert list(results) == [*dict.fromkeys(family(name) for name in DESCRIPTOR_NAMES), "all"]
+    results = evaluate.question_results(rows, np.ones(len(CORE_NAMES), int), seed=0)["families"]
+    assert list(results) == [*dict.fromkeys(family(name) for name in CORE_NAMES), "all"]
     for name, result in results.items():
         assert result["questions"] == (24 if name == "all" else 8)
         # recalls of low, typical and high: 1/2, 1, 1; then 1, 0, 0; then 0, 0, 0; the majority says typical
@@ -74,7 +75,7 @@ def test_answers_with_several_swapped_scans_count_as_one() -> None:
     wrong = scored("a", truth, right=[1, 2, 0, 1], swapped=[1, 2, 0, 1], noise=truth)
     both = np.stack([row.scores["swapped"], wrong.scores["swapped"]])
     item = evaluate.Scored(row.window, row.asked, row.truth, {**row.scores, "swapped": both})
-    results = evaluate.question_results([item], np.zeros(len(DESCRIPTOR_NAMES), int), seed=0)["families"]["all"]
+    results = evaluate.question_results([item], np.zeros(len(CORE_NAMES), int), seed=0)["families"]["all"]
     assert results["questions"] == len(row.truth)
     assert results["right"]["accuracy"] == 1
     assert results["swapped"]["accuracy"] == 0.5
@@ -87,7 +88,7 @@ def test_intervals_are_as_wide_as_subjects_differ() -> None:
         scored("a", perfect, right=perfect, swapped=wrong, noise=wrong),
         scored("b", perfect, right=wrong, swapped=wrong, noise=wrong),
     ]
-    result = evaluate.question_results(rows, np.zeros(len(DESCRIPTOR_NAMES), int), seed=0)["families"]["all"]
+    result = evaluate.question_results(rows, np.zeros(len(CORE_NAMES), int), seed=0)["families"]["all"]
     assert result["right"]["accuracy"] == pytest.approx(0.5)
     # one draw in four takes the same subject twice
     assert result["right"]["interval"] == pytest.approx([0, 1])
@@ -114,18 +115,18 @@ def test_questions_are_of_known_descriptors_of_all_families() -> None:
     levels = random_scans(1)[1][0]
     asked = evaluate.choose_questions(levels, 3, np.random.default_rng(0))
     assert (levels[asked] >= 0).all() and len(set(asked)) == len(asked)
-    families = [family(name) for name in DESCRIPTOR_NAMES]
+    families = [family(name) for name in CORE_NAMES]
     known = [name for name, level in zip(families, levels, strict=True) if level >= 0]
     chosen = [families[index] for index in asked]
     assert all(chosen.count(name) == min(3, known.count(name)) for name in set(families))
 
 
 def test_share_of_true_statements() -> None:
-    levels = np.full((2, len(DESCRIPTOR_NAMES)), -1)
+    levels = np.full((2, len(CORE_NAMES)), -1)
     levels[0, :3] = [0, 1, 2]
     texts = [description(np.array([0, 2, 2]), [0, 1, 2]) + " " + description(np.ones(9, int), [8]), "nothing known"]
     assert evaluate.statement_accuracy(texts, levels) == pytest.approx(2 / 3)
-    said = np.ones(len(DESCRIPTOR_NAMES), int)
+    said = np.ones(len(CORE_NAMES), int)
     assert evaluate.statement_accuracy(texts, levels, said) == pytest.approx(1 / 3)
     assert evaluate.statement_accuracy(["nothing"], levels[:1]) is None
 

@@ -95,7 +95,7 @@ Corruption = st.sampled_from(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(statements=statement_lists, rng=generators, corruption=Corruption)
 def test_no_planted_corruption_is_accepted(
     statements: list[Statement], rng: np.random.Generator, corruption: str

@@ -3,12 +3,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS, Cohort
+from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
+from fmrilm.processors.descriptors.measures import FAMILIES, descriptor_names
 from fmrilm.processors.descriptors.phrases import NAMES, PHRASES
 from fmrilm.processors.descriptors.questions import KINDS, Question, Questioner, stem_and_network
 from fmrilm.processors.descriptors.text import BUCKETS, parse
 
 
+MEASURES = list(FAMILIES)
+DESCRIPTORS = descriptor_names(MEASURES)
 SCANS, GROUPS = 240, ("a", "b", "c")
 
 
@@ -16,15 +19,19 @@ SCANS, GROUPS = 240, ("a", "b", "c")
 def descriptors() -> np.ndarray:
     """[scans, descriptors], correlated and shifted as they are; one absent everywhere, one in some scans."""
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(SCANS, len(DESCRIPTOR_NAMES))) + rng.normal(size=(SCANS, 1)) + 3
+    values = rng.normal(size=(SCANS, len(DESCRIPTORS))) + rng.normal(size=(SCANS, 1)) + 3
     values[:, 5] = np.nan
     values[::2, 7] = np.nan
     return values
 
 
+def fit(descriptors: np.ndarray) -> Cohort:
+    return Cohort.fit("people", MEASURES, descriptors, subjects=len(descriptors), atlases=[])
+
+
 @pytest.fixture(scope="module")
 def cohort(descriptors: np.ndarray) -> Cohort:
-    return Cohort.fit(descriptors[:100], subjects=100)
+    return fit(descriptors[:100])
 
 
 def ask(descriptors: np.ndarray, cohort: Cohort, count: int = 6, seed: int = 0, **options) -> list[Question]:
@@ -37,7 +44,7 @@ def test_answers_are_true(descriptors: np.ndarray, cohort: Cohort) -> None:
     levels, scores = cohort.levels(descriptors), cohort.z_scores(descriptors)
     seen = Counter()
     for question in ask(descriptors, cohort):
-        columns = [DESCRIPTOR_NAMES.index(name) for name in question.descriptors]
+        columns = [DESCRIPTORS.index(name) for name in question.descriptors]
         row, column = question.scans[0], columns[0]
         phrases = [PHRASES[name] for name in question.descriptors]
         if question.kind == "level":
@@ -97,7 +104,7 @@ def test_margin_is_the_distance_to_another_answer(descriptors: np.ndarray, cohor
     """A value moved by less than the margin keeps the answer, moved by more to one side it has another one."""
 
     def answers(question: Question, step: float) -> set:
-        column = DESCRIPTOR_NAMES.index(question.descriptors[0])
+        column = DESCRIPTORS.index(question.descriptors[0])
         moved = np.repeat(descriptors[list(question.scans)], 2, axis=0)
         moved[:, column] += np.array([-step, step]) * cohort.deviation[column]
         wanted = {"above": 2, "below": 0}.get(question.kind)
@@ -113,7 +120,7 @@ def test_margin_is_the_distance_to_another_answer(descriptors: np.ndarray, cohor
 def test_margin_of_comparisons_is_the_difference(descriptors: np.ndarray, cohort: Cohort) -> None:
     scores = cohort.z_scores(descriptors)
     for question in ask(descriptors, cohort):
-        columns = [DESCRIPTOR_NAMES.index(name) for name in question.descriptors]
+        columns = [DESCRIPTORS.index(name) for name in question.descriptors]
         if question.kind == "compare":
             first, second = question.scans
             assert question.margin == pytest.approx(abs(scores[first, columns[0]] - scores[second, columns[0]]))
@@ -132,13 +139,13 @@ def test_absent_and_constant_descriptors_are_not_asked_about(descriptors: np.nda
     values = descriptors.copy()
     values[:, 9] = 1.0
     with np.errstate(all="ignore"):
-        asked = ask(values, Cohort.fit(values[:100], subjects=100), count=18)
-    absent = {DESCRIPTOR_NAMES[5], DESCRIPTOR_NAMES[9]}
+        asked = ask(values, fit(values[:100]), count=18)
+    absent = {DESCRIPTORS[5], DESCRIPTORS[9]}
     assert not [question for question in asked if absent & set(question.descriptors)]
-    partly = [question.scans for question in asked if DESCRIPTOR_NAMES[7] in question.descriptors]
+    partly = [question.scans for question in asked if DESCRIPTORS[7] in question.descriptors]
     assert partly and all(row % 2 for scans in partly for row in scans)
     unknown = np.full_like(values, np.nan)
-    assert Questioner(unknown, ["a"] * SCANS, Cohort.fit(values[:100], subjects=100), 0).ask(0, 6) == []
+    assert Questioner(unknown, ["a"] * SCANS, fit(values[:100]), 0).ask(0, 6) == []
 
 
 def test_a_scan_alone_in_its_group_is_not_compared(descriptors: np.ndarray, cohort: Cohort) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset, Features, Json, List, Value
 
-from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import QUESTIONS, REQUESTS, description, question
 
 
@@ -30,7 +31,7 @@ def assistant(text: str) -> dict:
 
 # Descriptions go through the descriptors in this order from a random start: what comes next is then no riddle, and
 # what is left to learn are the levels. It is a shuffled order because neighbours in the usual one rise together.
-WALK = np.random.default_rng(0).permutation(len(DESCRIPTOR_NAMES))
+WALK = np.random.default_rng(0).permutation(len(CORE_NAMES))
 
 
 def describing_chat(levels: np.ndarray, statements: int, rng: np.random.Generator) -> list[dict]:
@@ -46,7 +47,7 @@ def question_chat(levels: np.ndarray, questions: int, rng: np.random.Generator) 
     known = np.flatnonzero(levels >= 0)
     chat = []
     for index in rng.permutation(known)[:questions]:
-        text = text_block(question(DESCRIPTOR_NAMES[index], rng.integers(len(QUESTIONS))))
+        text = text_block(question(CORE_NAMES[index], rng.integers(len(QUESTIONS))))
         chat += [user(text) if chat else user(scan_block(), text), assistant(LEVELS[levels[index]])]
     return chat
 

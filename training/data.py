@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
-from fmrilm.processors.descriptors.cohort import Cohort, describe
+from fmrilm.processors.descriptors.cohort import Cohort
+from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.processors.descriptors.networks import membership
 
 from .open_data import Scan
@@ -28,7 +29,7 @@ class PreparedScan:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a scan. signal: [window_length, rois]; descriptors: [descriptors], NaN where absent."""
+    """A stretch of a scan. signal: [window_length, rois]; descriptors: `CORE_NAMES`, NaN where absent."""
 
     signal: np.ndarray
     descriptors: np.ndarray
@@ -70,7 +71,7 @@ def cut_windows(scans: Sequence[PreparedScan], length: int, stride: int) -> list
     for scan in scans:
         for start in range(0, len(scan.signal) - length + 1, stride):
             signal = scan.signal[start : start + length]
-            windows.append(Window(signal, describe(signal, scan.atlas), scan, start))
+            windows.append(Window(signal, describe(signal, scan.atlas, CORE_MEASURES), scan, start))
     return windows
 
 
@@ -117,7 +118,7 @@ class MixedWindows(Dataset):
         return {
             "signal": mixed[:, chosen].astype(np.float32),
             "coordinates": scan.atlas.coordinates[chosen],
-            "descriptors": self.cohort.z_scores(describe(mixed, scan.atlas)).astype(np.float32),
+            "descriptors": self.cohort.z_scores(self.cohort.describe(mixed, scan.atlas)).astype(np.float32),
         }
 
     def _sources(self, scan: PreparedScan, rng: np.random.Generator) -> np.ndarray:

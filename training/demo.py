@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 
 from fmrilm import Atlas, FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor, FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
-from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS, Cohort
+from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
+from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.processors.descriptors.text import description, question
 
 from . import evaluate
@@ -90,7 +91,7 @@ def codec_config(quick: bool) -> FmriCodecConfig:
         max_steps=32,
         initializer_range=0.08,
         ema_decay=0.95,
-        descriptor_names=list(DESCRIPTOR_NAMES),
+        descriptor_names=list(CORE_NAMES),
     )
 
 
@@ -118,7 +119,7 @@ class Demo:
             model = adapted.merge_and_unload().eval()
             model.save_pretrained(self.output / "model")
             processor.save_pretrained(self.output / "model")
-            self.cohort.save(self.output / "model" / "cohort.json")
+            self.cohort.save(self.output / "model")
         with self.clock.part("evaluate", "Questions about the held-out people"):
             results, example = self.examine(model, processor)
         results["run"] = {**run_costs(self.clock), "quick": self.quick}
@@ -132,7 +133,13 @@ class Demo:
         self.training_windows = cut_windows(self.training, length, stride=length // 4)
         self.windows = cut_windows(self.held_out, length, self.settings.window_stride)
         descriptors = np.stack([window.descriptors for window in self.training_windows])
-        self.cohort = Cohort.fit(descriptors, subjects=len(_subjects(self.training)))
+        self.cohort = Cohort.fit(
+            "the demo's training subjects",
+            CORE_MEASURES,
+            descriptors,
+            subjects=len(_subjects(self.training)),
+            atlases=[scan.atlas for scan in self.training],
+        )
         self.names = _pseudonyms(self.held_out)
 
     def train_codec(self) -> FmriCodecModel:
@@ -279,7 +286,7 @@ class Demo:
         rows = []
         for row in _first_windows(self.windows):
             item = scored[row]
-            names = [DESCRIPTOR_NAMES[index] for index in item.asked]
+            names = [CORE_NAMES[index] for index in item.asked]
             families = [name.partition("/")[0] for name in names]
             for place in _first_of_each(families):
                 scores = item.scores["right"][place]

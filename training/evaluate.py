@@ -11,7 +11,8 @@ from tqdm import tqdm
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
-from fmrilm.processors.descriptors.cohort import DESCRIPTOR_NAMES, LEVELS
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import REQUESTS, family, parse, question
 
 from .chats import scan_block, text_block, user
@@ -64,7 +65,7 @@ def noise_items(windows: Sequence[Window], seed: int) -> list[dict[str, np.ndarr
 
 def choose_questions(levels: np.ndarray, per_family: int, rng: np.random.Generator) -> np.ndarray:
     """Up to `per_family` known descriptors of each family; levels: int [descriptors]."""
-    families = np.array([family(name) for name in DESCRIPTOR_NAMES])
+    families = np.array([family(name) for name in CORE_NAMES])
     known = levels >= 0
     return np.concatenate(
         [rng.permutation(np.flatnonzero(known & (families == name)))[:per_family] for name in np.unique(families)]
@@ -81,7 +82,7 @@ def score_questions(
     """
     choices = processor.encode_choices(list(LEVELS))
     chats = [
-        with_token_counts([user(scan_block(), text_block(question(DESCRIPTOR_NAMES[index])))], [codes])
+        with_token_counts([user(scan_block(), text_block(question(CORE_NAMES[index])))], [codes])
         for index in asked
     ]
     inputs = processor.apply_chat_template(chats, add_generation_prompt=True, padding_side="right")
@@ -158,8 +159,8 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
     answer. majority: most frequent level int [descriptors] among the training windows.
     """
     subjects = sorted({(item.window.scan.dataset, item.window.scan.subject) for item in scored})
-    families = [*dict.fromkeys(family(name) for name in DESCRIPTOR_NAMES), "all"]
-    of_descriptor = np.array([family(name) for name in DESCRIPTOR_NAMES])
+    families = [*dict.fromkeys(family(name) for name in CORE_NAMES), "all"]
+    of_descriptor = np.array([family(name) for name in CORE_NAMES])
     draws = np.random.default_rng(seed).integers(len(subjects), size=(BOOTSTRAPS, len(subjects)))
     results = {}
     for name in families:
@@ -257,11 +258,11 @@ def most_frequent(levels: np.ndarray) -> np.ndarray:
 
 
 def claims(text: str) -> list[tuple[int, int]]:
-    """Indices into `DESCRIPTOR_NAMES` and `LEVELS` of what a text says of them."""
+    """Indices into `CORE_NAMES` and `LEVELS` of what a text says of them."""
     return [
-        (DESCRIPTOR_NAMES.index(name), LEVELS.index(level))
+        (CORE_NAMES.index(name), LEVELS.index(level))
         for name, level, _ in parse(text)
-        if name in DESCRIPTOR_NAMES and level in LEVELS
+        if name in CORE_NAMES and level in LEVELS
     ]
 
 

@@ -1,97 +1,158 @@
 """What the training subjects look like: the reference that levels and z-scores are relative to."""
 
 import json
-import math
+import os
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from ..atlases import Atlas
-from .connectivity import CONNECTIVITY_NAMES, STRENGTH_NAMES, connectivity, strength
-from .temporal import AUTOCORRELATION_NAMES, autocorrelation
+from .measures import describe, descriptor_names
 
 
-DESCRIPTOR_NAMES = [*CONNECTIVITY_NAMES, *STRENGTH_NAMES, *AUTOCORRELATION_NAMES]
 LEVELS = ("low", "typical", "high")
+# between them lie the thirds that are called low, typical and high
+QUANTILES = (1 / 3, 2 / 3)
+JSON_FILE, ARRAYS_FILE = "cohort.json", "cohort.safetensors"
+_REFERENCE = "references."
 
 
-def describe(signal: np.ndarray, atlas: Atlas) -> np.ndarray:
-    """All descriptors float64 [..., descriptors] of signal [..., time, rois], NaN where the atlas has none."""
-    if signal.ndim < 2 or signal.shape[-1] != len(atlas):
-        raise ValueError(f"expected signal [..., time, {len(atlas)}] for atlas {atlas.name!r}, got {signal.shape}")
-    return np.concatenate(
-        [connectivity(signal, atlas), strength(signal, atlas), autocorrelation(signal, atlas)], axis=-1
-    )
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cohort:
     """
-    Moments and terciles of each descriptor over the windows of the training subjects.
+    Moments and quantiles of each descriptor over the windows of the training subjects.
 
-    mean, deviation, lower, upper: one value per entry of `names`, NaN where no training atlas has the descriptor;
-    lower and upper part the thirds.
+    Attributes:
+        name: what the cohort is called where its z-scores are reported.
+        names: descriptor names, those of whole measures.
+        mean, deviation: float64 [names], NaN where no window has the descriptor; deviation also where it never varies.
+        quantiles: float64 [2, names] at `QUANTILES`.
+        subjects, windows: how many it was fitted on.
+        atlases: checksum of each atlas by its name.
+        references: reference gradients [rois, 3] by atlas name, for the gradient measures.
     """
 
+    name: str
     names: list[str]
-    mean: list[float]
-    deviation: list[float]
-    lower: list[float]
-    upper: list[float]
+    mean: np.ndarray
+    deviation: np.ndarray
+    quantiles: np.ndarray
     subjects: int
     windows: int
+    atlases: dict[str, str]
+    references: dict[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        if self.names != descriptor_names(self.measures):
+            raise ValueError(f"cohort {self.name!r}: expected all descriptors of {self.measures}, got {self.names}")
+        for what, shape in (("mean", ()), ("deviation", ()), ("quantiles", (len(QUANTILES),))):
+            expected, found = (*shape, len(self.names)), getattr(self, what).shape
+            if found != expected:
+                raise ValueError(f"cohort {self.name!r}: expected {what} {expected}, got {found}")
 
     @classmethod
-    def fit(cls, descriptors: np.ndarray, subjects: int) -> "Cohort":
-        """From descriptors [windows, descriptors] (NaN where absent) of that many training subjects."""
-        if descriptors.ndim != 2 or descriptors.shape[1] != len(DESCRIPTOR_NAMES):
-            raise ValueError(f"expected descriptors [windows, {len(DESCRIPTOR_NAMES)}], got {descriptors.shape}")
+    def fit(
+        cls,
+        name: str,
+        measures: Iterable[str],
+        descriptors: np.ndarray,
+        subjects: int,
+        atlases: Iterable[Atlas],
+        references: dict[str, np.ndarray] | None = None,
+    ) -> "Cohort":
+        """From descriptors [windows, names] (NaN where absent) of that many training subjects."""
+        names = descriptor_names(measures)
+        if descriptors.ndim != 2 or descriptors.shape[1] != len(names) or not len(descriptors):
+            raise ValueError(f"expected descriptors [windows, {len(names)}], got {descriptors.shape}")
         with warnings.catch_warnings():
             # numpy warns about columns of NaN alone, which stay NaN as they should
             warnings.simplefilter("ignore", RuntimeWarning)
-            lower, upper = np.nanquantile(descriptors, [1 / 3, 2 / 3], axis=0)
+            quantiles = np.nanquantile(descriptors, QUANTILES, axis=0)
             mean, deviation = np.nanmean(descriptors, axis=0), np.nanstd(descriptors, axis=0)
         return cls(
-            names=list(DESCRIPTOR_NAMES),
-            mean=mean.tolist(),
-            deviation=deviation.tolist(),
-            lower=lower.tolist(),
-            upper=upper.tolist(),
+            name=name,
+            names=names,
+            mean=mean,
+            deviation=np.where(deviation > 0, deviation, np.nan),
+            quantiles=quantiles,
             subjects=subjects,
             windows=len(descriptors),
+            atlases={atlas.name: atlas.checksum for atlas in atlases},
+            references=dict(references or {}),
         )
+
+    @property
+    def measures(self) -> list[str]:
+        return list(dict.fromkeys(name.partition("/")[0] for name in self.names))
+
+    def describe(self, signal: np.ndarray, atlas: Atlas, repetition_time: float | None = None) -> np.ndarray:
+        """The cohort's descriptors [..., names] of signal [..., time, rois] of one of the cohort's atlases."""
+        if self.atlases.get(atlas.name) != atlas.checksum:
+            known = ", ".join(f"{name!r} ({checksum})" for name, checksum in self.atlases.items())
+            raise ValueError(f"cohort {self.name!r}: expected a scan of the atlas {known}, got one of {atlas}")
+        return describe(signal, atlas, self.measures, repetition_time, self.references)
 
     def z_scores(self, descriptors: np.ndarray) -> np.ndarray:
-        """Deviations [..., descriptors] from the cohort's mean in units of its standard deviation."""
-        return (descriptors - np.array(self.mean)) / np.array(self.deviation)
+        """Deviations [..., names] from the cohort's mean in units of its standard deviation."""
+        return (self._checked(descriptors) - self.mean) / self.deviation
 
     def from_z_scores(self, z_scores: np.ndarray) -> np.ndarray:
-        """Descriptors [..., descriptors] with these z-scores: the inverse of `z_scores`."""
-        return z_scores * np.array(self.deviation) + np.array(self.mean)
+        """Descriptors [..., names] with these z-scores: the inverse of `z_scores`."""
+        return self._checked(z_scores) * self.deviation + self.mean
+
+    def named_z_scores(self, descriptors: np.ndarray) -> dict[str, Any]:
+        """Z-scores of one scan, [names], with what they are relative to: ready for JSON, absent ones left out."""
+        scores = zip(self.names, self.z_scores(descriptors).tolist(), strict=True)
+        return {
+            "cohort": self.name,
+            "subjects": self.subjects,
+            "windows": self.windows,
+            "z_scores": {name: score for name, score in scores if np.isfinite(score)},
+        }
 
     def levels(self, descriptors: np.ndarray) -> np.ndarray:
-        """Index into `LEVELS` [..., descriptors] of each descriptor, -1 where it or the cohort's is NaN."""
-        level = (descriptors > np.array(self.lower)).astype(int) + (descriptors > np.array(self.upper))
-        return np.where(np.isnan(descriptors) | np.isnan(self.lower), -1, level)
+        """
+        Index into `LEVELS` [..., names] of each descriptor; -1 where it or the cohort's is NaN, and where the cohort
+        has no thirds because a third or more of it shares one value.
+        """
+        lower, upper = self.quantiles
+        level = (self._checked(descriptors) > lower).astype(int) + (descriptors > upper)
+        return np.where(np.isnan(descriptors) | ~(lower < upper), -1, level)
 
-    def save(self, path: str | Path) -> None:
-        # NaN is no JSON: null stands for it
-        values = {
-            key: [None if item != item else item for item in value] if isinstance(value, list) else value
-            for key, value in asdict(self).items()
-        }
-        Path(path).write_text(json.dumps(values, allow_nan=False) + "\n")
+    def _checked(self, values: np.ndarray) -> np.ndarray:
+        if values.shape[-1:] != (len(self.names),):
+            raise ValueError(
+                f"cohort {self.name!r}: expected its {len(self.names)} descriptors ({', '.join(self.measures)}), "
+                f"got shape {values.shape}"
+            )
+        return values
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `cohort.json` and `cohort.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {"mean": self.mean, "deviation": self.deviation, "quantiles": self.quantiles}
+        arrays |= {_REFERENCE + name: array for name, array in self.references.items()}
+        facts = {key: getattr(self, key) for key in ("name", "names", "subjects", "windows", "atlases")}
+        staged = {name: folder / f"{name}.partial" for name in (ARRAYS_FILE, JSON_FILE)}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, staged[ARRAYS_FILE])
+        staged[JSON_FILE].write_text(json.dumps(facts, indent=1) + "\n")
+        for name, path in staged.items():
+            os.replace(path, folder / name)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Cohort":
-        values = json.loads(Path(path).read_text())
-        if values["names"] != DESCRIPTOR_NAMES:
-            raise ValueError(f"{path}: expected the {len(DESCRIPTOR_NAMES)} descriptors of this version, got others")
-        return cls(
-            **{
-                key: [math.nan if item is None else item for item in value] if isinstance(value, list) else value
-                for key, value in values.items()
-            }
-        )
+    def load(cls, folder: str | Path) -> "Cohort":
+        folder = Path(folder)
+        arrays = load_file(folder / ARRAYS_FILE)
+        references = {
+            key.removeprefix(_REFERENCE): arrays.pop(key) for key in list(arrays) if key.startswith(_REFERENCE)
+        }
+        try:
+            return cls(**json.loads((folder / JSON_FILE).read_text()), **arrays, references=references)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: expected a cohort of this version: {error}") from error

@@ -43,3 +43,8 @@ def network_series(standardized: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Mean series [..., time, networks] over each network's ROIs; NaN for a network the atlas does not have."""
     counts = members.sum(0)
     return standardized @ members / np.where(counts > 0, counts, np.nan)
+
+
+def correlation(standardized: np.ndarray) -> np.ndarray:
+    """Functional connectivity: Pearson correlations [rois, rois], exactly symmetric, of standardized [time, rois]."""
+    return standardized.T @ standardized / len(standardized)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .networks import NETWORKS
-from .phrases import MEASURES, ORDINALS
+from .phrases import MEASURE_PHRASES, ORDINALS
 from .text import BUCKETS, Statement, z_text
 
 
@@ -111,7 +111,7 @@ def _read(sentence: str) -> tuple[list[Fact], list[str]]:
 
 def _lexicon() -> dict[str, Fact]:
     lexicon = {word: Fact("relation", word) for word in RELATIONS}
-    for measure, text in MEASURES.items():
+    for measure, text in MEASURE_PHRASES.items():
         head = re.split(" of the | on the | between the ", text)[0]
         lexicon |= {word: Fact("measure", measure) for word in (head, *MEASURE_SYNONYMS.get(head, ()))}
     targets = {text: key for key, text in NETWORKS.items()} | {"whole brain": "global"}

@@ -59,9 +59,9 @@ class Questioner:
         self.names = list(cohort.names)
         self.levels = cohort.levels(descriptors)
         self.z_scores = cohort.z_scores(descriptors)
-        terciles = np.stack([cohort.lower, cohort.upper], axis=-1)
+        terciles = cohort.quantiles.T
         # [scans, descriptors, 2]
-        self.to_terciles = np.abs(descriptors[..., None] - terciles) / np.array(cohort.deviation)[:, None]
+        self.to_terciles = np.abs(descriptors[..., None] - terciles) / cohort.deviation[:, None]
         known = np.isfinite(self.z_scores) & (self.levels >= 0)
         self.known = [np.flatnonzero(row) for row in known]
         members = defaultdict(list)

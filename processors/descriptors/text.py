@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cohort import DESCRIPTOR_NAMES, LEVELS
+from .cohort import LEVELS
+from .measures import CORE_NAMES
 from .phrases import NAMES, PHRASES
 
 
@@ -92,7 +93,7 @@ def interpretation(statement: Statement) -> str | None:
 
 def description(levels: np.ndarray, chosen: Sequence[int]) -> str:
     """One sentence for each of the chosen descriptors; levels int [descriptors] as `Cohort.levels` gives them."""
-    return " ".join(sentence(Statement(DESCRIPTOR_NAMES[index], LEVELS[levels[index]])) for index in chosen)
+    return " ".join(sentence(Statement(CORE_NAMES[index], LEVELS[levels[index]])) for index in chosen)
 
 
 def question(name: str, variant: int = 0) -> str:

@@ -1,0 +1,103 @@
+"""Functional gradients: the main axes along which the connectivity profiles of ROIs change (Margulies et al. 2016)."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from scipy.linalg import eigh
+
+from ..atlases import Atlas
+from .networks import correlation, membership, network_series, standardize
+
+
+COMPONENTS = 3
+# share of each row of the connectivity matrix that is set to zero: the lowest
+SPARSITY = 0.9
+# exponent of the degree that the affinity is divided by on both sides (Coifman & Lafon 2006)
+ALPHA = 0.5
+
+
+def affinity(connectivity: np.ndarray) -> np.ndarray | None:
+    """
+    Cosine similarity [rois, rois] of the rows of a connectivity matrix, of each row the highest tenth alone (the ROI
+    itself among them, rounded down as brainspace does); negative similarities are 0. None for an atlas so small
+    that a tenth holds no other ROI.
+    """
+    rois = len(connectivity)
+    kept = int(rois * (1 - SPARSITY))
+    if kept < 2:
+        return None
+    threshold = np.partition(connectivity, rois - kept, axis=1)[:, rois - kept, None]
+    sparse = np.where(connectivity >= threshold, connectivity, 0)
+    sparse /= np.linalg.norm(sparse, axis=1, keepdims=True)
+    return np.maximum(sparse @ sparse.T, 0)
+
+
+def diffusion_gradients(connectivity: np.ndarray) -> np.ndarray:
+    """
+    Gradients [rois, 3] of a connectivity matrix [rois, rois]: multiscale diffusion map of `affinity`, scaled as
+    brainspace does. NaN where the affinity falls apart into unconnected sets of ROIs or is too small for one.
+    """
+    rois = len(connectivity)
+    similarity = affinity(connectivity)
+    if similarity is None:
+        return np.full((rois, COMPONENTS), np.nan)
+    scale = similarity.sum(1) ** -ALPHA
+    similarity *= scale * scale[:, None]
+    # the random walk's operator is not symmetric, but similar to this matrix that is
+    roots = np.sqrt(similarity.sum(1))
+    values, vectors = eigh(similarity / (roots * roots[:, None]), subset_by_index=(rois - COMPONENTS - 1, rois - 1))
+    values, vectors = values[-2::-1], vectors[:, -2::-1] / roots[:, None]
+    # the eigenvalue 1 belongs to the constant vector, once for each unconnected set
+    if values[0] > 1 - 1e-10:
+        return np.full((rois, COMPONENTS), np.nan)
+    return vectors / np.linalg.norm(vectors, axis=0) * np.sqrt(rois) * values / (1 - values)
+
+
+def procrustes(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Rotation (or reflection) [components, components] that brings source @ it closest to target, both [n, ...]."""
+    left, _, right = np.linalg.svd(source.T @ target)
+    return left @ right
+
+
+def aligned_gradients(standardized: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Gradients [rois, 3] of one scan, standardized [time, rois], rotated to reference [rois, 3]."""
+    gradients = diffusion_gradients(correlation(standardized))
+    if np.isnan(gradients).any() or np.isnan(reference).any():
+        return np.full_like(gradients, np.nan)
+    return gradients @ procrustes(gradients, reference)
+
+
+def fit_references(scans: Iterable[tuple[np.ndarray, Atlas]]) -> dict[str, np.ndarray]:
+    """
+    Reference gradients [rois, 3] by atlas name: those of the mean connectivity matrix of all scans of the atlas,
+    signal [time, rois]. The atlas with the most ROIs sets the orientation of all, so that a network's place on a
+    gradient compares across atlases.
+    """
+    sums, counts, atlases = {}, {}, {}
+    for signal, atlas in scans:
+        known = atlases.setdefault(atlas.name, atlas)
+        if known != atlas:
+            raise ValueError(f"expected one atlas called {atlas.name!r}, got {known} and {atlas}")
+        sums[atlas.name] = sums.get(atlas.name, 0) + correlation(standardize(signal))
+        counts[atlas.name] = counts.get(atlas.name, 0) + 1
+    references, profile = {}, None
+    for name in sorted(sums, key=lambda name: (-len(sums[name]), name)):
+        gradients = diffusion_gradients(sums[name] / counts[name])
+        if np.isfinite(gradients).all():
+            networks = network_means(gradients, membership(atlases[name]))
+            if profile is None:
+                # an eigenvector's sign means nothing: the ROI furthest from 0 is called positive
+                furthest = gradients[np.abs(gradients).argmax(0), range(COMPONENTS)]
+                rotation = np.diag(np.sign(furthest))
+                profile = networks @ rotation
+            else:
+                shared = np.isfinite(networks[:, 0]) & np.isfinite(profile[:, 0])
+                rotation = procrustes(networks[shared], profile[shared])
+            gradients = gradients @ rotation
+        references[name] = gradients
+    return references
+
+
+def network_means(gradients: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Mean [..., networks, 3] of gradients [..., rois, 3] over each network's ROIs, NaN for absent networks."""
+    return np.swapaxes(network_series(np.swapaxes(gradients, -1, -2), members), -1, -2)
