@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .describe_command import describe
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -31,6 +33,9 @@ def demo(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"\nmodel, results.json and report.html are in {output}")
+
+
+app.command()(describe)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .cohort import LEVELS
-from .measures import CORE_NAMES
+from .measures import CORE_NAMES, FAMILIES
 from .phrases import NAMES, PHRASES
 
 
@@ -89,6 +89,39 @@ def interpretation(statement: Statement) -> str | None:
     below, above = INTERPRETATIONS.get(statement.descriptor, (None, None))
     place = list(BUCKETS).index(statement.level)
     return None if place == 2 else above if place > 2 else below
+
+
+def choose_statements(
+    names: Sequence[str], z_scores: np.ndarray, count: int, rng: np.random.Generator
+) -> list[list[Statement]]:
+    """
+    What a description of a scan says, by family: of each up to `count` statements, first the furthest from the
+    cohort's mean, and of the rest as many at random, so that what is usual is said as well. z_scores: [names], not
+    finite where absent; a family without any is left out.
+    """
+    columns: dict[str, list[int]] = {}
+    for column in np.flatnonzero(np.isfinite(z_scores)):
+        columns.setdefault(FAMILIES[names[column].partition("/")[0]], []).append(column)
+    paragraphs = []
+    for known in columns.values():
+        known.sort(key=lambda column: -abs(z_scores[column]))
+        extreme, rest = known[: -(-count // 2)], known[-(-count // 2) :]
+        chosen = [*extreme, *rng.permutation(rest)[: count // 2].astype(int)]
+        paragraphs.append([z_statement(names[column], z_scores[column]) for column in chosen])
+    return paragraphs
+
+
+def reference(cohort: str, subjects: int) -> str:
+    """The line that tells what levels and z-scores refer to."""
+    if "\n" in cohort:
+        raise ValueError(f"expected a cohort's name in one line, got {cohort!r}")
+    return f"Compared with {subjects} training subjects of {cohort}:"
+
+
+def parse_reference(text: str) -> tuple[str, int] | None:
+    """Cohort and number of its subjects from a text that begins with `reference`."""
+    match = re.match(r"Compared with (\d+) training subjects of (.*):$", text, re.MULTILINE)
+    return (match[2], int(match[1])) if match else None
 
 
 def description(levels: np.ndarray, chosen: Sequence[int]) -> str:
