@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .describe_command import describe
 from .prepare_command import prepare
 
 
@@ -111,6 +112,7 @@ def export(
 
 
 app.command()(prepare)
+app.command()(describe)
 
 
 def main() -> None:

@@ -246,11 +246,9 @@ def statement_accuracy(texts: Sequence[str], levels: np.ndarray, said: np.ndarra
     """
     right = []
     for row, text in enumerate(texts):
-        for name, level in parse(text):
-            index = CORE_NAMES.index(name)
+        for index, level in claims(text):
             if levels[row, index] >= 0:
-                claim = LEVELS.index(level) if said is None else said[index]
-                right.append(levels[row, index] == claim)
+                right.append(levels[row, index] == (level if said is None else said[index]))
     return float(np.mean(right)) if right else None
 
 
@@ -259,9 +257,18 @@ def most_frequent(levels: np.ndarray) -> np.ndarray:
     return (levels[..., None] == np.arange(len(LEVELS))).sum(0).argmax(-1)
 
 
+def claims(text: str) -> list[tuple[int, int]]:
+    """Indices into `CORE_NAMES` and `LEVELS` of what a text says of them."""
+    return [
+        (CORE_NAMES.index(name), LEVELS.index(level))
+        for name, level, _ in parse(text)
+        if name in CORE_NAMES and level in LEVELS
+    ]
+
+
 def mentioned(text: str) -> list[int]:
     """Indices of the descriptors that a text makes statements about."""
-    return [CORE_NAMES.index(name) for name, _ in parse(text)]
+    return [index for index, _ in claims(text)]
 
 
 @torch.no_grad()

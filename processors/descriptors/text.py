@@ -1,44 +1,132 @@
-"""Descriptors as sentences and as questions, and the way back from a sentence to the descriptor."""
+"""Descriptors as sentences, and the way back from a sentence to the descriptor."""
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from .cohort import LEVELS
-from .measures import CORE_NAMES
-from .networks import NETWORKS
+from .measures import CORE_NAMES, FAMILIES
+from .phrases import NAMES, PHRASES
 
 
-# A statement is a phrase, " is " and a level; the same phrase names the descriptor in questions.
+REQUESTS = ("Describe this scan.", "What does this scan show?", "Summarize the brain activity in this scan.")
 QUESTIONS = (
     "Is {phrase} low, typical or high?",
     "{Phrase}?",
 )
-REQUESTS = ("Describe this scan.", "What does this scan show?", "Summarize the brain activity in this scan.")
+# Buckets of z-scores, upwards, with the wordings of each: no wording stands inside another one.
+BUCKETS = {
+    "markedly lower": ("markedly lower than average", "far below the typical range"),
+    "somewhat lower": ("somewhat reduced", "slightly below the typical range"),
+    "within range": ("within the typical range", "close to average"),
+    "somewhat elevated": ("somewhat elevated", "slightly above the typical range"),
+    "markedly elevated": ("markedly elevated", "far above the typical range"),
+}
+# between the buckets; a value on a bound belongs to the bucket nearer to zero
+BOUNDS = (-2.0, -1.0, 1.0, 2.0)
+SENTENCES = (
+    "{phrase} is {level} (z = {z})",
+    "{phrase} is {level}, at z = {z}",
+    "{phrase} (z = {z}) is {level}",
+    "with z = {z}, {phrase} is {level}",
+)
+# What a value outside the typical range comes down to, below and above it, by the definition of the descriptor. What
+# a gradient runs between depends on the cohort, and what a network is for is no finding: neither is interpreted.
+INTERPRETATIONS = {
+    "efficiency/global": (
+        "Paths between regions of the brain graph are longer than usual.",
+        "Paths between regions of the brain graph are shorter than usual.",
+    ),
+    "modularity/global": (
+        "The modules of the brain graph are less segregated than usual.",
+        "The modules of the brain graph are more segregated than usual.",
+    ),
+    "clustering/global": (
+        "Neighbours in the brain graph are less often neighbours of each other than usual.",
+        "Neighbours in the brain graph are more often neighbours of each other than usual.",
+    ),
+}
 
 
-def phrase(name: str) -> str:
-    """What a descriptor is called in English, for instance "connectivity within the visual network"."""
-    family, _, networks = name.partition("/")
-    words = [NETWORKS[network] for network in networks.split("-")]
-    if family == "strength":
-        return f"overall connectivity of the {words[0]} network"
-    if family == "autocorrelation":
-        return f"signal persistence of the {words[0]} network"
-    if words[0] == words[1]:
-        return f"connectivity within the {words[0]} network"
-    return f"connectivity between the {words[0]} and {words[1]} networks"
+class Statement(NamedTuple):
+    """
+    What a sentence says of a descriptor.
+
+    level: one of `LEVELS` (terciles of the cohort), or a key of `BUCKETS`, which goes by the z-score.
+    z: as written, to two decimals; None beside a tercile.
+    """
+
+    descriptor: str
+    level: str
+    z: float | None = None
 
 
-PHRASES = {name: phrase(name) for name in CORE_NAMES}
-_NAMES = {text: name for name, text in PHRASES.items()}
-_STATEMENT = re.compile(rf"({'|'.join(map(re.escape, _NAMES))}) is ({'|'.join(LEVELS)})\b", re.IGNORECASE)
+def z_statement(name: str, z: float) -> Statement:
+    """The bucket is that of the z-score as it is written, so that a reader can check one against the other."""
+    z = round(float(z), 2) + 0.0  # no negative zero
+    place = sum(z >= bound if bound < 0 else z > bound for bound in BOUNDS)
+    return Statement(name, list(BUCKETS)[place], z)
 
 
-def family(name: str) -> str:
-    """The family of a descriptor: the part of its name before the slash."""
-    return name.partition("/")[0]
+def z_text(z: float) -> str:
+    return f"{z:+.2f}"
+
+
+def sentence(statement: Statement, rng: np.random.Generator | None = None) -> str:
+    """The statement in one of its phrasings, drawn by `rng`; without one, in the first."""
+    name, level, z = statement
+    if z is None:
+        return _sentence(f"{PHRASES[name]} is {level}")
+    forms, wordings = SENTENCES, BUCKETS[level]
+    draw = (0, 0) if rng is None else (rng.integers(len(forms)), rng.integers(len(wordings)))
+    return _sentence(forms[draw[0]].format(phrase=PHRASES[name], level=wordings[draw[1]], z=z_text(z)))
+
+
+def interpretation(statement: Statement) -> str | None:
+    """What a bucket outside the typical range comes down to, for the descriptors of which that can be said."""
+    below, above = INTERPRETATIONS.get(statement.descriptor, (None, None))
+    place = list(BUCKETS).index(statement.level)
+    return None if place == 2 else above if place > 2 else below
+
+
+def choose_statements(
+    names: Sequence[str], z_scores: np.ndarray, count: int, rng: np.random.Generator
+) -> list[list[Statement]]:
+    """
+    What a description of a scan says, by family: of each up to `count` statements, first the furthest from the
+    cohort's mean, and of the rest as many at random, so that what is usual is said as well. z_scores: [names], not
+    finite where absent; a family without any is left out.
+    """
+    columns: dict[str, list[int]] = {}
+    for column in np.flatnonzero(np.isfinite(z_scores)):
+        columns.setdefault(FAMILIES[names[column].partition("/")[0]], []).append(column)
+    paragraphs = []
+    for known in columns.values():
+        known.sort(key=lambda column: -abs(z_scores[column]))
+        extreme, rest = known[: -(-count // 2)], known[-(-count // 2) :]
+        chosen = [*extreme, *rng.permutation(rest)[: count // 2].astype(int)]
+        paragraphs.append([z_statement(names[column], z_scores[column]) for column in chosen])
+    return paragraphs
+
+
+def reference(cohort: str, subjects: int) -> str:
+    """The line that tells what levels and z-scores refer to."""
+    if "\n" in cohort:
+        raise ValueError(f"expected a cohort's name in one line, got {cohort!r}")
+    return f"Compared with {subjects} training subjects of {cohort}:"
+
+
+def parse_reference(text: str) -> tuple[str, int] | None:
+    """Cohort and number of its subjects from a text that begins with `reference`."""
+    match = re.match(r"Compared with (\d+) training subjects of (.*):$", text, re.MULTILINE)
+    return (match[2], int(match[1])) if match else None
+
+
+def description(levels: np.ndarray, chosen: Sequence[int]) -> str:
+    """One sentence for each of the chosen descriptors; levels int [descriptors] as `Cohort.levels` gives them."""
+    return " ".join(sentence(Statement(CORE_NAMES[index], LEVELS[levels[index]])) for index in chosen)
 
 
 def question(name: str, variant: int = 0) -> str:
@@ -47,14 +135,48 @@ def question(name: str, variant: int = 0) -> str:
     return QUESTIONS[variant].format(phrase=text, Phrase=text[0].upper() + text[1:])
 
 
-def description(levels: np.ndarray, chosen: Sequence[int]) -> str:
-    """One sentence for each of the chosen descriptors; levels int [descriptors] as `Cohort.levels` gives them."""
-    return " ".join(
-        f"{text[0].upper()}{text[1:]} is {LEVELS[levels[index]]}."
-        for index, text in ((index, PHRASES[CORE_NAMES[index]]) for index in chosen)
-    )
+def family(name: str) -> str:
+    """The family of a descriptor: the part of its name before the slash."""
+    return name.partition("/")[0]
 
 
-def parse(text: str) -> list[tuple[str, str]]:
-    """The (descriptor, level) statements in a text, in order: the inverse of `description`."""
-    return [(_NAMES[words.lower()], level.lower()) for words, level in _STATEMENT.findall(text)]
+def parse(text: str) -> list[Statement]:
+    """The statements in a text, in order: the inverse of `sentence`, whatever its phrasing."""
+    statements = []
+    for match in _STATEMENT.finditer(text):
+        words = {key.partition("_")[0]: value.lower() for key, value in match.groupdict().items() if value}
+        name = NAMES.get(words["phrase"])
+        if name is not None:
+            z = float(words["z"]) if "z" in words else None
+            statements.append(Statement(name, _LEVEL_OF[words["level"]], z))
+    return statements
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def _pattern() -> re.Pattern:
+    """Any sentence of `SENTENCES` or of levels."""
+    # by their first word, because hundreds of alternatives at every letter of a text take long
+    rests: dict[str, list[str]] = {}
+    for text in NAMES:
+        first, _, rest = text.partition(" ")
+        rests.setdefault(first, []).append(re.escape(rest))
+    parts = {
+        "phrase": "|".join(f"{first} (?:{'|'.join(alternatives)})" for first, alternatives in rests.items()),
+        "level": "|".join(re.escape(wording) for wordings in BUCKETS.values() for wording in wordings),
+        "z": r"[+-]\d+\.\d\d",
+    }
+    forms = [("{phrase} is {level}", {**parts, "level": "|".join(LEVELS)})]
+    forms += [(form, parts) for form in SENTENCES]
+    alternatives = []
+    for number, (form, texts) in enumerate(forms):
+        groups = {key: f"(?P<{key}_{number}>{text})" for key, text in texts.items()}
+        alternatives.append(re.escape(form).replace(r"\{", "{").replace(r"\}", "}").format(**groups))
+    return re.compile(rf"\b(?:{'|'.join(alternatives)})(?!\w)", re.IGNORECASE)
+
+
+_LEVEL_OF = {wording: level for level, wordings in BUCKETS.items() for wording in wordings}
+_LEVEL_OF |= {level: level for level in LEVELS}
+_STATEMENT = _pattern()

@@ -1,0 +1,425 @@
+"""From a dataset of scans to a corpus: descriptors, descriptions and questions, split by subject; resumable."""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Json, List, Value
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor
+from fmrilm.processors.descriptors.cohort import Cohort
+from fmrilm.processors.descriptors.gradients import fit_references
+from fmrilm.processors.descriptors.measures import FAMILIES, describe, descriptor_names
+from fmrilm.processors.descriptors.questions import Questioner
+from fmrilm.processors.descriptors.text import REQUESTS, choose_statements, interpretation, reference, sentence
+
+from .chats import assistant, scan_block, text_block, user
+from .corpus_card import corpus_card
+from .corpus_source import Source, held_out_subjects
+from .language_models import load_language_model
+from .parallel import run_parallel
+from .rewrite import rewrite
+
+
+COHORT = "cohort"
+QUESTION_FEATURES = {
+    "kind": Value("string"),
+    "text": Value("string"),
+    "choices": List(Value("string")),
+    "answer": Value("string"),
+    "margin": Value("float64"),
+    "descriptors": List(Value("string")),
+    "scans": List(Value("int64")),
+}
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """
+    What is written about each scan.
+
+    test_share: of the subjects, where the source has no test split. statements: per family, in a description.
+    questions: about a scan. minimum_margin: of a question, in standard deviations of the cohort. rewrite: language
+    model (packaged name, folder or Hub id) that words the descriptions anew. shard_size: scans per file.
+    """
+
+    test_share: float = 0.2
+    statements: int = 6
+    questions: int = 6
+    minimum_margin: float = 0.0
+    rewrite: str | None = None
+    shard_size: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of one configuration and split that make one file. first: number of the configuration's first scan."""
+
+    config: str
+    split: str
+    number: int
+    of: int
+    rows: list[int]
+    first: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.config}/{self.split}-{self.number:05d}-of-{self.of:05d}.parquet"
+
+    @property
+    def scans(self) -> list[int]:
+        return [self.first + row for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """scans: how many were written. left_out: why others were not, by their number. rejection_rate: of rewrites."""
+
+    scans: int
+    left_out: dict[int, str]
+    rejection_rate: float | None
+
+
+def describe_dataset(
+    source: Source,
+    output: Path,
+    settings: CorpusSettings,
+    cohort: Cohort | None = None,
+    jobs: int = 1,
+    scheduler: str | None = None,
+) -> Outcome:
+    """
+    Write the corpus to `output`, a new folder. Until it is complete, all is in `output`.partial, where the same call
+    goes on after an end of any kind.
+
+    cohort: fitted before; without one, it is fitted on the training subjects. jobs, scheduler: see `run_parallel`.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists: expected a new folder")
+    held_out = held_out_subjects(source, settings.test_share, settings.seed)
+    if cohort is not None:
+        _check_cohort(cohort, source.atlases)
+    shards = plan_shards(source, held_out, settings.shard_size)
+    work = output.with_name(f"{output.name}.partial")
+    _begin(work, {**asdict(settings), "scans": source.fingerprint, "cohort": cohort and cohort.name})
+    fitted = cohort is None
+    cohort, values, left_out = _measure(source, shards, work, cohort, jobs, scheduler)
+    asked = _ask(source, shards, cohort, values, settings)
+    writer = ShardWriter(source, cohort, values, asked, settings)
+    for shard in tqdm(shards, desc="writing", unit="shard"):
+        if not (work / shard.file).exists():
+            table = writer.table(shard, [scan for scan in shard.scans if scan not in left_out])
+            _write(work / shard.file, lambda path, table=table: pq.write_table(table, path))
+    rejection_rate = _rejection_rate(work, shards) if settings.rewrite else None
+    outcome = Outcome(len(values) - len(left_out), left_out, rejection_rate)
+    cohort.save(work / COHORT)
+    _write(work / "README.md", _card(source, shards, cohort, fitted, outcome, settings))
+    shutil.rmtree(work / "descriptors")
+    for name in ("references.safetensors", "settings.json"):
+        (work / name).unlink(missing_ok=True)
+    work.rename(output)
+    return outcome
+
+
+def plan_shards(source: Source, held_out: set[str], size: int) -> list[Shard]:
+    """Files of the corpus, in the order of the scans; a split without scans has none."""
+    shards, first = [], 0
+    for config, rows in source.parts.items():
+        sides = defaultdict(list)
+        for row, subject in enumerate(rows["subject"][:]):
+            sides["test" if subject in held_out else "train"].append(row)
+        for split in ("train", "test"):
+            pieces = [sides[split][start : start + size] for start in range(0, len(sides[split]), size)]
+            shards += [Shard(config, split, n, len(pieces), piece, first) for n, piece in enumerate(pieces)]
+        first += len(rows)
+    return shards
+
+
+# One scan as it goes to a worker: signal [time, rois], tr in s, name of its atlas.
+RawScan = tuple[np.ndarray, float, str]
+
+
+def prepare_shard(scans: Sequence[RawScan], atlases: dict[str, Atlas]) -> list[np.ndarray | str]:
+    """Signals as the models see them, float32 [time, rois]; in place of one that cannot be read, the reason."""
+    extractor = FmriLMFeatureExtractor(atlases=list(atlases.values()))
+    prepared: list[np.ndarray | str] = []
+    for signal, tr, atlas in scans:
+        try:
+            prepared.append(extractor.prepare_signal(signal, tr=tr, atlas=atlas)[0])
+        except ValueError as error:
+            prepared.append(str(error))
+    return prepared
+
+
+def describe_shard(
+    scans: Sequence[RawScan], atlases: dict[str, Atlas], measures: list[str], references: dict[str, np.ndarray]
+) -> tuple[np.ndarray, list[str]]:
+    """Descriptors float64 [scans, names], NaN for a scan that cannot be described, and of each why it cannot ("")."""
+    repetition_time = FmriLMFeatureExtractor().repetition_time
+    values = np.full((len(scans), len(descriptor_names(measures))), np.nan)
+    reasons = []
+    for row, ((_, _, atlas), signal) in enumerate(zip(scans, prepare_shard(scans, atlases), strict=True)):
+        reason = signal if isinstance(signal, str) else ""
+        if not reason:
+            try:
+                values[row] = describe(signal, atlases[atlas], measures, repetition_time, references)
+            except ValueError as error:
+                reason = str(error)
+        reasons.append(reason)
+    return values, reasons
+
+
+def _measure(
+    source: Source, shards: Sequence[Shard], work: Path, cohort: Cohort | None, jobs: int, scheduler: str | None
+) -> tuple[Cohort, np.ndarray, dict[int, str]]:
+    """The cohort, the descriptors [scans, names] of all scans, and why some have none, by their number."""
+    measures = list(FAMILIES) if cohort is None else cohort.measures
+    training = [shard for shard in shards if shard.split == "train"]
+    if cohort is None:
+        path = work / "references.safetensors"
+        if not path.exists():
+            found = fit_references(_prepared(source, training, jobs, scheduler))
+            _write(path, lambda path: save_file(found, path))
+        references = load_file(path)
+    else:
+        references = cohort.references
+    todo = [shard for shard in shards if not _descriptor_file(work, shard).exists()]
+    calls = ((_scans(source, shard), source.atlases, measures, references) for shard in todo)
+    results = run_parallel(describe_shard, calls, jobs, scheduler)
+    with tqdm(desc="descriptors", unit="scan", total=sum(len(shard.rows) for shard in todo)) as progress:
+        for shard, (values, reasons) in zip(todo, results, strict=True):
+            arrays = {"values": values, "reasons": np.array(reasons)}
+            _write(_descriptor_file(work, shard), lambda path, arrays=arrays: _save_arrays(path, arrays))
+            progress.update(len(shard.rows))
+    descriptors = np.full((len(source.subjects), len(descriptor_names(measures))), np.nan)
+    left_out = {}
+    for shard in shards:
+        with np.load(_descriptor_file(work, shard), allow_pickle=False) as arrays:
+            descriptors[shard.scans] = arrays["values"]
+            left_out |= {scan: str(why) for scan, why in zip(shard.scans, arrays["reasons"], strict=True) if why}
+    if cohort is None:
+        fitted = [scan for shard in training for scan in shard.scans if scan not in left_out]
+        if not fitted:
+            raise ValueError(f"no training scan could be described; the first: {next(iter(left_out.values()))}")
+        people = {source.subjects[scan] for scan in fitted}
+        atlases = source.atlases.values()
+        cohort = Cohort.fit(source.name, measures, descriptors[fitted], len(people), atlases, references)
+    return cohort, descriptors, left_out
+
+
+def _prepared(
+    source: Source, shards: Sequence[Shard], jobs: int, scheduler: str | None
+) -> Iterator[tuple[np.ndarray, Atlas]]:
+    """Signals of the shards' scans that can be read, each with its atlas."""
+    calls = ((_scans(source, shard), source.atlases) for shard in shards)
+    with tqdm(desc="references", unit="scan", total=sum(len(shard.rows) for shard in shards)) as progress:
+        for shard, signals in zip(shards, run_parallel(prepare_shard, calls, jobs, scheduler), strict=True):
+            for scan, signal in zip(shard.scans, signals, strict=True):
+                if not isinstance(signal, str):
+                    yield signal, source.atlases[source.of_atlas[scan]]
+            progress.update(len(shard.rows))
+
+
+def _ask(
+    source: Source, shards: Sequence[Shard], cohort: Cohort, values: np.ndarray, settings: CorpusSettings
+) -> dict[int, list[dict[str, Any]]]:
+    """Questions by number of the scan; scans are compared within their split and atlas."""
+    asked = {}
+    for number, split in enumerate(("train", "test")):
+        scans = [scan for shard in shards if shard.split == split for scan in shard.scans]
+        if scans:
+            groups = [source.of_atlas[scan] for scan in scans]
+            seed = [settings.seed, number]
+            questioner = Questioner(values[scans], groups, cohort, seed, settings.minimum_margin)
+            for row, scan in enumerate(scans):
+                asked[scan] = [
+                    {**asdict(question), "scans": [scans[place] for place in question.scans]}
+                    for question in questioner.ask(row, settings.questions)
+                ]
+    return asked
+
+
+class ShardWriter:
+    """Tables of the corpus: the source's columns and what was computed."""
+
+    def __init__(
+        self,
+        source: Source,
+        cohort: Cohort,
+        values: np.ndarray,
+        asked: dict[int, list[dict[str, Any]]],
+        settings: CorpusSettings,
+    ):
+        self.source = source
+        self.cohort = cohort
+        self.values = values
+        self.asked = asked
+        self.settings = settings
+        self.z_scores = cohort.z_scores(values)
+        self.features = Features(
+            {
+                "scan": Value("int64"),
+                "descriptors": {name: Value("float64") for name in cohort.names},
+                "description": Value("string"),
+                "messages": List(Json()),
+                "questions": List(QUESTION_FEATURES),
+                **({"rewritten": List(Value("bool"))} if settings.rewrite else {}),
+            }
+        )
+
+    def table(self, shard: Shard, scans: Sequence[int]) -> pa.Table:
+        """Rows of these scans of the shard."""
+        generators = {scan: np.random.default_rng((self.settings.seed, scan)) for scan in scans}
+        texts, rewritten = self._paragraphs(scans, generators)
+        start = reference(self.cohort.name, self.cohort.subjects)
+        columns = defaultdict(list)
+        for scan in scans:
+            description = "\n".join([start, *texts[scan]])
+            request = REQUESTS[generators[scan].integers(len(REQUESTS))]
+            values = (None if np.isnan(value) else value for value in self.values[scan].tolist())
+            columns["scan"].append(scan)
+            columns["descriptors"].append(dict(zip(self.cohort.names, values, strict=True)))
+            columns["description"].append(description)
+            columns["messages"].append([user(scan_block(), text_block(request)), assistant(description)])
+            columns["questions"].append(self.asked[scan])
+            columns["rewritten"].append(rewritten[scan])
+        new = Dataset.from_dict({name: columns[name] for name in self.features}, features=self.features)
+        rows = self.source.parts[shard.config].select([scan - shard.first for scan in scans])
+        table = rows.with_format("arrow")[:]
+        for name in self.features:
+            table = table.append_column(name, new.data.column(name))
+        # the schema tells `datasets` the features
+        return table.cast(Features({**rows.features, **self.features}).arrow_schema)
+
+    def _paragraphs(
+        self, scans: Sequence[int], generators: dict[int, np.random.Generator]
+    ) -> tuple[dict[int, list[str]], dict[int, list[bool]]]:
+        """Of each scan a paragraph per family, and which of them are in the words of the language model."""
+        chosen = {
+            scan: choose_statements(self.cohort.names, self.z_scores[scan], self.settings.statements, generators[scan])
+            for scan in scans
+        }
+        texts = [
+            " ".join(sentence(statement, generators[scan]) for statement in statements)
+            for scan in scans
+            for statements in chosen[scan]
+        ]
+        accepted = [False] * len(texts)
+        if self.settings.rewrite:
+            rewrites = rewrite(texts, *self._language_model, seed=self.settings.seed)
+            texts = [item.text for item in rewrites]
+            accepted = [not item.problems for item in rewrites]
+        worded = iter(zip(texts, accepted, strict=True))
+        paragraphs, rewritten = {}, {}
+        for scan in scans:
+            pairs = [(next(worded), statements) for statements in chosen[scan]]
+            # an interpretation holds no fact to check, so it is not rewritten
+            paragraphs[scan] = [
+                " ".join([text, *filter(None, map(interpretation, statements))]) for (text, _), statements in pairs
+            ]
+            rewritten[scan] = [is_accepted for (_, is_accepted), _ in pairs]
+        return paragraphs, rewritten
+
+    @cached_property
+    def _language_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_language_model(self.settings.rewrite)
+
+
+def question_chat(question: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row's question as a chat: a block for each of its scans, the question, and the answer."""
+    blocks = [scan_block() for _ in question["scans"]]
+    return [user(*blocks, text_block(question["text"])), assistant(question["answer"])]
+
+
+def _scans(source: Source, shard: Shard) -> list[RawScan]:
+    rows = source.parts[shard.config].select(shard.rows).select_columns(["signal", "tr", "atlas"]).with_format("numpy")
+    return [(np.asarray(row["signal"], np.float32), float(row["tr"]), str(row["atlas"])) for row in rows]
+
+
+def _descriptor_file(work: Path, shard: Shard) -> Path:
+    return (work / "descriptors" / shard.file).with_suffix(".npz")
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    # to an open file, because numpy adds an ending to a path
+    with open(path, "wb") as handle:
+        np.savez(handle, **arrays)
+
+
+def _write(path: Path, content: str | Callable[[Path], Any]) -> None:
+    """All of a file or nothing: under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    if isinstance(content, str):
+        temporary.write_text(content, encoding="utf-8")
+    else:
+        content(temporary)
+    os.replace(temporary, path)
+
+
+def _begin(work: Path, settings: dict[str, Any]) -> None:
+    """A new folder to work in, or the one of a run of the same settings that did not end."""
+    path = work / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in settings if before.get(name) != settings[name]]:
+            raise ValueError(
+                f"{work} was begun with other settings ("
+                + ", ".join(f"{name} {before.get(name)} instead of {settings[name]}" for name in changed)
+                + "): delete it, or choose another folder"
+            )
+    elif work.exists() and any(work.iterdir()):
+        raise ValueError(f"{work} holds something else: expected no such folder, or one that was begun before")
+    _write(path, json.dumps(settings) + "\n")
+
+
+def _check_cohort(cohort: Cohort, atlases: dict[str, Atlas]) -> None:
+    for name, atlas in atlases.items():
+        if cohort.atlases.get(name) != atlas.checksum:
+            known = ", ".join(f"{name!r} ({checksum})" for name, checksum in cohort.atlases.items())
+            raise ValueError(
+                f"cohort {cohort.name!r} was fitted on scans of {known}: expected one of {name!r} ({atlas.checksum})"
+            )
+
+
+def _rejection_rate(work: Path, shards: Sequence[Shard]) -> float:
+    """Share of the paragraphs whose rewrite was refused, over all shards, also those of a run before."""
+    tables = (pq.read_table(work / shard.file, columns=["rewritten"]) for shard in shards)
+    accepted = [value for table in tables for row in table["rewritten"].to_pylist() for value in row]
+    return 1 - sum(accepted) / len(accepted)
+
+
+def _card(
+    source: Source,
+    shards: Sequence[Shard],
+    cohort: Cohort,
+    fitted: bool,
+    outcome: Outcome,
+    settings: CorpusSettings,
+) -> str:
+    members: dict[tuple[str, str], list[str]] = {}
+    for shard in shards:
+        written = [scan for scan in shard.scans if scan not in outcome.left_out]
+        members.setdefault((shard.config, shard.split), []).extend(source.subjects[scan] for scan in written)
+    counts = {key: (len(subjects), len(set(subjects))) for key, subjects in members.items()}
+    rewriting = ""
+    if outcome.rejection_rate is not None:
+        rewriting = (
+            f"Worded by {settings.rewrite} where its text says the same (`rewritten`, by paragraph); "
+            f"{outcome.rejection_rate:.0%} of its texts did not and were refused."
+        )
+    families = list(dict.fromkeys(FAMILIES[measure] for measure in cohort.measures))
+    return corpus_card(source.name, cohort, fitted, counts, families, len(outcome.left_out), rewriting)

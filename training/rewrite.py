@@ -1,0 +1,100 @@
+"""Other wordings of descriptions from a local language model, checked fact by fact."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fmrilm.processors.descriptors.paraphrase import differences
+from fmrilm.processors.descriptors.text import Statement, parse
+
+
+PROMPT = (
+    "Rewrite the text in other words and another order. Keep every number with its sign, every network and every "
+    "level exactly as they are. Add nothing. Answer with the rewritten text alone.\n\nText: {text}"
+)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """
+    text: the rewrite where it says the same, otherwise the text as it was. answer: what the model wrote.
+    problems: why that was refused; empty if it was not.
+    """
+
+    text: str
+    answer: str
+    problems: list[str]
+
+
+def rewrite(
+    texts: Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 8,
+    temperature: float = 0.7,
+    seed: int = 0,
+    prompt: str = PROMPT,
+) -> list[Rewrite]:
+    """
+    One rewrite of each text, which consists of statements with z-scores. prompt: instructions with a place for the
+    text. temperature: of sampling; 0 takes the likeliest token.
+    """
+    statements = [_statements(text) for text in texts]
+    torch.manual_seed(seed)
+    # texts of one length together, so that little is padding
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    rewrites: dict[int, Rewrite] = {}
+    with tqdm(total=len(texts), desc="rewrites", unit="text") as progress:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            answers = _answers([prompt.format(text=texts[row]) for row in rows], model, tokenizer, temperature)
+            for row, answer in zip(rows, answers, strict=True):
+                problems = differences(statements[row], answer)
+                rewrites[row] = Rewrite(texts[row] if problems else answer, answer, problems)
+            progress.update(len(rows))
+    return [rewrites[row] for row in range(len(texts))]
+
+
+def rejection_rate(rewrites: Sequence[Rewrite]) -> float:
+    """Share of the model's answers that were refused."""
+    return sum(bool(item.problems) for item in rewrites) / len(rewrites)
+
+
+def _statements(text: str) -> list[Statement]:
+    statements = parse(text)
+    if not statements or differences(statements, text):
+        raise ValueError(f"expected a text of statements with z-scores and nothing else, got {text!r}")
+    return statements
+
+
+@torch.no_grad()
+def _answers(
+    prompts: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float
+) -> list[str]:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is not None:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(
+        list(prompts),
+        padding=True,
+        # what is generated has to follow the prompt at once
+        padding_side="left",
+        # a chat template writes its special tokens itself
+        add_special_tokens=tokenizer.chat_template is None,
+        return_tensors="pt",
+    ).to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    generated = model.generate(
+        **inputs,
+        **sampling,
+        # the prompt holds the text, and another wording of it is no longer
+        max_new_tokens=inputs["input_ids"].shape[1],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
