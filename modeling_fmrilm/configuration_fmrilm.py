@@ -1,8 +1,43 @@
 """Configurations of the codec and of the language model that reads its codes."""
 
+import math
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+
+# small, base and large have the widths, depths and heads of the paper's encoders
+CODEC_SIZES = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_roi_layers": 1,
+        "num_hidden_layers": 3,
+        "num_decoder_layers": 2,
+        "num_attention_heads": 4,
+    },
+    "small": {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_decoder_layers": 12,
+        "num_attention_heads": 6,
+    },
+    "base": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_decoder_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "large": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_decoder_layers": 24,
+        "num_attention_heads": 16,
+    },
+}
 
 class FmriCodecConfig(PreTrainedConfig):
     """
@@ -11,27 +46,38 @@ class FmriCodecConfig(PreTrainedConfig):
 
     Args:
         patch_length: frames in one step.
-        tokens_per_step: discrete tokens (slots) that stand for one step.
-        codebook_size, codebook_dim: number of codes and their dimension.
+        token_layout: "latent" reads each step into `tokens_per_step` slots; "roi" has one token for each ROI and step.
+        tokens_per_step: discrete tokens that stand for one step. In the roi layout it is the number of ROIs of the
+            scans that a language model reads; the codec itself takes any number of ROIs.
+        quantizer: "vq" (a codebook learned by moving averages) or "fsq" (a fixed grid, finite scalar quantisation).
+        codebook_size, codebook_dim: number of codes and their dimension; of "fsq" they follow from `fsq_levels`.
+        fsq_levels: number of values that each dimension of "fsq" is rounded to.
         repetition_time: seconds between two frames of the input.
-        num_roi_layers: layers in which the ROIs of one step attend to each other.
-        num_hidden_layers: encoder layers over the latents, causal over steps.
-        num_decoder_layers: decoder layers over the quantised latents, causal over steps.
+        num_roi_layers: layers in which the ROIs of one step attend to each other (latent layout).
+        num_hidden_layers: encoder layers over all tokens, causal over steps.
+        num_decoder_layers: decoder layers over the quantised tokens, causal over steps.
         num_frequencies: Fourier frequencies for each of the three MNI axes.
         max_steps: longest scan in steps.
         ema_decay, revival_threshold: codebook update; a code whose moving share of assignments falls under
             `revival_threshold / codebook_size` is moved onto a vector of the batch.
-        commitment_weight, descriptor_weight: weights of the two losses beside the reconstruction.
         descriptor_names: descriptors that a head regresses from the codes during training (none: no head).
+        text_hidden_size: width of the frozen language model whose embeddings the codes are aligned to during training
+            (none: no heads for that).
+        alignment_size: dimension in which scans and descriptions are compared.
+        commitment_weight, descriptor_weight, alignment_weight, domain_weight: weights of the losses beside the
+            reconstruction.
     """
 
     model_type = "fmri_codec"
     base_config_key = "codec_config"
 
     patch_length: int = 16
+    token_layout: str = "latent"
     tokens_per_step: int = 16
+    quantizer: str = "vq"
     codebook_size: int = 8192
     codebook_dim: int = 128
+    fsq_levels: list[int] | None = None
     repetition_time: float | int = 2.0
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -45,12 +91,33 @@ class FmriCodecConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     ema_decay: float = 0.99
     revival_threshold: float | int = 0.1
+    descriptor_names: list[str] | None = None
+    text_hidden_size: int | None = None
+    alignment_size: int = 512
     commitment_weight: float | int = 1.0
     descriptor_weight: float | int = 1.0
-    descriptor_names: list[str] | None = None
+    alignment_weight: float | int = 1.0
+    domain_weight: float | int = 0.5
+
+    @classmethod
+    def from_size(cls, size: str, **changes) -> "FmriCodecConfig":
+        """A named size ("tiny", "small", "base", "large") with some values changed."""
+        if size not in CODEC_SIZES:
+            raise ValueError(f"expected a size out of {', '.join(CODEC_SIZES)}, got {size!r}")
+        return cls(**{**CODEC_SIZES[size], **changes})
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.token_layout not in ("latent", "roi"):
+            raise ValueError(f"expected token_layout 'latent' or 'roi', got {self.token_layout!r}")
+        if self.quantizer not in ("vq", "fsq"):
+            raise ValueError(f"expected quantizer 'vq' or 'fsq', got {self.quantizer!r}")
+        if (self.quantizer == "fsq") != bool(self.fsq_levels):
+            raise ValueError(f"expected fsq_levels for 'fsq' alone, got {self.fsq_levels} for {self.quantizer!r}")
+        if self.fsq_levels:
+            if min(self.fsq_levels) < 2:
+                raise ValueError(f"expected at least 2 levels in each dimension, got fsq_levels={self.fsq_levels}")
+            self.codebook_size, self.codebook_dim = math.prod(self.fsq_levels), len(self.fsq_levels)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "

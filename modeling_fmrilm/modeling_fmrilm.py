@@ -127,7 +127,18 @@ class FmriLMModel(FmriLMPreTrainedModel):
         self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor, fmri_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Codes int64 [scans, tokens], -1 on padding, of the scans (see [`FmriCodecModel.encode`])."""
-        return self.codec.encode(fmri_values, roi_coordinates, fmri_mask)
+        codes = self.codec.encode(fmri_values, roi_coordinates, fmri_mask)
+        config = self.config.codec_config
+        if config.token_layout == "roi":
+            # the language model knows a ROI by its slot
+            rois = (codes >= 0).unflatten(1, (-1, fmri_values.shape[1])).sum(-1)
+            if ((rois > 0) & (rois != config.tokens_per_step)).any() or fmri_values.shape[1] != config.tokens_per_step:
+                raise ValueError(
+                    "the roi layout takes scans of one parcellation: expected tokens_per_step="
+                    f"{config.tokens_per_step} ROIs with data in each step, got between {int(rois[rois > 0].min())} "
+                    f"and {int(rois.max())} of {fmri_values.shape[1]}"
+                )
+        return codes
 
     @torch.no_grad()
     def read_scans(

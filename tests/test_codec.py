@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
 from fmrilm import FmriCodecConfig, FmriCodecModel
-from fmrilm.modeling_fmricodec import FmriCodecAttention
+from fmrilm.layers_fmricodec import FmriCodecAttention
 from fmrilm.training.codec import CodecTrainer, CodecTrainingArguments, encode_items
 from fmrilm.training.data import collate_signals
 from fmrilm.training.optimizers import MuonWithAdamW
@@ -153,8 +153,8 @@ def test_order_of_rois_is_of_no_importance(tiny_codec: FmriCodecModel) -> None:
     order = torch.tensor([3, 0, 4, 1, 2])
     permuted = {name: value[:, order] for name, value in inputs.items()}
     assert torch.equal(tiny_codec.encode(**inputs), tiny_codec.encode(**permuted))
-    latents, permuted_latents = (tiny_codec._latents(**values, fmri_mask=None)[0] for values in (inputs, permuted))
-    assert torch.allclose(latents, permuted_latents, atol=1e-5)
+    features, permuted_features = (tiny_codec.encode_features(**values)[0] for values in (inputs, permuted))
+    assert torch.allclose(features, permuted_features, atol=1e-5)
 
 
 def test_same_signal_elsewhere_in_the_brain_has_other_codes(tiny_codec: FmriCodecModel) -> None:
@@ -241,6 +241,7 @@ def test_codebook_stays_in_full_precision(tiny_codec: FmriCodecModel, tmp_path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"roi_coordinates": None}, r"roi_coordinates of shape \(2, 5, 3\), got None"),
         ({"roi_coordinates": torch.zeros(2, 4, 3)}, r"roi_coordinates of shape \(2, 5, 3\), got \(2, 4, 3\)"),
         ({"fmri_mask": torch.ones(2, 5, dtype=torch.bool)}, r"fmri_mask of shape \(2, 5, 16\), got \(2, 5\)"),
         ({"fmri_mask": torch.arange(2)[:, None, None].expand(2, 5, 16) > 0}, "fmri_mask is all False"),
@@ -316,9 +317,9 @@ def test_muon_steps_the_layers_matrices_alone(tiny_codec: FmriCodecModel) -> Non
     names = {id(parameter): name for name, parameter in tiny_codec.named_parameters()}
     muon, adamw = ([names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups)
     assert sorted(muon + adamw) == sorted(names.values())
-    assert "encoder_layers.0.attention.q_proj.weight" in muon and "roi_layers.0.mlp.0.weight" in muon
-    assert all("_layers." in name and name.endswith("weight") and "norm" not in name for name in muon)
-    assert {"latent_queries", "patch_embedding.weight", "encoder_layers.0.attention.q_proj.bias"} <= set(adamw)
+    assert "encoder.layers.0.attention.q_proj.weight" in muon and "encoder.roi_layers.0.mlp.0.weight" in muon
+    assert all("layers." in name and name.endswith("weight") and "norm" not in name for name in muon)
+    assert {"encoder.queries", "patch_embedding.weight", "encoder.layers.0.attention.q_proj.bias"} <= set(adamw)
 
 
 def test_optimizer_loaded_from_its_state_goes_on_the_same(tiny_codec: FmriCodecModel) -> None:
@@ -362,7 +363,7 @@ def test_resumed_training_equals_uninterrupted_training(make_codec: MakeCodec, t
 
 
 def test_attention_weights_are_a_distribution(tiny_codec: FmriCodecModel) -> None:
-    attention = tiny_codec.encoder_layers[0].attention
+    attention = tiny_codec.encoder.layers[0].attention
     assert isinstance(attention, FmriCodecAttention)
     states = torch.randn(1, 4, 16)
     only_first = torch.zeros(1, 1, 4, 4, dtype=torch.bool)

@@ -12,6 +12,7 @@ from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import description, family, question
 from fmrilm.training import evaluate
 from fmrilm.training.chats import scan_block, text_block, user
+from fmrilm.training.codec_metrics import codebook_results
 from fmrilm.training.collator import pad_codes, with_token_counts
 from fmrilm.training.data import Window, cut_windows
 from helpers import atlas, prepared, random_scans
@@ -169,7 +170,7 @@ def test_fc_correlation_of_known_guesses() -> None:
 
 
 def test_codebook_results_of_known_codes() -> None:
-    results = evaluate.codebook_results(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), codebook_size=16)
+    results = codebook_results(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), codebook_size=16)
     assert results["codebook_used"] == 4 and results["perplexity"] == pytest.approx(4)
     assert results["numbers_per_window"] == 4 and results["bits_per_window"] == 16
 

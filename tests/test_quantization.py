@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vector_quantize_pytorch import VectorQuantize
 
 from fmrilm.quantization_fmrilm import VectorQuantizer
 
@@ -108,6 +109,24 @@ def test_golden_numbers_of_the_papers_quantiser() -> None:
     assert torch.allclose(module.usage, 0.01 * counts * 8 / 6)
 
 
+def test_agrees_with_vector_quantize_pytorch() -> None:
+    # its moving average is over sums, ours over directions: they are the same while each code takes one vector
+    ours = quantizer()
+    reference = VectorQuantize(
+        8, 16, use_cosine_sim=True, decay=0.99, commitment_weight=1.0, threshold_ema_dead_code=0, rotation_trick=False
+    )
+    codebook = reference._codebook
+    codebook.embed.copy_(ours.codebook[None])
+    codebook.embed_avg.copy_(ours.codebook[None])
+    z = F.normalize(ours.codebook[::2] + 0.2 * random_vectors(8, 8), dim=-1)
+    quantized, codes, loss = ours(z, everything((8,)))
+    expected, expected_codes, expected_loss = reference(z[None])
+    assert torch.equal(codes, expected_codes[0]) and len(codes.unique()) == 8
+    assert torch.allclose(quantized, expected[0], atol=1e-6)
+    assert torch.allclose(loss, expected_loss.sum(), atol=1e-6)
+    assert torch.allclose(ours.codebook, codebook.embed[0], atol=1e-5)
+
+
 def test_unused_code_moves_onto_a_vector_of_the_batch() -> None:
     module = quantizer(decay=0.9, threshold=0.1)
     module.usage.fill_(1.0)
@@ -137,7 +156,7 @@ def test_fewer_vectors_than_dead_codes_revive_as_many() -> None:
 def test_first_training_batch_starts_the_codebook_at_the_means_of_its_clusters() -> None:
     module = VectorQuantizer(4, 8, 0.99, 0.0)
     vectors = F.normalize(torch.eye(8)[:4].repeat_interleave(20, 0) + 0.05 * random_vectors(80, 8), dim=-1)
-    module.start(vectors)
+    module.start(vectors, vectors)
     codes = module.encode(vectors)
     assert module.started and torch.equal(module.usage, torch.ones(4))
     for code in codes.unique():
@@ -145,11 +164,36 @@ def test_first_training_batch_starts_the_codebook_at_the_means_of_its_clusters()
         assert torch.allclose(module.codebook[code], center, atol=1e-5)
 
 
-def test_start_needs_as_many_vectors_as_codes() -> None:
+def test_start_waits_for_as_many_vectors_as_codes() -> None:
     module = VectorQuantizer(16, 8, 0.99, 0.0)
-    mask = torch.arange(20) < 15
-    with pytest.raises(ValueError, match="expected 16, got 15"):
-        module(random_vectors(20, 8), mask)
+    before = buffers(module)
+    z = F.normalize(random_vectors(18, 8), dim=-1)
+    quantized, _, loss = module(z[:10], torch.arange(10) < 9)
+    assert torch.allclose(quantized, z[:10], atol=1e-6) and loss == 0
+    assert all(torch.equal(value, before[name]) for name, value in module.named_buffers())
+    module(z[10:], everything((8,)))
+    assert module.started
+    # 17 vectors on 16 codes: each of them is, or is next to, a code
+    assert (z[:9] @ module.codebook.T).max(-1).values.min() > 0.5
+
+
+def test_start_chooses_without_replacement() -> None:
+    module = VectorQuantizer(16, 8, 0.99, 0.0)
+    vectors = F.normalize(random_vectors(16, 8), dim=-1)
+    module(vectors, everything((16,)))
+    assert torch.equal(module.encode(vectors).sort().values, torch.arange(16))
+    repeated = VectorQuantizer(16, 8, 0.99, 0.0)
+    repeated(vectors.repeat(5, 1), everything((80,)))
+    assert torch.equal(repeated.encode(vectors).sort().values, torch.arange(16))
+
+
+def test_start_needs_as_many_distinct_vectors_as_codes() -> None:
+    module = VectorQuantizer(16, 8, 0.99, 0.0)
+    vectors = random_vectors(3, 8).repeat(20, 1)
+    module(vectors, everything((60,)))
+    module(vectors, everything((60,)))
+    with pytest.raises(ValueError, match="expected 16, got 3 among the first 180"):
+        module(vectors, everything((60,)))
     assert not module.started
 
 

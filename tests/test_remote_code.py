@@ -23,13 +23,19 @@ AUTO_CLASSES = {
     "AutoModelForMultimodalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
 }
 MODEL_FILES = {
+    "alignment_fmricodec.py",
     "configuration_fmrilm.py",
+    "fsq_fmrilm.py",
     "generation_fmrilm.py",
+    "latent_fmricodec.py",
+    "layers_fmricodec.py",
     "modeling_fmricodec.py",
     "modeling_fmrilm.py",
     "modeling_original_fmrilm.py",
     "pipeline_fmrilm.py",
     "quantization_fmrilm.py",
+    "ranks_fmrilm.py",
+    "roi_fmricodec.py",
     "steps_fmrilm.py",
 }
 PROCESSOR_FILES = {

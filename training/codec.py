@@ -1,4 +1,8 @@
-"""Stage 1: the codec learns to write scans as discrete tokens that carry their signal and their descriptors."""
+"""
+Stage 1: the codec learns to write scans as discrete tokens that carry their signal and their descriptors.
+
+As a program: `accelerate launch -m fmrilm.training.codec --config codec.yaml` (its options: `codec_program.py`).
+"""
 
 from dataclasses import dataclass, field
 
@@ -7,8 +11,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from fmrilm.alignment_fmricodec import reversal_strength
 from fmrilm.modeling_fmricodec import FmriCodecModel
 
+from .codec_metrics import codebook_results, fc_correlation, r_squared, retrieval_results
 from .data import Window, collate_signals
 from .optimizers import MuonWithAdamW
 from .trainer import LossPartsTrainer
@@ -22,25 +28,104 @@ class CodecTrainingArguments(TrainingArguments):
         default=60,
         metadata={"help": "First steps without rounding to codes: the k-means start then sees trained vectors."},
     )
+    words_per_step: int = field(
+        default=512, metadata={"help": "Word embeddings that the domain classifier sees beside a batch's tokens."}
+    )
 
 
 class CodecTrainer(LossPartsTrainer):
-    """Trains an `FmriCodecModel` on batches of `collate_signals`, with Muon on the layers' matrices."""
+    """
+    Trains an `FmriCodecModel` on batches of `collate_signals`, with Muon on the layers' matrices. Evaluation is of
+    items as `collate_signals` takes them. A loss or a weight that is no number ends training with
+    FloatingPointError before anything of it is saved.
+    """
 
-    loss_parts = ("reconstruction_loss", "commitment_loss", "descriptor_loss", "perplexity")
+    loss_parts = (
+        "reconstruction_loss",
+        "commitment_loss",
+        "descriptor_loss",
+        "alignment_loss",
+        "domain_loss",
+        "perplexity",
+    )
+
+    def __init__(self, *args, word_embeddings: torch.Tensor | None = None, **kwargs):
+        """word_embeddings: [vocabulary, text_hidden_size] of the frozen language model, for the domain loss."""
+        super().__init__(*args, **kwargs)
+        self.word_embeddings = word_embeddings
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         self.optimizer = MuonWithAdamW.for_layers(self.model, self.args.learning_rate, self.args.weight_decay)
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {**inputs, "quantize": self.state.global_step >= self.args.unquantized_steps}
-        return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        step = self.state.global_step
+        inputs = {**inputs, "quantize": step >= self.args.unquantized_steps}
+        if self.word_embeddings is not None:
+            rows = torch.randint(len(self.word_embeddings), (self.args.words_per_step,))
+            inputs["word_embeddings"] = self.word_embeddings[rows].to(inputs["fmri_values"].device)
+            inputs["reversal"] = reversal_strength(step / self.state.max_steps)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        parts = {name: outputs[name].detach() for name in self.loss_parts if outputs.get(name) is not None}
+        finite = torch.stack(list(parts.values())).isfinite()
+        if not finite.all():
+            broken = next(name for name, good in zip(parts, finite.tolist(), strict=True) if not good)
+            raise FloatingPointError(f"step {step + 1}: {broken} is {parts[broken].item()}")
+        return (loss, outputs) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        for name, value in self.model.named_parameters():
+            if not value.isfinite().all():
+                # the update that follows a finite loss can still break the weights
+                raise FloatingPointError(f"step {self.state.global_step}: {name} holds values that are not finite")
+        super().save_model(output_dir, _internal_call)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Each rank evaluates all items: they are few, and every rank then decides on the same numbers."""
+        items = self.eval_dataset if eval_dataset is None else eval_dataset
+        scores = evaluate_items(self.model, items, self.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def train_codec(model: FmriCodecModel, dataset: Dataset, args: CodecTrainingArguments) -> FmriCodecModel:
     CodecTrainer(model=model, args=args, train_dataset=dataset, data_collator=collate_signals).train()
     return model.eval()
+
+
+@torch.no_grad()
+def evaluate_items(model: FmriCodecModel, items: list[dict[str, np.ndarray]], batch_size: int = 16) -> dict:
+    """Reconstruction, codebook and, where items have a "text_embedding", retrieval over items of one length."""
+    training = model.training
+    model.eval()
+    signals, guesses, codes, scans, texts = [], [], [], [], []
+    for start in range(0, len(items), batch_size):
+        chosen = items[start : start + batch_size]
+        batch = {name: value.to(model.device) for name, value in collate_signals(chosen).items()}
+        outputs = model(**batch)
+        for item, guess in zip(chosen, outputs.reconstruction.float().cpu().numpy(), strict=True):
+            signals.append(item["signal"])
+            guesses.append(guess[: item["signal"].shape[1]].T)
+        codes.append(outputs.codes[outputs.codes >= 0].cpu().numpy())
+        if model.alignment is not None and "text_embeddings" in batch:
+            scans.append(outputs.scan_embeddings.cpu().numpy())
+            texts.append(model.alignment.embed_texts(batch["text_embeddings"]).cpu().numpy())
+    model.train(training)
+    size = model.config.codebook_size
+    used = codebook_results(np.concatenate(codes)[None], size)
+    results = {
+        "r_squared": r_squared(signals, guesses),
+        "perplexity": used["perplexity"],
+        "codebook_usage": used["codebook_used"] / size,
+    }
+    correlation = fc_correlation(signals, guesses)
+    # undefined where a ROI is decoded to a constant, as before training
+    results["fc_correlation"] = float("nan") if correlation is None else correlation
+    if scans:
+        results.update(retrieval_results(np.concatenate(scans), np.concatenate(texts)))
+    return results
 
 
 @torch.no_grad()
@@ -63,3 +148,9 @@ def window_items(windows: list[Window]) -> list[dict[str, np.ndarray]]:
         {"signal": w.signal, "coordinates": w.scan.atlas.coordinates, "descriptors": w.descriptors.astype(np.float32)}
         for w in windows
     ]
+
+
+if __name__ == "__main__":
+    from fmrilm.training.codec_program import main
+
+    main()

@@ -158,7 +158,10 @@ class MixedWindows(Dataset):
 
 
 def collate_signals(items: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Codec inputs from windows of one length and differing numbers of ROIs (padded and masked)."""
+    """
+    Codec inputs from windows of one length and differing numbers of ROIs (padded and masked), with the embeddings of
+    their descriptions where the items have them.
+    """
     rois, time = max(item["signal"].shape[1] for item in items), len(items[0]["signal"])
     batch = {
         "fmri_values": torch.zeros(len(items), rois, time),
@@ -171,4 +174,6 @@ def collate_signals(items: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.T
         batch["fmri_values"][row, :count] = torch.from_numpy(item["signal"].T)
         batch["roi_coordinates"][row, :count] = torch.tensor(item["coordinates"])
         batch["fmri_mask"][row, :count] = True
+    if "text_embedding" in items[0]:
+        batch["text_embeddings"] = torch.from_numpy(np.stack([item["text_embedding"] for item in items]))
     return batch

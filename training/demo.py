@@ -22,6 +22,7 @@ from .alignment import add_lora, join, train_alignment, warm_up_projector
 from .chats import alignment_dataset, instruction_dataset
 from .code_cache import cached_codes
 from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
+from .codec_metrics import codebook_results
 from .data import MixedWindows, PreparedScan, Window, cut_windows, prepare_scans, split_subjects
 from .language_models import PACKAGED_MODEL_CARD, load_language_model
 from .model_card import fill_card, subject_hashes
@@ -267,7 +268,7 @@ class Demo:
                 "atlases": list(ATLASES),
             },
             "codec": {
-                **evaluate.codebook_results(codes["right"], codec.config.codebook_size),
+                **codebook_results(codes["right"], codec.config.codebook_size),
                 **evaluate.codec_results(codec, self.windows, baseline, self.names),
             },
             "questions": evaluate.question_results(scored, majority, settings.seed),

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
 from tqdm import tqdm
 
 from fmrilm.modeling_fmricodec import FmriCodecModel
@@ -17,8 +16,9 @@ from fmrilm.processors.descriptors.text import REQUESTS, family, parse, question
 
 from .chats import scan_block, text_block, user
 from .codec import encode_items, window_items
+from .codec_metrics import PatchPCA, fc_correlation, r_squared
 from .collator import pad_codes, with_token_counts
-from .data import PreparedScan, Window
+from .data import Window
 
 
 CONDITIONS = ("right", "swapped", "noise")
@@ -281,44 +281,6 @@ def reconstruct(codec: FmriCodecModel, windows: Sequence[Window]) -> list[np.nda
     return signals
 
 
-def r_squared(signals: Sequence[np.ndarray], guesses: Sequence[np.ndarray]) -> float:
-    """1 - squared error / squared deviation from each window's grand mean, pooled over windows [time, rois]."""
-    error = sum(((signal - guess) ** 2).sum() for signal, guess in zip(signals, guesses, strict=True))
-    return float(1 - error / sum(((signal - signal.mean()) ** 2).sum() for signal in signals))
-
-
-def fc_correlation(signals: Sequence[np.ndarray], guesses: Sequence[np.ndarray]) -> float | None:
-    """Mean correlation of the two FC matrices' upper triangles; None where a guess is constant."""
-    values = []
-    for signal, guess in zip(signals, guesses, strict=True):
-        if (guess.std(0) < 1e-6).any():
-            return None
-        upper = np.triu_indices(signal.shape[1], 1)
-        values.append(np.corrcoef(np.corrcoef(signal.T)[upper], np.corrcoef(guess.T)[upper])[0, 1])
-    return float(np.mean(values))
-
-
-class PatchPCA:
-    """The baseline: principal components of training patches [patch_length x rois], as many as a step has tokens."""
-
-    def __init__(self, scans: Sequence[PreparedScan], patch_length: int, components: int):
-        self.patch_length = patch_length
-        self.models = {}
-        for name in {scan.atlas.name for scan in scans}:
-            patches = [
-                scan.signal[start : start + patch_length].ravel()
-                for scan in scans
-                if scan.atlas.name == name
-                for start in range(0, len(scan.signal) - patch_length + 1, patch_length // 4)
-            ]
-            self.models[name] = PCA(components, svd_solver="randomized", random_state=0).fit(np.stack(patches))
-
-    def reconstruct(self, window: Window) -> np.ndarray:
-        model = self.models[window.scan.atlas.name]
-        patches = window.signal.reshape(-1, self.patch_length * window.signal.shape[1])
-        return model.inverse_transform(model.transform(patches)).reshape(window.signal.shape)
-
-
 def codec_results(codec: FmriCodecModel, windows: Sequence[Window], baseline: PatchPCA, names: dict) -> dict:
     """Held-out reconstruction per subject beside the baselines. names: what each subject is called."""
     guesses = reconstruct(codec, windows)
@@ -336,16 +298,3 @@ def codec_results(codec: FmriCodecModel, windows: Sequence[Window], baseline: Pa
             entry[f"{prefix}fc_correlation"] = fc_correlation(signals, candidates)
         subjects.append(entry)
     return {"subjects": subjects}
-
-
-def codebook_results(codes: np.ndarray, codebook_size: int) -> dict:
-    """Usage over codes int [windows, tokens]."""
-    counts = np.bincount(codes[codes >= 0], minlength=codebook_size)
-    shares = counts[counts > 0] / counts.sum()
-    return {
-        "numbers_per_window": codes.shape[1],
-        "bits_per_window": float(codes.shape[1] * np.log2(codebook_size)),
-        "codebook_size": codebook_size,
-        "codebook_used": int((counts > 0).sum()),
-        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
-    }

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .open_data import package_folder
 
@@ -21,6 +21,13 @@ def load_language_model(name: str = PACKAGED_MODEL) -> tuple[PreTrainedModel, Pr
     """A causal language model in float32 and its tokenizer: the packaged one, a folder or any Hub id."""
     source = _packaged_folder() if name == PACKAGED_MODEL else name
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
+
+
+def load_text_encoder(name: str = PACKAGED_MODEL) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The headless model of any Auto class, frozen, in float32, and its tokenizer; `name` as above."""
+    source = _packaged_folder() if name == PACKAGED_MODEL else name
+    model = AutoModel.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(source)
 
 
 def _packaged_folder() -> Path:

@@ -1,0 +1,93 @@
+"""Token layout "latent": each step of a scan is read into, and written from, a fixed number of slots."""
+
+import torch
+from torch import nn
+
+from .configuration_fmrilm import FmriCodecConfig
+from .layers_fmricodec import FmriCodecAttention, FmriCodecLayer
+
+
+def causal_mask(step_mask: torch.Tensor, tokens_per_step: int) -> torch.Tensor:
+    """
+    What tokens may see, bool [batch, 1, tokens, tokens]: their own step and earlier ones that hold data, by
+    step_mask [batch, steps]. A step of padding sees itself as well, as softmax needs something, but no other step
+    sees it.
+    """
+    step = torch.arange(step_mask.shape[1] * tokens_per_step, device=step_mask.device) // tokens_per_step
+    past, own = step[None, :] < step[:, None], step[None, :] == step[:, None]
+    return (past & step_mask.repeat_interleave(tokens_per_step, dim=1)[:, None, :] | own)[:, None]
+
+
+class LatentEncoder(nn.Module):
+    """
+    Inside a step the ROIs attend to each other, then latent queries read them; a transformer that is causal over
+    steps mixes the latents.
+    """
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        self.roi_layers = nn.ModuleList(FmriCodecLayer(config) for _ in range(config.num_roi_layers))
+        self.queries = nn.Parameter(torch.zeros(config.tokens_per_step, config.hidden_size))
+        self.read_layers = nn.ModuleList(FmriCodecLayer(config, cross=True) for _ in range(2))
+        self.layers = nn.ModuleList(FmriCodecLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def token_mask(self, roi_mask: torch.Tensor) -> torch.Tensor:
+        """Tokens that hold data, bool [batch, tokens], by the ROIs that do [batch, steps, rois]."""
+        return roi_mask.any(-1).repeat_interleave(len(self.queries), dim=1)
+
+    def forward(self, states: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Encoder states [batch, tokens, hidden] of embedded patches [batch, steps, rois, hidden]; times [steps, hidden]:
+        embedding of each step.
+        """
+        batch, steps = states.shape[:2]
+        step_mask = roi_mask.any(-1)
+        # a step without data still needs something to attend to: its own zeros, masked out later
+        keys = (roi_mask | ~step_mask[..., None]).flatten(0, 1)[:, None, None, :]
+        states = states.flatten(0, 1)
+        for layer in self.roi_layers:
+            states = layer(states, keys)
+        latents = self.queries.expand(batch * steps, -1, -1)
+        for layer in self.read_layers:
+            latents = layer(latents, keys, states)
+        latents = (latents.unflatten(0, (batch, steps)) + times[:, None]).flatten(1, 2)
+        mask = causal_mask(step_mask, len(self.queries))
+        for layer in self.layers:
+            latents = layer(latents, mask)
+        return self.norm(latents)
+
+
+class LatentDecoder(nn.Module):
+    """A transformer over the latents, causal over steps, from which places in the brain read their patches."""
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        self.slots = nn.Parameter(torch.zeros(config.tokens_per_step, config.hidden_size))
+        self.layers = nn.ModuleList(FmriCodecLayer(config) for _ in range(config.num_decoder_layers))
+        self.write_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.write_attention = FmriCodecAttention(config)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.to_patch = nn.Linear(config.hidden_size, config.patch_length)
+
+    def forward(
+        self, states: torch.Tensor, times: torch.Tensor, places: torch.Tensor, token_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Patches [batch, steps, rois, patch_length] at embedded places [batch, rois, hidden], of states
+        [batch, tokens, hidden]; times [max_steps, hidden]: embedding of each step.
+        """
+        slots = len(self.slots)
+        steps = states.shape[1] // slots
+        states = (states.unflatten(1, (steps, -1)) + self.slots + times[:steps, None]).flatten(1, 2)
+        mask = causal_mask(token_mask[:, ::slots], slots)
+        for layer in self.layers:
+            states = layer(states, mask)
+        queries = self.write_norm(places)[:, None].expand(-1, steps, -1, -1).flatten(0, 1)
+        context = states.unflatten(1, (steps, -1)).flatten(0, 1)
+        # attention alone: each ROI is a coordinate-dependent mixture of what the slots hold
+        patches = self.to_patch(self.write_attention(queries, self.norm(context), None))
+        return patches.unflatten(0, (-1, steps))
+
+
+__all__ = ["LatentDecoder", "LatentEncoder"]

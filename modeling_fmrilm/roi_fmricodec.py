@@ -1,0 +1,80 @@
+"""Token layout "roi": one token for each ROI and step, as in the paper. Token index = step * rois + roi."""
+
+import torch
+from torch import nn
+
+from .configuration_fmrilm import FmriCodecConfig
+from .layers_fmricodec import FmriCodecLayer
+
+
+def key_mask(token_mask: torch.Tensor, steps: int) -> torch.Tensor:
+    """
+    What the tokens of each step may see of their own step and earlier ones, bool [batch, steps, 1, tokens], by
+    token_mask [batch, tokens]. A step of padding sees itself, as softmax needs something; no other step sees it.
+    """
+    roi_mask = token_mask.unflatten(1, (steps, -1))
+    own = torch.eye(steps, dtype=torch.bool, device=token_mask.device)[None, :, :, None]
+    empty = ~roi_mask.any(-1)[:, :, None, None]
+    return (roi_mask[:, None] | own & empty).flatten(2)[:, :, None]
+
+
+class RoiLayers(nn.Module):
+    """A transformer over the tokens of all ROIs and steps, causal over steps."""
+
+    def __init__(self, config: FmriCodecConfig, layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(FmriCodecLayer(config) for _ in range(layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, states: torch.Tensor, times: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """states [batch, steps, rois, hidden] to [batch, tokens, hidden]; times [steps, hidden]: see the encoder."""
+        steps = states.shape[1]
+        states = (states + times[:, None]).flatten(1, 2)
+        mask = key_mask(token_mask, steps)
+        for layer in self.layers:
+            states = layer(states, mask, steps=steps)
+        return self.norm(states)
+
+
+class RoiEncoder(RoiLayers):
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__(config, config.num_hidden_layers)
+
+    def token_mask(self, roi_mask: torch.Tensor) -> torch.Tensor:
+        """Tokens that hold data, bool [batch, tokens], by the ROIs that do [batch, steps, rois]."""
+        return roi_mask.flatten(1)
+
+    def forward(self, states: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Encoder states [batch, tokens, hidden] of embedded patches [batch, steps, rois, hidden]; times [steps, hidden]:
+        embedding of each step.
+        """
+        return super().forward(states, times, self.token_mask(roi_mask))
+
+
+class RoiDecoder(RoiLayers):
+    """Decodes where the tokens are from: at the places of the scan's own ROIs, in their order."""
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__(config, config.num_decoder_layers)
+        self.to_patch = nn.Linear(config.hidden_size, config.patch_length)
+
+    def forward(
+        self, states: torch.Tensor, times: torch.Tensor, places: torch.Tensor, token_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Patches [batch, steps, rois, patch_length] at embedded places [batch, rois, hidden], of states
+        [batch, tokens, hidden]; times [max_steps, hidden]: embedding of each step.
+        """
+        rois = places.shape[1]
+        if states.shape[1] % rois:
+            raise ValueError(
+                f"the roi layout has one token for each ROI and step: expected a multiple of {rois} tokens, got "
+                f"{states.shape[1]}"
+            )
+        states = states.unflatten(1, (-1, rois)) + places[:, None]
+        states = super().forward(states, times[: states.shape[1]], token_mask)
+        return self.to_patch(states).unflatten(1, (-1, rois))
+
+
+__all__ = ["RoiDecoder", "RoiEncoder"]

@@ -1,0 +1,98 @@
+"""Two real processes that train together end where one process on the joined batches does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fmrilm.alignment_fmricodec import FmriCodecAlignment
+from fmrilm.configuration_fmrilm import FmriCodecConfig
+from fmrilm.quantization_fmrilm import VectorQuantizer
+
+
+Job = Callable[[int | None], dict[str, torch.Tensor]]
+SIZE, DIM = 16, 4
+
+
+def batches(rank: int | None) -> list[torch.Tensor]:
+    """Vectors of a rank, of unequal number, or of both joined; the later ones lie in one corner."""
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for step in range(6):
+        z = torch.randn(30, DIM, generator=generator) + (torch.tensor([9.0, 0, 0, 0]) if step > 2 else 0)
+        # 12 vectors in each of the first two steps: it takes two to start
+        z = z[:12] if step < 2 else z
+        cut = len(z) // 3
+        parts.append({None: z, 0: z[:cut], 1: z[cut:]}[rank])
+    return parts
+
+
+def train_quantizer(rank: int | None) -> dict[str, torch.Tensor]:
+    quantizer = VectorQuantizer(SIZE, DIM, 0.8, 0.5)
+    started, revived = [], 0
+    for z in batches(rank):
+        before = quantizer.usage.clone()
+        quantizer(z, torch.ones(len(z), dtype=torch.bool))
+        started.append(bool(quantizer.started))
+        revived += int(((quantizer.usage == 1) & (before < 1)).sum())
+    return {**quantizer.state_dict(), "revived": torch.tensor(revived), "steps": torch.tensor(started)}
+
+
+def scans_and_texts(rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(6, 8, generator=generator), torch.randn(6, 12, generator=generator)
+    rows = {None: slice(None), 0: slice(0, 3), 1: slice(3, 6)}[rank]
+    return both[0][rows], both[1][rows]
+
+
+def align(rank: int | None) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    head = FmriCodecAlignment(FmriCodecConfig(text_hidden_size=12, alignment_size=5), 8)
+    scans, texts = scans_and_texts(rank)
+    loss = head.siglip(head.embed_scans(scans), texts)
+    loss.backward()
+    gradients = {name: value.grad for name, value in head.named_parameters() if value.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def run_rank(rank: int, job: Job, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    # what a rank draws by itself differs from what the other draws
+    torch.manual_seed(rank)
+    torch.save(job(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_two(job: Job, folder: Path) -> list[dict[str, torch.Tensor]]:
+    mp.start_processes(run_rank, (job, folder), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_codebooks_of_two_processes_are_identical_and_that_of_one_process(tmp_path: Path) -> None:
+    first, second = run_two(train_quantizer, tmp_path)
+    torch.manual_seed(0)
+    alone = train_quantizer(None)
+    assert alone["steps"].tolist() == [False, True, True, True, True, True] and alone["revived"] > 0
+    for name, expected in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name].float(), expected.float(), atol=1e-5), name
+
+
+def test_alignment_of_two_processes_is_that_of_one_process(tmp_path: Path) -> None:
+    first, second = run_two(align, tmp_path)
+    alone = align(None)
+    assert set(alone) == {"loss", "scan_projection.weight", "text_projection.weight", "log_scale", "bias"}
+    assert abs(first["loss"] - second["loss"]) > 1e-4
+    for name, expected in alone.items():
+        # as training in parallel averages gradients
+        assert torch.allclose((first[name] + second[name]) / 2, expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_parts_of_the_ranks_are_what_is_joined(rank: int) -> None:
+    for joined, part in zip(batches(None), batches(rank), strict=True):
+        assert torch.equal(joined[: len(part)] if rank == 0 else joined[-len(part) :], part)
