@@ -253,7 +253,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
                 attention_mask = mm_token_type_ids.new_ones(len(mm_token_type_ids), cached + length)
             if position_ids is None:
                 position_ids = positions(mm_token_type_ids, attention_mask)[:, -length:]
-            self.check_context(position_ids, fmri_codes)
+            self.check_context(position_ids, mm_token_type_ids)
             attention_mask = self.create_masks(
                 inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids[:, -length:]
             )
@@ -265,14 +265,14 @@ class FmriLMModel(FmriLMPreTrainedModel):
             **kwargs,
         )
 
-    def check_context(self, position_ids: torch.Tensor, fmri_codes: torch.Tensor | None) -> None:
+    def check_context(self, position_ids: torch.Tensor, steps: torch.Tensor) -> None:
         """ValueError if scans and text take more positions than the language model has."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         # few sequences have as many tokens; only then is it worth looking at the positions themselves
-        if fmri_codes is None or limit is None or position_ids.shape[1] <= limit:
+        if limit is None or steps.shape[1] <= limit:
             return
         taken = int(position_ids.max()) + 1
-        if taken > limit:
+        if taken > limit and (steps > 0).any():
             raise ValueError(
                 f"expected at most {limit} positions, the language model's context, got {taken}: cut the scan into "
                 "windows (the processor's window='sliding') or ask less at a time"

@@ -354,7 +354,7 @@ def test_snippet_of_the_card_runs_on_the_pushed_repository(name: str, pulled: di
 def test_card_names_task_library_and_base(hub: Hub, pulled: dict) -> None:
     model = ModelCard(hub.files("tester/model")["README.md"].decode()).data
     assert (model.pipeline_tag, model.library_name, model.license) == ("any-to-any", "transformers", "unknown")
-    assert pulled["task"] == "any-to-any"
+    assert pulled["task"] == "fmri-text-to-text"
     adapter = ModelCard(hub.files("tester/adapter")["README.md"].decode()).data
     assert (adapter.library_name, adapter.base_model, adapter.base_model_relation) == (
         "peft", "tester/model", "adapter",

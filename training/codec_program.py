@@ -17,7 +17,15 @@ from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.processors.descriptors.text import description
 
 from .codec import CodecTrainer, CodecTrainingArguments, window_items
-from .data import MixedWindows, PreparedScan, collate_signals, cut_windows, load_prepared, prepare_scans, split_subjects
+from .data import (
+    MixedWindows,
+    PreparedScan,
+    collate_signals,
+    cut_windows,
+    load_prepared,
+    prepare_scans,
+    split_subjects,
+)
 from .language_models import load_text_encoder
 from .open_data import open_scans
 from .text_embeddings import TextEmbeddings

@@ -238,6 +238,9 @@ class Conversion:
                 f"the checkpoint lacks {len(self.missing)} tensors: {', '.join(self.missing[:8])}"
                 f"{', ...' if len(self.missing) > 8 else ''}"
             )
+        # official prompts hold no tokens around a scan
+        words = next(value for name, value in state.items() if name.endswith(("embed_tokens.weight", "wte.weight")))
+        state["model.boundaries.weight"] = words.float().mean(0, keepdim=True).repeat(2, 1).to(words.dtype)
         return FmriLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state)
 
 
