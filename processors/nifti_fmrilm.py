@@ -134,10 +134,9 @@ def read_nifti(source: Any, name: str | None = None) -> Volumes:
         raise ValueError(f"{name}: expected integers or real numbers, got NIfTI data type {int(header['datatype'])}")
     dtype = np.dtype(DATA_TYPES[int(header["datatype"])]).newbyteorder(header.dtype["datatype"].byteorder)
     offset, smallest = float(header["vox_offset"]), header.dtype.itemsize + 4
-    if offset != 0 and not smallest <= offset < 2**40:
+    if not smallest <= offset < 2**40:
         raise ValueError(f"{name}: expected values to start at byte {smallest} or later, got {offset}")
-    offset = int(offset) or smallest
-    needed = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
+    needed = int(offset) + int(np.prod(shape, dtype=object)) * dtype.itemsize
     check_extent(name, f"shape {shape}", needed, _size(source), compressed)
 
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
@@ -152,7 +151,7 @@ def read_nifti(source: Any, name: str | None = None) -> Volumes:
         affine=_affine(header, shape, name),
         tr=float(header["pixdim"][4]) * unit if dimensions >= 4 and unit else None,
         dtype=dtype,
-        offset=offset,
+        offset=int(offset),
         slope=slope,
         inter=inter,
         source=source,

@@ -61,7 +61,9 @@ class Parcels:
         grid = volumes.shape[:3]
         if len(grid) != 3 or any(size != 1 for size in volumes.shape[3:]):
             raise ValueError(f"{volumes.name}: expected a 3D label image, got shape {volumes.shape}")
-        [values] = (volume * volumes.slope + volumes.inter for volume in volumes.stored())
+        [values] = volumes.stored()
+        if (volumes.slope, volumes.inter) != (1, 0):
+            values = values * volumes.slope + volumes.inter
         return cls(volume=values.reshape(grid, order="F"), affine=volumes.affine)
 
     def save(self, path: str | Path) -> None:

@@ -166,6 +166,7 @@ def test_memory_stays_at_a_few_volumes(tmp_path: Path) -> None:
     shape, frames = (64, 64, 32), 150
     header = nib.Nifti1Image(np.zeros((*shape, 1), np.int16), AFFINE).header
     header.set_data_shape((*shape, frames))
+    header.set_data_offset(352)
     with gzip.open(tmp_path / "scan.nii.gz", "wb", compresslevel=1) as file:
         file.write(header.binaryblock + bytes(4))
         rng = np.random.default_rng(0)

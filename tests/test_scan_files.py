@@ -98,6 +98,7 @@ def test_affine_is_the_one_nibabel_finds(tmp_path: Path, version: type, codes: t
     image = version(np.zeros((*SHAPE, FRAMES), np.int16), affine)
     image.header.set_sform(affine + 0.5, codes[0])
     image.header.set_qform(affine, codes[1])
+    image.header.set_data_offset(int(image.header["sizeof_hdr"]) + 4)
     # written as it is: saving an image would set both
     (tmp_path / "a.nii").write_bytes(image.header.binaryblock + bytes(4 + 2 * 24 * FRAMES))
     with open(tmp_path / "a.nii", "rb") as file:
@@ -202,6 +203,7 @@ def test_hemispheres_are_read_as_a_pair(tmp_path: Path, form: str) -> None:
 def changed(offset: int, form: str, *values: float, data: int = 240) -> bytes:
     """A NIfTI-1 file of little-endian int16 in whose header some values are others."""
     block = bytearray(volume_image().header.binaryblock)
+    struct.pack_into("<f", block, 108, 352)
     struct.pack_into(f"<{form}", block, offset, *values)
     return bytes(block) + bytes(4 + data)
 
@@ -215,6 +217,7 @@ def changed(offset: int, form: str, *values: float, data: int = 240) -> bytes:
         (changed(40, "h", -1), "1 to 7 dimensions in the header, got -1"),
         (changed(70, "h", 32), "NIfTI data type 32"),
         (changed(108, "f", np.nan), "values to start at byte"),
+        (changed(108, "f", 0), "values to start at byte 352 or later, got 0.0"),
         (changed(108, "f", 10), "values to start at byte"),
         (changed(112, "ff", 1, np.inf), "finite scl_inter"),
         (changed(344, "4s", b"xxxx"), "expected a NIfTI-1 or NIfTI-2 file"),
