@@ -3,6 +3,7 @@
 import gzip
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +12,7 @@ import pytest
 from datasets import Dataset, Nifti
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from isal import igzip
 
 from fmrilm.processors import Parcels, nifti_fmrilm, parcellate, read_parcels, read_scan
 
@@ -231,7 +233,11 @@ def changed(offset: int, form: str, *values: float, data: int = 240) -> bytes:
         (gzip.compress(changed(42, "3h", 32767, 32767, 9)), r"needs \d+ bytes, but the file has \d+ compressed"),
     ],
 )  # fmt: skip
-def test_damaged_volume_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+@pytest.mark.parametrize("inflated", [gzip.open, igzip.open])
+def test_damaged_volume_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inflated: Callable, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr(nifti_fmrilm, "inflated", inflated)
     (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         parcellate(read_scan(tmp_path / "a.nii"), Parcels(np.ones(SHAPE, int), AFFINE), (1,))
