@@ -2,7 +2,8 @@
 
 from .atlases import Atlas
 from .feature_extraction_fmrilm import FmriLMFeatureExtractor
-from .parcellation import parcellate, read_scan
+from .parcellation import parcellate
+from .parcels_fmrilm import Parcels
 from .processing_fmrilm import (
     CHAT_TEMPLATE,
     FMRI_END,
@@ -11,6 +12,7 @@ from .processing_fmrilm import (
     FmriLMProcessor,
     add_fmri_tokens,
 )
+from .scan_files_fmrilm import read_parcels, read_scan
 
 
 # every save then brings the code along, so that it loads where this package is not installed
@@ -25,7 +27,9 @@ __all__ = [
     "Atlas",
     "FmriLMFeatureExtractor",
     "FmriLMProcessor",
+    "Parcels",
     "add_fmri_tokens",
     "parcellate",
+    "read_parcels",
     "read_scan",
 ]

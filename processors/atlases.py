@@ -2,14 +2,29 @@
 
 import csv
 import hashlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .atlas_sources import (
+    aal2_parcels,
+    fetched_schaefer,
+    glasser,
+    schaefer_400_parcels,
+    schaefer_surface,
+    tian_parcels,
+    volume_centers,
+)
+from .parcels_fmrilm import SIDES, Parcels
+from .scan_files_fmrilm import read_parcels
+
 
 TABLES = Path(__file__).parent / "tables"
+# the paper's 450 ROIs stand in this order in its files
+JOINED = {"schaefer-400-tian-s3": ("tian-s3", "schaefer-400-7networks")}
 COLUMNS = ("index", "name", "hemisphere", "network", "x", "y", "z")
 
 
@@ -23,6 +38,7 @@ class Atlas:
         networks: functional network of each ROI.
         coordinates: float32 [rois, 3], centres in MNI space, mm.
         labels: integer of each ROI in a label image; 1..rois unless given.
+        parcels: where the ROIs lie, if the atlas is to take volumes or surfaces.
     """
 
     name: str
@@ -30,14 +46,16 @@ class Atlas:
     networks: tuple[str, ...]
     coordinates: np.ndarray
     labels: tuple[int, ...] | None = None
+    parcels: Parcels | None = None
 
     def __post_init__(self) -> None:
         rois = tuple(str(roi) for roi in self.rois)
         networks = tuple(str(network) for network in self.networks)
         coordinates = np.array(self.coordinates, dtype=np.float32)
         labels = tuple(range(1, len(rois) + 1)) if self.labels is None else tuple(int(label) for label in self.labels)
-        if not self.name:
-            raise ValueError("an atlas needs a name, got an empty one")
+        # checkpoints hold a file of this name
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"an atlas' name is made of letters, digits, '_', '-' and '.', got {self.name!r}")
         if not rois:
             raise ValueError(f"atlas {self.name!r}: expected at least one ROI, got none")
         for what, values in (("networks", networks), ("labels", labels)):
@@ -61,28 +79,116 @@ class Atlas:
             object.__setattr__(self, field, value)
 
     @classmethod
-    def load(cls, name: str) -> "Atlas":
-        """Load one of the atlases that the package brings along."""
-        path = TABLES / f"{name}.tsv"
-        packaged = sorted(table.stem for table in TABLES.glob("*.tsv"))
+    def load(cls, name: str, parcels: bool = False) -> "Atlas":
+        """Load a well-known atlas.
+
+        Args:
+            name: a packaged one (`aal2-94`, `schaefer-100-7networks`, `schaefer-400-7networks`, `tian-s3`);
+                `schaefer-400-tian-s3`, whose 450 ROIs are Tian's 50, then Schaefer's 400; `glasser-360`, on the
+                surface; or `schaefer-N-7networks` through nilearn.
+            parcels: also load where the ROIs lie, for volumes and surfaces, from the data packages.
+
+        Raises:
+            ValueError: no such atlas, or what it is read from is missing; says how to get it.
+        """
+        if name in JOINED:
+            return cls.join(name, [cls.load(part, parcels) for part in JOINED[name]])
         # compared with the listing, not with the file system: a name such as "../x" must not leave the folder
-        if name not in packaged:
-            raise ValueError(
-                f"no packaged atlas {name!r}; packaged: {', '.join(packaged) or 'none (code of a checkpoint)'}. "
-                f"Make one with Atlas.from_table(path), a TSV with columns {', '.join(COLUMNS)}."
-            )
-        return cls.from_table(path, name)
+        if name in (packaged := sorted(table.stem for table in TABLES.glob("*.tsv"))):
+            atlas = cls.from_table(TABLES / f"{name}.tsv", name)
+            return replace(atlas, parcels=atlas._packaged_parcels()) if parcels else atlas
+        if name == "glasser-360":
+            rois, networks, centers, found = glasser()
+            return cls(name, rois, networks, centers, parcels=found)
+        if match := re.fullmatch(r"schaefer-([1-9]|10)00-7networks", name):
+            rois, found = fetched_schaefer(int(match[1]) * 100)
+            return cls(name, rois, tuple(roi.split("_")[2] for roi in rois), volume_centers(found)[1], parcels=found)
+        raise ValueError(
+            f"no atlas {name!r}; packaged: {', '.join(packaged) or 'none (code of a checkpoint)'}; read from other "
+            f"packages: {', '.join(JOINED)}, glasser-360, schaefer-N-7networks. "
+            f"Make one with Atlas.from_table(path), a TSV with columns {', '.join(COLUMNS)}, or with "
+            "Atlas.from_image(label_image, path)."
+        )
+
+    def _packaged_parcels(self) -> Parcels:
+        match self.name:
+            case "aal2-94":
+                return aal2_parcels()
+            case "tian-s3":
+                return tian_parcels()
+            case "schaefer-400-7networks":
+                return schaefer_400_parcels(self.networks, self.coordinates)
+            case _:
+                return schaefer_surface(len(self))
 
     @classmethod
-    def from_table(cls, path: str | Path, name: str | None = None) -> "Atlas":
-        """Read a TSV with columns index (label in the label image), name, hemisphere, network, x, y, z (MNI, mm)."""
+    def join(cls, name: str, atlases: list["Atlas"]) -> "Atlas":
+        """One atlas of all ROIs, labelled 1..rois in the order given; an earlier atlas' parcels cover a later one's.
+
+        Label volumes are brought to the grid of the last atlas that has one.
+        """
+        starts = np.cumsum([0, *(len(atlas) for atlas in atlases)])
+        values: dict[str, np.ndarray] = {}
+        for start, atlas in reversed(list(zip(starts[:-1], atlases, strict=True))):
+            if (parcels := atlas.parcels) is None:
+                continue
+            if parcels.volume is not None:
+                values.setdefault("affine", parcels.affine)
+                shape = values["volume"].shape if "volume" in values else parcels.volume.shape
+                on_grid = parcels.on_grid(shape, values["affine"])
+                values["volume"] = _relabelled(on_grid, atlas.labels, start, values.get("volume"))
+            for side in SIDES:
+                if (surface := getattr(parcels, side)) is not None:
+                    values[side] = _relabelled(surface, atlas.labels, start, values.get(side))
+        return cls(
+            name=name,
+            rois=tuple(roi for atlas in atlases for roi in atlas.rois),
+            networks=tuple(network for atlas in atlases for network in atlas.networks),
+            coordinates=np.concatenate([atlas.coordinates for atlas in atlases]),
+            parcels=Parcels(**values) if values else None,
+        )
+
+    @classmethod
+    def from_image(cls, label_image: Any, table: str | Path, name: str | None = None) -> "Atlas":
+        """Make an atlas of a label image.
+
+        Args:
+            label_image: 3D NIfTI file or nibabel image, .dlabel.nii, or surface labels of both hemispheres.
+            table: TSV with columns index (label in the image), name and network; and hemisphere, x, y, z as in
+                `from_table`, which a volume may leave out: the centres are then those of its parcels.
+            name: the table's file name unless given.
+        """
+        parcels = read_parcels(label_image)
+        volume_labels, centers = volume_centers(parcels) if parcels.volume is not None else ((), ())
+        found = {int(label): center for label, center in zip(volume_labels, centers, strict=True)}
+        atlas = replace(cls.from_table(table, name, centers=found), parcels=parcels)
+        surfaces = [labels for side in SIDES if (labels := getattr(parcels, side)) is not None]
+        occurring = set(found).union(*(np.unique(labels).tolist() for labels in surfaces))
+        if absent := [roi for roi, label in zip(atlas.rois, atlas.labels, strict=True) if label not in occurring]:
+            raise ValueError(
+                f"{len(absent)} of the {len(atlas)} ROIs of {atlas.name!r} are not in the label image, "
+                f"among them {', '.join(absent[:5])}"
+            )
+        return atlas
+
+    @classmethod
+    def from_table(
+        cls, path: str | Path, name: str | None = None, centers: dict[int, np.ndarray] | None = None
+    ) -> "Atlas":
+        """Read a TSV with columns index (label in the label image), name, hemisphere, network, x, y, z (MNI, mm).
+
+        Args:
+            centers: [3] of each label; a table without them needs no hemisphere, x, y, z.
+        """
         path = Path(path)
         with open(path, newline="", encoding="utf-8-sig") as handle:
             reader = csv.DictReader(handle, delimiter="\t")
             header = tuple(reader.fieldnames or ())
-            if missing := [column for column in COLUMNS if column not in header]:
+            own_centers = not centers or set("xyz") <= set(header)
+            columns = COLUMNS if own_centers else ("index", "name", "network")
+            if missing := [column for column in columns if column not in header]:
                 raise ValueError(
-                    f"{path}: expected tab-separated columns {', '.join(COLUMNS)}; "
+                    f"{path}: expected tab-separated columns {', '.join(columns)}; "
                     f"missing {', '.join(missing)}, got {', '.join(header) or 'an empty file'}"
                 )
             rows = list(reader)
@@ -90,7 +196,8 @@ class Atlas:
         for number, row in enumerate(rows, start=2):
             try:
                 labels.append(int(row["index"]))
-                coordinates.append([float(row[axis]) for axis in "xyz"])
+                xyz = [float(row[axis]) for axis in "xyz"] if own_centers else centers.get(labels[-1], np.zeros(3))
+                coordinates.append(xyz)
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path}, line {number}: expected a whole index and x, y, z in mm, got {row}"
@@ -104,7 +211,7 @@ class Atlas:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe form; `from_dict` gives back an equal atlas."""
+        """JSON-safe form, without parcels; `from_dict` gives back an equal atlas."""
         return {
             "name": self.name,
             "rois": list(self.rois),
@@ -115,8 +222,8 @@ class Atlas:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Atlas":
-        """Inverse of `to_dict`."""
+    def from_dict(cls, values: dict[str, Any], parcels: Parcels | None = None) -> "Atlas":
+        """Inverse of `to_dict`; `parcels` are not part of the dict."""
         if missing := [key for key in ("name", "rois", "networks", "coordinates") if key not in values]:
             raise ValueError(f"an atlas dict needs name, rois, networks, coordinates; missing {', '.join(missing)}")
         return cls(
@@ -125,6 +232,7 @@ class Atlas:
             networks=tuple(values["networks"]),
             coordinates=np.array(values["coordinates"], dtype=np.float32),
             labels=None if values.get("labels") is None else tuple(values["labels"]),
+            parcels=parcels,
         )
 
     @property
@@ -147,3 +255,13 @@ class Atlas:
 
     def __repr__(self) -> str:
         return f"Atlas({self.name!r}, {len(self)} ROIs, {self.checksum})"
+
+
+def _relabelled(
+    labels: np.ndarray, known: tuple[int, ...], start: int, below: np.ndarray | None = None
+) -> np.ndarray:
+    """The known labels as start + 1, start + 2, ...; elsewhere what lies below, or 0."""
+    numbers = np.zeros(max(int(labels.max()), *known) + 1, dtype=np.int32)
+    numbers[list(known)] = start + 1 + np.arange(len(known))
+    new = numbers[labels]
+    return new if below is None else np.where(new > 0, new, below)

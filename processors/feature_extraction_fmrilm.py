@@ -1,18 +1,20 @@
 """FmriLMFeatureExtractor: scans in any usual form -> z-scored, windowed, padded tensors with ROI coordinates."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .atlases import Atlas
 from .cleaning_fmrilm import Cleaning, clean
-from .parcellation import TR_RANGE, parcellate, read_scan
+from .parcellation import parcellate
+from .parcels_fmrilm import Parcels
+from .scan_files_fmrilm import is_scan_file, read_parcels, read_scan
 from .signal_fmrilm import (
     interquartile_range,
     nearest_frames,
@@ -25,6 +27,11 @@ from .signal_fmrilm import (
 
 logger = logging.get_logger(__name__)
 
+# plausible repetition times, s: what lies outside is another unit or nothing at all
+TR_RANGE = (0.1, 10.0)
+PARCELS_FOLDER = "atlases"
+# what decides which file of a checkpoint is found, and how it is fetched
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "subfolder", "token", "local_files_only", "revision")
 WINDOWS = ("first", "sliding", "random", "full")
 # relative to the largest value of a ROI: below it, what varies is float32 rounding
 CONSTANT_BELOW = 1e-6
@@ -45,7 +52,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
     """Turns scans into model inputs.
 
     Args:
-        atlases: the atlases this extractor knows. They are saved with it, so a checkpoint brings its own.
+        atlases: the atlases this extractor knows. They are saved with it, so a checkpoint brings its own, parcels
+            included: `atlases/NAME.npz` beside its configuration.
         repetition_time: seconds between two frames of the output.
         patch_length: frames per step of the model; time is padded to a multiple of it.
         window_length: frames of a window.
@@ -56,6 +64,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         median, iqr: one centre and one spread for all ROIs, in the units of the signals, in place of drift removal
             and robust z-scores per ROI; clips nothing. What the paper's official checkpoints were trained on.
         cleaning: settings of `Cleaning` as a dict: band-pass, columns of confound tables, thresholds for scrubbing.
+        parcel_files: path of a saved atlas' parcels, by its name; set by `from_pretrained`.
     """
 
     model_input_names = ["fmri_values", "roi_coordinates", "fmri_mask"]
@@ -73,11 +82,20 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         median: float | None = None,
         iqr: float | None = None,
         cleaning: dict[str, Any] | None = None,
+        parcel_files: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         # kept as plain dicts, because attributes are what is saved
-        self.atlases = [_as_atlas(atlas).to_dict() for atlas in atlases or []]
+        self.atlases = []
+        # not saved as attributes: paths are read when a volume or a surface comes
+        self._parcels: dict[str, Parcels | str] = dict(parcel_files or {})
+        for atlas in atlases or []:
+            known = _as_atlas(atlas)
+            checksum = atlas.get("parcels_checksum") if isinstance(atlas, dict) else None
+            if known.parcels is not None:
+                self._parcels[known.name], checksum = known.parcels, known.parcels.checksum
+            self.atlases.append(known.to_dict() | ({} if checksum is None else {"parcels_checksum": checksum}))
         names = [atlas["name"] for atlas in self.atlases]
         if len(set(names)) < len(names):
             raise ValueError(f"expected atlases of different names, got {names}")
@@ -104,10 +122,59 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
 
     def to_dict(self) -> dict[str, Any]:
         # the base class drops an attribute of this name: for audio it is an array of filter weights
-        return {**super().to_dict(), "window": self.window}
+        values = {**super().to_dict(), "window": self.window}
+        del values["_parcels"]
+        return values
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        files = super().save_pretrained(save_directory) + self.save_parcels(save_directory)
+        if push_to_hub:
+            # the base class would upload before the parcels are there
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
+
+    def save_parcels(self, save_directory: str | Path) -> list[str]:
+        """Write the parcels of each atlas that has some; returns the files."""
+        files = []
+        for atlas in self.atlases:
+            if (parcels := self._known_parcels(atlas["name"])) is not None:
+                path = Path(save_directory, PARCELS_FOLDER, f"{atlas['name']}.npz")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                parcels.save(path)
+                files.append(str(path))
+        return files
+
+    @classmethod
+    def get_feature_extractor_dict(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The saved configuration; and where the parcels are, fetched from the Hub if need be, like all its files."""
+        values, unused = super().get_feature_extractor_dict(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path)
+        source = folder.parent if folder.is_file() else pretrained_model_name_or_path
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        values["parcel_files"] = {
+            atlas["name"]: cached_file(source, f"{PARCELS_FOLDER}/{_as_atlas(atlas).name}.npz", **options)
+            for atlas in values.get("atlases", [])
+            if atlas.get("parcels_checksum") is not None
+        }
+        return values, unused
+
+    def _known_parcels(self, name: str) -> Parcels | None:
+        parcels = self._parcels.get(name)
+        if isinstance(parcels, str):
+            expected = next(atlas["parcels_checksum"] for atlas in self.atlases if atlas["name"] == name)
+            file, parcels = parcels, Parcels.load(parcels)
+            if (found := parcels.checksum) != expected:
+                raise ValueError(f"{file}: expected the parcels saved with {name!r}, {expected}, got {found}")
+            self._parcels[name] = parcels
+        return parcels
 
     def atlas(self, name: str) -> Atlas:
         """The known atlas of this name."""
+        return replace(self._known_atlas(name), parcels=self._known_parcels(name))
+
+    def _known_atlas(self, name: str) -> Atlas:
         for atlas in self.atlases:
             if atlas["name"] == name:
                 return Atlas.from_dict(atlas)
@@ -132,21 +199,24 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
     ) -> BatchFeature:
         """Prepare one scan or a list of scans.
 
-        A scan is a path, a nibabel image (with `label_image`), an array or tensor [time, rois], or a dict with
-        "signal" (one of these), "tr" and "atlas". A dict may bring "confounds" (array [time, confounds], table or
-        its path), which are regressed out, and "censored" (bool [time]), frames to do without: they are interpolated
-        and left out of every estimate. They stay True in `fmri_mask`, where holes would shift steps.
+        A scan is a path, a nibabel image, a value of `datasets.Nifti`, an array or tensor [time, rois], or a dict
+        with "signal" (one of these, or a pair of paths: left and right hemisphere), "tr" and "atlas". A dict may
+        bring "confounds" (array [time, confounds], table or its path), which are regressed out, and "censored" (bool
+        [time]), frames to do without: they are interpolated and left out of every estimate. They stay True in
+        `fmri_mask`, where holes would shift steps. A ROI whose series is NaN throughout, such as one outside of a
+        volume's field of view, is missing: it is masked.
 
         Args:
             tr: repetition time of the scans in seconds; goes before the one in a file's header.
             atlas: name of a known atlas, or an Atlas; may be left out if only one is known.
-            label_image: parcels of the atlas as a 3D image or its path; needed for volumes.
+            label_image: the atlas' parcels in the scan's own space, in place of those that it brings; see
+                `read_parcels`.
             generator: draws the starts of random windows.
 
         Returns:
             `fmri_values` float32 [batch, rois, time]; `roi_coordinates` float32 [batch, rois, 3] (MNI, mm);
-            `fmri_mask` bool [batch, rois, time], False where ROIs or frames are padding (values 0 there); and
-            `scan_index` int64 [batch] with sliding windows.
+            `fmri_mask` bool [batch, rois, time], False where ROIs are missing or padding, or frames are padding
+            (values 0 there); and `scan_index` int64 [batch] with sliding windows.
         """
         window = self.window if window is None else window
         window_stride = self.window_stride if window_stride is None else window_stride
@@ -172,16 +242,19 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
     def prepare_signal(
         self, scan: Any, tr: float | None = None, atlas: str | Atlas | None = None, label_image: Any = None
     ) -> tuple[np.ndarray, Atlas]:
-        """One scan before windowing: float32 [time, rois] at `repetition_time`, robust z-scores; and its atlas."""
+        """One scan before windowing: float32 [time, rois] at `repetition_time`, robust z-scores; and its atlas.
+
+        Missing ROIs are NaN.
+        """
         read = self.read_signal(scan, tr=tr, atlas=atlas, label_image=label_image)
         return self._standardize(read), read.atlas
 
     def read_signal(
         self, scan: Any, tr: float | None = None, atlas: str | Atlas | None = None, label_image: Any = None
     ) -> MeasuredScan:
-        """One scan as it was measured, parcellated but not cleaned."""
+        """One scan as it was measured, parcellated but not cleaned; missing ROIs are NaN."""
         confounds, censored = None, None
-        while isinstance(scan, dict):
+        while isinstance(scan, dict) and not is_scan_file(scan):
             if scan.get("signal") is None:
                 raise ValueError(f"a scan given as dict needs 'signal', got keys {sorted(scan)}")
             tr = _agree("tr", tr, scan.get("tr"))
@@ -190,23 +263,24 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             censored = scan.get("censored") if censored is None else censored
             scan = scan["signal"]
 
-        columns = None
-        if isinstance(scan, (str, Path)) or hasattr(scan, "dataobj"):
-            scan, file_tr, columns = read_scan(scan)
-            if tr is not None and file_tr is not None and abs(tr - file_tr) > 1e-3:
-                logger.warning(f"using tr={tr} s as given, although the file's header says {file_tr} s")
-            tr = file_tr if tr is None else tr
         found = self._resolve_atlas(atlas)
-        if hasattr(scan, "dataobj"):
-            if label_image is None:
-                raise ValueError(f"a volume needs label_image: the parcels of {found.name!r} in the scan's space")
-            scan = parcellate(scan, label_image, found.labels)
+        if is_scan_file(scan):
+            file = read_scan(scan)
+            if tr is not None and file.tr is not None and abs(tr - file.tr) > 1e-3:
+                logger.warning(f"using tr={tr} s as given, although the file's header says {file.tr} s")
+            tr = file.tr if tr is None else tr
+            # before a large file is read
+            _check_tr(tr)
+            scan = self._roi_signal(file, found, label_image)
         signal = _as_float_array(scan)
-        if columns is not None:
-            signal = _select_columns(signal, columns, found)
         _check_shape(signal, found)
-        _check_finite(signal, found)
         _check_tr(tr)
+        missing = np.isnan(signal).all(axis=0)
+        present = found
+        if missing.any():
+            logger.warning(f"{missing.sum()} of the {len(found)} ROIs of {found.name!r} are missing in the scan")
+            present = _without(found, missing)
+        _check_finite(signal[:, ~missing], present)
         return MeasuredScan(signal, tr, found, confounds, censored)
 
     def num_steps(self, fmri_mask: np.ndarray | torch.Tensor) -> list[int]:
@@ -216,12 +290,27 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
 
     def _resolve_atlas(self, atlas: str | Atlas | None) -> Atlas:
         if isinstance(atlas, str):
-            return self.atlas(atlas)
+            return self._known_atlas(atlas)
         if atlas is not None:
             return _as_atlas(atlas)
         if len(self.atlases) != 1:
             raise ValueError(f"which atlas are the scan's ROIs from? Give atlas=...; known: {self._known()}")
         return Atlas.from_dict(self.atlases[0])
+
+    def _roi_signal(self, file: Any, atlas: Atlas, label_image: Any) -> np.ndarray:
+        """Series [time, rois] of what `read_scan` found: its columns by name, or the means of its parcels."""
+        if hasattr(file, "rois"):
+            return file.values if file.rois is None else _select_columns(file.values, file.rois, atlas)
+        if label_image is not None:
+            parcels = read_parcels(label_image)
+        else:
+            parcels = self._known_parcels(atlas.name) if atlas.parcels is None else atlas.parcels
+        if parcels is None:
+            raise ValueError(
+                f"{file.name}: volumes and surfaces need parcels, and atlas {atlas.name!r} has none: use "
+                f"Atlas.load({atlas.name!r}, parcels=True) or Atlas.from_image(...), or give label_image"
+            )
+        return parcellate(file, parcels, atlas.labels)
 
     def clean_signal(self, read: MeasuredScan) -> tuple[np.ndarray, np.ndarray]:
         """Cleaned at its own repetition time, float64 [time, rois], and the frames that were kept, bool [time]."""
@@ -259,9 +348,9 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         coordinates = np.zeros((len(items), rois, 3), dtype=np.float32)
         mask = np.zeros(values.shape, dtype=bool)
         for i, (signal, atlas) in enumerate(items):
-            values[i, : len(atlas), : len(signal)] = signal.T
+            values[i, : len(atlas), : len(signal)] = np.nan_to_num(signal.T)
             coordinates[i, : len(atlas)] = atlas.coordinates
-            mask[i, : len(atlas), : len(signal)] = True
+            mask[i, : len(atlas), : len(signal)] = ~np.isnan(signal.T)
         return {"fmri_values": values, "roi_coordinates": coordinates, "fmri_mask": mask}
 
 
@@ -269,7 +358,16 @@ def _as_atlas(atlas: Any) -> Atlas:
     if isinstance(atlas, Atlas):
         return atlas
     # code loaded from a checkpoint has an Atlas class of its own: what counts is that it can be written down
-    return Atlas.from_dict(atlas.to_dict() if hasattr(atlas, "to_dict") else atlas)
+    return Atlas.from_dict(atlas.to_dict(), atlas.parcels) if hasattr(atlas, "to_dict") else Atlas.from_dict(atlas)
+
+
+def _without(atlas: Atlas, missing: np.ndarray) -> Atlas:
+    """The atlas' ROIs but for the missing ones, bool [rois]."""
+    if missing.all():
+        raise ValueError(f"all {len(atlas)} ROIs of {atlas.name!r} are missing: expected a signal")
+    keep = np.flatnonzero(~missing)
+    rois, networks = (tuple(values[i] for i in keep) for values in (atlas.rois, atlas.networks))
+    return Atlas(atlas.name, rois, networks, atlas.coordinates[keep])
 
 
 def _agree(what: str, argument: Any, own: Any) -> Any:
@@ -317,9 +415,11 @@ def _select_columns(signal: np.ndarray, columns: tuple[str, ...], atlas: Atlas) 
     if len(position) < len(columns):
         raise ValueError(f"expected {len(columns)} different column names, got {len(position)}")
     if missing := [roi for roi in atlas.rois if roi not in position]:
+        unknown = [name for name in columns if name not in set(atlas.rois)]
         raise ValueError(
             f"{len(missing)} of the {len(atlas)} ROIs of {atlas.name!r} are not among the {len(columns)} columns: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; columns that the atlas does not have: "
+            f"{', '.join(unknown[:5]) or 'none'}{', ...' if len(unknown) > 5 else ''}"
         )
     return signal[:, [position[roi] for roi in atlas.rois]]
 

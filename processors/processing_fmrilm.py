@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,13 @@ class FmriLMProcessor(ProcessorMixin):
         add_fmri_tokens(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        files = super().save_pretrained(save_directory) + self.feature_extractor.save_parcels(save_directory)
+        if push_to_hub:
+            # the base class would upload before the parcels are there
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
 
     @property
     def fmri_token_id(self) -> int:

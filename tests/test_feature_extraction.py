@@ -1,5 +1,7 @@
+import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrilm.processors import Atlas, FmriLMFeatureExtractor
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor, Parcels, feature_extraction_fmrilm
 from fmrilm.processors.signal_fmrilm import detrend, resample, resampled_length, robust_zscore, window_bounds
 
 
@@ -173,8 +175,36 @@ def test_volume_is_parcellated_with_the_labels_of_the_atlas(extractor, tiny_atla
     expected = extractor(signal, tr=2.0)["fmri_values"]
     label_image = nib.Nifti1Image(labels, np.eye(4))
     assert torch.equal(extractor(image, label_image=label_image)["fmri_values"], expected)
-    with pytest.raises(ValueError, match="needs label_image.*'tiny'"):
+    atlas = replace(tiny_atlas, parcels=Parcels(labels, np.eye(4)))
+    assert torch.equal(extractor(image, atlas=atlas)["fmri_values"], expected)
+    with pytest.raises(ValueError, match="need parcels, and atlas 'tiny' has none"):
         extractor(image)
+
+
+def test_missing_rois_are_masked_and_change_no_other(extractor, tiny_atlas, signal) -> None:
+    labels = np.array([1, 2, 0, 4, 5], dtype=np.int16).reshape(5, 1, 1)
+    image = nib.Nifti1Image(signal.T[:, None, None], np.eye(4))
+    image.header.set_zooms((1, 1, 1, 2.0))
+    out = extractor(image, label_image=nib.Nifti1Image(labels, np.eye(4)))
+    whole = extractor(signal, tr=2.0)
+    there = torch.tensor([True, True, False, True, True])
+    assert torch.equal(out["fmri_mask"][0], whole["fmri_mask"][0] & there[:, None])
+    assert torch.equal(out["fmri_values"][0], whole["fmri_values"][0] * there[:, None])
+    assert torch.equal(out["roi_coordinates"], whole["roi_coordinates"])
+    assert extractor.num_steps(out["fmri_mask"]) == extractor.num_steps(whole["fmri_mask"])
+    gaps = signal.copy()
+    gaps[:, 2] = np.nan
+    assert torch.equal(extractor(gaps, tr=2.0)["fmri_mask"], out["fmri_mask"])
+    with pytest.raises(ValueError, match="all 5 ROIs of 'tiny' are missing"):
+        extractor(np.full((20, 5), np.nan), tr=2.0)
+
+
+def test_implausible_repetition_time_of_a_header_is_refused(extractor, signal, tmp_path) -> None:
+    image = nib.Nifti1Image(signal.T[:, None, None], np.eye(4))
+    for tr, message in ((0, "got 0.0$"), (2000, "got 2000.0; milliseconds?")):
+        image.header.set_zooms((1, 1, 1, tr))
+        with pytest.raises(ValueError, match=f"tr must be in .*{message}"):
+            extractor(image)
 
 
 def test_given_repetition_time_goes_before_the_header(extractor, signal) -> None:
@@ -231,7 +261,10 @@ def test_unfit_scan_is_refused(extractor, scan: Callable, arguments: dict, messa
 def test_table_without_all_rois_is_refused(extractor, tiny_atlas, tmp_path) -> None:
     path = tmp_path / "s.tsv"
     path.write_text("\t".join(tiny_atlas.rois[:4]) + "\n1\t2\t3\t4\n")
-    with pytest.raises(ValueError, match="1 of the 5 ROIs of 'tiny' are not among the 4 columns: tiny_4"):
+    with pytest.raises(ValueError, match="1 of the 5 ROIs of 'tiny' are not among the 4 columns: tiny_4; .*: none"):
+        extractor(path, tr=2.0)
+    path.write_text("\t".join([*tiny_atlas.rois[:4], "other"]) + "\n1\t2\t3\t4\t5\n")
+    with pytest.raises(ValueError, match="tiny_4; columns that the atlas does not have: other"):
         extractor(path, tr=2.0)
 
 
@@ -282,3 +315,55 @@ def test_settings_and_atlases_survive_saving(tmp_path) -> None:
     assert again.atlas("a3") == ATLASES[1]
     scan = {"signal": bold(100), "tr": 0.8, "atlas": "a5"}
     assert torch.equal(again(scan)["fmri_values"], extractor(scan)["fmri_values"])
+
+
+def atlas_with_parcels() -> tuple[Atlas, nib.Nifti1Image]:
+    """An atlas of 5 voxels in a row, and a scan of them."""
+    parcels = Parcels(np.arange(1, 6).reshape(5, 1, 1), np.eye(4))
+    image = nib.Nifti1Image(bold(20).T[:, None, None], np.eye(4))
+    image.header.set_zooms((1, 1, 1, 2.0))
+    return replace(ATLASES[2], parcels=parcels), image
+
+
+def test_parcels_are_saved_beside_the_settings(tmp_path) -> None:
+    atlas, image = atlas_with_parcels()
+    extractor = FmriLMFeatureExtractor([ATLASES[0], atlas], patch_length=4, window_length=16)
+    extractor.save_pretrained(tmp_path)
+    assert [path.name for path in (tmp_path / "atlases").iterdir()] == ["a5.npz"]
+    assert str(tmp_path) not in (tmp_path / "preprocessor_config.json").read_text()
+    again = FmriLMFeatureExtractor.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path / "again")
+    for loaded in (again, FmriLMFeatureExtractor.from_pretrained(tmp_path / "again"), copy.deepcopy(extractor)):
+        assert torch.equal(loaded(image, atlas="a5")["fmri_values"], extractor(bold(20), 2.0, "a5")["fmri_values"])
+        assert loaded.atlas("a5").parcels.checksum == atlas.parcels.checksum
+        assert loaded.atlas("a2").parcels is None
+
+
+def test_parcels_are_read_when_a_volume_comes(tmp_path) -> None:
+    atlas, image = atlas_with_parcels()
+    FmriLMFeatureExtractor([atlas], patch_length=4, window_length=16).save_pretrained(tmp_path)
+    other = Parcels(np.arange(1, 6)[::-1].reshape(5, 1, 1), np.eye(4))
+    other.save(tmp_path / "atlases" / "a5.npz")
+    extractor = FmriLMFeatureExtractor.from_pretrained(tmp_path)
+    extractor(bold(20), tr=2.0)
+    with pytest.raises(ValueError, match="expected the parcels saved with 'a5'"):
+        extractor(image)
+    (tmp_path / "atlases" / "a5.npz").unlink()
+    with pytest.raises(OSError, match="a5.npz"):
+        FmriLMFeatureExtractor.from_pretrained(tmp_path)
+
+
+def test_parcels_are_fetched_like_the_other_files_of_a_checkpoint(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    atlas, _ = atlas_with_parcels()
+    FmriLMFeatureExtractor([atlas]).save_pretrained(tmp_path)
+    asked = []
+
+    def fetch(source, filename: str, **options):
+        asked.append((source, filename, options))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(feature_extraction_fmrilm, "cached_file", fetch)
+    FmriLMFeatureExtractor.from_pretrained(str(tmp_path), revision="abc", token="secret")
+    [(source, filename, options)] = asked
+    assert (source, filename) == (str(tmp_path), "atlases/a5.npz")
+    assert (options["revision"], options["token"]) == ("abc", "secret")

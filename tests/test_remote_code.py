@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
 from fmrilm import FmriLMModel
+from fmrilm.processors import FmriLMFeatureExtractor, Parcels
 from fmrilm.training.alignment import add_lora
 from helpers import linked_site
 
@@ -39,12 +42,17 @@ MODEL_FILES = {
     "steps_fmrilm.py",
 }
 PROCESSOR_FILES = {
+    "atlas_sources.py",
     "atlases.py",
     "cleaning_fmrilm.py",
     "feature_extraction_fmrilm.py",
+    "nifti_fmrilm.py",
     "parcellation.py",
+    "parcels_fmrilm.py",
     "processing_fmrilm.py",
+    "scan_files_fmrilm.py",
     "signal_fmrilm.py",
+    "surface_files_fmrilm.py",
 }
 
 SCRIPT = """
@@ -74,8 +82,12 @@ processor = AutoProcessor.from_pretrained(folder, **trust)
 extractor = AutoFeatureExtractor.from_pretrained(folder, **trust)
 config = AutoConfig.from_pretrained(folder, **trust)
 inputs = processor.apply_chat_template(chat, add_generation_prompt=True)
+# a volume is parcellated by the parcels of the folder
+volume = processor.apply_chat_template(
+    [{"role": "user", "content": [{"type": "fmri", "fmri": arguments["volume"]}]}]
+)
 scan = extractor(signal, tr=chat[0]["content"][0]["tr"], atlas=chat[0]["content"][0]["atlas"])
-results = {"inputs": dict(inputs), "scan": dict(scan), "classes": [type(config).__name__]}
+results = {"inputs": dict(inputs), "volume": dict(volume), "scan": dict(scan), "classes": [type(config).__name__]}
 with torch.no_grad():
     for auto in (AutoModelForMultimodalLM, AutoModelForCausalLM):
         model = auto.from_pretrained(folder, **trust)
@@ -109,7 +121,11 @@ def code_files(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.py")}
 
 
-def test_saved_folders_open_without_the_package(tiny_model, make_codec, processor, site: Path, tmp_path: Path) -> None:
+def test_saved_folders_open_without_the_package(
+    tiny_model, make_codec, tiny_atlas, processor, site: Path, tmp_path: Path
+) -> None:
+    atlas = replace(tiny_atlas, parcels=Parcels(np.arange(1, 6).reshape(5, 1, 1), np.eye(4)))
+    processor.feature_extractor = FmriLMFeatureExtractor([atlas], patch_length=4, window_length=16)
     model, codec = tiny_model("qwen3"), make_codec()
     folder, codec_folder, again = tmp_path / "joint", tmp_path / "codec", tmp_path / "again"
     model.save_pretrained(folder)
@@ -117,6 +133,9 @@ def test_saved_folders_open_without_the_package(tiny_model, make_codec, processo
     codec.save_pretrained(codec_folder)
     signal = torch.from_numpy(1000 + np.random.default_rng(0).normal(0, 10, (40, 5)))
     torch.save(signal, tmp_path / "signal.pt")
+    image = nib.Nifti1Image(signal.numpy().T[:, None, None], np.eye(4))
+    image.header.set_zooms((1, 1, 1, 0.72))
+    nib.save(image, tmp_path / "scan.nii.gz")
     block = {"type": "fmri", "tr": 0.72, "atlas": "tiny"}
     chat = [{"role": "user", "content": [block, {"type": "text", "text": "Is it connected?"}]}]
     arguments = {
@@ -126,6 +145,7 @@ def test_saved_folders_open_without_the_package(tiny_model, make_codec, processo
         "codec": str(codec_folder),
         "again": str(again),
         "signal": str(tmp_path / "signal.pt"),
+        "volume": str(tmp_path / "scan.nii.gz"),
         "chat": chat,
         "results": str(tmp_path / "results.pt"),
     }
@@ -144,8 +164,15 @@ def test_saved_folders_open_without_the_package(tiny_model, make_codec, processo
 
     chat[0]["content"][0]["fmri"] = signal
     inputs = processor.apply_chat_template(chat, add_generation_prompt=True)
+    volume = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "fmri", "fmri": tmp_path / "scan.nii.gz"}]}]
+    )
     scan = processor.feature_extractor(signal, tr=0.72, atlas="tiny")
-    for expected, found in ((inputs, results["inputs"]), (scan, results["scan"])):
+    for expected, found in (
+        (inputs, results["inputs"]),
+        (volume, results["volume"]),
+        (scan, results["scan"]),
+    ):
         assert list(expected) == list(found)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     with torch.no_grad():
@@ -157,6 +184,7 @@ def test_saved_folders_open_without_the_package(tiny_model, make_codec, processo
         assert torch.equal(results["codes"], codec.encode(**scan))
     heads = ["FmriLMForConditionalGeneration"] * 2
     assert results["classes"] == ["FmriLMConfig", *heads, "FmriLMModel", "FmriCodecConfig", "FmriCodecModel"]
+    assert (again / "atlases" / "tiny.npz").is_file()
     assert code_files(again) == code_files(folder) and auto_map(again) == auto_map(folder)
 
 

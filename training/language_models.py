@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .open_data import package_folder
+from fmrilm.processors.atlas_sources import package_folder
 
 
 PACKAGED_MODEL = "smollm2-135m-instruct"

@@ -1,16 +1,15 @@
 """Real resting-state scans that Python packages carry: what the demo and the benchmarks learn from."""
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import scipy.io
 from nilearn import datasets, signal, surface
 
-from fmrilm.processors import Atlas
+from fmrilm.processors import Atlas, Parcels, parcellate, read_scan
+from fmrilm.processors.atlas_sources import package_folder
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,6 @@ TERMS = {
     "hcp-schaefer": "the Human Connectome Project's own (read from cubnm, BSD-3-Clause)",
     "lemon": "the LEMON study's own (read from brainspace, BSD-3-Clause)",
 }
-SCHAEFER_NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
-
-
-def package_folder(name: str) -> Path:
-    """Folder of an installed data package, found without importing it (their dependencies are not installed)."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"the data package {name!r} is not installed: run `make data`")
-    return Path(spec.origin).parent
 
 
 def open_scans() -> list[Scan]:
@@ -70,50 +60,28 @@ def _cubnm_scans() -> Iterator[Scan]:
 
 
 def _lemon_scan() -> Scan:
-    """The LEMON surface recording, confounds regressed out per vertex, averaged over Schaefer-400 parcels."""
+    """The LEMON surface recording averaged over Schaefer-400 parcels, confounds regressed out."""
     root = package_folder("brainspace") / "datasets" / "preprocessing"
     stem = "sub-010188_ses-02_task-rest_acq-AP_run-01"
+    atlas = Atlas.load("schaefer-400-7networks", parcels=True)
+    series = parcellate(read_scan(root / f"{stem}.fsa5.lh.mgz"), _on_fsaverage5(atlas), atlas.labels)
     confounds = np.loadtxt(root / f"{stem}_confounds.txt")
-    atlas = Atlas.load("schaefer-400-7networks")
-    volume = _schaefer_400_volume(atlas)
+    cleaned = signal.clean(series, confounds=confounds, detrend=True, standardize=None)
+    return Scan(cleaned, LEMON_TR, atlas.name, "lemon", subject="sub-010188", session="ses-02")
+
+
+def _on_fsaverage5(atlas: Atlas) -> Parcels:
+    """The atlas' volume projected onto the surface; labels of the wrong hemisphere become background."""
     meshes = datasets.load_fsaverage("fsaverage5")
-    series = np.zeros((len(confounds), len(atlas)), np.float32)
-    left = np.array([name.split("_")[1] == "LH" for name in atlas.rois])
-    for side, name, members in (("left", "lh", left), ("right", "rh", ~left)):
-        vertices = np.asarray(nib.load(root / f"{stem}.fsa5.{name}.mgz").dataobj, dtype=np.float32).squeeze()
+    volume = nib.Nifti1Image(atlas.parcels.volume, atlas.parcels.affine)
+    sides = {}
+    for side, mark in (("left", "LH"), ("right", "RH")):
         labels = surface.vol_to_surf(
             volume,
             meshes["pial"].parts[side],
             inner_mesh=meshes["white_matter"].parts[side],
             interpolation="nearest_most_frequent",
-        ).astype(int)
-        labels[(vertices.std(axis=1) == 0) | ~np.isin(labels, np.flatnonzero(members) + 1)] = 0
-        inside = np.flatnonzero(labels)
-        cleaned = signal.clean(
-            vertices[inside].T, confounds=confounds, detrend=True, standardize=None
         )
-        membership = np.eye(len(atlas) + 1, dtype=np.float32)[labels[inside]][:, 1:]
-        sums, counts = cleaned @ membership, membership.sum(0)
-        series[:, members] = (sums / np.maximum(counts, 1))[:, members]
-    return Scan(series, LEMON_TR, atlas.name, "lemon", subject="sub-010188", session="ses-02")
-
-
-def _schaefer_400_volume(atlas: Atlas) -> nib.Nifti1Image:
-    """
-    The label volume (2 mm, MNI) from one file per network, its labels matched to the atlas by network, hemisphere
-    and nearest centroid.
-    """
-    root = package_folder("pynets") / "templates" / "atlases"
-    networks, hemispheres = np.array(atlas.networks), np.sign(atlas.coordinates[:, 0])
-    volume = None
-    for network in SCHAEFER_NETWORKS:
-        image = nib.load(root / f"net-{network}_scale-400.nii.gz")
-        data = np.asarray(image.dataobj).round().astype(np.int32)
-        volume = np.zeros(data.shape, np.int32) if volume is None else volume
-        for label in np.unique(data[data > 0]):
-            voxels = np.argwhere(data == label)
-            center = nib.affines.apply_affine(image.affine, voxels).mean(0)
-            candidates = np.flatnonzero((networks == network) & (hemispheres == np.sign(center[0])))
-            distances = np.linalg.norm(atlas.coordinates[candidates] - center, axis=1)
-            volume[tuple(voxels.T)] = candidates[distances.argmin()] + 1
-    return nib.Nifti1Image(volume, image.affine)
+        members = [label for label, name in zip(atlas.labels, atlas.rois, strict=True) if name.split("_")[1] == mark]
+        sides[side] = np.where(np.isin(labels, members), labels, 0)
+    return Parcels(**sides)

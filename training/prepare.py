@@ -28,6 +28,7 @@ FAILURES = "failures.csv"
 ATLASES = "atlases"
 ATLAS_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 CONNECT_SECONDS = 20
+IMAGES = (".nii", ".nii.gz")
 LABEL_TYPES = {int: "int64", float: "float64", str: "string"}
 
 
@@ -206,7 +207,9 @@ def _load_atlases(scans: Sequence[ScanSource], default: str | None) -> list[Atla
     for name in sorted({scan.atlas or default for scan in scans}):
         if name.endswith(".tsv") and not Path(name).is_file():
             raise ValueError(f"no table of an atlas at {name}")
-        named[name] = Atlas.from_table(name) if name.endswith(".tsv") else Atlas.load(name)
+        # tables of ROI series need no parcels, which may have to be fetched
+        images = any(scan.path.name.endswith(IMAGES) for scan in scans if (scan.atlas or default) == name)
+        named[name] = Atlas.from_table(name) if name.endswith(".tsv") else Atlas.load(name, parcels=images)
         # it names a folder of the output
         if not ATLAS_NAME.fullmatch(named[name].name) or named[name].name == ATLASES:
             raise ValueError(f"expected an atlas name of letters, digits and '_.-', got {named[name].name!r}")
