@@ -25,20 +25,25 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
 }
-MODEL_FILES = {
+CODEC_FILES = {
     "alignment_fmricodec.py",
     "configuration_fmrilm.py",
     "fsq_fmrilm.py",
-    "generation_fmrilm.py",
     "latent_fmricodec.py",
     "layers_fmricodec.py",
     "modeling_fmricodec.py",
-    "modeling_fmrilm.py",
-    "modeling_original_fmrilm.py",
-    "pipeline_fmrilm.py",
     "quantization_fmrilm.py",
     "ranks_fmrilm.py",
     "roi_fmricodec.py",
+}
+MODEL_FILES = {
+    *CODEC_FILES,
+    "backbones_fmrilm.py",
+    "forecast_fmrilm.py",
+    "generation_fmrilm.py",
+    "modeling_fmrilm.py",
+    "modeling_original_fmrilm.py",
+    "pipeline_fmrilm.py",
     "steps_fmrilm.py",
 }
 PROCESSOR_FILES = {
@@ -215,4 +220,4 @@ def test_codec_alone_names_its_auto_classes(tiny_codec, tmp_path: Path) -> None:
     tiny_codec.save_pretrained(tmp_path)
     expected = {"AutoConfig": "configuration_fmrilm.FmriCodecConfig", "AutoModel": "modeling_fmricodec.FmriCodecModel"}
     assert auto_map(tmp_path) == expected
-    assert code_files(tmp_path) == {"configuration_fmrilm.py", "modeling_fmricodec.py", "quantization_fmrilm.py"}
+    assert code_files(tmp_path) == CODEC_FILES
