@@ -29,7 +29,7 @@ def results(finished: Path) -> dict:
 
 
 def test_run_leaves_model_results_and_report_and_nothing_half_written(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {"model", "results.json", "report.html"}
+    assert {path.name for path in finished.iterdir()} == {"codes", "model", "results.json", "report.html"}
     assert {path.name for path in finished.parent.iterdir()} == {"run"}
     assert (finished / "model" / "model.safetensors").stat().st_size > 400e6
 
