@@ -4,18 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scan_rows import BACKBONES, LONG, SHORT
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.steps_fmrilm import whole_steps
 
 
 Model = FmriLMForConditionalGeneration
-# two tokens make a step: a scan of four steps, one of two
-LONG, SHORT = [3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8]
 BATCH = torch.tensor([LONG, SHORT + [-1] * 4])
 
 
-@pytest.fixture(params=["llama", "qwen3", "gpt2"])
+@pytest.fixture(params=BACKBONES)
 def model(request, tiny_model: Callable[..., Model]) -> Model:
     return tiny_model(request.param)
 
