@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scan_rows import BACKBONES, LONG, SHORT, codes, ids, pad
 
 from fmrilm import FmriLMConfig, FmriLMForConditionalGeneration
+from scan_rows import BACKBONES, LONG, SHORT, codes, ids, pad
 
 
 Model = FmriLMForConditionalGeneration

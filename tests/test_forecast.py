@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scan_rows import BACKBONES, LONG, SHORT
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.steps_fmrilm import whole_steps
+from scan_rows import BACKBONES, LONG, SHORT
 
 
 Model = FmriLMForConditionalGeneration

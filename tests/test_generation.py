@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scan_rows import BACKBONES, LONG, SHORT, choice_scores, codes, ids, pad
 
 from fmrilm import FmriLMForConditionalGeneration
+from scan_rows import BACKBONES, LONG, SHORT, choice_scores, codes, ids, pad
 
 
 Model = FmriLMForConditionalGeneration

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_server import TOKEN, USER, Hub, running_hub
 from huggingface_hub import ModelCard
 
 from fmrilm.processors import FmriLMProcessor
 from fmrilm.training.alignment import join
 from helpers import chats, linked_site
+from hub_server import TOKEN, USER, Hub, running_hub
 
 
 AUTO_CLASSES = {

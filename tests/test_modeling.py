@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scan_rows import BACKBONES, LONG, SHORT, codes, ids, pad
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.steps_fmrilm import positions, step_ids
+from scan_rows import BACKBONES, LONG, SHORT, codes, ids, pad
 
 
 Model = FmriLMForConditionalGeneration
