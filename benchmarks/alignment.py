@@ -54,7 +54,7 @@ def write(name: str, rows: list[dict], results: Path) -> None:
 
 def load(folder: Path) -> tuple[FmriLMForConditionalGeneration, FmriLMProcessor, Cohort]:
     model = FmriLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, FmriLMProcessor.from_pretrained(folder), Cohort.load(folder / "cohort.json")
+    return model, FmriLMProcessor.from_pretrained(folder), Cohort.load(folder)
 
 
 @torch.no_grad()
