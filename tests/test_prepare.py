@@ -249,7 +249,7 @@ def test_unfit_call_is_refused(arguments: Callable, message: str, tmp_path) -> N
 
 
 def test_cluster_that_does_not_answer_is_told(table, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("fmrilm.training.prepare.CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("fmrilm.training.parallel.CONNECT_SECONDS", 0.2)
     with pytest.raises(ValueError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
         run(study(tmp_path / "in", 1), tmp_path / "out", table, scheduler="tcp://127.0.0.1:9")
 

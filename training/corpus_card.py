@@ -46,12 +46,14 @@ def corpus_card(
     cohort: Cohort,
     fitted: bool,
     counts: Mapping[tuple[str, str], tuple[int, int]],
+    versions: Mapping[str, str],
     families: Sequence[str],
     left_out: int,
     rewriting: str,
 ) -> str:
     """
     fitted: whether the cohort is that of the training split. counts: scans and subjects by configuration and split.
+    versions: `content_version` of each configuration.
     """
     configs = list(dict.fromkeys(config for config, _ in counts))
     data = DatasetCardData(
@@ -59,6 +61,7 @@ def corpus_card(
         configs=[
             {
                 "config_name": config,
+                "description": f"content {versions[config]}",
                 "data_files": [
                     {"split": split, "path": f"{config}/{split}-*.parquet"} for of, split in counts if of == config
                 ],

@@ -1,10 +1,9 @@
 """From a dataset of scans to a corpus: descriptors, descriptions and questions, split by subject; resumable."""
 
 import json
-import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from .corpus_source import Source, held_out_subjects
 from .language_models import load_language_model
 from .parallel import run_parallel
 from .rewrite import rewrite
+from .shards import content_version, write_whole
 
 
 COHORT = "cohort"
@@ -122,11 +122,11 @@ def describe_dataset(
     for shard in tqdm(shards, desc="writing", unit="shard"):
         if not (work / shard.file).exists():
             table = writer.table(shard, [scan for scan in shard.scans if scan not in left_out])
-            _write(work / shard.file, lambda path, table=table: pq.write_table(table, path))
+            write_whole(work / shard.file, lambda path, table=table: pq.write_table(table, path))
     rejection_rate = _rejection_rate(work, shards) if settings.rewrite else None
     outcome = Outcome(len(values) - len(left_out), left_out, rejection_rate)
     cohort.save(work / COHORT)
-    _write(work / "README.md", _card(source, shards, cohort, fitted, outcome, settings))
+    write_whole(work / "README.md", _card(source, shards, work, cohort, fitted, outcome, settings))
     shutil.rmtree(work / "descriptors")
     for name in ("references.safetensors", "settings.json"):
         (work / name).unlink(missing_ok=True)
@@ -192,7 +192,7 @@ def _measure(
         path = work / "references.safetensors"
         if not path.exists():
             found = fit_references(_prepared(source, training, jobs, scheduler))
-            _write(path, lambda path: save_file(found, path))
+            write_whole(path, lambda path: save_file(found, path))
         references = load_file(path)
     else:
         references = cohort.references
@@ -202,7 +202,7 @@ def _measure(
     with tqdm(desc="descriptors", unit="scan", total=sum(len(shard.rows) for shard in todo)) as progress:
         for shard, (values, reasons) in zip(todo, results, strict=True):
             arrays = {"values": values, "reasons": np.array(reasons)}
-            _write(_descriptor_file(work, shard), lambda path, arrays=arrays: _save_arrays(path, arrays))
+            write_whole(_descriptor_file(work, shard), lambda path, arrays=arrays: _save_arrays(path, arrays))
             progress.update(len(shard.rows))
     descriptors = np.full((len(source.subjects), len(descriptor_names(measures))), np.nan)
     left_out = {}
@@ -215,6 +215,8 @@ def _measure(
         if not fitted:
             raise ValueError(f"no training scan could be described; the first: {next(iter(left_out.values()))}")
         people = {source.subjects[scan] for scan in fitted}
+        if len(people) < 2:
+            raise ValueError(f"expected at least 2 training subjects to fit a cohort on, got {len(people)}")
         atlases = source.atlases.values()
         cohort = Cohort.fit(source.name, measures, descriptors[fitted], len(people), atlases, references)
     return cohort, descriptors, left_out
@@ -359,17 +361,6 @@ def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(handle, **arrays)
 
 
-def _write(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """All of a file or nothing: under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    if isinstance(content, str):
-        temporary.write_text(content, encoding="utf-8")
-    else:
-        content(temporary)
-    os.replace(temporary, path)
-
-
 def _begin(work: Path, settings: dict[str, Any]) -> None:
     """A new folder to work in, or the one of a run of the same settings that did not end."""
     path = work / "settings.json"
@@ -383,7 +374,7 @@ def _begin(work: Path, settings: dict[str, Any]) -> None:
             )
     elif work.exists() and any(work.iterdir()):
         raise ValueError(f"{work} holds something else: expected no such folder, or one that was begun before")
-    _write(path, json.dumps(settings) + "\n")
+    write_whole(path, json.dumps(settings) + "\n")
 
 
 def _check_cohort(cohort: Cohort, atlases: dict[str, Atlas]) -> None:
@@ -405,6 +396,7 @@ def _rejection_rate(work: Path, shards: Sequence[Shard]) -> float:
 def _card(
     source: Source,
     shards: Sequence[Shard],
+    work: Path,
     cohort: Cohort,
     fitted: bool,
     outcome: Outcome,
@@ -422,4 +414,8 @@ def _card(
             f"{outcome.rejection_rate:.0%} of its texts did not and were refused."
         )
     families = list(dict.fromkeys(FAMILIES[measure] for measure in cohort.measures))
-    return corpus_card(source.name, cohort, fitted, counts, families, len(outcome.left_out), rewriting)
+    versions = {
+        config: content_version([work / shard.file for shard in shards if shard.config == config])
+        for config in source.parts
+    }
+    return corpus_card(source.name, cohort, fitted, counts, versions, families, len(outcome.left_out), rewriting)

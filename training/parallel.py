@@ -7,6 +7,8 @@ from typing import Any
 import joblib
 
 
+CONNECT_SECONDS = 20
+
 def run_parallel(
     function: Callable[..., Any], work: Iterable[tuple], jobs: int = 1, scheduler: str | None = None
 ) -> Iterator[Any]:
@@ -22,7 +24,10 @@ def run_parallel(
                 from distributed import Client
             except ImportError as error:
                 raise ValueError("a Dask cluster needs distributed: pip install 'fmri-lm[cluster]'") from error
-            stack.enter_context(Client(scheduler, set_as_default=True))
+            try:
+                stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS))
+            except OSError as error:
+                raise ValueError(f"no Dask scheduler answers at {scheduler}") from error
             stack.enter_context(joblib.parallel_config(backend="dask"))
         elif jobs != 1:
             stack.enter_context(joblib.parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1))

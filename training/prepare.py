@@ -6,19 +6,18 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 from datasets import Array2D, Features, List, Value
 from tqdm import tqdm
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 
+from .parallel import run_parallel
 from .prepared_card import card
 from .scan_sources import ScanSource
 from .shards import ShardStore, write_whole
@@ -27,7 +26,6 @@ from .shards import ShardStore, write_whole
 FAILURES = "failures.csv"
 ATLASES = "atlases"
 ATLAS_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-CONNECT_SECONDS = 20
 IMAGES = (".nii", ".nii.gz")
 LABEL_TYPES = {int: "int64", float: "float64", str: "string"}
 
@@ -91,7 +89,8 @@ def prepare(
 
     done = store.keys
     todo = [item for item in zip(keys, scans, atlas_of, strict=True) if item[0] not in done]
-    results = _run(((scan, atlas, preparation) for _, scan, atlas in todo), jobs, scheduler)
+    calls = ((scan, atlas, preparation) for _, scan, atlas in todo)
+    results = run_parallel(_attempt, calls, jobs, scheduler)
     failures: list[tuple[ScanSource, str]] = []
     waiting: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     _write_failures(output, failures)
@@ -164,24 +163,6 @@ def _anonymous(reason: str, paths: Iterable[Path | None], speakable: set[str]) -
     reason = re.sub(r"(^|(?<=[\s'\"(:=])|<folder>)/[^\s'\"]+", "<file>", reason)
     reason = re.sub(r"(['\"])(.*?)\1", lambda quote: quote[0] if quote[2] in speakable else "'...'", reason)
     return " ".join(reason.split())
-
-
-def _run(work: Iterable[tuple], jobs: int, scheduler: str | None) -> Iterator[dict[str, Any] | str]:
-    """Results in the order of the work, as they come."""
-    with ExitStack() as stack:
-        if scheduler is not None:
-            try:
-                from distributed import Client
-            except ImportError as error:
-                raise ValueError("a Dask cluster needs distributed: pip install 'fmri-lm[cluster]'") from error
-            try:
-                stack.enter_context(Client(scheduler, timeout=CONNECT_SECONDS))
-            except OSError as error:
-                raise ValueError(f"no Dask scheduler answers at {scheduler}") from error
-            stack.enter_context(joblib.parallel_config(backend="dask"))
-        elif jobs != 1:
-            stack.enter_context(joblib.parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1))
-        yield from joblib.Parallel(return_as="generator")(joblib.delayed(_attempt)(*item) for item in work)
 
 
 def _write_failures(output: Path, failures: Sequence[tuple[ScanSource, str]]) -> None:

@@ -9,6 +9,8 @@ from huggingface_hub import DatasetCardData
 
 from fmrilm.processors import Atlas
 
+from .shards import content_version
+
 
 TEXT = """---
 {metadata}
@@ -54,7 +56,8 @@ def card(output: Path, settings: Mapping[str, Any], atlases: Mapping[str, Atlas]
         minutes = sum(len(row["censored"]) * row["tr"] for row in table) / 60
         counts = [name, len(atlas), len(table), len(subjects), len(sessions), times, f"{minutes:.0f}"]
         rows.append("| " + " | ".join(map(str, counts)) + " |")
-        configs.append({"config_name": name, "data_files": f"{name}/*.parquet"})
+        version = f"content {content_version(shards)}"
+        configs.append({"config_name": name, "data_files": f"{name}/*.parquet", "description": version})
     data = DatasetCardData(configs=configs, tags=["fmri", "neuroimaging", "time-series"])
     cleaned = any(settings[name] is not None for name in ("confounds", "high_pass", "low_pass"))
     labels = "".join(f"| `{name}` | label, {kind} |\n" for name, kind in settings["labels"].items())

@@ -11,10 +11,14 @@ from fmrilm.processors.descriptors.paraphrase import differences
 from fmrilm.processors.descriptors.text import Statement, parse
 
 
-PROMPT = (
-    "Rewrite the text in other words and another order. Keep every number with its sign, every network and every "
-    "level exactly as they are. Add nothing. Answer with the rewritten text alone.\n\nText: {text}"
-)
+PROMPT = """Rewrite the text in other words. Keep every number with its sign, every network and every level as they \
+are. Add nothing, and answer with the rewritten text alone.
+
+Text: Signal amplitude of the control network is somewhat reduced (z = -1.31).
+Rewritten text: The control network shows a somewhat reduced signal amplitude, with a z-score of -1.31.
+
+Text: {text}
+Rewritten text:"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def rewrite(
     with tqdm(total=len(texts), desc="rewrites", unit="text") as progress:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            answers = _answers([prompt.format(text=texts[row]) for row in rows], model, tokenizer, temperature)
+            answers = _answers([texts[row] for row in rows], prompt, model, tokenizer, temperature)
             for row, answer in zip(rows, answers, strict=True):
                 problems = differences(statements[row], answer)
                 rewrites[row] = Rewrite(texts[row] if problems else answer, answer, problems)
@@ -72,15 +76,20 @@ def _statements(text: str) -> list[Statement]:
 
 @torch.no_grad()
 def _answers(
-    prompts: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float
+    texts: Sequence[str],
+    prompt: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float,
 ) -> list[str]:
+    prompts = [prompt.format(text=text) for text in texts]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is not None:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        chats = [[{"role": "user", "content": content}] for content in prompts]
         prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(
-        list(prompts),
+        prompts,
         padding=True,
         # what is generated has to follow the prompt at once
         padding_side="left",
@@ -92,8 +101,8 @@ def _answers(
     generated = model.generate(
         **inputs,
         **sampling,
-        # the prompt holds the text, and another wording of it is no longer
-        max_new_tokens=inputs["input_ids"].shape[1],
+        # what says the same takes about as many tokens
+        max_new_tokens=8 + 3 * max(map(len, tokenizer(list(texts))["input_ids"])) // 2,
         pad_token_id=tokenizer.pad_token_id,
     )
     answers = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

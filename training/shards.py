@@ -1,5 +1,6 @@
 """Parquet shards that are whole or not there at all, and the ledger of what they hold."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -74,6 +75,21 @@ class ShardStore:
             differences = ", ".join(f"{name} {before.get(name)} instead of {settings[name]}" for name in changed)
             raise ValueError(f"{self.output} was prepared with other settings, {differences}; choose another folder")
         return {line["shard"]: line["keys"] for line in map(json.loads, lines)}
+
+
+def content_version(shards: Sequence[Path]) -> str:
+    """
+    16 hexadecimal digits that change with what Parquet files hold (their footers: counts, sizes, value ranges). In a
+    card it keeps `datasets` from taking the cached rows of another folder of the same name for those of this one.
+    """
+    digest = hashlib.sha256()
+    for shard in sorted(shards):
+        with open(shard, "rb") as handle:
+            handle.seek(-8, os.SEEK_END)
+            length = int.from_bytes(handle.read(4), "little")
+            handle.seek(-8 - length, os.SEEK_END)
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
 
 
 def write_whole(path: Path, content: str | Callable[[Path], None]) -> None:

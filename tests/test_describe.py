@@ -1,0 +1,216 @@
+"""`fmrilm describe`: a corpus that is split by subject, true to its numbers, and the same after any interruption."""
+
+import csv
+import filecmp
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, load_dataset
+from typer.testing import CliRunner
+
+from fmrilm.processors.descriptors.cohort import Cohort
+from fmrilm.processors.descriptors.text import parse
+from fmrilm.training import describe
+from fmrilm.training.cli import app
+from fmrilm.training.collator import with_token_counts
+from fmrilm.training.corpus_source import load_source
+from fmrilm.training.describe import CorpusSettings, describe_dataset, question_chat
+from helpers import atlas, prepared
+
+
+PEOPLE = 6
+SETTINGS = CorpusSettings(test_share=0.34, statements=3, questions=4, shard_size=2)
+
+
+def write_manifest(folder: Path, people: int) -> Path:
+    """Noise scans of 60 frames of an atlas with 24 ROIs, their table and a manifest."""
+    of = atlas("net", 24)
+    with open(folder / "net.tsv", "w", newline="") as handle:
+        writer = csv.writer(handle, delimiter="\t")
+        writer.writerow(["index", "name", "hemisphere", "network", "x", "y", "z"])
+        for label, (name, network, place) in enumerate(zip(of.rois, of.networks, of.coordinates, strict=True), 1):
+            writer.writerow([label, name, "L", network, *place.tolist()])
+    with open(folder / "manifest.csv", "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["path", "subject", "tr", "handedness"])
+        for person in range(people):
+            np.save(folder / f"{person}.npy", prepared(f"p{person}", frames=60, of=of).signal)
+            writer.writerow([f"{person}.npy", f"p{person}", 2.0, "left" if person % 2 else "right"])
+    return folder / "manifest.csv"
+
+
+def command(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scans")
+    command("prepare", write_manifest(folder, PEOPLE), folder / "prepared", "--atlas", folder / "net.tsv")
+    return folder / "prepared"
+
+
+@pytest.fixture(scope="module")
+def corpus(scans: Path) -> Path:
+    describe_dataset(load_source(str(scans)), scans.parent / "corpus", SETTINGS)
+    return scans.parent / "corpus"
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def assert_equal_folders(first: Path, second: Path) -> None:
+    assert files(first) == files(second)
+    _, different, missing = filecmp.cmpfiles(first, second, map(str, files(first)), shallow=False)
+    assert not different and not missing
+
+
+def test_corpus_is_read_by_datasets_and_split_by_subject(corpus: Path) -> None:
+    loaded = load_dataset(str(corpus))
+    subjects = {split: set(rows["subject"]) for split, rows in loaded.items()}
+    assert len(subjects["train"]) == 4 and len(subjects["test"]) == 2
+    assert not subjects["train"] & subjects["test"]
+    row = loaded["train"][0]
+    assert row["handedness"] in ("left", "right") and np.asarray(row["signal"]).shape == (60, 24)
+
+
+def test_cohort_is_that_of_the_training_subjects_alone(corpus: Path) -> None:
+    cohort, training = Cohort.load(corpus / "cohort"), load_dataset(str(corpus), split="train")
+    values = np.array([[np.nan if v is None else v for v in row["descriptors"].values()] for row in training])
+    known = ~np.isnan(values).all(0)
+    assert cohort.subjects == 4 and known.sum() > 30
+    assert np.allclose(cohort.mean[known], np.nanmean(values[:, known], axis=0))
+
+
+def test_every_stated_number_is_the_cohorts(corpus: Path) -> None:
+    cohort, stated = Cohort.load(corpus / "cohort"), 0
+    for split in ("train", "test"):
+        for row in load_dataset(str(corpus), split=split):
+            values = np.array([np.nan if v is None else v for v in row["descriptors"].values()])
+            z_scores = dict(zip(cohort.names, cohort.z_scores(values), strict=True))
+            for name, _, z in parse(row["description"]):
+                assert z == pytest.approx(z_scores[name], abs=0.0051)
+                stated += 1
+    assert stated >= PEOPLE * 3
+
+
+def test_questions_are_answered_by_the_descriptors(corpus: Path) -> None:
+    cohort = Cohort.load(corpus / "cohort")
+    rows = load_dataset(str(corpus), split="train")
+    of_scan = {row["scan"]: row["descriptors"] for row in rows}
+    kinds = set()
+    for row in rows:
+        for question in row["questions"]:
+            kinds.add(question["kind"])
+            assert question["margin"] >= 0
+            values = [of_scan[scan][question["descriptors"][0]] for scan in question["scans"]]
+            if question["kind"] in ("above", "below"):
+                place = cohort.names.index(question["descriptors"][0])
+                low, high = cohort.quantiles[:, place]
+                above = values[0] > high if question["kind"] == "above" else values[0] < low
+                assert (question["answer"] == "yes") == bool(above)
+            if question["kind"] == "compare":
+                assert question["choices"].index(question["answer"]) == int(np.argmax(values))
+    assert len(kinds) >= 3
+
+
+def test_rows_become_prompts(corpus: Path, processor) -> None:
+    row = load_dataset(str(corpus), split="train")[0]
+    codes = np.zeros(8, int)
+    for chat in (row["messages"], *(question_chat(question) for question in row["questions"])):
+        scans = sum(block["type"] == "fmri" for message in chat for block in message["content"])
+        text = processor.apply_chat_template(with_token_counts(chat, [codes] * scans))["input_ids"]
+        pad = processor.tokenizer.convert_tokens_to_ids("<|fmri_pad|>")
+        assert (np.asarray(text) == pad).sum() == 8 * scans
+
+
+def failing(stop: int):
+    """`write_whole` that fails at its so-manieth call."""
+    calls, write = [], describe.write_whole
+
+    def wrapped(path, content) -> None:
+        calls.append(path)
+        if len(calls) == stop:
+            raise OSError("disk full")
+        write(path, content)
+
+    return wrapped
+
+
+def test_processes_and_interruptions_do_not_change_a_byte(scans: Path, corpus: Path, tmp_path, monkeypatch) -> None:
+    for output, options in ((tmp_path / "a" / "corpus", {"jobs": 2}), (tmp_path / "b" / "corpus", {})):
+        output.parent.mkdir()
+        if not options:
+            for stop in (2, 4, 6):
+                with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+                    patch.setattr(describe, "write_whole", failing(stop))
+                    describe_dataset(load_source(str(scans)), output, SETTINGS)
+                assert not output.exists()
+        describe_dataset(load_source(str(scans)), output, SETTINGS, **options)
+        assert_equal_folders(output, corpus)
+        assert [path.name for path in output.parent.iterdir()] == ["corpus"]
+
+
+def test_command_takes_a_cohort_fitted_before(scans: Path, corpus: Path, tmp_path) -> None:
+    command("describe", scans, tmp_path / "again", "--cohort", corpus / "cohort", "--test-share", 0.5)
+    assert_equal_folders(tmp_path / "again" / "cohort", corpus / "cohort")
+
+
+def test_scan_that_cannot_be_described_is_left_out_with_its_reason(tmp_path) -> None:
+    manifest = write_manifest(tmp_path, 4)
+    command("prepare", manifest, tmp_path / "prepared", "--atlas", tmp_path / "net.tsv")
+    source = load_source(str(tmp_path / "prepared"))
+    parts = {
+        name: rows.map(lambda row: {**row, "signal": [[1.0] * 24] * 60 if row["subject"] == "p1" else row["signal"]})
+        for name, rows in source.parts.items()
+    }
+    broken = describe.Source(source.name, parts, source.atlases, source.test_subjects)
+    outcome = describe_dataset(broken, tmp_path / "corpus", SETTINGS)
+    assert outcome.scans == 3 and list(outcome.left_out) == [1] and "constant" in outcome.left_out[1]
+    assert not any("p1" in rows["subject"] for rows in load_dataset(str(tmp_path / "corpus")).values())
+
+
+def test_card_names_nobody(corpus: Path) -> None:
+    card = (corpus / "README.md").read_text()
+    assert "p0" not in card and str(corpus.parent) not in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"test_share": 0.9}, "at least 2 training subjects to fit a cohort on, got 1"),
+        ({"test_share": 1.0}, "share of test subjects"),
+    ],
+)
+def test_split_without_a_cohort_is_refused(scans: Path, settings: dict, message: str, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        describe_dataset(load_source(str(scans)), tmp_path / "corpus", CorpusSettings(**settings))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_folder_that_exists_and_cohort_of_another_atlas_are_refused(scans: Path, corpus: Path, tmp_path) -> None:
+    source = load_source(str(scans))
+    with pytest.raises(ValueError, match="exists"):
+        describe_dataset(source, corpus, SETTINGS)
+    other = describe.Source(source.name, source.parts, {"net": atlas("net", 9)}, None)
+    with pytest.raises(ValueError, match="was fitted on scans of"):
+        describe_dataset(other, tmp_path / "corpus", SETTINGS, Cohort.load(corpus / "cohort"))
+
+
+def test_missing_columns_are_named(tmp_path) -> None:
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"signal": [[1.0]], "subject": ["a"]}).to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(ValueError, match="missing tr, atlas"):
+        load_source(str(tmp_path / "data"))
+
+
+def test_folders_of_one_name_are_not_taken_for_each_other(tmp_path) -> None:
+    for people in (3, 4):
+        folder = tmp_path / str(people)
+        folder.mkdir()
+        command("prepare", write_manifest(folder, people), folder / "prepared", "--atlas", folder / "net.tsv")
+        assert len(load_dataset(str(folder / "prepared"), "net", split="train")) == people
