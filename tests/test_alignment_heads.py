@@ -99,7 +99,8 @@ def test_domain_loss_reaches_the_codec_reversed_and_the_classifier_as_it_is(code
 
 
 def test_descent_matches_scans_with_their_texts(make_codec: MakeCodec) -> None:
-    codec = make_codec(text_hidden_size=12, alignment_size=5, quantizer="fsq", fsq_levels=[33, 33, 33])  # fine: scans must not round to one code
+    # fine levels: two scans must not round to the same codes
+    codec = make_codec(text_hidden_size=12, alignment_size=5, quantizer="fsq", fsq_levels=[33, 33, 33])
     inputs = batch()
     del inputs["descriptors"], inputs["word_embeddings"]
     codec.alignment.fit_texts(inputs["text_embeddings"])

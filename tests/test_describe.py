@@ -3,6 +3,7 @@
 import csv
 import filecmp
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,6 +173,26 @@ def test_scan_that_cannot_be_described_is_left_out_with_its_reason(tmp_path) -> 
     outcome = describe_dataset(broken, tmp_path / "corpus", SETTINGS)
     assert outcome.scans == 3 and list(outcome.left_out) == [1] and "constant" in outcome.left_out[1]
     assert not any("p1" in rows["subject"] for rows in load_dataset(str(tmp_path / "corpus")).values())
+
+
+def test_end_before_the_corpus_is_in_its_place_loses_nothing(scans: Path, corpus: Path, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(Path, "rename", Mock(side_effect=OSError("no space")))
+        describe_dataset(load_source(str(scans)), tmp_path / "corpus", SETTINGS)
+    describe_dataset(load_source(str(scans)), tmp_path / "corpus", SETTINGS)
+    assert_equal_folders(tmp_path / "corpus", corpus)
+
+
+def test_files_of_which_every_scan_is_left_out_do_not_spoil_the_corpus(tmp_path) -> None:
+    of = atlas("net", 24)
+    signals = [prepared(f"p{person}", frames=60, of=of).signal.tolist() for person in range(5)]
+    signals[0] = [[1.0] * 24] * 60
+    rows = {"signal": signals, "tr": [2.0] * 5, "atlas": ["net"] * 5, "subject": [f"p{person}" for person in range(5)]}
+    for tests, splits in (({"p0"}, {"train": 4}), ({"p1"}, {"train": 3, "test": 1})):
+        source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, tests)
+        output = tmp_path / str(len(splits))
+        describe_dataset(source, output, CorpusSettings(statements=3, questions=4, shard_size=1))
+        assert {split: len(found) for split, found in load_dataset(str(output)).items()} == splits
 
 
 def test_card_names_nobody(corpus: Path) -> None:

@@ -119,18 +119,22 @@ def describe_dataset(
     cohort, values, left_out = _measure(source, shards, work, cohort, jobs, scheduler)
     asked = _ask(source, shards, cohort, values, settings)
     writer = ShardWriter(source, cohort, values, asked, settings)
+    corpus = work / "corpus"
+    # `datasets` cannot read a file without rows
+    shards = [shard for shard in shards if not left_out.keys() >= set(shard.scans)]
+    if not shards:
+        raise ValueError(f"no scan could be described; the first: {next(iter(left_out.values()))}")
     for shard in tqdm(shards, desc="writing", unit="shard"):
-        if not (work / shard.file).exists():
+        if not (corpus / shard.file).exists():
             table = writer.table(shard, [scan for scan in shard.scans if scan not in left_out])
-            write_whole(work / shard.file, lambda path, table=table: pq.write_table(table, path))
-    rejection_rate = _rejection_rate(work, shards) if settings.rewrite else None
+            write_whole(corpus / shard.file, lambda path, table=table: pq.write_table(table, path))
+    rejection_rate = _rejection_rate(corpus, shards) if settings.rewrite else None
     outcome = Outcome(len(values) - len(left_out), left_out, rejection_rate)
-    cohort.save(work / COHORT)
-    write_whole(work / "README.md", _card(source, shards, work, cohort, fitted, outcome, settings))
-    shutil.rmtree(work / "descriptors")
-    for name in ("references.safetensors", "settings.json"):
-        (work / name).unlink(missing_ok=True)
-    work.rename(output)
+    cohort.save(corpus / COHORT)
+    write_whole(corpus / "README.md", _card(source, shards, corpus, cohort, fitted, outcome, settings))
+    # what a run goes on from lasts until the corpus is in its place
+    corpus.rename(output)
+    shutil.rmtree(work)
     return outcome
 
 
@@ -386,9 +390,9 @@ def _check_cohort(cohort: Cohort, atlases: dict[str, Atlas]) -> None:
             )
 
 
-def _rejection_rate(work: Path, shards: Sequence[Shard]) -> float:
+def _rejection_rate(corpus: Path, shards: Sequence[Shard]) -> float:
     """Share of the paragraphs whose rewrite was refused, over all shards, also those of a run before."""
-    tables = (pq.read_table(work / shard.file, columns=["rewritten"]) for shard in shards)
+    tables = (pq.read_table(corpus / shard.file, columns=["rewritten"]) for shard in shards)
     accepted = [value for table in tables for row in table["rewritten"].to_pylist() for value in row]
     return 1 - sum(accepted) / len(accepted)
 
@@ -396,7 +400,7 @@ def _rejection_rate(work: Path, shards: Sequence[Shard]) -> float:
 def _card(
     source: Source,
     shards: Sequence[Shard],
-    work: Path,
+    corpus: Path,
     cohort: Cohort,
     fitted: bool,
     outcome: Outcome,
@@ -415,7 +419,7 @@ def _card(
         )
     families = list(dict.fromkeys(FAMILIES[measure] for measure in cohort.measures))
     versions = {
-        config: content_version([work / shard.file for shard in shards if shard.config == config])
+        config: content_version([corpus / shard.file for shard in shards if shard.config == config])
         for config in source.parts
     }
     return corpus_card(source.name, cohort, fitted, counts, versions, families, len(outcome.left_out), rewriting)

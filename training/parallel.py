@@ -9,6 +9,7 @@ import joblib
 
 CONNECT_SECONDS = 20
 
+
 def run_parallel(
     function: Callable[..., Any], work: Iterable[tuple], jobs: int = 1, scheduler: str | None = None
 ) -> Iterator[Any]:
