@@ -18,6 +18,7 @@ from transformers import (
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMForConditionalGeneration
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
 from fmrilm.training.alignment import join
+from scan_rows import BACKBONES
 
 
 SENTENCES = [
@@ -128,6 +129,17 @@ def tiny_model(processor: FmriLMProcessor) -> Callable[..., FmriLMForConditional
         return join(build_tiny_codec(), language_model, processor).eval()
 
     return build
+
+
+@pytest.fixture(params=BACKBONES)
+def model(request, tiny_model: Callable[..., FmriLMForConditionalGeneration]) -> FmriLMForConditionalGeneration:
+    """The joint model on each backbone."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def llama(tiny_model: Callable[..., FmriLMForConditionalGeneration]) -> FmriLMForConditionalGeneration:
+    return tiny_model("llama")
 
 
 @pytest.fixture

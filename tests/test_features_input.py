@@ -1,25 +1,14 @@
 """The joint model on continuous features in place of codes."""
 
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from fmrilm import FmriLMConfig, FmriLMForConditionalGeneration
-from scan_rows import BACKBONES, LONG, SHORT, codes, ids, pad
+from scan_rows import LONG, SHORT, codes, ids, pad
 
 
 Model = FmriLMForConditionalGeneration
-
-
-@pytest.fixture(params=BACKBONES)
-def model(request, tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model(request.param)
-
-
-@pytest.fixture
-def llama(tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model("llama")
 
 
 @pytest.fixture

@@ -1,27 +1,16 @@
 """Forecasts and surprise: causal, independent of padding and batch-mates, in line with the model's own losses."""
 
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.steps_fmrilm import whole_steps
-from scan_rows import BACKBONES, LONG, SHORT
+from scan_rows import LONG, SHORT
 
 
 Model = FmriLMForConditionalGeneration
 BATCH = torch.tensor([LONG, SHORT + [-1] * 4])
-
-
-@pytest.fixture(params=BACKBONES)
-def model(request, tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model(request.param)
-
-
-@pytest.fixture
-def llama(tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model("llama")
 
 
 @pytest.fixture

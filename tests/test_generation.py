@@ -6,20 +6,10 @@ import pytest
 import torch
 
 from fmrilm import FmriLMForConditionalGeneration
-from scan_rows import BACKBONES, LONG, SHORT, choice_scores, codes, ids, pad
+from scan_rows import LONG, SHORT, choice_scores, codes, ids, pad
 
 
 Model = FmriLMForConditionalGeneration
-
-
-@pytest.fixture(params=BACKBONES)
-def model(request, tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model(request.param)
-
-
-@pytest.fixture
-def llama(tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model("llama")
 
 
 def test_one_token_at_a_time_equals_the_whole(model: Model) -> None:

@@ -1,7 +1,6 @@
 """The joint model: equal to its backbone on text, consistent over batches and padding, and its losses."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,16 +12,6 @@ from scan_rows import BACKBONES, LONG, SHORT, codes, ids, pad
 
 
 Model = FmriLMForConditionalGeneration
-
-
-@pytest.fixture(params=BACKBONES)
-def model(request, tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model(request.param)
-
-
-@pytest.fixture
-def llama(tiny_model: Callable[..., Model]) -> Model:
-    return tiny_model("llama")
 
 
 @pytest.mark.parametrize("tied", [True, False])
