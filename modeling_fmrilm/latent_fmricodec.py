@@ -4,17 +4,23 @@ import torch
 from torch import nn
 
 from .configuration_fmrilm import FmriCodecConfig
-from .layers_fmricodec import FmriCodecAttention, FmriCodecLayer
+from .layers_fmricodec import FmriCodecAttention, FmriCodecLayer, hiding
 
 
-def causal_mask(step_mask: torch.Tensor, tokens_per_step: int) -> torch.Tensor:
+def causal_mask(
+    steps: int, tokens_per_step: int, step_mask: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
     """
-    What tokens may see, bool [batch, 1, tokens, tokens]: their own step and earlier ones that hold data, by
-    step_mask [batch, steps]. A step of padding sees itself as well, as softmax needs something, but no other step
-    sees it.
+    What tokens may see, bool [batch or 1, 1, tokens, tokens]: their own step and earlier ones that hold data, by
+    step_mask [batch, steps] (None: all do). A step of padding sees itself as well, as softmax needs something, but no
+    other step sees it. None where everything may be seen.
     """
-    step = torch.arange(step_mask.shape[1] * tokens_per_step, device=step_mask.device) // tokens_per_step
+    if steps == 1:
+        return None
+    step = torch.arange(steps * tokens_per_step, device=device) // tokens_per_step
     past, own = step[None, :] < step[:, None], step[None, :] == step[:, None]
+    if step_mask is None:
+        return (past | own)[None, None]
     return (past & step_mask.repeat_interleave(tokens_per_step, dim=1)[:, None, :] | own)[:, None]
 
 
@@ -36,15 +42,17 @@ class LatentEncoder(nn.Module):
         """Tokens that hold data, bool [batch, tokens], by the ROIs that do [batch, steps, rois]."""
         return roi_mask.any(-1).repeat_interleave(len(self.queries), dim=1)
 
-    def forward(self, states: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor | None) -> torch.Tensor:
         """
         Encoder states [batch, tokens, hidden] of embedded patches [batch, steps, rois, hidden]; times [steps, hidden]:
-        embedding of each step.
+        embedding of each step; roi_mask bool [batch, steps, rois]: ROIs that hold data, None if all do.
         """
         batch, steps = states.shape[:2]
-        step_mask = roi_mask.any(-1)
-        # a step without data still needs something to attend to: its own zeros, masked out later
-        keys = (roi_mask | ~step_mask[..., None]).flatten(0, 1)[:, None, None, :]
+        step_mask = keys = None
+        if roi_mask is not None:
+            step_mask = roi_mask.any(-1)
+            # a step without data still needs something to attend to: its own zeros, masked out later
+            keys = (roi_mask | ~step_mask[..., None]).flatten(0, 1)[:, None, None, :]
         states = states.flatten(0, 1)
         for layer in self.roi_layers:
             states = layer(states, keys)
@@ -52,7 +60,7 @@ class LatentEncoder(nn.Module):
         for layer in self.read_layers:
             latents = layer(latents, keys, states)
         latents = (latents.unflatten(0, (batch, steps)) + times[:, None]).flatten(1, 2)
-        mask = causal_mask(step_mask, len(self.queries))
+        mask = causal_mask(steps, len(self.queries), step_mask, states.device)
         for layer in self.layers:
             latents = layer(latents, mask)
         return self.norm(latents)
@@ -80,7 +88,7 @@ class LatentDecoder(nn.Module):
         slots = len(self.slots)
         steps = states.shape[1] // slots
         states = (states.unflatten(1, (steps, -1)) + self.slots + times[:steps, None]).flatten(1, 2)
-        mask = causal_mask(token_mask[:, ::slots], slots)
+        mask = causal_mask(steps, slots, hiding(token_mask[:, ::slots]), states.device)
         for layer in self.layers:
             states = layer(states, mask)
         queries = self.write_norm(places)[:, None].expand(-1, steps, -1, -1).flatten(0, 1)

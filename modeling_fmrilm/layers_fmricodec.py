@@ -15,6 +15,14 @@ from .configuration_fmrilm import FmriCodecConfig
 COORDINATE_SCALE = 100.0
 
 
+def hiding(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask, or None where it hides nothing: attention without one is faster."""
+    # a compiled graph cannot look at values, and keeps the mask it was given
+    if mask is None or torch.compiler.is_compiling() or not mask.all():
+        return mask
+    return None
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
@@ -110,4 +118,4 @@ class FmriCodecCoordinates(nn.Module):
         return self.projection(features.to(self.projection.weight.dtype))
 
 
-__all__ = ["FmriCodecAttention", "FmriCodecCoordinates", "FmriCodecLayer"]
+__all__ = ["FmriCodecAttention", "FmriCodecCoordinates", "FmriCodecLayer", "hiding"]

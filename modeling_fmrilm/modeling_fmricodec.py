@@ -14,7 +14,7 @@ from .alignment_fmricodec import FmriCodecAlignment
 from .configuration_fmrilm import FmriCodecConfig
 from .fsq_fmrilm import FiniteScalarQuantizer
 from .latent_fmricodec import LatentDecoder, LatentEncoder
-from .layers_fmricodec import FmriCodecCoordinates
+from .layers_fmricodec import FmriCodecCoordinates, hiding
 from .quantization_fmrilm import VectorQuantizer
 from .roi_fmricodec import RoiDecoder, RoiEncoder
 
@@ -203,21 +203,25 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         expected, got = (batch, rois, 3), None if roi_coordinates is None else tuple(roi_coordinates.shape)
         if got != expected:
             raise ValueError(f"expected roi_coordinates of shape {expected}, got {got}")
-        if fmri_mask is None:
-            fmri_mask = torch.ones_like(fmri_values, dtype=torch.bool)
-        if fmri_mask.shape != fmri_values.shape:
-            raise ValueError(f"expected fmri_mask of shape {(batch, rois, time)}, got {tuple(fmri_mask.shape)}")
-        # a question about values would cut a compiled graph in two
-        if not torch.compiler.is_compiling() and not fmri_mask.flatten(1).any(-1).all():
-            raise ValueError("expected data in every scan of the batch, got a scan whose fmri_mask is all False")
+        if fmri_mask is not None:
+            if fmri_mask.shape != fmri_values.shape:
+                raise ValueError(f"expected fmri_mask of shape {(batch, rois, time)}, got {tuple(fmri_mask.shape)}")
+            # a question about values would cut a compiled graph in two
+            if not torch.compiler.is_compiling() and not fmri_mask.flatten(1).any(-1).all():
+                raise ValueError("expected data in every scan of the batch, got a scan whose fmri_mask is all False")
         steps = math.ceil(time / self.config.patch_length)
         if steps > self.config.max_steps:
             raise ValueError(f"expected at most max_steps={self.config.max_steps} steps, got {steps}")
         padding = (0, steps * self.config.patch_length - time)
-        values = F.pad(fmri_values.masked_fill(~fmri_mask, 0), padding).unflatten(-1, (steps, -1)).transpose(1, 2)
-        roi_mask = F.pad(fmri_mask, padding).unflatten(-1, (steps, -1)).any(-1).transpose(1, 2)
+        if fmri_mask is None:
+            encoder_mask, roi_mask = None, fmri_values.new_ones(batch, steps, rois, dtype=torch.bool)
+        else:
+            fmri_values = fmri_values.masked_fill(~fmri_mask, 0)
+            roi_mask = F.pad(fmri_mask, padding).unflatten(-1, (steps, -1)).any(-1).transpose(1, 2)
+            encoder_mask = hiding(roi_mask)
+        values = F.pad(fmri_values, padding).unflatten(-1, (steps, -1)).transpose(1, 2)
         states = self.patch_embedding(values.to(self.dtype)) + self.coordinates(roi_coordinates)[:, None]
-        states = self.encoder(states, self.encoder_steps[:steps], roi_mask)
+        states = self.encoder(states, self.encoder_steps[:steps], encoder_mask)
         return self.to_codebook(states), self.encoder.token_mask(roi_mask)
 
     def _signal(

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .configuration_fmrilm import FmriCodecConfig
-from .layers_fmricodec import FmriCodecLayer
+from .layers_fmricodec import FmriCodecLayer, hiding
 
 
 def key_mask(token_mask: torch.Tensor, steps: int) -> torch.Tensor:
@@ -26,11 +26,14 @@ class RoiLayers(nn.Module):
         self.layers = nn.ModuleList(FmriCodecLayer(config) for _ in range(layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, states: torch.Tensor, times: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        """states [batch, steps, rois, hidden] to [batch, tokens, hidden]; times [steps, hidden]: see the encoder."""
+    def forward(self, states: torch.Tensor, times: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        states [batch, steps, rois, hidden] to [batch, tokens, hidden]; times [steps, hidden]: embedding of each step;
+        token_mask bool [batch, tokens]: tokens that hold data, None if all do.
+        """
         steps = states.shape[1]
         states = (states + times[:, None]).flatten(1, 2)
-        mask = key_mask(token_mask, steps)
+        mask = None if token_mask is None else key_mask(token_mask, steps)
         for layer in self.layers:
             states = layer(states, mask, steps=steps)
         return self.norm(states)
@@ -44,12 +47,12 @@ class RoiEncoder(RoiLayers):
         """Tokens that hold data, bool [batch, tokens], by the ROIs that do [batch, steps, rois]."""
         return roi_mask.flatten(1)
 
-    def forward(self, states: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor | None) -> torch.Tensor:
         """
         Encoder states [batch, tokens, hidden] of embedded patches [batch, steps, rois, hidden]; times [steps, hidden]:
-        embedding of each step.
+        embedding of each step; roi_mask bool [batch, steps, rois]: ROIs that hold data, None if all do.
         """
-        return super().forward(states, times, self.token_mask(roi_mask))
+        return super().forward(states, times, None if roi_mask is None else self.token_mask(roi_mask))
 
 
 class RoiDecoder(RoiLayers):
@@ -73,7 +76,7 @@ class RoiDecoder(RoiLayers):
                 f"{states.shape[1]}"
             )
         states = states.unflatten(1, (-1, rois)) + places[:, None]
-        states = super().forward(states, times[: states.shape[1]], token_mask)
+        states = super().forward(states, times[: states.shape[1]], hiding(token_mask))
         return self.to_patch(states).unflatten(1, (-1, rois))
 
 
