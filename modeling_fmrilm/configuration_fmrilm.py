@@ -56,6 +56,7 @@ class FmriCodecConfig(PreTrainedConfig):
         num_roi_layers: layers in which the ROIs of one step attend to each other (latent layout).
         num_hidden_layers: encoder layers over all tokens, causal over steps.
         num_decoder_layers: decoder layers over the quantised tokens, causal over steps.
+        functions_per_token: functions of place through which each token of the latent layout reads and writes signals.
         num_frequencies: Fourier frequencies for each of the three MNI axes.
         max_steps: longest scan in steps.
         ema_decay, revival_threshold: codebook update; a code whose moving share of assignments falls under
@@ -85,6 +86,7 @@ class FmriCodecConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_decoder_layers: int = 12
     num_attention_heads: int = 12
+    functions_per_token: int = 16
     num_frequencies: int = 12
     max_steps: int = 256
     layer_norm_eps: float = 1e-6

@@ -1,10 +1,12 @@
 """Token layout "latent": each step of a scan is read into, and written from, a fixed number of slots."""
 
+import math
+
 import torch
 from torch import nn
 
 from .configuration_fmrilm import FmriCodecConfig
-from .layers_fmricodec import FmriCodecAttention, FmriCodecLayer, hiding
+from .layers_fmricodec import FmriCodecBasis, FmriCodecLayer, hiding
 
 
 def causal_mask(
@@ -26,12 +28,17 @@ def causal_mask(
 
 class LatentEncoder(nn.Module):
     """
-    Inside a step the ROIs attend to each other, then latent queries read them; a transformer that is causal over
-    steps mixes the latents.
+    The latents of a step start from its signals' projections on functions of place, and read the ROIs, which have
+    attended to each other; a transformer that is causal over steps mixes the latents.
     """
 
     def __init__(self, config: FmriCodecConfig):
         super().__init__()
+        self.patch_embedding = nn.Linear(config.patch_length, config.hidden_size)
+        # signed sums over all ROIs, which attention, a mean with positive weights, is slow to learn
+        self.basis = FmriCodecBasis(config)
+        self.functions = config.functions_per_token
+        self.from_projections = nn.Linear(self.functions * config.patch_length, config.hidden_size)
         self.roi_layers = nn.ModuleList(FmriCodecLayer(config) for _ in range(config.num_roi_layers))
         self.queries = nn.Parameter(torch.zeros(config.tokens_per_step, config.hidden_size))
         self.read_layers = nn.ModuleList(FmriCodecLayer(config, cross=True) for _ in range(2))
@@ -42,21 +49,27 @@ class LatentEncoder(nn.Module):
         """Tokens that hold data, bool [batch, tokens], by the ROIs that do [batch, steps, rois]."""
         return roi_mask.any(-1).repeat_interleave(len(self.queries), dim=1)
 
-    def forward(self, states: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, patches: torch.Tensor, places: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """
-        Encoder states [batch, tokens, hidden] of embedded patches [batch, steps, rois, hidden]; times [steps, hidden]:
-        embedding of each step; roi_mask bool [batch, steps, rois]: ROIs that hold data, None if all do.
+        Encoder states [batch, tokens, hidden] of patches [batch, steps, rois, patch_length], zero where there are no
+        data, at embedded places [batch, rois, hidden]; times [steps, hidden]: embedding of each step; roi_mask bool
+        [batch, steps, rois]: ROIs that hold data, None if all do.
         """
-        batch, steps = states.shape[:2]
+        batch, steps, rois = patches.shape[:3]
         step_mask = keys = None
         if roi_mask is not None:
             step_mask = roi_mask.any(-1)
             # a step without data still needs something to attend to: its own zeros, masked out later
             keys = (roi_mask | ~step_mask[..., None]).flatten(0, 1)[:, None, None, :]
-        states = states.flatten(0, 1)
+        states = (self.patch_embedding(patches) + places[:, None]).flatten(0, 1)
         for layer in self.roi_layers:
             states = layer(states, keys)
-        latents = self.queries.expand(batch * steps, -1, -1)
+        count = rois if roi_mask is None else roi_mask.sum(-1).clamp(min=1)[..., None, None]
+        projections = self.basis(places).mT[:, None] @ patches * (math.sqrt(self.functions) / count)
+        projections = projections.unflatten(2, (-1, self.functions)).flatten(3).flatten(0, 1)
+        latents = self.queries + self.from_projections(projections)
         for layer in self.read_layers:
             latents = layer(latents, keys, states)
         latents = (latents.unflatten(0, (batch, steps)) + times[:, None]).flatten(1, 2)
@@ -67,16 +80,19 @@ class LatentEncoder(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """A transformer over the latents, causal over steps, from which places in the brain read their patches."""
+    """
+    A transformer over the latents, causal over steps. Each latent weighs its functions of place, frame by frame; a
+    patch is their sum at its place.
+    """
 
     def __init__(self, config: FmriCodecConfig):
         super().__init__()
         self.slots = nn.Parameter(torch.zeros(config.tokens_per_step, config.hidden_size))
         self.layers = nn.ModuleList(FmriCodecLayer(config) for _ in range(config.num_decoder_layers))
-        self.write_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.write_attention = FmriCodecAttention(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.to_patch = nn.Linear(config.hidden_size, config.patch_length)
+        self.basis = FmriCodecBasis(config)
+        self.functions = config.functions_per_token
+        self.to_weights = nn.Linear(config.hidden_size, self.functions * config.patch_length)
 
     def forward(
         self, states: torch.Tensor, times: torch.Tensor, places: torch.Tensor, token_mask: torch.Tensor
@@ -91,11 +107,9 @@ class LatentDecoder(nn.Module):
         mask = causal_mask(steps, slots, hiding(token_mask[:, ::slots]), states.device)
         for layer in self.layers:
             states = layer(states, mask)
-        queries = self.write_norm(places)[:, None].expand(-1, steps, -1, -1).flatten(0, 1)
-        context = states.unflatten(1, (steps, -1)).flatten(0, 1)
-        # attention alone: each ROI is a coordinate-dependent mixture of what the slots hold
-        patches = self.to_patch(self.write_attention(queries, self.norm(context), None))
-        return patches.unflatten(0, (-1, steps))
+        weights = self.to_weights(self.norm(states)).unflatten(-1, (self.functions, -1))
+        weights = weights.flatten(1, 2).unflatten(1, (steps, -1))
+        return self.basis(places)[:, None] @ weights / math.sqrt(weights.shape[2])
 
 
 __all__ = ["LatentDecoder", "LatentEncoder"]

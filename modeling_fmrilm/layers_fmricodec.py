@@ -102,6 +102,22 @@ class FmriCodecLayer(GradientCheckpointingLayer):
         return states + self.mlp(self.mlp_norm(states))
 
 
+class FmriCodecBasis(nn.Module):
+    """Functions of place, [..., functions] at embedded places [..., hidden]: weights of either sign for each ROI."""
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            nn.GELU(),
+            nn.Linear(config.intermediate_size, config.tokens_per_step * config.functions_per_token),
+        )
+
+    def forward(self, places: torch.Tensor) -> torch.Tensor:
+        return self.layers(places)
+
+
 class FmriCodecCoordinates(nn.Module):
     """Fourier features of MNI coordinates [..., 3] in mm, projected to [..., hidden]: any parcellation has them."""
 
@@ -118,4 +134,4 @@ class FmriCodecCoordinates(nn.Module):
         return self.projection(features.to(self.projection.weight.dtype))
 
 
-__all__ = ["FmriCodecAttention", "FmriCodecCoordinates", "FmriCodecLayer", "hiding"]
+__all__ = ["FmriCodecAttention", "FmriCodecBasis", "FmriCodecCoordinates", "FmriCodecLayer", "hiding"]

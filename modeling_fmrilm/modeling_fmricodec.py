@@ -79,7 +79,6 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
     def __init__(self, config: FmriCodecConfig):
         super().__init__(config)
         latent = config.token_layout == "latent"
-        self.patch_embedding = nn.Linear(config.patch_length, config.hidden_size)
         self.coordinates = FmriCodecCoordinates(config)
         self.encoder_steps = nn.Parameter(torch.zeros(config.max_steps, config.hidden_size))
         self.encoder = LatentEncoder(config) if latent else RoiEncoder(config)
@@ -219,9 +218,8 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             fmri_values = fmri_values.masked_fill(~fmri_mask, 0)
             roi_mask = F.pad(fmri_mask, padding).unflatten(-1, (steps, -1)).any(-1).transpose(1, 2)
             encoder_mask = hiding(roi_mask)
-        values = F.pad(fmri_values, padding).unflatten(-1, (steps, -1)).transpose(1, 2)
-        states = self.patch_embedding(values.to(self.dtype)) + self.coordinates(roi_coordinates)[:, None]
-        states = self.encoder(states, self.encoder_steps[:steps], encoder_mask)
+        patches = F.pad(fmri_values, padding).unflatten(-1, (steps, -1)).transpose(1, 2).to(self.dtype)
+        states = self.encoder(patches, self.coordinates(roi_coordinates), self.encoder_steps[:steps], encoder_mask)
         return self.to_codebook(states), self.encoder.token_mask(roi_mask)
 
     def _signal(

@@ -42,16 +42,21 @@ class RoiLayers(nn.Module):
 class RoiEncoder(RoiLayers):
     def __init__(self, config: FmriCodecConfig):
         super().__init__(config, config.num_hidden_layers)
+        self.patch_embedding = nn.Linear(config.patch_length, config.hidden_size)
 
     def token_mask(self, roi_mask: torch.Tensor) -> torch.Tensor:
         """Tokens that hold data, bool [batch, tokens], by the ROIs that do [batch, steps, rois]."""
         return roi_mask.flatten(1)
 
-    def forward(self, states: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, patches: torch.Tensor, places: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """
-        Encoder states [batch, tokens, hidden] of embedded patches [batch, steps, rois, hidden]; times [steps, hidden]:
-        embedding of each step; roi_mask bool [batch, steps, rois]: ROIs that hold data, None if all do.
+        Encoder states [batch, tokens, hidden] of patches [batch, steps, rois, patch_length] at embedded places
+        [batch, rois, hidden]; times [steps, hidden]: embedding of each step; roi_mask bool [batch, steps, rois]: ROIs
+        that hold data, None if all do.
         """
+        states = self.patch_embedding(patches) + places[:, None]
         return super().forward(states, times, None if roi_mask is None else self.token_mask(roi_mask))
 
 

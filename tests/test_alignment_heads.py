@@ -11,7 +11,7 @@ from fmrilm.alignment_fmricodec import GradientReversal, reversal_strength, sigl
 
 
 MakeCodec = Callable[..., FmriCodecModel]
-ENCODER = {"patch_embedding", "coordinates", "encoder", "encoder_steps", "to_codebook"}
+ENCODER = {"coordinates", "encoder", "encoder_steps", "to_codebook"}
 DECODER = {"from_codebook", "decoder", "decoder_steps"}
 GRADIENT_REACHES = {
     "reconstruction_loss": ENCODER | DECODER,

@@ -56,6 +56,7 @@ class CodecArguments:
     language_model: str | None = field(
         default=None, metadata={"help": "Frozen language model of the alignment losses: a folder or any Hub id."}
     )
+    descriptor_weight: float = field(default=1.0, metadata={"help": "Of the descriptors' regression."})
     alignment_weight: float = 1.0
     domain_weight: float = field(default=0.5, metadata={"help": "0 leaves the domain loss out."})
     described_mixtures: int = field(
@@ -119,7 +120,14 @@ def prepare(args: CodecArguments) -> CodecData:
             f"expected subjects to train and to evaluate on, got {len(training)} and {len(held_out)} scans with "
             f"held_out_share={args.held_out_share}"
         )
-    windows = cut_windows(training, args.window_length, args.window_length // 4)
+    return codec_data(training, held_out, args.window_length, args.window_stride)
+
+
+def codec_data(
+    training: Sequence[PreparedScan], held_out: Sequence[PreparedScan], window_length: int, window_stride: int
+) -> CodecData:
+    """Scans of two sets of people, and the cohort that the first of them make."""
+    windows = cut_windows(training, window_length, window_length // 4)
     cohort = Cohort.fit(
         "the codec's training subjects",
         CORE_MEASURES,
@@ -127,7 +135,7 @@ def prepare(args: CodecArguments) -> CodecData:
         subjects=len({(scan.dataset, scan.subject) for scan in training}),
         atlases=[scan.atlas for scan in training],
     )
-    return CodecData(training, held_out, cohort, args.window_length, args.window_stride)
+    return CodecData(list(training), list(held_out), cohort, window_length, window_stride)
 
 
 def codec_config(args: CodecArguments, text_hidden_size: int | None) -> FmriCodecConfig:
@@ -144,6 +152,7 @@ def codec_config(args: CodecArguments, text_hidden_size: int | None) -> FmriCode
         max_steps=max(32, -(-args.window_length // args.patch_length)),
         descriptor_names=list(CORE_NAMES),
         text_hidden_size=text_hidden_size,
+        descriptor_weight=args.descriptor_weight,
         alignment_weight=args.alignment_weight,
         domain_weight=args.domain_weight,
     )
