@@ -57,6 +57,7 @@ class FmriCodecConfig(PreTrainedConfig):
         num_hidden_layers: encoder layers over all tokens, causal over steps.
         num_decoder_layers: decoder layers over the quantised tokens, causal over steps.
         functions_per_token: functions of place through which each token of the latent layout reads and writes signals.
+        num_roi_groups: groups of ROIs whose mean series tell the latent layout, as products, how they are connected.
         num_frequencies: Fourier frequencies for each of the three MNI axes.
         max_steps: longest scan in steps.
         ema_decay, revival_threshold: codebook update; a code whose moving share of assignments falls under
@@ -87,6 +88,7 @@ class FmriCodecConfig(PreTrainedConfig):
     num_decoder_layers: int = 12
     num_attention_heads: int = 12
     functions_per_token: int = 16
+    num_roi_groups: int = 24
     num_frequencies: int = 12
     max_steps: int = 256
     layer_norm_eps: float = 1e-6

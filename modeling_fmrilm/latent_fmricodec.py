@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .configuration_fmrilm import FmriCodecConfig
+from .connectivity_fmricodec import FmriCodecConnectivity
 from .layers_fmricodec import FmriCodecBasis, FmriCodecLayer, hiding
 
 
@@ -29,7 +30,8 @@ def causal_mask(
 class LatentEncoder(nn.Module):
     """
     The latents of a step start from its signals' projections on functions of place, and read the ROIs, which have
-    attended to each other; a transformer that is causal over steps mixes the latents.
+    attended to each other; with the connectivity of the projections they go through a transformer that is causal
+    over steps.
     """
 
     def __init__(self, config: FmriCodecConfig):
@@ -39,6 +41,7 @@ class LatentEncoder(nn.Module):
         self.basis = FmriCodecBasis(config)
         self.functions = config.functions_per_token
         self.from_projections = nn.Linear(self.functions * config.patch_length, config.hidden_size)
+        self.connectivity = FmriCodecConnectivity(config)
         self.roi_layers = nn.ModuleList(FmriCodecLayer(config) for _ in range(config.num_roi_layers))
         self.queries = nn.Parameter(torch.zeros(config.tokens_per_step, config.hidden_size))
         self.read_layers = nn.ModuleList(FmriCodecLayer(config, cross=True) for _ in range(2))
@@ -68,11 +71,12 @@ class LatentEncoder(nn.Module):
             states = layer(states, keys)
         count = rois if roi_mask is None else roi_mask.sum(-1).clamp(min=1)[..., None, None]
         projections = self.basis(places).mT[:, None] @ patches * (math.sqrt(self.functions) / count)
+        connectivity = self.connectivity(patches, places, roi_mask)
         projections = projections.unflatten(2, (-1, self.functions)).flatten(3).flatten(0, 1)
         latents = self.queries + self.from_projections(projections)
         for layer in self.read_layers:
             latents = layer(latents, keys, states)
-        latents = (latents.unflatten(0, (batch, steps)) + times[:, None]).flatten(1, 2)
+        latents = (latents.unflatten(0, (batch, steps)) + times[:, None] + connectivity).flatten(1, 2)
         mask = causal_mask(steps, len(self.queries), step_mask, states.device)
         for layer in self.layers:
             latents = layer(latents, mask)

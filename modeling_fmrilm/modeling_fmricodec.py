@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .alignment_fmricodec import FmriCodecAlignment
 from .configuration_fmrilm import FmriCodecConfig
+from .connectivity_fmricodec import FmriCodecConnectivity
 from .fsq_fmrilm import FiniteScalarQuantizer
 from .latent_fmricodec import LatentDecoder, LatentEncoder
 from .layers_fmricodec import FmriCodecCoordinates, hiding
@@ -59,7 +60,7 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
             init.copy_(module.codebook, module.initial_codebook())
             init.zeros_(module.usage)
             init.zeros_(module.started)
-        elif isinstance(module, FmriCodecAlignment):
+        elif isinstance(module, FmriCodecAlignment | FmriCodecConnectivity):
             module.init_weights()
         elif isinstance(module, FmriCodecModel):
             embeddings = [module.encoder_steps, module.decoder_steps]

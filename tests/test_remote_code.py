@@ -28,6 +28,7 @@ AUTO_CLASSES = {
 CODEC_FILES = {
     "alignment_fmricodec.py",
     "configuration_fmrilm.py",
+    "connectivity_fmricodec.py",
     "fsq_fmrilm.py",
     "latent_fmricodec.py",
     "layers_fmricodec.py",
