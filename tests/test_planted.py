@@ -201,6 +201,8 @@ def test_stopped_cohort_goes_on_and_others_are_refused(scans, tmp_path) -> None:
     assert [key for line in ledger for key in line["keys"]] == [f"planted-{number:05d}" for number in range(5)]
     with pytest.raises(ValueError, match="planted_effect 2.0 instead of 1.0"):
         write_planted(folder, PlantedCohort(scans, 5, 1.0, frames=32))
+    with pytest.raises(ValueError, match="planted_source_scans 8 instead of 7"):
+        write_planted(folder, PlantedCohort(scans[1:], 5, frames=32))
     with pytest.raises(ValueError, match="a folder with 'planted' in its name, got 'cohort'"):
         write_planted(tmp_path / "cohort", PlantedCohort(scans, 5))
     assert not (tmp_path / "cohort").exists()
