@@ -71,12 +71,12 @@ def alignment_dataset(
     """
     rng = np.random.default_rng(seed)
     made = []
-    for index in draw(len(codes), rows, rng):
+    for index in _draw(len(codes), rows, rng):
         kind = rng.choice(3, p=weights)
         if kind == 2:
-            made.append(row(text=excerpt(texts[rng.integers(len(texts))], TEXT_WORDS, rng)))
+            made.append(_row(text=excerpt(texts[rng.integers(len(texts))], TEXT_WORDS, rng)))
         else:
-            made.append(row([codes[index]], [] if kind else describing_chat(levels[index], statements, rng)))
+            made.append(_row(codes[index], [] if kind else describing_chat(levels[index], statements, rng)))
     return Dataset.from_list(made, features=FEATURES)
 
 
@@ -95,22 +95,21 @@ def instruction_dataset(
     """
     rng = np.random.default_rng(seed)
     made = []
-    for index in draw(len(codes), rows, rng):
+    for index in _draw(len(codes), rows, rng):
         paradigm = rng.choice(3, p=weights)
         if paradigm == 2:
             chat = describing_chat(levels[index], statements, rng)
         else:
             chat = question_chat(levels[index], 1 if paradigm == 0 else questions, rng)
-        made.append(row([codes[index]], chat))
+        made.append(_row(codes[index], chat))
     return Dataset.from_list(made, features=FEATURES)
 
 
-def draw(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray:
+def _draw(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray:
     """Each window once before any comes again."""
     rounds = [rng.permutation(windows) for _ in range(-(-rows // windows))]
     return np.concatenate(rounds)[:rows]
 
 
-def row(codes: Sequence[np.ndarray] = (), chat: Sequence[dict] = (), text: str | None = None) -> dict:
-    """A row of `FEATURES`: the codes [tokens] of each scan, in the order of their blocks in the chat."""
-    return {"messages": list(chat), "codes": [scan.tolist() for scan in codes], "text": text}
+def _row(codes: np.ndarray | None = None, chat: Sequence[dict] = (), text: str | None = None) -> dict:
+    return {"messages": list(chat), "codes": [] if codes is None else [codes.tolist()], "text": text}
