@@ -25,6 +25,17 @@ accelerate launch -m fmrilm.training.sft_program \\
     --output_dir runs/sft
 ```
 
+# Questions about labels alone, of packaged tasks or a YAML file of your own
+```bash
+accelerate launch -m fmrilm.training.sft_program \\
+    --config training/configs/sft.yaml \\
+    --model_name_or_path runs/alignment/model \\
+    --data data/prepared \\
+    --tasks sex age_group mytask.yaml \\
+    --use_peft \\
+    --output_dir runs/sft
+```
+
 # Full tuning
 ```bash
 accelerate launch -m fmrilm.training.sft_program \\
@@ -59,11 +70,21 @@ class SftArguments(ScanArguments):
     merge_adapter: bool = field(
         default=False, metadata={"help": "Merge the adapter of the model into it first, instead of tuning it further."}
     )
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tasks that ask about labels: names of packaged ones, or YAML files."},
+    )
     row_weights: list[float] = field(
         default_factory=lambda: [0.1, 0.8, 0.1],
-        metadata={"help": "Of one question, several questions in one conversation, and an open-ended description."},
+        metadata={"help": "Of one question, several questions in one conversation, and an open-ended request."},
     )
     questions: int = field(default=6, metadata={"help": "Questions in one conversation, at most."})
+    source_share: float = field(
+        default=0.0, metadata={"help": "Of the chats that begin with what is known of the study (Task.about)."}
+    )
+    description_share: float = field(
+        default=0.0, metadata={"help": "Of the chats about labels that begin with the scan's description."}
+    )
 
 
 def main(command_line: list[str] | None = None) -> Path:
@@ -82,14 +103,19 @@ def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args
     from .checkpoints import last_checkpoint
     from .collator import RowCollator, encode_dataset
     from .corpus import load_scans
-    from .corpus_chats import instruction_rows
+    from .corpus_chats import described_windows
     from .model_folder import base_of, load_model
     from .programs import encode_both, keep_base, quantization, train_and_save, trainable
     from .sft import FmriLMSFTTrainer
+    from .task_chats import task_dataset
+    from .tasks import load_task
 
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("expected model_name_or_path, a folder or Hub id of a joint model or an adapter, got none")
+    if script_args.corpus is None and not script_args.tasks:
+        raise ValueError("expected tasks or a corpus to take questions from, got neither")
+    tasks = [load_task(task) for task in script_args.tasks]
     set_seed(training_args.seed)
     last = last_checkpoint(Path(training_args.output_dir))
     scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share, training_args.seed)
@@ -104,8 +130,17 @@ def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args
         keep_base(model, training_args, last)
 
     def rows(of, count, seed):
-        drawn = instruction_rows(
-            of, count, script_args.row_weights, script_args.questions, script_args.paragraphs, seed
+        about, codes = described_windows(of, script_args.paragraphs, seed)
+        drawn = task_dataset(
+            about,
+            codes,
+            tasks,
+            count,
+            script_args.questions,
+            script_args.row_weights,
+            seed,
+            script_args.source_share,
+            script_args.description_share,
         )
         return encode_dataset(drawn, processor)
 
