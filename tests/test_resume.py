@@ -15,7 +15,6 @@ from fmrilm.training.checkpoints import SEAL, is_whole, last_checkpoint, remove_
 from program_runs import assert_equal_weights, checkpoints, in_process, run, wait_for
 
 
-
 @pytest.fixture(scope="module")
 def uninterrupted(program_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs of the three stages."""

@@ -44,6 +44,8 @@ class FmriLMSFTConfig(SFTConfig):
 def _fit(args: TrainingArguments) -> None:
     from .trainer import half_precision
 
+    if args.push_to_hub:
+        raise ValueError("expected push_to_hub false: `fmrilm push OUTPUT_DIR/model` checks a finished model first")
     # the collators read columns that no model's signature names
     args.remove_unused_columns = False
     if args.bf16 is None:

@@ -195,3 +195,7 @@ def main(command_line: list[str] | None = None) -> None:
     trainer.save_model(str(Path(training_args.output_dir) / "model"))
     trainer.evaluate()
     trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()

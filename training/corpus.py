@@ -55,10 +55,9 @@ def load_scans(data: str | None, corpus: str | None, held_out_share: float, seed
 
 
 def _corpus_rows(corpus: str) -> tuple[list[Dataset], list[Dataset]]:
-    try:
-        configs = [load_dataset(corpus, config) for config in get_dataset_config_names(corpus)]
-    except FileNotFoundError as error:
-        raise ValueError(f"expected a folder that `fmrilm describe` wrote, got {corpus!r}: {error}") from error
+    if not Path(corpus, "README.md").is_file():
+        raise ValueError(f"expected a folder that `fmrilm describe` wrote, got {corpus!r}")
+    configs = [load_dataset(corpus, config) for config in get_dataset_config_names(corpus)]
     if any("questions" not in rows.column_names for splits in configs for rows in splits.values()):
         raise ValueError(f"expected a folder that `fmrilm describe` wrote, got one without questions: {corpus!r}")
     training, test = ([splits[name] for splits in configs if name in splits] for name in ("train", "test"))

@@ -69,11 +69,6 @@ def _windows(
     signal, _ = extractor.prepare_signal(scan, atlas=atlas)
     present = ~np.isnan(signal).any(0)
     length = min(extractor.window_length, len(signal) // extractor.patch_length * extractor.patch_length)
-    if not length or not present.any():
-        raise ValueError(
-            f"expected scans of at least one step of {extractor.patch_length} frames with data, got one of "
-            f"{len(signal)} frames and {present.sum()} ROIs"
-        )
     return [
         {
             "signal": signal[first : first + length, present],
