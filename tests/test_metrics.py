@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
 from fmrilm.training import metrics
-from fmrilm.training.metrics import UNPARSED, bootstrap
+from fmrilm.training.metrics import UNPARSED, Answers, bootstrap
 
 
 def answers_of(seed: int, rows: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -102,9 +102,34 @@ def test_draws_without_a_class_are_left_out_and_counted() -> None:
 
 def test_a_metric_that_is_never_defined_has_neither_value_nor_interval() -> None:
     truth = np.zeros(3, int)
-    found = metrics.classification_metrics(truth, truth, np.full((3, 2), 0.5), np.arange(3), draws=20)
-    assert found["roc_auc"].to_dict() == {"value": None, "interval": None, "draws": 20, "undefined_draws": 20}
-    assert found["accuracy"].value == 1
+    found = metrics.statistics(truth, [Answers(truth, np.full((3, 2), 0.5))])
+    estimate = bootstrap(found["roc_auc"], np.arange(3), draws=20)
+    assert estimate.to_dict() == {"value": None, "interval": None, "draws": 20, "undefined_draws": 20}
+    assert bootstrap(found["accuracy"], np.arange(3), draws=20).value == 1
+
+
+def test_statistics_are_means_over_the_draws_of_training_subjects() -> None:
+    truth = np.array([0, 1, 0, 1])
+    found = metrics.statistics(truth, [Answers(truth), Answers(1 - truth), Answers(np.zeros(4, int))])
+    assert sorted(found) == ["accuracy", "balanced_accuracy", "f1"]
+    assert found["accuracy"](np.ones(4)) == pytest.approx(0.5)
+    numbers = metrics.statistics(truth.astype(float), [Answers(values=truth + 2.0), Answers(values=truth + 4.0)])
+    assert numbers["mean_absolute_error"](np.ones(4)) == 3
+
+
+def test_differences_are_drawn_with_the_same_subjects() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(2, size=60)
+    answers = np.where(rng.uniform(size=60) < 0.6, truth, 1 - truth)
+    # wrong on the same subjects and on one more: they differ by one row in each draw that has it
+    worse = answers.copy()
+    worse[0] = 1 - truth[0]
+    answers[0] = truth[0]
+    own, other = (metrics.statistics(truth, [Answers(classes)])["accuracy"] for classes in (answers, worse))
+    difference = bootstrap(metrics.minus(own, other), np.arange(60))
+    assert difference.value == pytest.approx(1 / 60) and 0 <= difference.interval[0] < difference.interval[1] <= 4 / 60
+    rows = np.arange(60) < 20
+    assert metrics.among(own, rows)(np.ones(60)) == np.mean(answers[:20] == truth[:20])
 
 
 def test_large_tables_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ Every metric takes arrays over rows (one answer each) and `weights` [..., rows],
 where the rows that count do not define it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,25 @@ CALIBRATION_BINS = 10
 UNPARSED = -1
 # cells of weights held at a time
 CHUNK = 20_000_000
+# weights [..., rows] to values [...], NaN where undefined
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """
+    Answers to rows of questions: classes int [rows], `UNPARSED` where there is none, and perhaps probabilities
+    [rows, classes]; or values float [rows].
+    """
+
+    classes: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    values: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> "Answers":
+        """The answers in other places: those to `rows` int [rows]."""
+        kinds = (self.classes, self.probabilities, self.values)
+        return Answers(*(None if kind is None else kind[rows] for kind in kinds))
 
 
 @dataclass(frozen=True)
@@ -42,13 +61,12 @@ class Estimate:
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], subjects: np.ndarray, draws: int = BOOTSTRAPS, seed: int = 0
+    statistic: Statistic, subjects: np.ndarray, draws: int = BOOTSTRAPS, seed: int = 0
 ) -> Estimate:
     """
     A statistic and its percentile interval when subjects are drawn with replacement, each with all of its rows.
 
     Args:
-        statistic: weights [..., rows] to values [...], NaN where undefined.
         subjects: whose each row is, [rows].
     """
     names, rows = np.unique(np.asarray(subjects), return_inverse=True)
@@ -156,37 +174,40 @@ def pearson_r(truth: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.
     return _ratio(covariance, np.where(varies, np.sqrt(np.abs(variances[0] * variances[1])), 0))
 
 
-def classification_metrics(
-    truth: np.ndarray,
-    answers: np.ndarray,
-    probabilities: np.ndarray | None,
-    subjects: np.ndarray,
-    draws: int = BOOTSTRAPS,
-    seed: int = 0,
-) -> dict[str, Estimate]:
+def statistics(truth: np.ndarray, draws: Sequence[Answers]) -> dict[str, Statistic]:
     """
-    All metrics of answers int [rows] (`UNPARSED` where there was none), those of probabilities [rows, classes] where
-    there are any. All are drawn with the same subjects.
+    All metrics that the answers have; of several draws of training subjects, which answered the same rows, the mean.
+    truth: int [rows] class, or float [rows].
     """
-    statistics = {
-        "accuracy": lambda weights: accuracy(truth, answers, weights),
-        "balanced_accuracy": lambda weights: balanced_accuracy(truth, answers, weights),
-        "f1": lambda weights: macro_f1(truth, answers, weights),
-    }
-    if probabilities is not None:
-        statistics["roc_auc"] = lambda weights: roc_auc(truth, probabilities, weights)
-        statistics["calibration_error"] = lambda weights: calibration_error(truth, probabilities, weights)
-    return {name: bootstrap(statistic, subjects, draws, seed) for name, statistic in statistics.items()}
+    first = draws[0]
+    if first.values is not None:
+        found = {"mean_absolute_error": ("values", mean_absolute_error), "pearson_r": ("values", pearson_r)}
+    else:
+        found = {
+            "accuracy": ("classes", accuracy),
+            "balanced_accuracy": ("classes", balanced_accuracy),
+            "f1": ("classes", macro_f1),
+        }
+    if first.probabilities is not None:
+        found |= {
+            "roc_auc": ("probabilities", roc_auc),
+            "calibration_error": ("probabilities", calibration_error),
+        }
+
+    def mean_over_draws(kind: str, metric: Callable) -> Statistic:
+        return lambda weights: np.mean([metric(truth, getattr(draw, kind), weights) for draw in draws], 0)
+
+    return {name: mean_over_draws(kind, metric) for name, (kind, metric) in found.items()}
 
 
-def regression_metrics(
-    truth: np.ndarray, values: np.ndarray, subjects: np.ndarray, draws: int = BOOTSTRAPS, seed: int = 0
-) -> dict[str, Estimate]:
-    statistics = {
-        "mean_absolute_error": lambda weights: mean_absolute_error(truth, values, weights),
-        "pearson_r": lambda weights: pearson_r(truth, values, weights),
-    }
-    return {name: bootstrap(statistic, subjects, draws, seed) for name, statistic in statistics.items()}
+def among(statistic: Statistic, rows: np.ndarray) -> Statistic:
+    """The statistic of some rows alone, bool [rows]."""
+    return lambda weights: statistic(weights * rows)
+
+
+def minus(statistic: Statistic, other: Statistic) -> Statistic:
+    """The difference of two statistics when the same subjects are drawn for both."""
+    return lambda weights: statistic(weights) - other(weights)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
