@@ -116,7 +116,7 @@ def evaluate_scans(
         "choices": task.choice_words,
         "unit": task.unit,
         "data": _counts(task, scans, splits),
-        "settings": asdict(protocol),
+        "settings": json.loads(json.dumps(asdict(protocol))),
         "methods": _joined(task, scans, splits, made, protocol),
     }
 
@@ -300,7 +300,8 @@ def _joined(
     """Metrics of each method and number of shots over the test rows of all folds."""
     rows = np.concatenate([split.test for split in splits])
     # within a fold: what answers about the other one's scan has learned from neither of the two
-    groups = np.concatenate([[f"{fold} {scans.groups[row]}" for row in split.test] for fold, split in enumerate(splits)])
+    folds = np.concatenate([np.full(len(split.test), fold) for fold, split in enumerate(splits)])
+    groups = [f"{fold} {group}" for fold, group in zip(folds, scans.groups[rows], strict=True)]
     swapped = swap_scans(scans.subjects[rows], groups, protocol.seed)
     answered = []
     for method, shots in dict.fromkeys((arm.method, arm.shots) for arm in made):
@@ -308,7 +309,7 @@ def _joined(
         for arm, kept in made.items():
             if (arm.method, arm.shots) == (method, shots):
                 by_draw[arm.draw].append(kept)
-        draws = [{key: np.concatenate([kept[key] for kept in folds]) for key in folds[0]} for folds in by_draw.values()]
+        draws = [{key: np.concatenate([fold[key] for fold in draw]) for key in draw[0]} for draw in by_draw.values()]
         failures = sum(int(draw["failures"].sum()) for draw in draws) if "failures" in draws[0] else None
         answered.append(Answered(method, shots, "", [_answers(draw) for draw in draws], failures))
         if "uncalibrated" in draws[0]:
