@@ -147,7 +147,7 @@ def test_every_scan_is_asked_about_before_any_again() -> None:
 def test_tuning_learns_the_answers_and_leaves_the_model_as_it_was(llama, processor, rank: int | None) -> None:
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     codes, answers = [scan[None] for scan in SCANS[:2]], ["younger", "the older"]
-    tuned = tune(llama, processor, GROUP, codes, answers, Tuning(12, 4, 2e-2, rank), seed=0)
+    tuned = tune(llama, processor, GROUP, codes, answers, Tuning(12, 12, 4, 2e-2, rank), seed=0)
     words = [*answers, "person", "scan", "default"]
     untuned, learned = (
         np.exp(score_scans(each, processor, GROUP.questions[0], words, SCANS[:2]))[:, :2].sum(1)
@@ -175,13 +175,14 @@ def test_the_model_stands_beside_baselines_and_swapped_scans(cohort, saved, tmp_
         shots=(0, 2, FULL),
         draws=2,
         methods=evaluate_program.METHODS,
-        tuning=Tuning(1, 2),
+        tuning=Tuning(1),
     )
     output = tmp_path / "results"
     results = evaluate(saved, cohort, write_task(GROUP, tmp_path), output, protocol)
     found = {(entry["method"], entry["shots"], entry["variant"]): entry for entry in results["methods"]}
-    for method in ("lora", "context", "probe", "connectivity", "majority"):
+    for method in ("tuned", "probe", "connectivity", "majority"):
         assert found[method, 2, ""]["draws"] == 2 and found[method, FULL, ""]["draws"] == 1
+    assert found["context", 2, ""]["draws"] == 2 and ("context", FULL, "") not in found
     assert found["zero-shot", 0, "uncalibrated"]["rows"] == 8
     for entry in results["methods"]:
         right = entry["metrics"]["right"]
@@ -208,9 +209,9 @@ def test_the_model_stands_beside_baselines_and_swapped_scans(cohort, saved, tmp_
     add_to_card(card, results)
     entries = ModelCard.load(card).data.eval_results
     assert len(entries) == len({(e.task_name, e.dataset_config, e.metric_type) for e in entries})
-    lora = [e for e in entries if e.dataset_config == "lora-full" and e.metric_type == "roc_auc"]
-    assert lora[0].metric_value == round(found["lora", FULL, ""]["metrics"]["right"]["roc_auc"]["value"], 4)
-    assert lora[0].metric_args["interval_95"]
+    tuned = [e for e in entries if e.dataset_config == "tuned-full" and e.metric_type == "roc_auc"]
+    assert tuned[0].metric_value == round(found["tuned", FULL, ""]["metrics"]["right"]["roc_auc"]["value"], 4)
+    assert tuned[0].metric_args["interval_95"]
 
 
 def test_ages_are_answered_in_words_and_failures_counted(cohort, saved, tmp_path, monkeypatch) -> None:

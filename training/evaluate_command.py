@@ -18,13 +18,13 @@ def evaluate(
     ] = "0,full",
     methods: Annotated[
         str,
-        typer.Option(help="By comma: zero-shot, lora, context (scans in the prompt), probe, connectivity, majority."),
-    ] = "zero-shot,lora,connectivity,majority",
+        typer.Option(help="By comma: zero-shot, tuned, context (scans in the prompt), probe, connectivity, majority."),
+    ] = "zero-shot,tuned,connectivity,majority",
     draws: Annotated[int, typer.Option(min=1, help="Draws of so many subjects.")] = 3,
     folds: Annotated[int | None, typer.Option(min=2, help="Cross-validation in place of one test set.")] = None,
     test_share: Annotated[float, typer.Option(help="Share of the subjects that are tested on.")] = 0.3,
     open_ended: Annotated[bool, typer.Option("--open-ended", help="Answers in words in place of choices.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of tuning.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of tuning, at most.")] = 60,
     rank: Annotated[int, typer.Option(min=0, help="Rank of LoRA; 0 tunes the whole language model.")] = 8,
     seed: Annotated[int, typer.Option(help="Of splits, draws and tuning.")] = 0,
     card: Annotated[
