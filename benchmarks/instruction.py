@@ -29,7 +29,7 @@ from fmrilm.processors.descriptors.networks import NETWORKS
 from fmrilm.training.adapt import Tuning, tune
 from fmrilm.training.alignment import add_lora
 from fmrilm.training.ask import answer_scans, parse_answer, score_scans
-from fmrilm.training.evaluate_program import FULL, METHODS, Protocol, evaluate
+from fmrilm.training.evaluate_program import FULL, Protocol, evaluate
 from fmrilm.training.evaluation_report import table
 from fmrilm.training.labelled_scans import load_labelled
 from fmrilm.training.metrics import Answers, bootstrap, statistics
@@ -46,6 +46,7 @@ PEOPLE, TEST_SHARE = 300, 1 / 3
 # people, shots, draws of them and steps of tuning in a run that only shows that the chain works
 QUICK_PEOPLE, QUICK_SHOTS, QUICK_STEPS = 24, (2,), 1
 GROUP, WORDS = "planted_group", "planted_connectivity"
+DEFAULT_METHODS = "tuned,probe,connectivity,majority"
 app = typer.Typer(add_completion=False)
 
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Model and its processor.")]
@@ -82,7 +83,9 @@ def autocast() -> torch.autocast:
 def planted(
     model: Folder,
     draws: Annotated[int, typer.Option(help="Draws of the shots.")] = 2,
-    steps: Annotated[int, typer.Option(help="Steps of tuning, at most.")] = 60,
+    steps: Annotated[int, typer.Option(help="Steps of tuning, at most.")] = 50,
+    epochs: Annotated[int, typer.Option(help="Of tuning on few shots.")] = 8,
+    methods: Annotated[str, typer.Option(help="By comma; also context, which takes 4 minutes.")] = DEFAULT_METHODS,
     seed: int = 0,
     work: Work = WORK,
     quick: Quick = False,
@@ -92,12 +95,13 @@ def planted(
     protocol = Protocol(
         shots=(*(QUICK_SHOTS if quick else (4, 10)), FULL),
         draws=1 if quick else draws,
-        methods=tuple(method for method in METHODS if method != "zero-shot"),
+        methods=tuple(methods.split(",")),
         test_share=TEST_SHARE,
-        tuning=Tuning(steps=QUICK_STEPS if quick else steps),
+        tuning=Tuning(steps=QUICK_STEPS if quick else steps, epochs=epochs),
         seed=seed,
     )
-    output = work / f"planted{'-quick' if quick else ''}-{model.resolve().parent.name}-{steps}-{draws}-{seed}"
+    settings = f"{model.resolve().parent.name}-{methods}-{steps}-{epochs}-{draws}-{seed}"
+    output = work / f"planted{'-quick' if quick else ''}-{settings}"
     write("planted", table(evaluate(model, cohort(work, quick), GROUP, output, protocol)), results)
     print(f"plots are in {output}")
 
@@ -127,7 +131,7 @@ def tuning(
 ) -> None:
     """
     Tuned on 200 planted people with each rank, in a process of its own: quality, parameters, seconds, memory. The
-    learning rate of the whole model is a fiftieth of LoRA's.
+    learning rate of the whole model is a fiftieth of LoRA's; the untuned model stays in memory beside the tuned one.
     """
     steps = QUICK_STEPS if quick else steps
     rows = []
@@ -149,7 +153,6 @@ def measure_tuning(folder: Path, rank: int, steps: int, seed: int, data: Path) -
     task = load_task(GROUP)
     scans = load_labelled(data, task, processor.feature_extractor, model.model.codec)
     split = hold_out(scans.subjects, scans.truth, TEST_SHARE, seed)
-    # add_lora changes the model it is given
     settings = Tuning(steps, steps, learning_rate=1e-3 if rank else 2e-5, rank=rank or None)
     known = [scans.codes[row] for row in split.training], [scans.answers[row] for row in split.training]
     start = time.perf_counter()
@@ -161,6 +164,7 @@ def measure_tuning(folder: Path, rank: int, steps: int, seed: int, data: Path) -
     truth = scans.truth[split.test]
     answered = statistics(truth, [Answers(scores.argmax(-1), np.exp(scores))])
     auc = bootstrap(answered["roc_auc"], scans.subjects[split.test])
+    # after all else: this changes the model it is given
     counted = add_lora(model, rank) if rank else model
     print(
         json.dumps(

@@ -15,7 +15,7 @@ from fmrilm.processors import FmriLMProcessor
 
 from .alignment import add_lora
 from .ask import BATCH, Example
-from .chats import FEATURES, assistant, scan_block, text_block, user
+from .chats import FEATURES, assistant, draw_rounds, scan_block, text_block, user
 from .collator import pad_codes
 from .sft import train_sft
 from .tasks import Task
@@ -65,14 +65,11 @@ def tune(
     return (trained if tuning.rank is None else trained.merge_and_unload()).eval()
 
 
-def task_rows(
-    task: Task, codes: Sequence[np.ndarray], answers: Sequence[str], rows: int, seed: int
-) -> Dataset:
+def task_rows(task: Task, codes: Sequence[np.ndarray], answers: Sequence[str], rows: int, seed: int) -> Dataset:
     """Chats with one scan, one question and its answer."""
     rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(len(codes)) for _ in range(-(-rows // len(codes)))])[:rows]
     made = []
-    for scan in order:
+    for scan in draw_rounds(len(codes), rows, rng):
         question = task.questions[rng.integers(len(task.questions))]
         window = codes[scan][rng.integers(len(codes[scan]))]
         chat = [user(scan_block(), text_block(question)), assistant(answers[scan])]
