@@ -81,9 +81,7 @@ class Arm:
         return f"{self.method}-{self.shots}-draw{self.draw}-fold{self.fold}"
 
 
-def evaluate(
-    model_folder: Path, data: Path, task_name: str, output: Path, protocol: Protocol = Protocol()
-) -> dict:
+def evaluate(model_folder: Path, data: Path, task_name: str, output: Path, protocol: Protocol = Protocol()) -> dict:
     """
     Results of a model folder on a prepared dataset, also as results.json, results.csv and plots in `output`. Each arm
     is kept there when it is done, so that the same call goes on where it was stopped.

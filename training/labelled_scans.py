@@ -38,9 +38,7 @@ class LabelledScans:
         return len(self.truth)
 
 
-def load_labelled(
-    folder: Path, task: Task, extractor: FmriLMFeatureExtractor, codec: FmriCodecModel
-) -> LabelledScans:
+def load_labelled(folder: Path, task: Task, extractor: FmriLMFeatureExtractor, codec: FmriCodecModel) -> LabelledScans:
     """What `fmrilm prepare` wrote, with the task's column among its labels."""
     rows = _label_rows(folder)
     labels = labels_of(task, rows)

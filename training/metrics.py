@@ -60,9 +60,7 @@ class Estimate:
         }
 
 
-def bootstrap(
-    statistic: Statistic, subjects: np.ndarray, draws: int = BOOTSTRAPS, seed: int = 0
-) -> Estimate:
+def bootstrap(statistic: Statistic, subjects: np.ndarray, draws: int = BOOTSTRAPS, seed: int = 0) -> Estimate:
     """
     A statistic and its percentile interval when subjects are drawn with replacement, each with all of its rows.
 
@@ -134,9 +132,7 @@ def _binary_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -
     """Share of pairs of a positive and a negative row of which the positive one has the higher score."""
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
-    above, below = (
-        np.add.reduceat((weights * mask)[..., order], starts, axis=-1) for mask in (positive, ~positive)
-    )
+    above, below = (np.add.reduceat((weights * mask)[..., order], starts, axis=-1) for mask in (positive, ~positive))
     wins = (above * (below.cumsum(-1) - below / 2)).sum(-1)
     return _ratio(wins, above.sum(-1) * below.sum(-1))
 
