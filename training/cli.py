@@ -17,6 +17,7 @@ from .command_errors import OneLineErrors
 from .convert_command import convert_original
 from .demo_command import demo
 from .describe_command import describe
+from .evaluate_command import evaluate
 from .export_command import export
 from .info_command import info
 from .prepare_command import prepare
@@ -53,6 +54,7 @@ app.command(rich_help_panel=MAKE)(demo)
 app.command(rich_help_panel=MAKE)(prepare)
 app.command(rich_help_panel=MAKE)(describe)
 app.add_typer(train, name="train", rich_help_panel=MAKE)
+app.command(rich_help_panel=MAKE)(evaluate)
 app.command(rich_help_panel=SHARE)(push)
 app.command(rich_help_panel=SHARE)(export)
 app.command("convert-original", rich_help_panel=SHARE)(convert_original)
