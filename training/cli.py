@@ -7,6 +7,7 @@ import typer
 
 from .describe_command import describe
 from .prepare_command import prepare
+from .report_command import report
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
@@ -113,6 +114,7 @@ def export(
 
 app.command()(prepare)
 app.command()(describe)
+app.command()(report)
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ dd b{display:block;color:var(--ink);font-size:1.75rem;font-weight:650;line-heigh
 figure{margin:.8rem 0 0}figure div{overflow-x:auto}figure img{display:block;width:100%;min-width:40rem;height:auto}
 figcaption{max-width:46rem;margin-top:.6rem}
 .scroll{overflow:auto;max-height:60rem;margin-top:1rem}.answers td:first-child{min-width:15rem}
+.answers td:last-child{white-space:nowrap}
 table{width:100%;border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:.5rem .9rem .5rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{position:sticky;top:0;background:var(--card);color:var(--soft);font-size:.82rem;vertical-align:bottom}

@@ -185,7 +185,7 @@ def token_map(view: ScanView, shade: np.ndarray, label: str, ends: tuple[str, st
                     color="white" if shade[step, slot] > 0.45 else DARK,
                 )
         axes.set(xlabel="time (s)", ylabel="token of the step", xticks=np.linspace(0, view.seconds, steps + 1))
-        axes.set_yticks(range(slots))
+        axes.set_yticks(range(0, slots, -(-slots // 32)))
         bar = figure.colorbar(image, ax=axes, label=label, ticks=[0, 1], pad=0.01)
         bar.ax.set_yticklabels(ends)
 
@@ -219,9 +219,10 @@ def glass_brain(title: str, values: np.ndarray, coordinates: np.ndarray, label: 
             # the outlines' colour: that of the figure's ink, light on a dark page
             black_bg=sum(to_rgb(axes.xaxis.label.get_color())) > 1.5,
         )
-        for panel in figure.axes[2:]:
-            panel.patch.set_alpha(0)
-        axes.patch.set_alpha(0)
+        # the page shows through: no black picture lies behind the brains
+        for panel in figure.axes:
+            for image in panel.images:
+                image.remove()
 
     return drawing(title, draw, 3.0, caption)
 

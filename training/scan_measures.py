@@ -1,4 +1,4 @@
-"""What a model makes of one scan, as numbers: the window it reads, its surprise by network, what an answer rests on."""
+"""What a model makes of one scan, as numbers: its window and codes, surprise by network, what an answer rests on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,30 +10,26 @@ import torch.nn.functional as F
 from .scan_figures import ScanView
 
 
-def view_scan(reader: Any, scan: Any, **options: Any) -> ScanView:
+def read_scan(
+    reader: Any, scan: Any, tr: float | None = None, atlas: Any = None, label_image: Any = None
+) -> dict[str, Any]:
     """
-    The window of a scan that `reader` (see `fmrilm.load`) reads, and what its codec keeps of it. options: `tr`, `atlas`
-    and the like, as the reader takes them. ValueError for a model without codes.
+    A scan as it was measured, read once: {"signal" [time, rois], "tr" (s), "atlas" (an Atlas), "confounds",
+    "censored"}, itself a scan for `reader` (see `fmrilm.load`) that gives the same results. It is what the functions
+    below take.
     """
+    return dict(vars(reader.processor.feature_extractor.read_signal(scan, tr, atlas, label_image)))
+
+
+def view_scan(reader: Any, scan: dict[str, Any], window: str | None = None) -> ScanView:
+    """The window of a scan that `reader` reads and what the codec keeps of it; ValueError for one without codes."""
     return ScanView(
-        signal=reader.signal(scan, **options),
-        reconstruction=reader.reconstruct(scan, **options),
+        signal=reader.signal(scan, window=window),
+        reconstruction=reader.reconstruct(scan, window=window),
         repetition_time=reader.processor.feature_extractor.repetition_time,
-        networks=scan_atlas(reader, scan, options.get("atlas")).networks,
-        codes=reader.tokenize(scan, **options),
+        networks=scan["atlas"].networks,
+        codes=reader.tokenize(scan, window=window),
     )
-
-
-def scan_atlas(reader: Any, scan: Any, atlas: Any = None) -> Any:
-    """The atlas of a scan: the one given, the one the scan itself names, or the only one the processor knows."""
-    extractor = reader.processor.feature_extractor
-    own = scan.get("atlas") if isinstance(scan, dict) else None
-    found = own if atlas is None else atlas
-    if found is None and len(extractor.atlases) == 1:
-        found = extractor.atlases[0]["name"]
-    if found is None:
-        raise ValueError(f"which atlas are the scan's ROIs from? Known: {[a['name'] for a in extractor.atlases]}")
-    return extractor.atlas(found) if isinstance(found, str) else found
 
 
 def code_places(reader: Any, codes: np.ndarray) -> np.ndarray:
@@ -52,16 +48,18 @@ def code_places(reader: Any, codes: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def network_surprise(reader: Any, scan: Any, **options: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def network_surprise(
+    reader: Any, scan: dict[str, Any], window: str | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """
     How unexpected each step of a scan is, [steps] in nats a code, NaN for the first; and how much of that goes with
     each network, [steps] by network: the surprise less the one of the same scan in which the network's ROIs keep to
     their mean (occlusion: Zeiler and Fergus 2014, arXiv 1311.2901). Positive: the step is less expected for what this
     network does.
     """
-    networks = np.array(scan_atlas(reader, scan, options.get("atlas")).networks)
+    networks = np.array(scan["atlas"].networks)
     names = list(dict.fromkeys(networks.tolist()))
-    features = reader.processor.feature_extractor([scan], **options).to(reader.model.device)
+    features = reader.processor.feature_extractor([scan], window=window).to(reader.model.device)
     # z-scores: a ROI's mean is close to zero
     kept = torch.tensor(np.stack([np.ones(len(networks), bool), *(networks != name for name in names)]))
     values = features["fmri_values"] * kept[..., None].to(reader.model.device)
@@ -71,7 +69,12 @@ def network_surprise(reader: Any, scan: Any, **options: Any) -> tuple[np.ndarray
 
 
 def token_contributions(
-    reader: Any, scan: Any, question: str, answer: str, choices: Sequence[str] | None = None, **options: Any
+    reader: Any,
+    scan: dict[str, Any],
+    question: str,
+    answer: str,
+    choices: Sequence[str] | None = None,
+    window: str | None = None,
 ) -> np.ndarray:
     """
     How far each token of a scan, [steps, slots], carries an answer, in nats: gradient times input (Shrikumar et al.
@@ -82,7 +85,7 @@ def token_contributions(
     model, processor = reader.model, reader.processor
     content = [{"type": "fmri", "fmri": scan}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, **options).to(model.device)
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, window=window).to(model.device)
     if choices is None:
         answers, chosen = [processor.tokenizer(answer, add_special_tokens=False)["input_ids"]], 0
     else:
@@ -100,10 +103,8 @@ def token_contributions(
     return contributions.cpu().numpy().reshape(-1, processor.tokens_per_step)
 
 
-def _log_likelihoods(
-    model: Any, ids: torch.Tensor, prompt: torch.Tensor, answers: list[list[int]]
-) -> torch.Tensor:
-    """Log-likelihood [answers] of each answer (token ids) after a prompt: ids [1, length], embeddings [1, length, h]."""
+def _log_likelihoods(model: Any, ids: torch.Tensor, prompt: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:
+    """Log-likelihood [answers] of each answer (token ids) after a prompt: ids [1, length], embeddings of these."""
     count, longest = len(answers), max(map(len, answers))
     following = ids.new_zeros(count, longest)
     scored = torch.zeros_like(following, dtype=torch.bool)
