@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 
 ROOT = Path(__file__).parents[1]
@@ -65,16 +66,20 @@ def _answers(address: str) -> bool:
 
 
 @contextmanager
-def browser_page(address: str, **options: object) -> Iterator[Page]:
-    """A page of headless Chromium that shows the address. The page's `requests` of other hosts fail."""
+def headless_browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(**options)
-        page.set_default_timeout(PATIENCE * 1000)
-        page.route(re.compile(r"^https?://(?!127\.0\.0\.1[:/])"), lambda route: route.abort())
-        page.goto(address)
-        yield page
+        yield browser
         browser.close()
+
+
+def open_page(browser: Browser, address: str, **options: Any) -> Page:
+    """A visitor's page that shows the address; what it asks of other hosts fails."""
+    page = browser.new_page(**options)
+    page.set_default_timeout(PATIENCE * 1000)
+    page.route(re.compile(r"^https?://(?!127\.0\.0\.1[:/])"), lambda route: route.abort())
+    page.goto(address)
+    return page
 
 
 def ask(page: Page, question: str) -> None:
@@ -87,10 +92,8 @@ def ask(page: Page, question: str) -> None:
 
 def draw(model: Path, picture: Path, temporary: Path) -> None:
     """The Space after two questions about a synthetic example, in few colours: below 300 kB."""
-    with (
-        served(model, temporary) as (address, _),
-        browser_page(address, viewport={"width": 1220, "height": 800}) as page,
-    ):
+    with served(model, temporary) as (address, _), headless_browser() as browser:
+        page = open_page(browser, address, viewport={"width": 1220, "height": 800})
         page.get_by_role("button", name="Synthetic: coupled networks").click()
         page.locator("#status p", has_text="Read:").wait_for()
         for question in QUESTIONS:

@@ -2,7 +2,6 @@
 
 import gzip
 import re
-import subprocess
 import time
 import tomllib
 from collections.abc import Iterator
@@ -13,14 +12,14 @@ import numpy as np
 import pytest
 import yaml
 from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
 
 from fmrilm import Atlas, FmriLMFeatureExtractor, FmriLMProcessor, load
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import level_answers, question
 from fmrilm.training import space
 from fmrilm.training.alignment import join
-from space_browser import CHROMIUM, ROOT, ask, browser_page, served
+from space_browser import CHROMIUM, PATIENCE, ROOT, ask, headless_browser, open_page, served
 
 
 ROIS = 6
@@ -52,18 +51,25 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(
-    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, subprocess.Popen, Path]]:
+def running(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The address of a Space and the folder it writes to; when it has stopped, nothing may be left there."""
     temporary = tmp_path_factory.mktemp("served")
     with served(model_folder, temporary) as (address, process):
-        yield address, process, temporary
+        yield address, temporary
+    assert process.returncode == 0
+    assert uploads(temporary) == []
+    assert MARKER not in (temporary / "log").read_text()
 
 
 @pytest.fixture(scope="module")
-def page(running: tuple[str, subprocess.Popen, Path]) -> Iterator[Page]:
-    with browser_page(running[0]) as shown:
-        yield shown
+def browser() -> Iterator[Browser]:
+    with headless_browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, running: tuple[str, Path]) -> Page:
+    return open_page(browser, running[0])
 
 
 def array(frames: int = 24, seed: int = 0) -> np.ndarray:
@@ -92,13 +98,22 @@ def uploads(temporary: Path) -> list[Path]:
     return [path for path in temporary.rglob("*") if path.is_file() and path.name != "log"]
 
 
+def wait_until_empty(temporary: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while uploads(temporary) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert uploads(temporary) == []
+
+
 @needs_browser
-def test_a_scan_is_uploaded_asked_about_and_deleted(page: Page, running: tuple, model_folder: Path, tmp_path: Path):
+def test_a_scan_is_uploaded_asked_about_and_deleted(
+    page: Page, running: tuple[str, Path], model_folder: Path, tmp_path: Path
+):
     path = tmp_path / "scan.npy"
     np.save(path, array())
     status = read(page, path, 2.0)
     assert status == "Read: 24 frames of 6 ROIs, 2 s apart. The model sees 32 s. The upload has been deleted."
-    assert uploads(running[2]) == []
+    assert uploads(running[1]) == []
     ask(page, QUESTION)
     expected = load(model_folder).ask(str(path), QUESTION, ["low", "typical", "high"], tr=2.0, atlas="tiny")
     shown = page.locator("#probabilities").inner_text()
@@ -120,7 +135,9 @@ def test_a_scan_is_uploaded_asked_about_and_deleted(page: Page, running: tuple, 
 
 
 @needs_browser
-def test_a_bad_file_says_what_is_wrong_and_is_kept_no_longer(page: Page, running: tuple, tmp_path: Path) -> None:
+def test_a_bad_file_says_what_is_wrong_and_is_kept_no_longer(
+    page: Page, running: tuple[str, Path], tmp_path: Path
+) -> None:
     path = tmp_path / "few.npy"
     np.save(path, array()[:, :4])
     assert "4 ROIs instead of 6" in read(page, path, 2.0)
@@ -132,12 +149,9 @@ def test_a_bad_file_says_what_is_wrong_and_is_kept_no_longer(page: Page, running
     broken = tmp_path / "broken.nii.gz"
     broken.write_bytes(gzip.compress(b"no image") + b"rest")
     assert "broken.nii.gz" in read(page, broken)
-    assert [file.name for file in uploads(running[2])] == ["broken.nii.gz"]
+    assert [file.name for file in uploads(running[1])] == ["broken.nii.gz"]
     page.locator("#file button[aria-label='Clear']").click()
-    deadline = time.monotonic() + 20
-    while uploads(running[2]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert uploads(running[2]) == []
+    wait_until_empty(running[1])
 
 
 @needs_browser
@@ -154,28 +168,19 @@ def test_names_and_questions_are_text_and_not_markup(page: Page, tmp_path: Path)
 
 
 @needs_browser
-def test_nothing_is_left_of_a_session_or_of_the_program(model_folder: Path, tmp_path: Path) -> None:
-    scans = tmp_path / "scans"
-    scans.mkdir()
-    path = scans / f"{MARKER}.nii.gz"
+def test_nothing_is_left_of_a_session(browser: Browser, running: tuple[str, Path], tmp_path: Path) -> None:
+    address, temporary = running
+    path = tmp_path / f"{MARKER}.nii.gz"
     volumes = np.random.default_rng(0).normal(1000, 10, (4, 4, 4, 24)).astype(np.float32)
     image = nibabel.Nifti1Image(volumes, np.diag([4.0, 4, 4, 1]))
     image.header.set_zooms((4, 4, 4, 2.0))
     nibabel.save(image, path)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    with served(model_folder, temporary) as (address, process):
-        with browser_page(address) as page:
-            assert read(page, path).startswith("Read: 24 frames of 6 ROIs, 2 s apart.")
-            upload(page, path)
-            assert [file.name for file in uploads(temporary)] == [path.name]
-        deadline = time.monotonic() + 60
-        while uploads(temporary) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert uploads(temporary) == []
-    assert process.returncode == 0
-    assert [item.name for item in temporary.iterdir()] == ["log"]
-    assert MARKER not in (temporary / "log").read_text()
+    page = open_page(browser, address)
+    assert read(page, path).startswith("Read: 24 frames of 6 ROIs, 2 s apart.")
+    upload(page, path)
+    assert [file.name for file in uploads(temporary)] == [path.name]
+    page.close()
+    wait_until_empty(temporary)
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,7 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
         button.click(read, [upload, atlas, tr], [*opening, file], api_name="read", **one_at_a_time)
         for example_button in examples:
             example_button.click(example, [example_button, atlas], opening, api_name=False, **one_at_a_time)
+        chat.clear(lambda session: Session(session.scan), session, session, api_name=False)
         question.submit(
             ask,
             [session, question, choices],
@@ -264,8 +265,13 @@ def discard(upload: Path | None) -> None:
 
 
 def _chat(turns: list[tuple[str, str]]) -> list[Message]:
+    """The turns as the page shows them; it takes text for HTML, so that even a picture in a question would load."""
     roles = ("user", "assistant")
-    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+    return [
+        {"role": role, "content": escape(text, quote=False)}
+        for turn in turns
+        for role, text in zip(roles, turn, strict=True)
+    ]
 
 
 def _status(text: str, error: bool = False) -> str:
