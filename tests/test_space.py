@@ -217,7 +217,7 @@ def test_an_answer_ends_at_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(space, "MAX_ANSWER_SECONDS", 0.05)
     answers = list(space.answer_pieces(Slow(), {}, "Describe this scan.", []))
-    assert answers[-1].startswith("on on ") and closed == [True]
+    assert answers[-1].startswith("on on ") and answers[-1].endswith("…") and closed == [True]
 
 
 @pytest.mark.parametrize(("shared", "low", "high"), [(0.7, 0.55, 0.85), (0.0, -0.15, 0.15)])

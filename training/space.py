@@ -6,6 +6,7 @@ session at once and deleted as soon as it has been read, or with the session; th
 the program. Nothing else is written to disk.
 """
 
+import hashlib
 import math
 import os
 import shutil
@@ -84,10 +85,10 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
     """The pages of the Space. reader: of `fmrilm.load`; uploads: an empty folder that is Gradio's own, too."""
     atlases = {atlas["name"]: len(atlas["rois"]) for atlas in reader.processor.feature_extractor.atlases}
 
-    def keep(file: str, earlier: Path | None) -> tuple[Path, str]:
-        if earlier is not None:
-            discard(earlier)
-        own = Path(tempfile.mkdtemp(dir=uploads)) / Path(file).name
+    def keep(file: str, request: gr.Request) -> tuple[Path | None, str]:
+        leave(request)
+        own = session_folder(request) / Path(file).name
+        own.parent.mkdir()
         try:
             os.replace(file, own)
         except FileNotFoundError:
@@ -160,6 +161,13 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
         except (ValueError, OSError) as error:
             yield session, shown, None, question, _status(str(error), error=True)
 
+    def session_folder(request: gr.Request) -> Path:
+        # the name comes from the visitor's browser: hashed, it cannot lead elsewhere
+        return uploads / f"session-{hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:32]}"
+
+    def leave(request: gr.Request) -> None:
+        shutil.rmtree(session_folder(request), ignore_errors=True)
+
     with gr.Blocks(title="fMRI-LM", analytics_enabled=False, delete_cache=(60, SESSION_SECONDS)) as space:
         session = gr.State(Session(), time_to_live=SESSION_SECONDS)
         upload = gr.State(None, time_to_live=SESSION_SECONDS, delete_callback=discard)
@@ -198,7 +206,8 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
         plots = gr.HTML(elem_id="plots")
         opening = [session, chat, probabilities, plots, status]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
-        file.upload(keep, [file, upload], [upload, status], api_name="upload")
+        file.upload(keep, file, [upload, status], api_name="upload")
+        space.unload(leave)
         file.clear(discard, upload, None, api_name=False)
         button.click(read, [upload, atlas, tr], [*opening, file], api_name="read", **one_at_a_time)
         for example_button in examples:
@@ -225,6 +234,7 @@ def answer_pieces(reader: Any, scan: dict[str, Any], question: str, history: lis
             answer += piece
             yield answer
             if time.monotonic() > deadline:
+                yield f"{answer} …"
                 break
     finally:
         # also where the visitor has left: the model stops
