@@ -22,6 +22,7 @@ from .export_command import export
 from .info_command import info
 from .prepare_command import prepare
 from .push_command import push
+from .report_command import report
 from .train_command import train
 
 
@@ -49,6 +50,7 @@ READ, MAKE, SHARE = "Read a scan", "Prepare, train, measure", "Share and inspect
 app.command(rich_help_panel=READ)(ask)
 app.command("describe-scan", rich_help_panel=READ)(describe_scan)
 app.command(rich_help_panel=READ)(forecast)
+app.command(rich_help_panel=READ)(report)
 app.command("app", rich_help_panel=READ)(serve)
 app.command(rich_help_panel=MAKE)(demo)
 app.command(rich_help_panel=MAKE)(prepare)
