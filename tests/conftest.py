@@ -1,6 +1,7 @@
 """Small real objects that the tests share."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,3 +173,13 @@ def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedToken
 def signal() -> np.ndarray:
     """A scan float32 [time, rois] of 20 frames that look like BOLD: a large mean, small fluctuations."""
     return (1000 + np.random.default_rng(0).normal(0, 10, (20, 5))).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def program_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared scans, a corpus, and tiny models on disk (see `program_runs.make_folders`)."""
+    from program_runs import make_folders
+
+    tokenizer = build_tiny_tokenizer()
+    language_model = build_tiny_language_model("llama", len(tokenizer))
+    return make_folders(tmp_path_factory.mktemp("programs"), build_tiny_codec(), language_model, tokenizer)
