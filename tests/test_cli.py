@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fmrilm
-from fmrilm.training import codec_program
+from fmrilm.training import alignment_program, codec_program, sft_program
 from fmrilm.training.cli import app
 
 
@@ -111,12 +111,15 @@ def test_wrong_usage_has_a_code_of_its_own(tmp_path: Path) -> None:
     assert run("prepare", tmp_path, tmp_path / "out", "--backend", "dask").exit_code == 2
 
 
-def test_training_takes_its_settings_and_overrides_to_the_program(tmp_path: Path, monkeypatch) -> None:
-    config = tmp_path / "codec.yaml"
+@pytest.mark.parametrize(
+    "stage, program", [("codec", codec_program), ("align", alignment_program), ("sft", sft_program)]
+)
+def test_training_takes_its_settings_and_overrides_to_the_program(stage, program, tmp_path: Path, monkeypatch) -> None:
+    config = tmp_path / "settings.yaml"
     config.write_text("max_steps: 3\n")
     taken = []
-    monkeypatch.setattr(codec_program, "main", taken.append)
-    done = run("train", "codec", "--config", config, "--max_steps", "5", "--use_peft", "--output_dir=runs/x")
+    monkeypatch.setattr(program, "main", taken.append)
+    done = run("train", stage, "--config", config, "--max_steps", "5", "--use_peft", "--output_dir=runs/x")
     assert done.exit_code == 0, done.stderr
     assert taken == [["--config", str(config), "--max_steps", "5", "--use_peft", "--output_dir=runs/x"]]
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .command_options import DEFAULT_MODEL, AtlasName, Model, RepetitionTime, Scan
+
 
 # asked unless others are given
 QUESTIONS = (
@@ -15,8 +17,8 @@ QUESTIONS = (
 
 
 def report(
-    scan: Annotated[Path, typer.Argument(help="A scan: NIfTI, CIFTI, GIFTI, .npy, .csv or .tsv.")],
-    model: Annotated[str, typer.Option(help="Folder of a model and its processor, or its id on the Hub.")],
+    scan: Scan,
+    model: Model = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option(help="Page to write.")] = Path("scan_report.html"),
     question: Annotated[list[str] | None, typer.Option(help="What to ask; repeat for more.")] = None,
     choices: Annotated[
@@ -25,8 +27,8 @@ def report(
     title: Annotated[str, typer.Option(help="What the page calls the scan; its file's name appears nowhere.")] = (
         "One scan"
     ),
-    tr: Annotated[float | None, typer.Option(help="Seconds between two frames, if the file does not say.")] = None,
-    atlas: Annotated[str | None, typer.Option(help="Atlas of the scan's ROIs, if the model knows several.")] = None,
+    tr: RepetitionTime = None,
+    atlas: AtlasName = None,
 ) -> None:
     """Write a page about one scan: signal, codes, surprise, and answers with the tokens they rest on."""
     from fmrilm import load

@@ -27,12 +27,10 @@ from fmrilm import Atlas, load
 from fmrilm.processors.descriptors.text import level_answers
 from fmrilm.processors.nifti_fmrilm import read_nifti
 
+from .command_options import DEFAULT_MODEL, MODEL_VARIABLE
 from .scan_figures import carpet, token_map
 from .scan_measures import code_places, read_scan, view_scan
 
-
-DEFAULT_MODEL = "runs/demo/model"
-MODEL_VARIABLE = "FMRILM_MODEL"
 
 # uploads: images stream from disk, tables and arrays are read into memory
 MAX_IMAGE_MB, MAX_TABLE_MB = 512, 64
