@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 import fmrilm
@@ -18,6 +20,14 @@ from fmrilm.training.cli import app
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
 OPTIONS = {"tr": 2.0, "atlas": "tiny"}
+
+
+@pytest.fixture(autouse=True)
+def no_progress() -> Iterator[None]:
+    """As in a process of its own, where the command says so before anything is imported."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
 
 
 @pytest.fixture
