@@ -3,11 +3,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test data install lint clean
+.PHONY: demo app test data install lint clean
 
 # Train all three stages on real scans and question people the model never saw: writes runs/demo/.
 demo: install data
 	$(BIN)/fmrilm demo
+
+# The Space at http://127.0.0.1:7860, with the model of `make demo` or the one that FMRILM_MODEL names.
+app: install
+	$(BIN)/python app.py
 
 # The whole test suite; needs neither a finished demo nor the Hub.
 test: install data

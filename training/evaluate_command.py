@@ -37,23 +37,19 @@ def evaluate(
     from .evaluate_program import evaluate as run
     from .evaluation_report import add_to_card, table
 
-    try:
-        protocol = Protocol(
-            shots=tuple(int(count) if count.isdigit() else count for count in shots.replace(" ", "").split(",")),
-            draws=draws,
-            methods=tuple(methods.replace(" ", "").split(",")),
-            folds=folds,
-            test_share=test_share,
-            open_ended=open_ended,
-            tuning=Tuning(steps=steps, rank=rank or None),
-            seed=seed,
-        )
-        results = run(model, data, task, output, protocol)
-        if card is not None:
-            add_to_card(card, results)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    protocol = Protocol(
+        shots=tuple(int(count) if count.isdigit() else count for count in shots.replace(" ", "").split(",")),
+        draws=draws,
+        methods=tuple(methods.replace(" ", "").split(",")),
+        folds=folds,
+        test_share=test_share,
+        open_ended=open_ended,
+        tuning=Tuning(steps=steps, rank=rank or None),
+        seed=seed,
+    )
+    results = run(model, data, task, output, protocol)
+    if card is not None:
+        add_to_card(card, results)
     shown = table(results)
     shown = shown[shown.reading.isin(["right", "swapped"]) & (shown.variant == "")]
     columns = ["method", "shots", "reading", "metric", "value", "low", "high", "parse_failures"]

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from .report_codec import ReportExample, codec_section, subjects_section, tokens_section
 from .report_page import (
-    STYLE,
     as_count,
     as_interval,
     as_number,
@@ -21,6 +20,7 @@ from .report_page import (
     mean_of,
     pill,
     table,
+    write_page,
 )
 
 
@@ -35,7 +35,7 @@ CONDITIONS = {
 
 
 def write_report(path: Path, results: dict[str, Any], example: ReportExample) -> None:
-    """Writes the page to `path` in one move, so that nobody ever opens half a page."""
+    """Writes the page to `path` (see [`write_page`])."""
     sections = {
         "answers": ("Answers", _answers(results["answers"])),
         "families": ("Question families", _families(results["questions"]["families"])),
@@ -45,20 +45,7 @@ def write_report(path: Path, results: dict[str, Any], example: ReportExample) ->
         "descriptions": ("Descriptions in free text", _descriptions(results["descriptions"])),
         "run": ("The run", _run(results["run"])),
     }
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in sections.items())
-    cards = "".join(
-        f'<section class="card" id="{key}"><h2>{title}</h2>{body}</section>' for key, (title, body) in sections.items()
-    )
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fMRI-LM: report of a run</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body><main>'
-        f"{_summary(results)}<nav>{links}</nav>{cards}"
-        '<footer><p class="note">A demonstration, not a medical device: nothing here says anything about a person\'s '
-        "health.</p></footer></main></body></html>\n"
-    )
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_page(path, "fMRI-LM: report of a run", _summary(results), sections)
 
 
 def _summary(results: dict[str, Any]) -> str:

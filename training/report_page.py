@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ dd b{display:block;color:var(--ink);font-size:1.75rem;font-weight:650;line-heigh
 figure{margin:.8rem 0 0}figure div{overflow-x:auto}figure img{display:block;width:100%;min-width:40rem;height:auto}
 figcaption{max-width:46rem;margin-top:.6rem}
 .scroll{overflow:auto;max-height:60rem;margin-top:1rem}.answers td:first-child{min-width:15rem}
+.answers td:last-child{white-space:nowrap}
 table{width:100%;border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:.5rem .9rem .5rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{position:sticky;top:0;background:var(--card);color:var(--soft);font-size:.82rem;vertical-align:bottom}
@@ -54,6 +56,27 @@ background:linear-gradient(var(--accent) 0 0) 0/var(--share) 100% no-repeat var(
 .pair+.pair{border-top:1px solid var(--line)}.pair h3{grid-column:1/-1;margin:0}.pair p{margin:0}
 @media print{.scroll{max-height:none}body{background:none}}
 """
+
+
+def write_page(path: Path, title: str, header: str, sections: dict[str, tuple[str, str]]) -> None:
+    """
+    Writes a page to `path` in one move, so that nobody ever opens half a page. header, and the body of each section
+    (key: title, body), are HTML; the title is text.
+    """
+    links = "".join(f'<a href="#{key}">{name}</a>' for key, (name, _) in sections.items())
+    cards = "".join(
+        f'<section class="card" id="{key}"><h2>{name}</h2>{body}</section>' for key, (name, body) in sections.items()
+    )
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body><main>'
+        f"{header}<nav>{links}</nav>{cards}"
+        '<footer><p class="note">A demonstration, not a medical device: nothing here says anything about a person\'s '
+        "health.</p></footer></main></body></html>\n"
+    )
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
 
 
 def as_text(value: Any) -> str:

@@ -135,6 +135,12 @@ def question(name: str, variant: int = 0) -> str:
     return QUESTIONS[variant].format(phrase=text, Phrase=text[0].upper() + text[1:])
 
 
+def level_answers(text: str) -> tuple[str, ...] | None:
+    """The allowed answers, `LEVELS`, of a question that is one about a level; None for any other."""
+    plain = " ".join(text.split()).casefold()
+    return LEVELS if plain.endswith("low, typical or high?") or plain in _BARE_QUESTIONS else None
+
+
 def family(name: str) -> str:
     """The family of a descriptor: the part of its name before the slash."""
     return name.partition("/")[0]
@@ -180,3 +186,5 @@ def _pattern() -> re.Pattern:
 _LEVEL_OF = {wording: level for level, wordings in BUCKETS.items() for wording in wordings}
 _LEVEL_OF |= {level: level for level in LEVELS}
 _STATEMENT = _pattern()
+# those that do not name their answers
+_BARE_QUESTIONS = {question(name, variant=1).casefold() for name in PHRASES}

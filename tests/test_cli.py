@@ -1,0 +1,161 @@
+"""The fmrilm command: what it prints for people and for programs, how it fails, what it forwards."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers.utils import logging
+from typer.testing import CliRunner, Result
+
+import fmrilm
+from fmrilm.training import alignment_program, codec_program, sft_program
+from fmrilm.training.cli import app
+
+
+QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
+OPTIONS = {"tr": 2.0, "atlas": "tiny"}
+
+
+@pytest.fixture(autouse=True)
+def no_progress() -> Iterator[None]:
+    """As in a process of its own, where the command says so before anything is imported."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def folder(llama, processor, tmp_path: Path) -> Path:
+    llama.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def scan(signal: np.ndarray, tmp_path: Path) -> Path:
+    np.save(tmp_path / "scan.npy", signal)
+    return tmp_path / "scan.npy"
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def read(folder: Path, command: str, scan: Path, *words: str) -> Result:
+    return run(command, scan, *words, "--model", folder, "--tr", "2", "--atlas", "tiny", "--device", "cpu")
+
+
+def test_ask_prints_answers_and_probabilities(folder: Path, scan: Path) -> None:
+    expected = fmrilm.load(folder, "cpu").ask(scan, QUESTION, CHOICES, **OPTIONS)
+    told = read(folder, "ask", scan, QUESTION, "--choices", "yes, no,maybe so")
+    lines = told.stdout.splitlines()
+    assert told.exit_code == 0 and lines[0] == expected["answer"]
+    assert lines[1:] == [f"{value:7.1%}  {choice}" for choice, value in expected["probabilities"].items()]
+    found = json.loads(read(folder, "ask", scan, QUESTION, "--choices", ",".join(CHOICES), "--json").stdout)
+    assert found == {"scan": str(scan), "question": QUESTION, **expected}
+
+
+def test_words_are_printed_as_the_model_says_them(folder: Path, scan: Path) -> None:
+    reader = fmrilm.load(folder, "cpu")
+    # half of the vocabulary ends an answer, so that it is short
+    reader.model.generation_config.eos_token_id = list(range(0, 400, 2))
+    reader.model.save_pretrained(folder)
+    answer, description = reader.ask(scan, QUESTION, **OPTIONS)["answer"], reader.describe(scan, **OPTIONS)
+    assert read(folder, "ask", scan, QUESTION).stdout == f"{answer}\n"
+    assert json.loads(read(folder, "ask", scan, QUESTION, "--json").stdout)["answer"] == answer
+    assert read(folder, "describe-scan", scan).stdout == f"{description}\n"
+    told = read(folder, "describe-scan", scan, "--json").stdout
+    assert json.loads(told) == {"scan": str(scan), "description": description}
+
+
+def test_forecast_is_a_table_that_can_be_read_again(folder: Path, scan: Path, signal: np.ndarray) -> None:
+    signal[:, 2] = np.nan
+    np.save(scan, signal)
+    expected = fmrilm.load(folder, "cpu").forecast(scan, 2, **OPTIONS)
+    header, *rows = csv.reader(read(folder, "forecast", scan, "--steps", "2").stdout.splitlines())
+    assert header == [f"tiny_{roi}" for roi in range(5)]
+    table = np.array([[float(cell or "nan") for cell in row] for row in rows], dtype=np.float32)
+    assert np.allclose(table, expected, rtol=1e-6, equal_nan=True)
+    found = json.loads(read(folder, "forecast", scan, "--steps", "2", "--json").stdout)
+    assert found["rois"] == header and found["repetition_time"] == 2.0
+    assert np.allclose(np.array(found["signal"], dtype=np.float32), table, equal_nan=True)
+
+
+def test_bad_input_is_one_line_and_a_hint(folder: Path, scan: Path) -> None:
+    failed = run("ask", scan, QUESTION, "--model", folder)
+    assert (failed.exit_code, failed.stdout) == (1, "")
+    error, hint = failed.stderr.splitlines()
+    assert error == "error: the scan's repetition time is not known: give tr=... in seconds"
+    assert hint.startswith("hint: ") and "ask --help" in hint and "--debug ask" in hint
+    with pytest.raises(ValueError, match="repetition time is not known"):
+        raise run("--debug", "ask", scan, QUESTION, "--model", folder).exception
+
+
+def test_unforeseen_failures_and_missing_packages_are_one_line_too(scan: Path, monkeypatch) -> None:
+    def fail(error: BaseException) -> Result:
+        def load(*args: object) -> None:
+            raise error
+
+        monkeypatch.setattr(fmrilm.auto_classes, "load", load)
+        return run("ask", scan, QUESTION)
+
+    failed = fail(RuntimeError("CUDA\n  out of   memory"))
+    assert failed.exit_code == 1 and failed.stderr.splitlines()[0] == "error: CUDA out of memory"
+    assert len(failed.stderr.splitlines()) == 2
+    failed = fail(ModuleNotFoundError("No module named 'trl'"))
+    assert failed.exit_code == 1 and "pip install 'fmri-lm[train]'" in failed.stderr.splitlines()[1]
+    assert fail(KeyError()).stderr.startswith("error: KeyError\n")
+    assert fail(KeyboardInterrupt()).exit_code == 130
+
+
+def test_wrong_usage_has_a_code_of_its_own(tmp_path: Path) -> None:
+    assert run("ask", tmp_path / "nowhere.npy", QUESTION).exit_code == 2
+    assert run("ask").exit_code == 2
+    assert run("train", "codec", "--config", tmp_path / "nowhere.yaml").exit_code == 2
+    assert run("prepare", tmp_path, tmp_path / "out", "--backend", "dask").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "stage, program", [("codec", codec_program), ("align", alignment_program), ("sft", sft_program)]
+)
+def test_training_takes_its_settings_and_overrides_to_the_program(stage, program, tmp_path: Path, monkeypatch) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("max_steps: 3\n")
+    taken = []
+    monkeypatch.setattr(program, "main", taken.append)
+    done = run("train", stage, "--config", config, "--max_steps", "5", "--use_peft", "--output_dir=runs/x")
+    assert done.exit_code == 0, done.stderr
+    assert taken == [["--config", str(config), "--max_steps", "5", "--use_peft", "--output_dir=runs/x"]]
+
+
+def test_info_tells_versions_devices_and_caches(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "blob").write_bytes(bytes(3_000_000))
+    (tmp_path / "link").symlink_to(tmp_path / "hub" / "blob")
+    monkeypatch.setattr("fmrilm.training.info_command.CACHE", tmp_path)
+    found = json.loads(run("info", "--json").stdout)
+    assert found["packages"]["torch"].startswith("2.") and "fmri-lm" not in found["packages"]
+    assert found["program"]["python"] == ".".join(map(str, sys.version_info[:3])) and "cpu" in found["devices"]
+    assert 3_000_000 <= found["caches"]["converted models"] < 3_010_000
+    lines = run("info").stdout.splitlines()
+    assert f"  {'converted models':<26}3 MB" in lines and "devices" in lines
+
+
+def test_progress_shows_on_a_terminal_alone(folder: Path, scan: Path) -> None:
+    words = ["ask", scan, QUESTION, "--choices", "yes,no", "--model", folder, "--tr", "2", "--atlas", "tiny"]
+    command = [str(Path(sys.executable).with_name("fmrilm")), *map(str, words)]
+    ours, theirs = os.openpty()
+    try:
+        on_terminal = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True)
+        shown = os.read(ours, 100_000).decode()
+    finally:
+        os.close(ours), os.close(theirs)
+    piped = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "opening" in shown
+    assert piped.stderr == "" and piped.stdout == on_terminal.stdout

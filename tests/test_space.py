@@ -1,0 +1,247 @@
+"""The Space in headless Chromium: a scan in, an answer out, and nothing left behind."""
+
+import gzip
+import re
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import yaml
+from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
+from playwright.sync_api import Browser, Page
+
+from fmrilm import Atlas, FmriLMFeatureExtractor, FmriLMProcessor, load
+from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.processors.descriptors.text import level_answers, question
+from fmrilm.training import space
+from fmrilm.training.alignment import join
+from space_browser import CHROMIUM, PATIENCE, ROOT, ask, headless_browser, open_page, served
+
+
+ROIS = 6
+QUESTION = "Is connectivity between the visual and default mode networks low, typical or high?"
+MARKER = "sub-Q7marker"
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="NO CHROMIUM: install one (Debian: apt-get install chromium), the Space is not tested"
+)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model with its processor, of one atlas with a label volume."""
+    folder = tmp_path_factory.mktemp("model")
+    labels = np.zeros((4, 4, 4), dtype=np.int16)
+    labels.ravel()[: 2 * ROIS] = np.repeat(np.arange(1, ROIS + 1), 2)
+    nibabel.save(nibabel.Nifti1Image(labels, np.diag([4.0, 4, 4, 1])), folder / "labels.nii.gz")
+    networks = ["Vis", "SomMot", "Default"]
+    rows = [f"{i + 1}\troi{i}\t{networks[i % 3]}" for i in range(ROIS)]
+    (folder / "table.tsv").write_text("\n".join(["index\tname\tnetwork", *rows]) + "\n")
+    atlas = Atlas.from_image(folder / "labels.nii.gz", folder / "table.tsv", "tiny")
+    extractor = FmriLMFeatureExtractor(atlases=[atlas], patch_length=4, window_length=16)
+    processor = FmriLMProcessor(extractor, build_tiny_tokenizer(), tokens_per_step=2)
+    language_model = build_tiny_language_model("llama", len(processor.tokenizer) - 3)
+    model = join(build_tiny_codec(), language_model, processor).eval()
+    model.save_pretrained(folder / "saved")
+    processor.save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.fixture(scope="module")
+def running(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The address of a Space and the folder it writes to; when it has stopped, nothing may be left there."""
+    temporary = tmp_path_factory.mktemp("served")
+    with served(model_folder, temporary) as (address, process):
+        yield address, temporary
+    assert process.returncode == 0
+    assert uploads(temporary) == []
+    assert MARKER not in (temporary / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with headless_browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, running: tuple[str, Path]) -> Page:
+    return open_page(browser, running[0])
+
+
+def array(frames: int = 24, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(100, 10, (frames, ROIS)).cumsum(0).astype(np.float32)
+
+
+def upload(page: Page, path: Path) -> None:
+    if page.locator("#file button[aria-label='Clear']").count():
+        page.locator("#file button[aria-label='Clear']").click()
+    page.locator("#file input[type=file]").set_input_files(path)
+    page.locator("#status p", has_text="is here").wait_for()
+
+
+def read(page: Page, path: Path, tr: float = 0) -> str:
+    """Uploads and reads a file; returns what the Space says of it."""
+    page.locator("#tr input").fill(str(tr))
+    upload(page, path)
+    page.locator("#read").click()
+    status = page.locator("#status p").filter(has_not_text="is here").first
+    status.wait_for()
+    return status.inner_text()
+
+
+def uploads(temporary: Path) -> list[Path]:
+    """The files that the Space keeps."""
+    return [path for path in temporary.rglob("*") if path.is_file() and path.name != "log"]
+
+
+def wait_until_empty(temporary: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while uploads(temporary) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert uploads(temporary) == []
+
+
+@needs_browser
+def test_a_scan_is_uploaded_asked_about_and_deleted(
+    page: Page, running: tuple[str, Path], model_folder: Path, tmp_path: Path
+):
+    path = tmp_path / "scan.npy"
+    np.save(path, array())
+    status = read(page, path, 2.0)
+    assert status == "Read: 24 frames of 6 ROIs, 2 s apart. The model sees 32 s. The upload has been deleted."
+    assert uploads(running[1]) == []
+    ask(page, QUESTION)
+    expected = load(model_folder).ask(str(path), QUESTION, ["low", "typical", "high"], tr=2.0, atlas="tiny")
+    shown = page.locator("#probabilities").inner_text()
+    for choice, probability in expected["probabilities"].items():
+        found = re.search(rf"{choice}\s+(\d+)%", shown)
+        assert int(found[1]) == pytest.approx(100 * probability, abs=1)
+    assert page.locator("#chat").get_by_text(expected["answer"], exact=True).count() == 1
+    # chat on, in free text: the model knows the turn before
+    ask(page, "Describe this scan.")
+    history = [(QUESTION, expected["answer"])]
+    expected = load(model_folder).ask(
+        str(path), "Describe this scan.", history=history, tr=2.0, max_new_tokens=space.MAX_ANSWER_TOKENS
+    )
+    words = page.locator("#chat").inner_text()
+    assert " ".join(expected["answer"].split())[:40] in " ".join(words.split())
+    for title in ("Every ROI over time", "Codes over time"):
+        assert page.locator("#plots h3", has_text=title).count() == 1
+    assert page.locator("#plots img").first.evaluate("image => image.naturalWidth") > 0
+
+
+@needs_browser
+def test_a_bad_file_says_what_is_wrong_and_is_kept_no_longer(
+    page: Page, running: tuple[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "few.npy"
+    np.save(path, array()[:, :4])
+    assert "4 ROIs instead of 6" in read(page, path, 2.0)
+    # the scan before is gone, so that no answer is about another one
+    field = page.locator("#question textarea")
+    field.fill(QUESTION)
+    field.press("Enter")
+    page.locator("#problem p", has_text="Read a scan first").wait_for()
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(gzip.compress(b"no image") + b"rest")
+    assert "broken.nii.gz" in read(page, broken)
+    assert [file.name for file in uploads(running[1])] == ["broken.nii.gz"]
+    page.locator("#file button[aria-label='Clear']").click()
+    wait_until_empty(running[1])
+
+
+@needs_browser
+def test_names_and_questions_are_text_and_not_markup(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "<img src=x onerror=window.hit=1>.csv"
+    names = "<b>x</b>," + ",".join(f"roi{i}" for i in range(1, ROIS))
+    path.write_text(names + "\n" + "\n".join(",".join(map(str, row)) for row in array()) + "\n")
+    assert "<b>x</b>" in read(page, path, 2.0)
+    page.get_by_role("button", name="Synthetic: unrelated ROIs").click()
+    page.locator("#status p", has_text="No person's").wait_for()
+    ask(page, "<img src=x onerror=window.hit=1> low, typical or high?")
+    assert page.locator("#chat").get_by_text("<img src=x").count() == 1
+    assert page.evaluate("window.hit") is None
+
+
+@needs_browser
+def test_nothing_is_left_of_a_session(browser: Browser, running: tuple[str, Path], tmp_path: Path) -> None:
+    address, temporary = running
+    path = tmp_path / f"{MARKER}.nii.gz"
+    volumes = np.random.default_rng(0).normal(1000, 10, (4, 4, 4, 24)).astype(np.float32)
+    image = nibabel.Nifti1Image(volumes, np.diag([4.0, 4, 4, 1]))
+    image.header.set_zooms((4, 4, 4, 2.0))
+    nibabel.save(image, path)
+    page = open_page(browser, address)
+    assert read(page, path).startswith("Read: 24 frames of 6 ROIs, 2 s apart.")
+    upload(page, path)
+    assert [file.name for file in uploads(temporary)] == [path.name]
+    page.close()
+    wait_until_empty(temporary)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "message"),
+    [
+        ("large.csv", "MAX_TABLE_MB", "at most 0 MB, got"),
+        ("deep.nii.gz", "MAX_INFLATED_MB", "at most 0 MB uncompressed"),
+    ],
+)
+def test_large_files_are_refused_unread(
+    name: str, limit: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    if name.endswith(".csv"):
+        path.write_text("a,b\n1,2\n")
+    else:
+        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 9), np.float32), np.eye(4)), path)
+    space.check_size(path)
+    monkeypatch.setattr(space, limit, 0)
+    with pytest.raises(ValueError, match=message):
+        space.check_size(path)
+
+
+def test_an_answer_ends_at_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    class Slow:
+        def ask(self, *args: object, **options: object) -> Iterator[str]:
+            try:
+                while True:
+                    yield "on "
+            finally:
+                closed.append(True)
+
+    monkeypatch.setattr(space, "MAX_ANSWER_SECONDS", 0.05)
+    answers = list(space.answer_pieces(Slow(), {}, "Describe this scan.", []))
+    assert answers[-1].startswith("on on ") and answers[-1].endswith("…") and closed == [True]
+
+
+@pytest.mark.parametrize(("shared", "low", "high"), [(0.7, 0.55, 0.85), (0.0, -0.15, 0.15)])
+def test_examples_are_random_processes_with_the_coupling_they_name(shared: float, low: float, high: float) -> None:
+    atlas = Atlas.load("aal2-94")
+    signal = space.synthetic_scan(atlas, shared)
+    assert signal.shape == (space.EXAMPLE_FRAMES, len(atlas))
+    networks = np.array(atlas.networks)
+    correlations = np.corrcoef(signal.T)
+    within = (networks[:, None] == networks) & ~np.eye(len(atlas), dtype=bool)
+    assert low < correlations[within].mean() < high
+    assert abs(correlations[networks[:, None] != networks].mean()) < 0.15
+
+
+@pytest.mark.parametrize("variant", [0, 1])
+def test_questions_about_levels_are_known(variant: int) -> None:
+    assert all(level_answers(question(name, variant)) == ("low", "typical", "high") for name in CORE_NAMES)
+    assert level_answers("Describe this scan.") is None and level_answers("Is it high?") is None
+
+
+def test_the_repository_of_the_space_fits_the_project() -> None:
+    front = yaml.safe_load((ROOT / "space/README.md").read_text().split("---")[1])
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    assert front["sdk_version"] == pins["gradio"] and (ROOT / front["app_file"]).is_file()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    name, extra = re.match(r"([\w-]+)\[(\w+)\]", (ROOT / "space/requirements.txt").read_text()).groups()
+    assert name == "fmri-lm" and extra in extras

@@ -1,0 +1,313 @@
+"""
+The Space: give a scan, ask about it, see the answer with its probabilities and what the model read.
+
+`app.py`, `make app` and `fmrilm app` start it. Limits are the constants below. An upload is moved to a folder of its
+session at once and deleted as soon as it has been read, or with the session; the folder of all of them is removed with
+the program. Nothing else is written to disk.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from fmrilm import Atlas, load
+from fmrilm.processors.descriptors.text import level_answers
+from fmrilm.processors.nifti_fmrilm import read_nifti
+
+from .command_options import DEFAULT_MODEL, MODEL_VARIABLE
+from .scan_figures import carpet, token_map
+from .scan_measures import code_places, read_scan, view_scan
+
+
+# uploads: images stream from disk, tables and arrays are read into memory
+MAX_IMAGE_MB, MAX_TABLE_MB = 512, 64
+# an image as it is after decompression: what is declared by its header is what has to be read
+MAX_INFLATED_MB = 4096
+# values of a scan that a session keeps in memory: 16 MB
+MAX_SCAN_VALUES = 2_000_000
+MAX_QUESTION_LETTERS = 500
+# earlier questions and answers that the model is shown
+MAX_TURNS = 6
+MAX_ANSWER_TOKENS, MAX_ANSWER_SECONDS = 128, 60
+# who waits longer than so many others is sent away
+MAX_WAITING = 64
+# a session that rests so long, or is one too many, is forgotten
+SESSION_SECONDS, MAX_SESSIONS = 1800, 64
+
+EXAMPLE_FRAMES, EXAMPLE_TR = 200, 2.0
+# share of a ROI's variance that its network has in common
+EXAMPLES = {"Synthetic: coupled networks": 0.7, "Synthetic: unrelated ROIs": 0.0}
+QUESTIONS = (
+    "Is connectivity between the visual and default mode networks low, typical or high?",
+    "Is signal persistence of the visual network low, typical or high?",
+    "Is overall connectivity of the default mode network low, typical or high?",
+    "Describe this scan.",
+)
+CSS = """
+footer{display:none!important}
+.gradio-container{max-width:76rem!important;margin:0 auto}
+#heading h1{margin-bottom:.2rem}
+#heading p{color:var(--body-text-color-subdued);max-width:52rem}
+#status p{margin:0;padding:.55rem .8rem;border-radius:8px;border-left:4px solid var(--color-accent);
+background:var(--background-fill-secondary)}
+#status p.error{border-color:#c2410c}
+#plots h3{margin:.8rem 0 .2rem;font-size:1rem;font-weight:600}
+#plots figure{margin:0}#plots figure div{overflow-x:auto}#plots img{width:100%;min-width:36rem}
+#plots figcaption{color:var(--body-text-color-subdued);font-size:.85rem}
+"""
+Message = dict[str, str]
+
+
+@dataclass
+class Session:
+    """What a visitor's session holds, in memory alone. scan: of `read_scan`; turns: questions and their answers."""
+
+    scan: dict[str, Any] | None = None
+    turns: list[tuple[str, str]] = field(default_factory=list)
+
+
+def build_space(reader: Any, uploads: Path) -> gr.Blocks:
+    """The pages of the Space. reader: of `fmrilm.load`; uploads: an empty folder that is Gradio's own, too."""
+    atlases = {atlas["name"]: len(atlas["rois"]) for atlas in reader.processor.feature_extractor.atlases}
+
+    def keep(file: str, request: gr.Request) -> tuple[Path | None, str]:
+        leave(request)
+        own = session_folder(request) / Path(file).name
+        own.parent.mkdir()
+        try:
+            os.replace(file, own)
+        except FileNotFoundError:
+            # somebody else uploaded the same bytes in the same moment, and took them away
+            return None, _status("The upload was lost. Please upload the file again.", error=True)
+        shutil.rmtree(Path(file).parent, ignore_errors=True)
+        # Gradio leaves an empty file of its own beside each upload
+        for empty in uploads.glob("tmp*"):
+            if empty.is_file():
+                empty.unlink(missing_ok=True)
+        return own, _status(f"{own.name} is here. Check the atlas and the repetition time, then read the scan.")
+
+    def read(file: Path | None, atlas: str, tr: float) -> tuple[Any, ...]:
+        if file is None or not file.exists():
+            return *[gr.skip()] * 4, _status("Upload a scan first, or take an example.", error=True), gr.skip()
+        try:
+            check_size(file)
+            session, plots, summary = opened(file, atlas, tr)
+        except (ValueError, OSError) as error:
+            text = str(error).replace(f"{file.parent}{os.sep}", "")
+            # what was there is gone: no answer can be about another scan than the last one given
+            return Session(), [], None, "", _status(text, error=True), gr.skip()
+        discard(file)
+        return session, [], None, plots, _status(f"{summary} The upload has been deleted."), None
+
+    def example(name: str, atlas: str) -> tuple[Any, ...]:
+        known = reader.processor.feature_extractor.atlas(atlas)
+        session, plots, summary = opened(synthetic_scan(known, EXAMPLES[name]), atlas, EXAMPLE_TR)
+        return session, [], None, plots, _status(f"{summary} No person's: a random process.")
+
+    def opened(source: Any, atlas: str, tr: float) -> tuple[Session, str, str]:
+        scan = read_scan(reader, source, tr or None, atlas)
+        if scan["signal"].size > MAX_SCAN_VALUES:
+            shape = scan["signal"].shape
+            raise ValueError(
+                f"expected at most {MAX_SCAN_VALUES:,} values, frames × ROIs, got {shape[0]} × {shape[1]}"
+            )
+        view = view_scan(reader, scan)
+        frames, rois = scan["signal"].shape
+        plots = carpet(view, only_signal=True) + token_map(
+            view,
+            code_places(reader, view.codes),
+            "place in the codebook",
+            ("one end", "the other"),
+            "What the language model reads: each cell is one code. Codes of like colour have like vectors.",
+        )
+        summary = f"Read: {frames} frames of {rois} ROIs, {scan['tr']:g} s apart. The model sees {view.seconds:.0f} s."
+        return Session(scan), plots, summary
+
+    def ask(session: Session, question: str, choices: str) -> Iterator[tuple[Any, ...]]:
+        question = question.strip()
+        shown = _chat(session.turns)
+        try:
+            if session.scan is None:
+                raise ValueError("Read a scan first, or take an example.")
+            if not 0 < len(question) <= MAX_QUESTION_LETTERS:
+                raise ValueError(f"expected a question of 1 to {MAX_QUESTION_LETTERS} letters, got {len(question)}")
+            allowed = [choice.strip() for choice in choices.split(",") if choice.strip()] or level_answers(question)
+            history = session.turns[-MAX_TURNS:]
+            if allowed:
+                found = reader.ask(session.scan, question, list(allowed), history=history)
+                turns = [*session.turns, (question, found["answer"])]
+                yield Session(session.scan, turns), _chat(turns), found["probabilities"], "", ""
+                return
+            answer = ""
+            for answer in answer_pieces(reader, session.scan, question, history):
+                yield session, _chat([*session.turns, (question, answer)]), None, question, ""
+            turns = [*session.turns, (question, answer)]
+            yield Session(session.scan, turns), _chat(turns), None, "", ""
+        except (ValueError, OSError) as error:
+            yield session, shown, None, question, _status(str(error), error=True)
+
+    def session_folder(request: gr.Request) -> Path:
+        # the name comes from the visitor's browser: hashed, it cannot lead elsewhere
+        return uploads / f"session-{hashlib.sha256(str(request.session_hash).encode()).hexdigest()[:32]}"
+
+    def leave(request: gr.Request) -> None:
+        shutil.rmtree(session_folder(request), ignore_errors=True)
+
+    with gr.Blocks(title="fMRI-LM", analytics_enabled=False, delete_cache=(60, SESSION_SECONDS)) as space:
+        session = gr.State(Session(), time_to_live=SESSION_SECONDS)
+        upload = gr.State(None, time_to_live=SESSION_SECONDS, delete_callback=discard)
+        gr.Markdown(
+            "# fMRI-LM\nA language model that reads brain scans. Give it a preprocessed resting-state scan in MNI "
+            "space, or a table of ROI series, and ask. A demonstration, not a medical device: do not upload what "
+            "could tell who somebody is, and believe no answer about a person.",
+            elem_id="heading",
+        )
+        with gr.Row():
+            with gr.Column(scale=2):
+                file = gr.File(label="Scan (.nii, .nii.gz, .npy, .csv, .tsv)", height=120, elem_id="file")
+                with gr.Row():
+                    names = [(f"{name} ({rois} ROIs)", name) for name, rois in atlases.items()]
+                    atlas = gr.Dropdown(names, value=names[0][1], label="Atlas", min_width=160, elem_id="atlas")
+                    tr = gr.Number(0, label="TR (s); 0: as in the file", minimum=0, min_width=120, elem_id="tr")
+                button = gr.Button("Read the scan", variant="primary", elem_id="read")
+                with gr.Row():
+                    examples = [gr.Button(name, size="sm", min_width=120) for name in EXAMPLES]
+                status = gr.HTML(elem_id="status")
+                probabilities = gr.Label(label="Probability of each answer", elem_id="probabilities")
+            with gr.Column(scale=3):
+                chat = gr.Chatbot(
+                    label="Questions and answers", height=420, render_markdown=False, buttons=[], elem_id="chat"
+                )
+                question = gr.Textbox(
+                    label="Question", placeholder="What do you want to know?", submit_btn=True, elem_id="question"
+                )
+                choices = gr.Textbox(
+                    label="Allowed answers, with commas",
+                    placeholder="low, typical, high (taken from the question where it names them)",
+                    elem_id="choices",
+                )
+                gr.Examples([[text] for text in QUESTIONS], question, label="Questions this model learned to answer")
+                problem = gr.HTML(elem_id="problem")
+        plots = gr.HTML(elem_id="plots")
+        opening = [session, chat, probabilities, plots, status]
+        one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
+        file.upload(keep, file, [upload, status], api_name="upload")
+        space.unload(leave)
+        file.clear(discard, upload, None, api_name=False)
+        button.click(read, [upload, atlas, tr], [*opening, file], api_name="read", **one_at_a_time)
+        for example_button in examples:
+            example_button.click(example, [example_button, atlas], opening, api_name=False, **one_at_a_time)
+        chat.clear(lambda session: Session(session.scan), session, session, api_name=False)
+        question.submit(
+            ask,
+            [session, question, choices],
+            [session, chat, probabilities, question, problem],
+            api_name="ask",
+            **one_at_a_time,
+        )
+    space.queue(max_size=MAX_WAITING)
+    return space
+
+
+def answer_pieces(reader: Any, scan: dict[str, Any], question: str, history: list[tuple[str, str]]) -> Iterator[str]:
+    """The answer as it grows; it ends after `MAX_ANSWER_TOKENS` or `MAX_ANSWER_SECONDS`."""
+    deadline = time.monotonic() + MAX_ANSWER_SECONDS
+    pieces = reader.ask(scan, question, history=history, stream=True, max_new_tokens=MAX_ANSWER_TOKENS)
+    answer = ""
+    try:
+        for piece in pieces:
+            answer += piece
+            yield answer
+            if time.monotonic() > deadline:
+                yield f"{answer} …"
+                break
+    finally:
+        # also where the visitor has left: the model stops
+        pieces.close()
+
+
+def check_size(file: Path) -> None:
+    """ValueError for a file above the limits, before it is read."""
+    image = file.name.lower().endswith((".nii", ".nii.gz"))
+    limit = MAX_IMAGE_MB if image else MAX_TABLE_MB
+    if file.stat().st_size > limit * 1e6:
+        raise ValueError(f"expected a file of at most {limit} MB, got {file.stat().st_size / 1e6:.0f} MB")
+    if image:
+        volumes = read_nifti(file)
+        size = math.prod(volumes.shape) * volumes.dtype.itemsize / 1e6
+        if size > MAX_INFLATED_MB:
+            raise ValueError(f"expected an image of at most {MAX_INFLATED_MB} MB uncompressed, got {size:.0f} MB")
+
+
+def synthetic_scan(atlas: Atlas, shared: float, seed: int = 0) -> np.ndarray:
+    """
+    float64 [frames, rois] of a random process: of each ROI's variance a share is common to its network, the rest its
+    own, both slow as BOLD is (autoregression of 0.8 at a TR of 2 s). Nobody's data.
+    """
+    rng = np.random.default_rng(seed)
+    names, members = np.unique(atlas.networks, return_inverse=True)
+    slow = rng.standard_normal((EXAMPLE_FRAMES, len(names) + len(atlas)))
+    for frame in range(1, EXAMPLE_FRAMES):
+        slow[frame] += 0.8 * slow[frame - 1]
+    common, own = slow[:, : len(names)], slow[:, len(names) :]
+    return math.sqrt(shared) * common[:, members] + math.sqrt(1 - shared) * own
+
+
+def discard(upload: Path | None) -> None:
+    """Deletes an upload and the folder that was made for it."""
+    if upload is not None:
+        shutil.rmtree(upload.parent, ignore_errors=True)
+
+
+def _chat(turns: list[tuple[str, str]]) -> list[Message]:
+    """The turns as the page shows them; it takes text for HTML, so that even a picture in a question would load."""
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": escape(text, quote=False)}
+        for turn in turns
+        for role, text in zip(roles, turn, strict=True)
+    ]
+
+
+def _status(text: str, error: bool = False) -> str:
+    return f"<p{' class=error role=alert' if error else ''}>{escape(text)}</p>"
+
+
+def launch(reader: Any, uploads: Path, **options: Any) -> gr.Blocks:
+    """Starts the Space with its limits; options of Gradio's `launch`, such as `server_port`."""
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    space = build_space(reader, uploads)
+    space.launch(
+        # fonts of the visitor's own system: the page fetches nothing from elsewhere
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+        max_file_size=f"{MAX_IMAGE_MB}mb",
+        state_session_capacity=MAX_SESSIONS,
+        run_history=False,
+        ssr_mode=False,
+        footer_links=[],
+        **options,
+    )
+    return space
+
+
+def main(model: str | None = None, port: int | None = None, host: str | None = None) -> None:
+    """Serves a model folder or Hub id: the one given, else that of the variable, else the demo's."""
+    # removed with the program, also where it is asked to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    reader = load(model or os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
+    with tempfile.TemporaryDirectory(prefix="fmrilm-space-") as uploads:
+        launch(reader, Path(uploads), server_port=port, server_name=host)
