@@ -2,7 +2,8 @@
 
 import argparse
 
-from fmrilm.training.space import DEFAULT_MODEL, MODEL_VARIABLE, main
+from fmrilm.training.command_options import DEFAULT_MODEL, MODEL_VARIABLE
+from fmrilm.training.space import main
 
 
 if __name__ == "__main__":

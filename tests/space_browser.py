@@ -24,7 +24,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 120  # s, on a busy machine
+PATIENCE = 300  # s, on a busy machine
 QUESTIONS = (
     "Describe this scan.",
     "Is connectivity between the visual and default mode networks low, typical or high?",

@@ -86,7 +86,7 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
     def keep(file: str, request: gr.Request) -> tuple[Path | None, str]:
         leave(request)
         own = session_folder(request) / Path(file).name
-        own.parent.mkdir()
+        own.parent.mkdir(exist_ok=True)
         try:
             os.replace(file, own)
         except FileNotFoundError:
