@@ -15,6 +15,7 @@ from .modeling_fmricodec import FmriCodecModel
 from .modeling_fmrilm import FmriLMForConditionalGeneration, FmriLMModel
 from .pipeline_fmrilm import FmriLMPipeline
 from .processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
+from .scan_reader import ScanReader, load
 
 
 AutoConfig.register("fmri_codec", FmriCodecConfig, exist_ok=True)
@@ -44,4 +45,6 @@ __all__ = [
     "FmriLMModel",
     "FmriLMPipeline",
     "FmriLMProcessor",
+    "ScanReader",
+    "load",
 ]
