@@ -1,13 +1,11 @@
 """The files that README, docs and examples name, small: a model folder, scans, labels, an fMRIPrep folder, configs."""
 
-import json
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import yaml
-
 from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
+
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
 from fmrilm.training.alignment import join
 from helpers import confounds_table, slow_series

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from document_blocks import blocks, reason_not_run, run_page
+from document_blocks import run_page
 from small_world import write_small_world
 
 
