@@ -1,14 +1,17 @@
 """The files that README, docs and examples name, small: a model folder, scans, labels, an fMRIPrep folder, configs."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
 from fmrilm.training.alignment import join
 from helpers import confounds_table, slow_series
+from official_checkpoint import WIDTH, brain_tensors, language_tensors
 
 
 ATLAS, TR, FRAMES = "aal2-94", 0.72, 120
@@ -21,6 +24,7 @@ AFFINE = np.array([[8.0, 0, 0, -88], [0, 8, 0, -124], [0, 0, 8, -70], [0, 0, 0, 
 def write_small_world(folder: Path) -> Path:
     """Fills a folder; returns it."""
     write_model(folder / "runs" / "demo" / "model")
+    write_official_checkpoint(folder / "model.pt")
     np.save(folder / "scan.npy", slow_series(0, FRAMES, len(Atlas.load(ATLAS))).astype(np.float32))
     nib.save(volume(1, TR), folder / "scan.nii.gz")
     write_scans(folder / "scans")
@@ -39,6 +43,19 @@ def write_model(folder: Path) -> None:
     codec = build_tiny_codec(patch_length=16)
     join(codec, build_tiny_language_model("llama", len(tokenizer) - 3), processor).eval().save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def write_official_checkpoint(path: Path) -> None:
+    """A random checkpoint of the released layout for the 450 official ROIs; its language model's folder beside it."""
+    tokenizer, backbone = build_tiny_tokenizer(), path.with_name("backbone")
+    model = build_tiny_language_model("qwen3", len(tokenizer) + 3)
+    model.config.save_pretrained(backbone)
+    tokenizer.save_pretrained(backbone)
+    tensors = brain_tensors("released", 160, WIDTH)
+    for name in ("tokenizer.encoder.pos_embed", "pos_embed.weight"):
+        tensors[name] = torch.randn(*tensors[name].shape[:-2], 450, tensors[name].shape[-1])
+    tensors |= language_tensors(model, "llm.", None)[0]
+    torch.save({**tensors, "model_args": Namespace(lm_name=str(backbone))}, path)
 
 
 def write_scans(folder: Path) -> None:
