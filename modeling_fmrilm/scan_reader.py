@@ -31,7 +31,8 @@ def load(
     """
     options = {"revision": revision, "trust_remote_code": False}
     folder = Path(path)
-    if (folder.exists() or folder.is_absolute()) and not (folder / "config.json").is_file():
+    # a repository is named by one word or two
+    if (folder.exists() or folder.is_absolute() or len(folder.parts) > 2) and not (folder / "config.json").is_file():
         raise ValueError(f"expected a folder with a model and its processor, got {path}, which holds no config.json")
     config = AutoConfig.from_pretrained(path, **options)
     if config.model_type != "fmrilm":

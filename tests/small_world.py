@@ -46,10 +46,10 @@ def write_model(folder: Path) -> None:
 
 
 def write_official_checkpoint(path: Path) -> None:
-    """A random checkpoint of the released layout for the 450 official ROIs; its language model's folder beside it."""
-    tokenizer, backbone = build_tiny_tokenizer(), path.with_name("backbone")
+    """A random checkpoint of the released layout for the 450 official ROIs; its language model beside it."""
+    tokenizer, backbone = build_tiny_tokenizer(), path.with_name("qwen3")
     model = build_tiny_language_model("qwen3", len(tokenizer) + 3)
-    model.config.save_pretrained(backbone)
+    model.save_pretrained(backbone)
     tokenizer.save_pretrained(backbone)
     tensors = brain_tensors("released", 160, WIDTH)
     for name in ("tokenizer.encoder.pos_embed", "pos_embed.weight"):
