@@ -46,6 +46,6 @@ def correlation(guess: np.ndarray) -> float:
     return float(np.corrcoef(guess[known], truth[known])[0, 1])
 
 
-print(f"{shown * options.tr:.0f} s shown, {seconds:.0f} s forecast: {len(forecast)} frames of {forecast.shape[1]} ROIs")
+print(f"{shown * options.tr:.0f} s shown, {seconds:.0f} s forecast: [time, rois] {forecast.shape}")
 print(f"correlation with what came: {correlation(forecast):+.2f} (last frame held: {correlation(persistence):+.2f})")
 print(f"standard deviation between draws: {draws.std(0).mean():.2f} z-scores")
