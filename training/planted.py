@@ -41,6 +41,8 @@ SPECTRUM_FRAMES = 128
 # people without an effect, to see how much their connectivity varies
 REFERENCE_PEOPLE = 200
 SHARD_SIZE = 64
+# at which logistic regression on functional connectivity reaches a ROC-AUC of 0.90, learning from 200 people
+DEFAULT_EFFECT = 2.0
 
 
 class PlantedCohort:
@@ -63,7 +65,7 @@ class PlantedCohort:
         self,
         training_scans: Sequence[PreparedScan],
         subjects: int,
-        effect: float,
+        effect: float = DEFAULT_EFFECT,
         network: str = "Default",
         seed: int = 0,
         *,
@@ -263,7 +265,7 @@ def write_planted(folder: Path, cohort: PlantedCohort) -> None:
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder to write, with 'planted' in its name; goes on where it was.")],
     subjects: Annotated[int, typer.Option(min=2, help="People, one scan each.")] = 300,
-    effect: Annotated[float, typer.Option(help="Group b against a, Cohen's d.")] = 4.0,
+    effect: Annotated[float, typer.Option(help="Group b against a, Cohen's d.")] = DEFAULT_EFFECT,
     network: Annotated[str, typer.Option(help="Network whose connectivity differs between the groups.")] = "Default",
     age_effect: Annotated[float, typer.Option(help="Of age: deviations per deviation of age.")] = -0.5,
     age_network: Annotated[str, typer.Option(help="Network whose connectivity changes with age.")] = "Cont",

@@ -160,10 +160,11 @@ class Task:
     @cached_property
     def _telling(self) -> re.Pattern:
         values = [*(self.choices or {}), *([self.unit] if self.unit else [])]
-        # a single letter or digit stands in any text
+        # a value of a single letter or digit stands in any text
         words = {*self.choice_words, *self.reveals, *(value for value in values if len(value) > 1)}
         longest_first = sorted(words, key=len, reverse=True)
-        return re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+        # also before a digit or _, as in a cohort's name
+        return re.compile(rf"(?<![^\W\d_])(?:{'|'.join(map(re.escape, longest_first))})(?![^\W\d_])", re.IGNORECASE)
 
 
 def task_names() -> list[str]:
@@ -217,7 +218,7 @@ def labels_of(task: Task, rows: Rows) -> list[Label | None]:
     the range, labels that differ between sessions of a subject; a column that is missing; fewer than two classes.
     """
     labels, unreadable = [], defaultdict(list)
-    for row, value in enumerate(_column(rows, task.column)):
+    for row, value in enumerate(column_of(rows, task.column)):
         try:
             labels.append(task.label(value))
         except ValueError as error:
@@ -239,7 +240,7 @@ def check_splits(splits: Mapping[str, Rows]) -> None:
     first: dict[str, tuple[str, int]] = {}
     for split, rows in splits.items():
         twice = defaultdict(list)
-        for row, subject in enumerate(_column(rows, "subject")):
+        for row, subject in enumerate(column_of(rows, "subject")):
             before, place = first.setdefault(subject, (split, row))
             if before != split:
                 twice[before, place].append(row)
@@ -252,9 +253,9 @@ def check_splits(splits: Mapping[str, Rows]) -> None:
 
 
 def _check_agreement(task: Task, labels: Sequence[Label | None], rows: Rows) -> None:
-    keys = _column(rows, "subject")
+    keys = column_of(rows, "subject")
     if task.per_session:
-        keys = list(zip(keys, _column(rows, "session"), strict=True))
+        keys = list(zip(keys, column_of(rows, "session"), strict=True))
     seen = defaultdict(list)
     for row, (key, label) in enumerate(zip(keys, labels, strict=True)):
         if label is not None:
@@ -268,10 +269,14 @@ def _check_agreement(task: Task, labels: Sequence[Label | None], rows: Rows) -> 
             )
 
 
-def _column(rows: Rows, name: str) -> list[Any]:
-    columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0]) if len(rows) else []
-    if name not in columns:
-        raise ValueError(f"no column {name!r} among {', '.join(columns)}")
+def column_names(rows: Rows) -> list[str]:
+    return rows.column_names if isinstance(rows, Dataset) else list(rows[0]) if len(rows) else []
+
+
+def column_of(rows: Rows, name: str) -> list[Any]:
+    """The cells of a column; ValueError that names those there are."""
+    if name not in column_names(rows):
+        raise ValueError(f"no column {name!r} among {', '.join(column_names(rows))}")
     # a whole row of a dataset would be read with its signal
     return rows[name][:] if isinstance(rows, Dataset) else [row[name] for row in rows]
 
