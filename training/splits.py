@@ -1,0 +1,92 @@
+"""Training and test sets that share no subject, drawn with a seed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, StratifiedShuffleSplit
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of rows, in order."""
+
+    training: np.ndarray
+    test: np.ndarray
+
+
+def hold_out(subjects: Sequence[str], labels: np.ndarray | None, share: float, seed: int) -> Split:
+    """
+    A `share` of the subjects for the test, all rows of a subject on one side. labels: class int [rows] by which the
+    two are stratified where each class has two subjects; None for numbers.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"expected a share of test subjects between 0 and 1, got {share}")
+    names, classes = _by_subject(subjects, labels)
+    if len(names) < 2:
+        raise ValueError(f"expected at least 2 subjects to split, got {len(names)}")
+    stratified = classes is not None and _fewest(classes) >= 2
+    splitter = (StratifiedShuffleSplit if stratified else ShuffleSplit)(1, test_size=share, random_state=seed)
+    training, test = next(splitter.split(names, classes if stratified else None))
+    return _split(subjects, names[training], names[test])
+
+
+def k_fold(subjects: Sequence[str], labels: np.ndarray | None, folds: int, seed: int) -> Iterator[Split]:
+    """
+    Each subject is in the test set of one of the folds, with all its rows. Stratified by labels, class int [rows],
+    where each class has at least one subject for every fold.
+    """
+    names, classes = _by_subject(subjects, labels)
+    if not 2 <= folds <= len(names):
+        raise ValueError(f"expected between 2 folds and one for each of the {len(names)} subjects, got {folds}")
+    stratified = classes is not None and _fewest(classes) >= folds
+    splitter = (StratifiedKFold if stratified else KFold)(folds, shuffle=True, random_state=seed)
+    for training, test in splitter.split(names, classes if stratified else None):
+        yield _split(subjects, names[training], names[test])
+
+
+def k_shot(subjects: Sequence[str], labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Rows of `shots` subjects of each class, drawn at random; labels: class int [rows]."""
+    names, classes = _by_subject(subjects, labels)
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in np.unique(classes):
+        members = names[classes == label]
+        if len(members) < shots:
+            raise ValueError(f"expected at least {shots} training subjects of class {label}, got {len(members)}")
+        chosen.extend(rng.choice(members, shots, replace=False))
+    return np.flatnonzero(np.isin(subjects, chosen))
+
+
+def check_disjoint(**parts: Sequence[str]) -> None:
+    """ValueError naming the subjects that are in two of the parts."""
+    names = list(parts)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            if both := sorted(set(parts[first]) & set(parts[second])):
+                raise ValueError(
+                    f"expected each subject in one split, got {len(both)} in both {first} and {second}: "
+                    f"{', '.join(both[:10])}{', ...' if len(both) > 10 else ''}"
+                )
+
+
+def _split(subjects: Sequence[str], training: np.ndarray, test: np.ndarray) -> Split:
+    check_disjoint(training=training.tolist(), test=test.tolist())
+    return Split(*(np.flatnonzero(np.isin(subjects, names)) for names in (training, test)))
+
+
+def _by_subject(subjects: Sequence[str], labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Each subject's name and class; ValueError where the rows of a subject are of several classes."""
+    names, first, whose = np.unique(np.asarray(subjects), return_index=True, return_inverse=True)
+    if labels is None:
+        return names, None
+    classes = np.asarray(labels)[first]
+    if (differ := classes[whose] != labels).any():
+        raise ValueError(
+            f"expected one label for each subject, got several for {', '.join(names[np.unique(whose[differ])][:10])}"
+        )
+    return names, classes
+
+
+def _fewest(classes: np.ndarray) -> int:
+    return int(np.unique(classes, return_counts=True)[1].min())
