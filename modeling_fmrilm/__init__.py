@@ -1,39 +1,29 @@
-"""fMRI-LM: a codec that turns fMRI into discrete tokens, and a language model that reads and predicts them."""
+"""
+fMRI-LM: a codec that turns fMRI into discrete tokens, and a language model that reads and predicts them.
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
-from transformers.pipelines import PIPELINE_REGISTRY
+The names are imported when one of them is first used: torch and transformers take seconds. That also makes the classes
+known to transformers' Auto classes. `import fmrilm` alone does so where transformers is imported already, and `import
+fmrilm.auto_classes` anywhere.
+"""
 
-from .configuration_fmrilm import FmriCodecConfig, FmriLMConfig
-from .modeling_fmricodec import FmriCodecModel
-from .modeling_fmrilm import FmriLMForConditionalGeneration, FmriLMModel
-from .pipeline_fmrilm import FmriLMPipeline
-from .processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
-from .scan_reader import ScanReader, load
+import sys
+from typing import TYPE_CHECKING, Any
 
 
-AutoConfig.register("fmri_codec", FmriCodecConfig, exist_ok=True)
-AutoConfig.register("fmrilm", FmriLMConfig, exist_ok=True)
-AutoModel.register(FmriCodecConfig, FmriCodecModel, exist_ok=True)
-AutoModel.register(FmriLMConfig, FmriLMModel, exist_ok=True)
-AutoModelForCausalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exist_ok=True)
-AutoModelForMultimodalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exist_ok=True)
-AutoFeatureExtractor.register(FmriLMConfig, FmriLMFeatureExtractor, exist_ok=True)
-AutoProcessor.register(FmriLMConfig, FmriLMProcessor, exist_ok=True)
-PIPELINE_REGISTRY.register_pipeline("fmri-text-to-text", FmriLMPipeline, pt_model=AutoModelForMultimodalLM)
-
-# every save ships the code, so that a downloaded folder loads where this package is not installed
-FmriCodecConfig.register_for_auto_class()
-FmriLMConfig.register_for_auto_class()
-FmriCodecModel.register_for_auto_class("AutoModel")
-FmriLMModel.register_for_auto_class("AutoModel")
-FmriLMForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
+if TYPE_CHECKING:
+    from .auto_classes import (
+        Atlas,
+        FmriCodecConfig,
+        FmriCodecModel,
+        FmriLMConfig,
+        FmriLMFeatureExtractor,
+        FmriLMForConditionalGeneration,
+        FmriLMModel,
+        FmriLMPipeline,
+        FmriLMProcessor,
+        ScanReader,
+        load,
+    )
 
 __all__ = [
     "Atlas",
@@ -48,3 +38,19 @@ __all__ = [
     "ScanReader",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import auto_classes
+
+    return getattr(auto_classes, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "transformers" in sys.modules:
+    from . import auto_classes  # noqa: F401

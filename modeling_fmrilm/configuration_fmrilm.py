@@ -205,4 +205,8 @@ class FmriOriginalConfig(PreTrainedConfig):
         return 0
 
 
+# every save ships the code, so that a downloaded folder loads where this package is not installed
+FmriCodecConfig.register_for_auto_class()
+FmriLMConfig.register_for_auto_class()
+
 __all__ = ["FmriCodecConfig", "FmriLMConfig", "FmriOriginalConfig"]

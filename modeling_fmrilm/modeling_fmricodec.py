@@ -249,4 +249,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         return self.quantizer.continuous(vectors), token_mask
 
 
+# every save ships the code, so that a downloaded folder loads where this package is not installed
+FmriCodecModel.register_for_auto_class("AutoModel")
+
 __all__ = ["FmriCodecModel", "FmriCodecOutput", "FmriCodecPreTrainedModel"]

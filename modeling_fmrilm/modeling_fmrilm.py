@@ -446,4 +446,8 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
         return F.cross_entropy(self.fmri_head(states[has_next[fmri_codes >= 0]]).float(), following)
 
 
+# every save ships the code, so that a downloaded folder loads where this package is not installed
+FmriLMModel.register_for_auto_class("AutoModel")
+FmriLMForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
+
 __all__ = ["FmriLMForConditionalGeneration", "FmriLMModel", "FmriLMOutput", "FmriLMPreTrainedModel", "FmriLMProjector"]

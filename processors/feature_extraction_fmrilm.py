@@ -443,3 +443,7 @@ def _check_finite(signal: np.ndarray, atlas: Atlas) -> None:
             f"{int(bad.sum())} of {signal.size} values are NaN or infinite, the first ROI with one is "
             f"{atlas.rois[first]!r} (column {first}); expected finite numbers"
         )
+
+
+# every save ships the code, so that a downloaded folder loads where this package is not installed
+FmriLMFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

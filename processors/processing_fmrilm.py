@@ -317,3 +317,7 @@ def _refuse_typed(texts: Iterable[str | None]) -> None:
                     f"typed placeholder: {token} stands in the text by itself; in a chat, scans go into blocks "
                     '{"type": "fmri", "fmri": scan}, elsewhere one placeholder block stands for each scan'
                 )
+
+
+# every save ships the code, so that a downloaded folder loads where this package is not installed
+FmriLMProcessor.register_for_auto_class("AutoProcessor")

@@ -1,0 +1,45 @@
+"""The public names of the package; importing them here makes them known to the Auto classes and pipelines."""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .configuration_fmrilm import FmriCodecConfig, FmriLMConfig
+from .modeling_fmricodec import FmriCodecModel
+from .modeling_fmrilm import FmriLMForConditionalGeneration, FmriLMModel
+from .pipeline_fmrilm import FmriLMPipeline
+from .processors.atlases import Atlas
+from .processors.feature_extraction_fmrilm import FmriLMFeatureExtractor
+from .processors.processing_fmrilm import FmriLMProcessor
+from .scan_reader import ScanReader, load
+
+
+AutoConfig.register("fmri_codec", FmriCodecConfig, exist_ok=True)
+AutoConfig.register("fmrilm", FmriLMConfig, exist_ok=True)
+AutoModel.register(FmriCodecConfig, FmriCodecModel, exist_ok=True)
+AutoModel.register(FmriLMConfig, FmriLMModel, exist_ok=True)
+AutoModelForCausalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exist_ok=True)
+AutoFeatureExtractor.register(FmriLMConfig, FmriLMFeatureExtractor, exist_ok=True)
+AutoProcessor.register(FmriLMConfig, FmriLMProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline("fmri-text-to-text", FmriLMPipeline, pt_model=AutoModelForMultimodalLM)
+
+__all__ = [
+    "Atlas",
+    "FmriCodecConfig",
+    "FmriCodecModel",
+    "FmriLMConfig",
+    "FmriLMFeatureExtractor",
+    "FmriLMForConditionalGeneration",
+    "FmriLMModel",
+    "FmriLMPipeline",
+    "FmriLMProcessor",
+    "ScanReader",
+    "load",
+]

@@ -1,0 +1,95 @@
+"""`import fmrilm` and `fmrilm --help` import nothing heavy, and yet every name and every Auto class is there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fmrilm
+from fmrilm import processors
+
+
+HEAVY = ("torch", "transformers", "datasets", "pandas", "trl", "sklearn", "matplotlib", "scipy", "nilearn")
+COMMAND = Path(sys.executable).with_name("fmrilm")
+
+
+def fresh(code: str) -> dict:
+    """What a new interpreter prints after this code, as JSON."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def imported_with(statement: str) -> set[str]:
+    code = f"import json, sys\n{statement}\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+    return set(fresh(code))
+
+
+def test_import_is_quick_and_takes_nothing_heavy() -> None:
+    code = "import time; start = time.process_time(); import fmrilm; print(time.process_time() - start)"
+    assert fresh(code) < 0.3
+    assert not imported_with("import fmrilm, fmrilm.processors")
+
+
+def test_scans_are_read_without_transformers() -> None:
+    names = imported_with("from fmrilm.processors import Atlas, parcellate, read_scan")
+    assert not names & {"torch", "transformers", "datasets", "pandas"}
+
+
+def test_help_is_quick_and_takes_nothing_heavy() -> None:
+    code = """
+import json, resource, runpy, sys
+sys.argv = ["fmrilm", "--help"]
+try:
+    runpy.run_path(COMMAND, run_name="__main__")
+except SystemExit:
+    pass
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([usage.ru_utime + usage.ru_stime, [name for name in HEAVY if name in sys.modules]]))
+"""
+    seconds, names = fresh(code.replace("COMMAND", repr(str(COMMAND))).replace("HEAVY", repr(HEAVY)))
+    assert seconds < 1 and not names
+
+
+@pytest.mark.parametrize("package", [fmrilm, processors])
+def test_every_name_is_listed_and_there(package) -> None:
+    assert set(package.__all__) <= set(dir(package))
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'FmriTokenizer'"):
+        _ = package.FmriTokenizer
+    names: dict = {}
+    exec(f"from {package.__name__} import *", names)
+    assert set(package.__all__) <= set(names)
+
+
+@pytest.fixture
+def saved(llama, processor, tmp_path: Path) -> Path:
+    llama.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from fmrilm import FmriCodecConfig\nfrom transformers import AutoModelForCausalLM, AutoProcessor",
+        "from fmrilm.processors import FmriLMProcessor\nfrom transformers import AutoModelForCausalLM, AutoProcessor",
+        "from transformers import AutoModelForCausalLM, AutoProcessor\nimport fmrilm",
+        "import fmrilm.auto_classes\nfrom transformers import AutoModelForCausalLM, AutoProcessor",
+    ],
+)
+def test_auto_classes_take_the_package_and_no_code_of_a_folder(imports: str, saved: Path) -> None:
+    code = f"""
+import json
+{imports}
+model = AutoModelForCausalLM.from_pretrained({str(saved)!r}, trust_remote_code=False)
+processor = AutoProcessor.from_pretrained({str(saved)!r}, trust_remote_code=False)
+print(json.dumps([type(part).__module__ for part in (model, processor, processor.feature_extractor)]))
+"""
+    assert fresh(code) == [
+        "fmrilm.modeling_fmrilm",
+        "fmrilm.processors.processing_fmrilm",
+        "fmrilm.processors.feature_extraction_fmrilm",
+    ]
