@@ -1,6 +1,8 @@
 """Small real objects that the tests share."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,3 +174,20 @@ def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedToken
 def signal() -> np.ndarray:
     """A scan float32 [time, rois] of 20 frames that look like BOLD: a large mean, small fluctuations."""
     return (1000 + np.random.default_rng(0).normal(0, 10, (20, 5))).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that README, docs and examples name, small."""
+    # it builds with what stands in this file
+    from small_world import write_small_world
+
+    return write_small_world(tmp_path_factory.mktemp("small") / "world")
+
+
+@pytest.fixture
+def in_small_world(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Works in a copy of the small world."""
+    folder = Path(shutil.copytree(small_world, tmp_path / "world"))
+    monkeypatch.chdir(folder)
+    return folder

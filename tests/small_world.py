@@ -1,5 +1,6 @@
 """The files that README, docs and examples name, small: a model folder, scans, labels, an fMRIPrep folder, configs."""
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -30,6 +31,11 @@ def write_small_world(folder: Path) -> Path:
     write_scans(folder / "scans")
     for number in range(3):
         write_fmriprep(folder / "derivatives" / "fmriprep", f"{number + 1:02}")
+    (folder / "recordings").mkdir()
+    for path in (folder / "scans").glob("*.npy"):
+        shutil.copy(path, folder / "recordings")
+    kinds = [f"{number + 1},{'FM'[number % 2]},{'mme'[number % 3]}" for number in range(PEOPLE)]
+    (folder / "labels.csv").write_text("\n".join(["subject,sex,chronotype", *kinds]) + "\n")
     labels = [f"sub-{number + 1:02}\t{20 + 5 * number}\t{'fm'[number % 2]}" for number in range(PEOPLE)]
     (folder / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *labels]) + "\n")
     return folder
@@ -74,6 +80,14 @@ def write_fmriprep(folder: Path, subject: str) -> None:
     nib.save(volume(int(subject), 2.0), f"{stem}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
     table = confounds_table(int(subject), FRAMES)
     table.to_csv(f"{stem}_desc-confounds_timeseries.tsv", sep="\t", na_rep="n/a", index=False)
+
+
+def write_parcels(stem: Path) -> None:
+    """A label image of two halves of a brain, and its table."""
+    labels = np.zeros(GRID, np.int16)
+    labels[3:9, 8:20, 8:16], labels[14:20, 8:20, 8:16] = 1, 2
+    nib.save(nib.Nifti1Image(labels, AFFINE), f"{stem}.nii.gz")
+    stem.with_suffix(".tsv").write_text("index\tname\tnetwork\n1\tLeft\tDefault\n2\tRight\tDefault\n")
 
 
 def volume(seed: int, tr: float) -> nib.Nifti1Image:
