@@ -193,7 +193,7 @@ def test_no_label_stands_before_its_question() -> None:
     for number, row in enumerate(rows):
         told = [f"{task.name} {value}" for task in TASKS.values() for value in [row[task.column]]]
         told += [task.statement(row[task.column]) for task in TASKS.values()]
-        row["description"] = "The amplitude is low-frequency." if number % 3 == 0 else told[number % len(told)]
+        row["description"] = "The amplitude is unknown." if number % 3 == 0 else told[number % len(told)]
     tasks = list(TASKS.values())
     chats = task_dataset(rows, codes_of(96), tasks, 500, 3, [0.6, 0.3, 0.1], 0, source_share=1, description_share=1)
     told_anything = 0
@@ -217,7 +217,7 @@ def test_chat_that_tells_its_answer_is_refused(name: str) -> None:
     values = [30.0, 7.0] if task.choices is None or task.cuts else list(task.choices)
     value = next(value for value in values if task.range is None or value <= task.range[1])
     turn = task_turn(task, task.label(value), rng)
-    assert conversation([turn], ["The amplitude is low-frequency."], "Nothing is known.")
+    assert conversation([turn], ["The amplitude is unknown."], "Nothing is known.")
     for text in (f"It is {task.answer(value)}.", task.statement(value), *(f"With {word}." for word in task.reveals)):
         with pytest.raises(ValueError, match="a text that does not tell the answer"):
             conversation([turn], [text])
