@@ -255,7 +255,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
                 position_ids = positions(mm_token_type_ids, attention_mask)[:, -length:]
             self.check_context(position_ids, mm_token_type_ids)
             attention_mask = self.create_masks(
-                inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids[:, -length:]
+                inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids
             )
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -287,8 +287,9 @@ class FmriLMModel(FmriLMPreTrainedModel):
         steps: torch.Tensor,
     ) -> torch.Tensor | dict | None:
         """Causal over text and steps, bidirectional inside a step: what the language model's layers expect."""
-        # without a scan the backbone's own fast path (no mask at all) applies
-        blocks = steps - 1 if bool((steps > 0).any()) else None
+        # where no scan is read now, the backbone's own fast path (no mask at all) applies; blocks are looked up by
+        # places in the whole sequence, what is cached included
+        blocks = steps - 1 if bool((steps[:, -inputs_embeds.shape[1] :] > 0).any()) else None
         return create_masks_for_generate(
             config=self.config.get_text_config(),
             inputs_embeds=inputs_embeds,

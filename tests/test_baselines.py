@@ -70,17 +70,18 @@ def test_logistic_regression_finds_the_class_of_new_subjects() -> None:
     assert roc_auc_score(classes[60:], probabilities[:, 1]) > 0.7
 
 
-@pytest.mark.parametrize("penalty", [1e-4, 1.0])
+@pytest.mark.parametrize("penalty", [1e4, 1.0])
 def test_components_change_nothing_about_the_regressions(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "PENALTIES", (penalty,))
     features, classes, subjects = people(30, 50)
     scaler = StandardScaler().fit(features[:24])
     training, test = scaler.transform(features[:24]), scaler.transform(features[24:])
-    expected = LogisticRegression(C=penalty, max_iter=2000, tol=1e-8).fit(training, classes[:24]).predict_proba(test)
+    regression = LogisticRegression(C=1 / penalty, max_iter=2000, tol=1e-8)
+    expected = regression.fit(training, classes[:24]).predict_proba(test)
     found = logistic_regression(features[:24], classes[:24], subjects[:24], 2, features[24:])
     np.testing.assert_allclose(found, expected, atol=1e-3)
     values = features[:, 0] + 5
-    expected = Ridge(alpha=1 / penalty).fit(training, values[:24]).predict(test)
+    expected = Ridge(alpha=penalty).fit(training, values[:24]).predict(test)
     np.testing.assert_allclose(
         ridge_regression(features[:24], values[:24], subjects[:24], features[24:]), expected, atol=1e-6
     )

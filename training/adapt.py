@@ -1,6 +1,7 @@
 """A model learns a task from labelled scans: its weights are tuned, or the scans are shown beside the question."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -23,9 +24,13 @@ from .trainer import half_precision, training_options
 
 @dataclass(frozen=True)
 class Tuning:
-    """rank: of LoRA; None tunes the whole language model. Rows a step hold one scan and one question each."""
+    """
+    steps: at most, and no more than `epochs` over the training scans take. rows_per_step: one scan and one question
+    each. rank: of LoRA; None tunes the whole language model.
+    """
 
     steps: int = 60
+    epochs: int = 12
     rows_per_step: int = 8
     learning_rate: float = 1e-3
     rank: int | None = 8
@@ -45,13 +50,14 @@ def tune(
     Each scan is asked about as often as any other, about a window and in a wording drawn anew each time.
     """
     torch.manual_seed(seed)
+    steps = min(tuning.steps, tuning.epochs * math.ceil(len(codes) / tuning.rows_per_step))
     tuned = copy.deepcopy(model).train()
     with TemporaryDirectory() as scratch:
         trained = train_sft(
             tuned if tuning.rank is None else add_lora(tuned, tuning.rank),
-            task_rows(task, codes, answers, tuning.steps * tuning.rows_per_step, seed),
+            task_rows(task, codes, answers, steps * tuning.rows_per_step, seed),
             processor,
-            **training_options(scratch, tuning.steps, tuning.rows_per_step, tuning.learning_rate, seed),
+            **training_options(scratch, steps, tuning.rows_per_step, tuning.learning_rate, seed),
             bf16=half_precision(),
             gradient_checkpointing=False,
             disable_tqdm=False,

@@ -1,12 +1,12 @@
 """What every result stands beside: the commonest answer, regression on functional connectivity, another's scan."""
 
-from collections.abc import Sequence
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from sklearn.base import BaseEstimator
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFold
+from sklearn.model_selection import BaseCrossValidator, GroupKFold, StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -15,7 +15,8 @@ from fmrilm.processors.descriptors.networks import NETWORKS, correlation, member
 from .data import PreparedScan
 
 
-PENALTIES = tuple(10.0**power for power in range(-5, 3))
+# strongest first
+PENALTIES = tuple(10.0**power for power in range(5, -3, -1))
 INNER_FOLDS = 5
 # correlations of 1, such as those of a network with one ROI, have no Fisher z
 LARGEST_CORRELATION = 0.999
@@ -63,11 +64,17 @@ def logistic_regression(
     """
     fewest = min(len(set(np.asarray(subjects)[classes == label])) for label in np.unique(classes))
     folds = StratifiedGroupKFold(min(INNER_FOLDS, fewest), shuffle=True, random_state=0) if fewest > 1 else None
-    # of weaker penalties that do as well, the first is taken
-    grid = {"regress__C": PENALTIES}
-    model = _fit(LogisticRegression(max_iter=2000), grid, "neg_log_loss", folds, features, classes, subjects)
+
+    def build(penalty: float) -> LogisticRegression:
+        return LogisticRegression(C=1 / penalty, max_iter=2000)
+
+    def loss(model: LogisticRegression, rows: np.ndarray, truth: np.ndarray) -> float:
+        chosen = model.predict_proba(rows)[np.arange(len(truth)), np.searchsorted(model.classes_, truth)]
+        return -np.log(chosen.clip(1e-12)).sum()
+
+    model = _fit(build, loss, folds, features, classes, subjects)
     probabilities = np.zeros((len(test), choices))
-    probabilities[:, model.classes_] = model.predict_proba(test)
+    probabilities[:, model[-1].classes_] = model.predict_proba(test)
     return probabilities
 
 
@@ -77,23 +84,40 @@ def ridge_regression(
     """Values [test rows] by ridge regression, penalty and standardisation as in `logistic_regression`."""
     people = len(set(subjects))
     folds = GroupKFold(min(INNER_FOLDS, people), shuffle=True, random_state=0) if people > 1 else None
-    grid = {"regress__alpha": [1 / penalty for penalty in PENALTIES]}
-    return _fit(Ridge(), grid, "neg_mean_absolute_error", folds, features, values, subjects).predict(test)
+
+    def loss(model: Ridge, rows: np.ndarray, truth: np.ndarray) -> float:
+        return ((model.predict(rows) - truth) ** 2).sum()
+
+    return _fit(lambda penalty: Ridge(alpha=penalty), loss, folds, features, values, subjects).predict(test)
 
 
-def _fit(regression, grid, scoring, folds, features, labels, subjects) -> GridSearchCV | Pipeline:
-    # An L2 penalty does not see a rotation: as many principal components as there are scans hold all that the
-    # regression can use of any number of features, and it takes a hundredth of the time.
-    with TemporaryDirectory() as memory:
-        pipeline = Pipeline(
-            [("reduce", make_pipeline(StandardScaler(), PCA(svd_solver="full"))), ("regress", regression)],
-            memory=memory,
-        )
-        if folds is None:
-            # one subject of a class cannot be both trained and tested on: the strongest penalty
-            name = next(iter(grid))
-            return pipeline.set_params(**{name: grid[name][0]}).fit(features, labels)
-        return GridSearchCV(pipeline, grid, scoring=scoring, cv=folds).fit(features, labels, groups=subjects)
+def _fit(
+    build: Callable[[float], BaseEstimator],
+    loss: Callable[[BaseEstimator, np.ndarray, np.ndarray], float],
+    folds: BaseCrossValidator | None,
+    features: np.ndarray,
+    labels: np.ndarray,
+    subjects: Sequence[str],
+) -> Pipeline:
+    """
+    Fitted with the penalty of the least loss over the folds, of equal ones the strongest; without folds, as for one
+    subject of a class, who cannot be both trained and tested on, with the strongest of all.
+    """
+    losses = np.zeros(len(PENALTIES))
+    for training, test in folds.split(features, labels, subjects) if folds else ():
+        reduce = _reduction().fit(features[training])
+        known, asked = reduce.transform(features[training]), reduce.transform(features[test])
+        for place, penalty in enumerate(PENALTIES):
+            losses[place] += loss(build(penalty).fit(known, labels[training]), asked, labels[test])
+    return make_pipeline(_reduction(), build(PENALTIES[losses.argmin()])).fit(features, labels)
+
+
+def _reduction() -> Pipeline:
+    """
+    Standardised features as their principal components, all of them: an L2 penalty does not see a rotation, and as
+    many components as there are scans hold all that a regression can use of any number of features.
+    """
+    return make_pipeline(StandardScaler(), PCA(svd_solver="full"))
 
 
 def swap_scans(subjects: Sequence[str], groups: Sequence[str], seed: int) -> np.ndarray:

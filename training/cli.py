@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .describe_command import describe
+from .evaluate_command import evaluate
 from .prepare_command import prepare
 
 
@@ -113,6 +114,7 @@ def export(
 
 app.command()(prepare)
 app.command()(describe)
+app.command()(evaluate)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from .trainer import half_precision
 
 
 SETTINGS = "settings.json"
-METHODS = ("zero-shot", "lora", "context", "probe", *BASELINES)
+METHODS = ("zero-shot", "tuned", "context", "probe", *BASELINES)
 # training scans that tell which words the model prefers whatever the scan
 REFERENCE_SCANS = 48
 
@@ -44,14 +44,15 @@ class Protocol:
     """
     How a task is evaluated.
 
-    shots: training subjects of each class: 0, k or "full" (all of them). draws: of k subjects. methods: of `METHODS`.
-    folds: of a cross-validation; without, one split with `test_share` of the subjects. open_ended: answers in words
-    in place of choices; tasks about numbers always are.
+    shots: training subjects of each class: 0, k or "full" (all of them). draws: of k subjects. methods: of `METHODS`:
+    the model as it is, tuned on the shots, shown the shots in the prompt, logistic or ridge regression on its hidden
+    states, and the baselines. folds: of a cross-validation; without, one split with `test_share` of the subjects.
+    open_ended: answers in words in place of choices; tasks about numbers always are.
     """
 
     shots: tuple[int | str, ...] = (0, FULL)
     draws: int = 3
-    methods: tuple[str, ...] = ("zero-shot", "lora", "connectivity", "majority")
+    methods: tuple[str, ...] = ("zero-shot", "tuned", "connectivity", "majority")
     folds: int | None = None
     test_share: float = 0.3
     open_ended: bool = False
@@ -116,7 +117,7 @@ def evaluate_scans(
         "choices": task.choice_words,
         "unit": task.unit,
         "data": _counts(task, scans, splits),
-        "settings": asdict(protocol),
+        "settings": json.loads(json.dumps(asdict(protocol))),
         "methods": _joined(task, scans, splits, made, protocol),
     }
 
@@ -185,7 +186,7 @@ class _Run:
         seed = self.protocol.seed + arm.draw
         shown = [codes[row] for row in training], [answers[row] for row in training]
         examples = as_examples(*shown, seed) if arm.method == "context" else []
-        if arm.method == "lora":
+        if arm.method == "tuned":
             model = tune(model, self.processor, self.task, *shown, self.protocol.tuning, seed)
         if self.open_ended:
             return self._in_words(model, split)
@@ -239,14 +240,18 @@ class _Run:
 
 
 def _arms(protocol: Protocol) -> Iterator[Arm]:
-    """The baselines of a model that learned from nothing are those that learned from all."""
-    for fold in range(protocol.folds or 1):
-        for shots in dict.fromkeys((*protocol.shots, FULL)):
+    for method in protocol.methods:
+        if method == "zero-shot":
+            counts = [0] if 0 in protocol.shots else []
+        else:
+            # a prompt does not hold all scans; the baselines of a model that learned from nothing know everything
+            counts = [shots for shots in protocol.shots if shots != 0 and (shots, method) != (FULL, "context")]
+            if method in BASELINES:
+                counts = dict.fromkeys([*counts, FULL])
+        for shots in counts:
             for draw in range(1 if shots in (0, FULL) else protocol.draws):
-                for method in protocol.methods:
-                    if method in BASELINES or shots in protocol.shots:
-                        if (method == "zero-shot") == (shots == 0):
-                            yield Arm(method, shots, draw, fold)
+                for fold in range(protocol.folds or 1):
+                    yield Arm(method, shots, draw, fold)
 
 
 def _splits(task: Task, scans: LabelledScans, protocol: Protocol) -> list[Split]:
@@ -300,7 +305,8 @@ def _joined(
     """Metrics of each method and number of shots over the test rows of all folds."""
     rows = np.concatenate([split.test for split in splits])
     # within a fold: what answers about the other one's scan has learned from neither of the two
-    groups = np.concatenate([[f"{fold} {scans.groups[row]}" for row in split.test] for fold, split in enumerate(splits)])
+    folds = np.concatenate([np.full(len(split.test), fold) for fold, split in enumerate(splits)])
+    groups = [f"{fold} {group}" for fold, group in zip(folds, scans.groups[rows], strict=True)]
     swapped = swap_scans(scans.subjects[rows], groups, protocol.seed)
     answered = []
     for method, shots in dict.fromkeys((arm.method, arm.shots) for arm in made):
@@ -308,7 +314,7 @@ def _joined(
         for arm, kept in made.items():
             if (arm.method, arm.shots) == (method, shots):
                 by_draw[arm.draw].append(kept)
-        draws = [{key: np.concatenate([kept[key] for kept in folds]) for key in folds[0]} for folds in by_draw.values()]
+        draws = [{key: np.concatenate([fold[key] for fold in draw]) for key in draw[0]} for draw in by_draw.values()]
         failures = sum(int(draw["failures"].sum()) for draw in draws) if "failures" in draws[0] else None
         answered.append(Answered(method, shots, "", [_answers(draw) for draw in draws], failures))
         if "uncalibrated" in draws[0]:
