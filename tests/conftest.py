@@ -191,3 +191,13 @@ def in_small_world(small_world: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     folder = Path(shutil.copytree(small_world, tmp_path / "world"))
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def program_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared scans, a corpus, and tiny models on disk (see `program_runs.make_folders`)."""
+    from program_runs import make_folders
+
+    tokenizer = build_tiny_tokenizer()
+    language_model = build_tiny_language_model("llama", len(tokenizer))
+    return make_folders(tmp_path_factory.mktemp("programs"), build_tiny_codec(), language_model, tokenizer)

@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, get_cosine_schedule_with_warmup
 
 from fmrilm.configuration_fmrilm import FmriLMConfig
 from fmrilm.modeling_fmricodec import FmriCodecModel
@@ -21,6 +21,8 @@ from .trainer import JointTrainer
 WARM_UP_BATCH, WARM_UP_RATE = 32, 1e-3
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
+LANGUAGE_MODEL = "model.language_model."
+SCAN_MODULES = ("projector", "boundaries", "fmri_head")
 
 
 def join(
@@ -35,8 +37,8 @@ def join(
             embeddings[-3:] = embeddings[:-3].mean(0)
     start, pad, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_END])
     config = FmriLMConfig(
-        codec_config=codec.config.to_dict(),
-        text_config=language_model.config.to_dict(),
+        codec_config=_without_path(codec.config),
+        text_config=_without_path(language_model.config),
         fmri_start_token_id=start,
         fmri_token_id=pad,
         fmri_end_token_id=end,
@@ -47,6 +49,10 @@ def join(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _without_path(config: PreTrainedConfig) -> dict:
+    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
 def warm_up_projector(
@@ -86,20 +92,27 @@ def warm_up_projector(
 
 
 def add_lora(model: FmriLMForConditionalGeneration, rank: int) -> PeftModel:
+    """LoRA as `add_adapter` places it. A model without it has its whole language model tuned."""
+    return add_adapter(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"))
+
+
+def add_adapter(model: FmriLMForConditionalGeneration, config: LoraConfig) -> PeftModel:
     """
-    LoRA on the language model's attention; what a scan enters and leaves through is trained whole. A model without it
-    has its whole language model tuned.
+    An adapter on the language model; where the configuration does not say, on its attention, with what a scan enters
+    and leaves through trained whole. ValueError for targets that also name layers of the codec, which stays as it is.
     """
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=LORA_TARGETS,
-            modules_to_save=["projector", "boundaries", "fmri_head"],
-            task_type="CAUSAL_LM",
-        ),
-    )
+    if config.target_modules is None:
+        config.target_modules = LORA_TARGETS
+    if config.modules_to_save is None:
+        config.modules_to_save = list(SCAN_MODULES)
+    adapted = get_peft_model(model, config)
+    codec = [name for name in adapted.targeted_module_names if not name.startswith(LANGUAGE_MODEL)]
+    if codec:
+        raise ValueError(
+            f"expected LoRA targets in {LANGUAGE_MODEL} alone, got {len(codec)} layers elsewhere, such as {codec[0]}: "
+            f"anchor them, as in {LORA_TARGETS!r}"
+        )
+    return adapted
 
 
 def train_alignment(

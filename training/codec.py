@@ -36,8 +36,7 @@ class CodecTrainingArguments(TrainingArguments):
 class CodecTrainer(LossPartsTrainer):
     """
     Trains an `FmriCodecModel` on batches of `collate_signals`, with Muon on the layers' matrices. Evaluation is of
-    items as `collate_signals` takes them. A loss or a weight that is no number ends training with
-    FloatingPointError before anything of it is saved.
+    items as `collate_signals` takes them.
     """
 
     loss_parts = (
@@ -65,20 +64,7 @@ class CodecTrainer(LossPartsTrainer):
             rows = torch.randint(len(self.word_embeddings), (self.args.words_per_step,))
             inputs["word_embeddings"] = self.word_embeddings[rows].to(inputs["fmri_values"].device)
             inputs["reversal"] = reversal_strength(step / self.state.max_steps)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        parts = {name: outputs[name].detach() for name in self.loss_parts if outputs.get(name) is not None}
-        finite = torch.stack(list(parts.values())).isfinite()
-        if not finite.all():
-            broken = next(name for name, good in zip(parts, finite.tolist(), strict=True) if not good)
-            raise FloatingPointError(f"step {step + 1}: {broken} is {parts[broken].item()}")
-        return (loss, outputs) if return_outputs else loss
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        for name, value in self.model.named_parameters():
-            if not value.isfinite().all():
-                # the update that follows a finite loss can still break the weights
-                raise FloatingPointError(f"step {self.state.global_step}: {name} holds values that are not finite")
-        super().save_model(output_dir, _internal_call)
+        return super().compute_loss(model, inputs, return_outputs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Each rank evaluates all items: they are few, and every rank then decides on the same numbers."""

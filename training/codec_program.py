@@ -16,6 +16,7 @@ from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.processors.descriptors.text import description
 
+from .checkpoints import last_checkpoint
 from .codec import CodecTrainer, CodecTrainingArguments, window_items
 from .data import (
     MixedWindows,
@@ -188,9 +189,13 @@ def main(command_line: list[str] | None = None) -> None:
     args, training_args = parser.parse_args_and_config(command_line)
     # the collator reads columns that no model's signature names
     training_args.remove_unused_columns = False
+    last = last_checkpoint(Path(training_args.output_dir))
     trainer = build_trainer(args, training_args, prepare(args))
-    last = transformers.trainer_utils.get_last_checkpoint(training_args.output_dir)
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trainer.save_model(str(Path(training_args.output_dir) / "model"))
     trainer.evaluate()
     trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()

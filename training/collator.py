@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset, Features, List, Value
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor
 
@@ -14,6 +16,29 @@ from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor
 IGNORED = -100
 # Lengths are rounded up to this: matrix kernels are prepared once for each shape, and few shapes come again.
 LENGTH_MULTIPLE = 32
+ROWS_AT_A_TIME = 256
+IDS = List(Value("int32"))
+ENCODED_FEATURES = Features({"input_ids": IDS, "labels": IDS, "codes": List(IDS), "length": Value("int32")})
+
+
+@dataclass
+class RowCollator:
+    """Rows {"input_ids", "labels", "codes"}, as `ChatCollator.encode` makes them, to padded model inputs."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+        codes = [np.asarray(scan) for row in rows for scan in row["codes"]]
+        missing = -max(map(len, ids)) % LENGTH_MULTIPLE
+        batch = {
+            "input_ids": _padded(ids, self.pad_token_id, missing),
+            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0, missing),
+            "labels": _padded(labels, IGNORED, missing),
+        }
+        # a batch may be text alone
+        return {**batch, "fmri_codes": pad_codes(codes)} if codes else batch
 
 
 @dataclass
@@ -27,19 +52,16 @@ class ChatCollator:
     processor: FmriLMProcessor
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        codes = [np.asarray(scan) for row in rows for scan in row["codes"]]
+        return RowCollator(self.processor.tokenizer.pad_token_id)(self.encode(rows))
+
+    def encode(self, rows: Sequence[dict]) -> list[dict]:
+        """The rows as `RowCollator` takes them: input_ids [length], labels [length] and codes of each."""
         chats = iter(self._chats([row for row in rows if row["messages"]]))
         pairs = [next(chats) if row["messages"] else self._plain(row) for row in rows]
-        ids, labels = zip(*pairs, strict=True)
-        missing = -max(map(len, ids)) % LENGTH_MULTIPLE
-        fill = self.processor.tokenizer.pad_token_id
-        batch = {
-            "input_ids": _padded(ids, fill, missing),
-            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0, missing),
-            "labels": _padded(labels, IGNORED, missing),
-        }
-        # a batch may be text alone
-        return {**batch, "fmri_codes": pad_codes(codes)} if codes else batch
+        return [
+            {"input_ids": ids, "labels": labels, "codes": row["codes"]}
+            for row, (ids, labels) in zip(rows, pairs, strict=True)
+        ]
 
     def _chats(self, rows: Sequence[dict]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Token ids [length] and labels [length] of each chat."""
@@ -70,6 +92,19 @@ class ChatCollator:
             raise ValueError("expected a chat, a scan or text in every row, got a row without any")
         ids = torch.tensor(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
         return ids, ids
+
+
+def encode_dataset(rows: Dataset, processor: FmriLMProcessor) -> Dataset:
+    """
+    Rows as `ChatCollator` takes them, each tokenised once: {"input_ids", "labels", "codes", "length"} for
+    `RowCollator` and for batches of rows of similar length.
+    """
+    collator, encoded = ChatCollator(processor), []
+    for start in tqdm(range(0, len(rows), ROWS_AT_A_TIME), desc="tokens", unit="batch"):
+        for row in collator.encode(list(rows.skip(start).take(ROWS_AT_A_TIME))):
+            ids, labels = (row[name].numpy().astype(np.int32) for name in ("input_ids", "labels"))
+            encoded.append({"input_ids": ids, "labels": labels, "codes": row["codes"], "length": len(ids)})
+    return Dataset.from_list(encoded, features=ENCODED_FEATURES)
 
 
 def _padded(rows: Sequence[torch.Tensor], fill: int, missing: int) -> torch.Tensor:

@@ -1,18 +1,19 @@
-"""Stage 3: instruction tuning with TRL on chats about scans."""
+"""
+Stage 3: instruction tuning with TRL on chats about scans.
+
+As a program: `accelerate launch -m fmrilm.training.sft_program --config sft.yaml`.
+"""
 
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from fmrilm.processors import FmriLMProcessor
 
+from .arguments import FmriLMSFTConfig
 from .collator import ChatCollator
 from .trainer import JointTrainer
-
-
-# TRL's own preparation knows neither scans nor codes: the collator does that work
-REQUIRED = {"max_length": None, "remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
 
 
 class FmriLMSFTTrainer(JointTrainer, SFTTrainer):
@@ -22,10 +23,10 @@ class FmriLMSFTTrainer(JointTrainer, SFTTrainer):
 def train_sft(
     model: PreTrainedModel | PeftModel, dataset: Dataset, processor: FmriLMProcessor, **options
 ) -> PreTrainedModel | PeftModel:
-    """Tunes on rows {"messages", "codes"}; options are those of `SFTConfig`."""
+    """Tunes on rows {"messages", "codes"} in random order; options are those of `FmriLMSFTConfig`."""
     trainer = FmriLMSFTTrainer(
         model=model,
-        args=SFTConfig(**{**options, **REQUIRED}),
+        args=FmriLMSFTConfig(**{"train_sampling_strategy": "random", **options}),
         train_dataset=dataset,
         data_collator=ChatCollator(processor),
         processing_class=processor,

@@ -1,0 +1,156 @@
+"""
+Stage 2 as a program: a pretrained language model learns to read and to predict the codes of a trained codec.
+
+# LoRA on the language model
+```bash
+accelerate launch -m fmrilm.training.alignment_program \\
+    --config training/configs/alignment.yaml \\
+    --codec runs/codec/model \\
+    --model_name_or_path Qwen/Qwen3-0.6B \\
+    --corpus data/corpus \\
+    --data data/prepared \\
+    --use_peft \\
+    --lora_r 16 \\
+    --learning_rate 1.0e-3 \\
+    --output_dir runs/alignment
+```
+
+# Full tuning
+```bash
+accelerate launch -m fmrilm.training.alignment_program \\
+    --config training/configs/alignment.yaml \\
+    --codec runs/codec/model \\
+    --model_name_or_path Qwen/Qwen3-0.6B \\
+    --corpus data/corpus \\
+    --data data/prepared \\
+    --use_peft false \\
+    --learning_rate 2.0e-5 \\
+    --output_dir runs/alignment
+```
+
+`OUTPUT_DIR/model` is the joint model and its processor. The same command goes on from the last whole checkpoint.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .programs import ScanArguments
+
+
+if TYPE_CHECKING:
+    from trl import ModelConfig, TrlParser
+
+    from .arguments import AlignmentTrainingArguments
+
+
+@dataclass
+class AlignmentArguments(ScanArguments):
+    """What is joined, and what the joint model learns from."""
+
+    codec: str | None = field(default=None, metadata={"help": "Trained codec: a folder or Hub id."})
+    window_length: int = field(default=160, metadata={"help": "Frames of a window, also of the finished processor."})
+    row_weights: list[float] = field(
+        default_factory=lambda: [0.8, 0.1, 0.1],
+        metadata={"help": "Of rows of a scan and its description, of a scan alone, and of plain text."},
+    )
+    projector_steps: int = field(
+        default=250, metadata={"help": "Steps of the projector alone on the descriptors, before all else."}
+    )
+
+
+def main(command_line: list[str] | None = None) -> Path:
+    script_args, training_args, model_args = make_parser().parse_args_and_config(command_line)
+    return align(script_args, training_args, model_args)
+
+
+def align(
+    script_args: AlignmentArguments, training_args: "AlignmentTrainingArguments", model_args: "ModelConfig"
+) -> Path:
+    """Trains and writes the joint model's folder, which is returned. Rows are about the corpus' training subjects."""
+    import torch
+    from transformers import set_seed
+
+    from fmrilm.modeling_fmricodec import FmriCodecModel
+    from fmrilm.processors import FmriLMFeatureExtractor, FmriLMProcessor
+
+    from .alignment import join
+    from .checkpoints import last_checkpoint
+    from .collator import RowCollator, encode_dataset
+    from .corpus import load_scans
+    from .corpus_chats import alignment_rows
+    from .language_models import PACKAGED_MODEL, load_language_model
+    from .plain_text import plain_texts
+    from .programs import encode_both, keep_base, train_and_save, trainable
+    from .trainer import JointTrainer
+
+    if script_args.codec is None or script_args.corpus is None:
+        raise ValueError(
+            "expected codec, a trained one, and corpus, a folder that `fmrilm describe` wrote, got "
+            f"codec={script_args.codec} and corpus={script_args.corpus}"
+        )
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("expected stage 2 in full precision: QLoRA is for stage 3, got load_in_4bit or load_in_8bit")
+    set_seed(training_args.seed)
+    last = last_checkpoint(Path(training_args.output_dir))
+    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share, training_args.seed)
+    codec = FmriCodecModel.from_pretrained(script_args.codec, dtype=torch.float32).eval()
+    extractor = FmriLMFeatureExtractor(
+        atlases=list(scans.atlases.values()),
+        repetition_time=codec.config.repetition_time,
+        patch_length=codec.config.patch_length,
+        window_length=script_args.window_length,
+    )
+    language_model, tokenizer = load_language_model(model_args.model_name_or_path or PACKAGED_MODEL)
+    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_step=codec.config.tokens_per_step)
+    model = join(codec, language_model, processor)
+    training, test = encode_both(script_args, training_args, codec, scans, extractor)
+    if last is None and script_args.projector_steps:
+        explained = warm_up(model, training, scans.cohort, script_args.projector_steps, training_args.seed)
+        print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
+    if model_args.use_peft:
+        keep_base(model, training_args, last)
+
+    texts, held_out_texts = plain_texts()
+
+    def rows(of, texts, count, seed):
+        drawn = alignment_rows(of, texts, count, script_args.row_weights, script_args.paragraphs, seed)
+        return encode_dataset(drawn, processor)
+
+    trainer = JointTrainer(
+        model=trainable(model, model_args),
+        args=training_args,
+        train_dataset=rows(training, texts, script_args.rows or len(training.windows), training_args.seed),
+        eval_dataset=test and rows(test, held_out_texts, script_args.evaluation_rows, training_args.seed + 1),
+        data_collator=RowCollator(tokenizer.pad_token_id),
+        processing_class=processor,
+    )
+    return train_and_save(trainer, last, scans.cohort.save)
+
+
+def warm_up(model, scans, cohort, steps: int, seed: int) -> float:
+    """`warm_up_projector` on the windows of the most frequent length and the descriptors of their scans."""
+    from collections import Counter
+
+    import numpy as np
+
+    from .alignment import warm_up_projector
+
+    length, _ = Counter(len(window) for codes in scans.codes for window in codes).most_common(1)[0]
+    chosen = [(scan, window) for scan, window in scans.windows if len(scans.codes[scan][window]) == length]
+    values = [[row["descriptors"][name] for name in cohort.names] for row in scans.rows]
+    z_scores = cohort.z_scores(np.array(values, float))
+    codes = np.stack([scans.codes[scan][window] for scan, window in chosen])
+    return warm_up_projector(model, codes, z_scores[[scan for scan, _ in chosen]], steps, seed)
+
+
+def make_parser() -> "TrlParser":
+    from trl import ModelConfig, TrlParser
+
+    from .arguments import AlignmentTrainingArguments
+
+    return TrlParser((AlignmentArguments, AlignmentTrainingArguments, ModelConfig))
+
+
+if __name__ == "__main__":
+    main()
