@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+import yaml
 from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
@@ -17,6 +18,13 @@ from official_checkpoint import WIDTH, brain_tensors, language_tensors
 
 ATLAS, TR, FRAMES = "aal2-94", 0.72, 120
 PEOPLE = 6
+CONFIGS = Path(__file__).parents[1] / "training" / "configs"
+# what makes runs of the programs' own configurations short
+SHORT_RUNS = {
+    "codec": {"max_steps": 2, "unquantized_steps": 1, "codebook_size": 16, "window_length": 32, "window_stride": 32},
+    "alignment": {"max_steps": 1, "projector_steps": 1, "window_length": 32, "window_stride": 16, "lora_r": 2},
+    "sft": {"max_steps": 1, "window_stride": 16, "lora_r": 2},
+}
 # 8 mm voxels in MNI space: the coarsest grid on which every parcel of AAL2 has one
 GRID = (23, 28, 23)
 AFFINE = np.array([[8.0, 0, 0, -88], [0, 8, 0, -124], [0, 0, 8, -70], [0, 0, 0, 1]])
@@ -38,6 +46,7 @@ def write_small_world(folder: Path) -> Path:
     (folder / "labels.csv").write_text("\n".join(["subject,sex,chronotype", *kinds]) + "\n")
     labels = [f"sub-{number + 1:02}\t{20 + 5 * number}\t{'fm'[number % 2]}" for number in range(PEOPLE)]
     (folder / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *labels]) + "\n")
+    write_configs(folder / "training" / "configs")
     return folder
 
 
@@ -62,6 +71,17 @@ def write_official_checkpoint(path: Path) -> None:
         tensors[name] = torch.randn(*tensors[name].shape[:-2], 450, tensors[name].shape[-1])
     tensors |= language_tensors(model, "llm.", None)[0]
     torch.save({**tensors, "model_args": Namespace(lm_name=str(backbone))}, path)
+
+
+def write_configs(folder: Path) -> None:
+    """The programs' configurations for runs of a step or two on a tiny language model."""
+    folder.mkdir(parents=True)
+    for name, changes in SHORT_RUNS.items():
+        values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | changes
+        values |= {"per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1}
+        if name == "alignment":
+            values["model_name_or_path"] = "qwen3"
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
 
 
 def write_scans(folder: Path) -> None:
