@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrilm.training.splits import check_disjoint, hold_out, k_fold, k_shot
+from fmrilm.training.splits import Split, check_disjoint, hold_out, k_fold, k_shot
 
 
 def cohort(people: int, sessions: int = 2, classes: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -52,10 +52,11 @@ def test_k_shots_are_k_subjects_of_each_class_with_all_their_rows() -> None:
         k_shot(subjects, labels, 11, seed=1)
 
 
-def test_a_subject_in_two_parts_is_named() -> None:
-    check_disjoint(training=["a", "b"], test=["c"])
-    with pytest.raises(ValueError, match="1 in both training and test: b"):
-        check_disjoint(training=["a", "b"], test=["c", "b"])
+def test_a_subject_in_two_parts_is_refused_with_its_rows() -> None:
+    subjects = ["a", "b", "b", "c"]
+    check_disjoint(subjects, Split(np.array([0, 1, 2]), np.array([3])))
+    with pytest.raises(ValueError, match="1 in both: one has row 1 in the training and row 2 in the test part"):
+        check_disjoint(subjects, Split(np.array([0, 1]), np.array([2, 3])))
 
 
 def test_impossible_splits_are_refused() -> None:
@@ -66,5 +67,5 @@ def test_impossible_splits_are_refused() -> None:
         hold_out(subjects, labels, 1.5, 0)
     with pytest.raises(ValueError, match="at least 2 subjects"):
         hold_out(["a", "a"], None, 0.5, 0)
-    with pytest.raises(ValueError, match="one label for each subject, got several for sub-000"):
+    with pytest.raises(ValueError, match="one label for each subject, got different ones in rows 0 and 1"):
         hold_out(subjects, np.array([0, 1, 1, 1, 0, 0, 1, 1]), 0.5, 0)

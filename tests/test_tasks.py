@@ -80,6 +80,15 @@ def test_people_whose_label_is_left_out_are_not_asked() -> None:
     assert labels == ["CN", None, "AD", None, None, None]
 
 
+@pytest.mark.parametrize("kind", ["int64", "float32", "float64"])
+def test_numbers_of_a_table_are_read_as_they_are_written(kind: str) -> None:
+    alleles = np.array([0, 1, 2], kind)
+    assert labels_of(load_task("apoe4"), people(apoe4=alleles)) == ["0", "1", "2"]
+    assert labels_of(AGE, people(age=alleles)) == [0, 1, 2]
+    if kind != "int64":
+        assert AGE.label(np.array(np.nan, kind)[()]) is None
+
+
 @given(st.lists(st.floats(0, 120), min_size=2, max_size=9))
 def test_cuts_part_the_numbers_in_order(ages: list[float]) -> None:
     task = load_task("age_group")
@@ -156,8 +165,18 @@ def test_task_that_cannot_be_asked_is_refused(change: dict, message: str) -> Non
         ("name: x\ncolumn: x\n", "own.yaml: expected at least name, column and questions"),
         ("name: x\ncolumn: x\nquestions: [a]\nchoices: [u, v]\nclasses: 2", "got also classes"),
         ("name: x\ncolumn: x\nquestions: Which?\nchoices: [u, v]", "expected a list as questions, got 'Which\\?'"),
-        ("name: x\ncolumn: x\nquestions: [a]\nrange: [1]", "expected two numbers as range"),
+        ("name: x\ncolumn: x\nquestions: [a]\nrange: [1]", "expected a range from low to high, got \\[1.0\\]"),
         ("name: x\ncolumn: x\nquestions: [a]\nrange: [low, high]", "own.yaml: .*low"),
+        (
+            "name: x\ncolumn: x\nquestions:\n  - One of two: a or b?\nchoices: [u, v]",
+            "text in questions, got .* needs quotes",
+        ),
+        ("name: x\ncolumn: x\nquestions: [a]\nchoices: u", "expected a list as choices, got 'u'"),
+        (
+            "name: x\ncolumn: x\nquestions: [a]\nchoices: [u, v]\nper_session: y",
+            "expected true or false as per_session",
+        ),
+        ("name: [x]\ncolumn: x\nquestions: [a]\nchoices: [u, v]", "expected text in name, got \\['x'\\]"),
         ("name: [x", "own.yaml"),
     ],
 )
@@ -188,6 +207,7 @@ def test_words_that_yaml_reads_as_truth_values_stay_words(tmp_path: Path) -> Non
         (AGE, people(age=[30, float("inf")]), "got inf in row 1"),
         (AGE, people(age=["30", "old"]), "expected a number, got 'old' in row 1"),
         (AGE, people(age=[30.2, 30.4]), "only '30' in rows 0, 1"),
+        (AGE, people(age=list(range(200, 209))), "got 204 in row 4; and 4 others$"),
         (SEX, people(sex=["?"] * 9), "got '\\?' in rows 0, 1, 2, 3, 4 and 4 more"),
     ],
 )

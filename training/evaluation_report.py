@@ -110,13 +110,14 @@ def _plot_metrics(results: dict, path: Path) -> None:
     shown = [name for name in MAIN_METRICS if name in entries[0]["metrics"]["right"]]
     shots = sorted({entry["shots"] for entry in entries}, key=lambda count: math.inf if count == FULL else count)
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
-    figure = Figure(figsize=(5.5 * len(shown), 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(shown) + 2, 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for number, method in enumerate(methods):
             own = [entry for entry in entries if entry["method"] == method]
             for reading, style in (("right", "o-"), ("swapped", "x--")):
+                aside = 0.06 * (number - (len(methods) - 1) / 2)
                 points = [
-                    (shots.index(entry["shots"]) + 0.06 * number, entry["metrics"][reading][metric])
+                    (shots.index(entry["shots"]) + aside, entry["metrics"][reading][metric])
                     for entry in own
                     if entry["metrics"].get(reading, {}).get(metric, {}).get("interval")
                 ]
@@ -134,7 +135,7 @@ def _plot_metrics(results: dict, path: Path) -> None:
         axes.set_xlabel("training subjects of each class")
         unit = f" ({results['unit']})" if metric == "mean_absolute_error" and results["unit"] else ""
         axes.set_ylabel(TITLES[metric] + unit)
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
     figure.suptitle(f"{results['task']}: {results['data']['dataset']}, 95 % intervals over subjects")
     _save(figure, path)
 

@@ -106,11 +106,14 @@ class PlantedCohort:
         self.amplitudes = np.stack([_amplitudes(scan.signal, self.period) for scan in training_scans])
         self.group_network = PlantedNetwork(network, self.atlas, self.covariances.mean(0))
         self.age_network = PlantedNetwork(age_network, self.atlas, self.covariances.mean(0))
+        networks = (self.group_network, self.age_network)
         rng = np.random.default_rng(0)
-        people = [self._person(rng)[1] for _ in range(REFERENCE_PEOPLE)]
+        people = (self._person(rng)[1] for _ in range(REFERENCE_PEOPLE))
+        means = [[network.mean(network.plant(person, 0.0)) for network in networks] for person in people]
+        deviations = np.std(means, axis=0)
         # the farthest shift of correlation to either side; an even distribution ends at sqrt(3) deviations
-        self.group_shift = effect / 2 * self.group_network.deviation(people)
-        self.age_shift = age_effect * np.sqrt(3) * self.age_network.deviation(people)
+        self.group_shift = effect / 2 * deviations[0]
+        self.age_shift = age_effect * np.sqrt(3) * deviations[1]
         self.group_network.check(self.group_shift)
         self.age_network.check(self.age_shift)
 
@@ -198,10 +201,6 @@ class PlantedNetwork:
         planted = correlations * np.outer(self.kept, self.kept)
         planted[self.block] += PLANTED_SHARE * (correlation + (1 - correlation) * np.eye(len(self.block[0])))
         return planted
-
-    def deviation(self, people: Sequence[np.ndarray]) -> float:
-        """How much the mean varies between people without an effect."""
-        return float(np.std([self.mean(self.plant(correlations, 0.0)) for correlations in people]))
 
     def check(self, shift: float) -> None:
         most = PLANTED_SHARE * min(self.correlation, 1 - self.correlation)

@@ -58,21 +58,21 @@ def k_shot(subjects: Sequence[str], labels: np.ndarray, shots: int, seed: int) -
     return np.flatnonzero(np.isin(subjects, chosen))
 
 
-def check_disjoint(**parts: Sequence[str]) -> None:
-    """ValueError naming the subjects that are in two of the parts."""
-    names = list(parts)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            if both := sorted(set(parts[first]) & set(parts[second])):
-                raise ValueError(
-                    f"expected each subject in one split, got {len(both)} in both {first} and {second}: "
-                    f"{', '.join(both[:10])}{', ...' if len(both) > 10 else ''}"
-                )
+def check_disjoint(subjects: Sequence[str], split: Split) -> None:
+    """ValueError naming rows of a subject that is in both parts."""
+    subjects = np.asarray(subjects)
+    both, training, test = np.intersect1d(subjects[split.training], subjects[split.test], return_indices=True)
+    if len(both):
+        raise ValueError(
+            f"expected each subject in one part of a split, got {len(both)} in both: one has row "
+            f"{split.training[training[0]]} in the training and row {split.test[test[0]]} in the test part"
+        )
 
 
 def _split(subjects: Sequence[str], training: np.ndarray, test: np.ndarray) -> Split:
-    check_disjoint(training=training.tolist(), test=test.tolist())
-    return Split(*(np.flatnonzero(np.isin(subjects, names)) for names in (training, test)))
+    split = Split(*(np.flatnonzero(np.isin(subjects, names)) for names in (training, test)))
+    check_disjoint(subjects, split)
+    return split
 
 
 def _by_subject(subjects: Sequence[str], labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -82,9 +82,9 @@ def _by_subject(subjects: Sequence[str], labels: np.ndarray | None) -> tuple[np.
         return names, None
     classes = np.asarray(labels)[first]
     if (differ := classes[whose] != labels).any():
-        raise ValueError(
-            f"expected one label for each subject, got several for {', '.join(names[np.unique(whose[differ])][:10])}"
-        )
+        row = int(differ.argmax())
+        other = first[whose[row]]
+        raise ValueError(f"expected one label for each subject, got different ones in rows {other} and {row}")
     return names, classes
 
 

@@ -241,7 +241,7 @@ class _Sources:
             known = [ages[row] for row in of_site if ages[row] is not None]
             if known:
                 # to the decade: no person's age can be read from it
-                low, high = 10 * math.floor(min(known) / 10), 10 * math.ceil(max(known) / 10)
+                low, high = 10 * math.floor(min(known) / 10), 10 * math.floor(max(known) / 10 + 1)
                 self.texts[site].append(f"People in this study are {low} to {high} years old.")
 
     def sentences(self, row: int, turns: Sequence[Turn]) -> list[str]:

@@ -30,6 +30,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ from datasets import Dataset
 FOLDER = Path(__file__).parent
 # a label as it is compared: the value of a choice, or a number
 Label = str | float
-# rows that an error names
-SHOWN_ROWS = 5
+# rows, and kinds of error, that an error names
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Task:
                 raise ValueError(f"task {self.name!r}: expected choices, or the range of a number without cuts")
         else:
             self._check_choices(self.choice_words)
-        if self.range is not None and not self.range[0] < self.range[1]:
+        if self.range is not None and not (len(self.range) == 2 and self.range[0] < self.range[1]):
             raise ValueError(f"task {self.name!r}: expected a range from low to high, got {list(self.range)}")
 
     def _check_choices(self, words: list[str]) -> None:
@@ -107,7 +108,7 @@ class Task:
 
     def label(self, value: Any) -> Label | None:
         """The label in a cell of the column; None if there is none or it is left out. ValueError if it is unknown."""
-        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        if value is None or value == "" or (isinstance(value, Real) and math.isnan(value)):
             return None
         if _folded(value) in self._left_out:
             return None
@@ -191,22 +192,37 @@ def _from_yaml(content: Any) -> Task:
         raise ValueError("expected at least name, column and questions")
     if unknown := sorted(content.keys() - known):
         raise ValueError(f"expected the fields {', '.join(sorted(known))}, got also {', '.join(unknown)}")
-    values = dict(content)
-    for name in ("questions", "metrics", "left_out", "reveals", "range", "cuts"):
-        if name in values:
-            if not isinstance(values[name], list):
-                raise ValueError(f"expected a list as {name}, got {values[name]!r}")
-            numbers = name in ("range", "cuts")
-            values[name] = tuple(float(item) if numbers else str(item) for item in values[name])
-    if "range" in values and len(values["range"]) != 2:
-        raise ValueError(f"expected two numbers as range, got {list(values['range'])}")
-    if isinstance(values.get("choices"), list):
-        values["choices"] = {word: word for word in values["choices"]}
-    if "decimals" in values:
-        values["decimals"] = int(values["decimals"])
-    if "per_session" in values:
-        values["per_session"] = values["per_session"] == "true"
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name == "choices" and isinstance(value, dict):
+            values[name] = {key: _text(name, word) for key, word in value.items()}
+        elif name == "choices":
+            values[name] = {word: word for word in _texts(name, value)}
+        elif name in ("range", "cuts"):
+            values[name] = tuple(map(float, _texts(name, value)))
+        elif name in ("questions", "metrics", "left_out", "reveals"):
+            values[name] = tuple(_texts(name, value))
+        elif name == "decimals":
+            values[name] = int(_text(name, value))
+        elif name == "per_session":
+            if value not in ("true", "false"):
+                raise ValueError(f"expected true or false as {name}, got {value!r}")
+            values[name] = value == "true"
+        else:
+            values[name] = _text(name, value)
     return Task(**values)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text in {name}, got {value!r} (text with a colon or a comma in it needs quotes)")
+    return value
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list as {name}, got {value!r}")
+    return [_text(name, item) for item in value]
 
 
 Rows = Dataset | Sequence[Mapping[str, Any]]
@@ -224,8 +240,9 @@ def labels_of(task: Task, rows: Rows) -> list[Label | None]:
         except ValueError as error:
             unreadable[str(error)].append(row)
     if unreadable:
-        reasons = "; ".join(f"{reason} in {_named(numbers)}" for reason, numbers in unreadable.items())
-        raise ValueError(f"task {task.name!r}, column {task.column!r}: {reasons}")
+        reasons = [f"{reason} in {_named(numbers)}" for reason, numbers in unreadable.items()]
+        more = f"; and {len(reasons) - SHOWN} others" if len(reasons) > SHOWN else ""
+        raise ValueError(f"task {task.name!r}, column {task.column!r}: {'; '.join(reasons[:SHOWN])}{more}")
     _check_agreement(task, labels, rows)
     classes = sorted({task.answer(label) for label in labels if label is not None})
     if len(classes) < 2:
@@ -265,7 +282,7 @@ def _check_agreement(task: Task, labels: Sequence[Label | None], rows: Rows) -> 
             of = "session of a subject" if task.per_session else "subject"
             raise ValueError(
                 f"task {task.name!r}, column {task.column!r}: expected one label for each {of}, "
-                f"got {', '.join(f'{labels[row]!r} in row {row}' for row in numbers[:SHOWN_ROWS])}"
+                f"got {', '.join(f'{labels[row]!r} in row {row}' for row in numbers[:SHOWN])}"
             )
 
 
@@ -282,12 +299,12 @@ def column_of(rows: Rows, name: str) -> list[Any]:
 
 
 def _named(rows: Sequence[int]) -> str:
-    more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:SHOWN_ROWS]))}{more}"
+    more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:SHOWN]))}{more}"
 
 
 def _folded(value: Any) -> str:
     """A cell as it is compared with a choice: whole numbers without a point, in lower case."""
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, Real) and float(value).is_integer():
         value = int(value)
     return str(value).strip().casefold()

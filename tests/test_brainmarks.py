@@ -1,0 +1,78 @@
+"""The plugin in the installed Brainmarks, which finds it by itself."""
+
+import numpy as np
+import pytest
+import torch
+from brainmarks.models.registry import create_model, list_models
+from torch.utils.data import default_collate
+
+from fmrilm.training.adapt import embed_scans
+
+
+@pytest.fixture
+def centroids(tmp_path):
+    path = tmp_path / "centroids.csv"
+    rng = np.random.default_rng(0)
+    rows = [
+        f"{i},17Networks_{side}H_Net_{i},{','.join(map(str, rng.integers(-60, 60, 3)))}"
+        for i, side in zip(range(1, 401), "L" * 200 + "R" * 200, strict=True)
+    ]
+    path.write_text("\n".join(["ROI Label,ROI Name,R,A,S", *rows]) + "\n")
+    return path
+
+
+@pytest.fixture
+def saved(llama, processor, tmp_path):
+    folder = tmp_path / "model"
+    llama.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def sample(frames: int, tr: float = 1.0, rois: int = 400, seed: int = 0) -> dict:
+    """As Brainmarks gives it; the parcels have a signal in common."""
+    generator = torch.Generator().manual_seed(seed)
+    bold = torch.randn(frames, 1, generator=generator) + 0.3 * torch.randn(frames, rois, generator=generator)
+    return {"bold": bold, "mean": torch.randn(1, rois), "std": torch.rand(1, rois), "tr": tr, "target": 1}
+
+
+@pytest.mark.parametrize("frames", [4, 16, 160])
+def test_brainmarks_finds_the_model_and_gets_its_embeddings(frames: int, saved, centroids, llama) -> None:
+    assert "fmrilm_schaefer400" in list_models()
+    transform, model = create_model("fmrilm_schaefer400", model=str(saved), centroids=str(centroids))
+    samples = [transform(sample(frames, seed=seed)) for seed in range(2)]
+    batch = default_collate(samples)
+    assert batch["target"].tolist() == [1, 1]
+    pooled, registers, tokens = model(batch)
+    # a window of 16 frames of 2 s holds 4 steps of 2 tokens
+    steps = min(4, -(-max(frames // 2, 4) // 4))
+    assert pooled.shape == (2, 1, 32) and registers is None and tokens.shape == (2, 8, 32)
+    torch.testing.assert_close(tokens.mean(1), pooled[:, 0])
+    # one step of so small a codec may well be the same in both
+    assert frames < 160 or not torch.allclose(pooled[0], pooled[1])
+    with torch.no_grad():
+        codes = llama.model.get_fmri_codes(
+            batch["fmri_values"], model.coordinates.expand(2, -1, -1), batch["fmri_mask"]
+        )
+    kept = [row[row >= 0].numpy() for row in codes]
+    assert len(kept[0]) == 2 * steps
+    np.testing.assert_allclose(embed_scans(llama, kept), pooled[:, 0].numpy(), atol=1e-5)
+
+
+def test_constant_parcels_are_missing(saved, centroids) -> None:
+    transform, model = create_model("fmrilm_schaefer400", model=str(saved), centroids=str(centroids))
+    holed = sample(40)
+    holed["bold"][:, 7] = 0
+    prepared = transform(holed)
+    assert not prepared["fmri_mask"][7].any() and prepared["fmri_mask"].any(1).sum() == 399
+    assert torch.isfinite(model(default_collate([prepared])).cls_embeds).all()
+
+
+def test_other_orders_and_parcellations_are_refused(saved, centroids, tmp_path) -> None:
+    seven = tmp_path / "seven.csv"
+    seven.write_text(centroids.read_text().replace("17Networks", "7Networks"))
+    with pytest.raises(ValueError, match="400 parcels named 17Networks_..., got 400, the first '7Networks_LH_Net_1'"):
+        create_model("fmrilm_schaefer400", model=str(saved), centroids=str(seven))
+    transform, _ = create_model("fmrilm_schaefer400", model=str(saved), centroids=str(centroids))
+    with pytest.raises(ValueError, match="expected 400 parcels, got 450"):
+        transform(sample(40, rois=450))
