@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, TextIteratorStreamer
 
 
@@ -27,13 +29,18 @@ def load(
         dtype: of the language model; that of the saved weights unless given.
         revision: branch, tag or commit on the Hub.
 
-    ValueError for a folder without a model of this kind.
+    ValueError for what is no folder and can be no repository, and for a model of another kind.
     """
     options = {"revision": revision, "trust_remote_code": False}
-    folder = Path(path)
-    # a repository is named by one word or two
-    if (folder.exists() or folder.is_absolute() or len(folder.parts) > 2) and not (folder / "config.json").is_file():
-        raise ValueError(f"expected a folder with a model and its processor, got {path}, which holds no config.json")
+    expected = "expected a folder with a model and its processor, or their id on the Hub"
+    if Path(path).exists():
+        if not Path(path, "config.json").is_file():
+            raise ValueError(f"{expected}, got {path}, which holds no config.json")
+    else:
+        try:
+            validate_repo_id(str(path))
+        except HFValidationError as error:
+            raise ValueError(f"{expected}, got {path}, which is neither") from error
     config = AutoConfig.from_pretrained(path, **options)
     if config.model_type != "fmrilm":
         raise ValueError(f"expected a model of type 'fmrilm' in {path}, got one of type {config.model_type!r}")

@@ -74,10 +74,8 @@ def saved(llama, processor, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "imports",
     [
-        "from fmrilm import FmriCodecConfig\nfrom transformers import AutoModelForCausalLM, AutoProcessor",
         "from fmrilm.processors import FmriLMProcessor\nfrom transformers import AutoModelForCausalLM, AutoProcessor",
         "from transformers import AutoModelForCausalLM, AutoProcessor\nimport fmrilm",
-        "import fmrilm.auto_classes\nfrom transformers import AutoModelForCausalLM, AutoProcessor",
     ],
 )
 def test_auto_classes_take_the_package_and_no_code_of_a_folder(imports: str, saved: Path) -> None:

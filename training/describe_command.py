@@ -1,9 +1,11 @@
 """The command `fmrilm describe`: its options, and what it says. Heavy imports wait until it runs."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from .command_options import Backend, Jobs, Scheduler, ShardSize, check_backend
 
 
 def describe(
@@ -23,14 +25,13 @@ def describe(
         str | None, typer.Option(metavar="MODEL", help="Word the descriptions anew with this language model, checked.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the wording and the questions.")] = 0,
-    jobs: Annotated[int, typer.Option(help="Processes on this machine; -1 for one per core.")] = 1,
-    backend: Annotated[Literal["local", "dask"], typer.Option(help="Where to work.")] = "local",
-    scheduler: Annotated[str | None, typer.Option(help="Address of the Dask scheduler.")] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Scans per Parquet file.")] = 64,
+    jobs: Jobs = 1,
+    backend: Backend = "local",
+    scheduler: Scheduler = None,
+    shard_size: ShardSize = 64,
 ) -> None:
     """Turn a dataset of scans into a corpus: descriptors, descriptions and questions, split by subject."""
-    if (backend == "dask") != (scheduler is not None):
-        raise typer.BadParameter("--backend dask and --scheduler go together")
+    check_backend(backend, scheduler)
 
     from fmrilm.processors import Atlas
     from fmrilm.processors.descriptors.cohort import Cohort
@@ -38,19 +39,15 @@ def describe(
     from .corpus_source import load_source
     from .describe import CorpusSettings, describe_dataset
 
-    try:
-        atlases = {known.name: known for known in map(Atlas.from_table, atlas or [])}
-        outcome = describe_dataset(
-            load_source(dataset, atlases),
-            output,
-            CorpusSettings(test_share, statements, questions, min_margin, rewrite, shard_size, seed),
-            None if cohort is None else Cohort.load(cohort),
-            jobs,
-            scheduler,
-        )
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    atlases = {known.name: known for known in map(Atlas.from_table, atlas or [])}
+    outcome = describe_dataset(
+        load_source(dataset, atlases),
+        output,
+        CorpusSettings(test_share, statements, questions, min_margin, rewrite, shard_size, seed),
+        None if cohort is None else Cohort.load(cohort),
+        jobs,
+        scheduler,
+    )
     for scan, reason in outcome.left_out.items():
         typer.echo(f"left out scan {scan}: {reason}", err=True)
     if outcome.rejection_rate is not None:

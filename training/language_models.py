@@ -1,6 +1,5 @@
 """The default language model: SmolLM2-135M-Instruct out of a Python package, converted once into a cache folder."""
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,11 +9,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from fmrilm.processors.atlas_sources import package_folder
 
+from .caches import CACHE
+
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
 # where it comes from, and its licence, which models that grow out of it keep
 PACKAGED_MODEL_CARD = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
-CACHE = Path(os.environ.get("FMRILM_CACHE", Path.home() / ".cache" / "fmrilm"))
 
 
 def load_language_model(name: str = PACKAGED_MODEL) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

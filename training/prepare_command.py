@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from .command_options import Backend, Jobs, Scheduler, ShardSize, check_backend
+
 
 SOME_FAILED = 3
 
@@ -29,32 +31,27 @@ def prepare(
     low_pass: Annotated[float | None, typer.Option(help="Remove faster fluctuations, Hz.")] = None,
     tr: Annotated[float | None, typer.Option(help="Repetition time, s, where the manifest tells none.")] = None,
     space: Annotated[str, typer.Option(help="Template space to take of a derivatives folder.")] = "MNI*",
-    jobs: Annotated[int, typer.Option(help="Processes on this machine; -1 for one per core.")] = 1,
-    backend: Annotated[Literal["local", "dask"], typer.Option(help="Where to work.")] = "local",
-    scheduler: Annotated[str | None, typer.Option(help="Address of the Dask scheduler.")] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Scans per Parquet file.")] = 64,
+    jobs: Jobs = 1,
+    backend: Backend = "local",
+    scheduler: Scheduler = None,
+    shard_size: ShardSize = 64,
 ) -> None:
     """Turn scans into a dataset (Parquet) that `datasets.load_dataset` and training read; resumes where it stopped."""
-    if (backend == "dask") != (scheduler is not None):
-        raise typer.BadParameter("--backend dask and --scheduler go together")
+    check_backend(backend, scheduler)
 
     from .prepare import FAILURES, Preparation
     from .prepare import prepare as run
     from .scan_sources import find_scans
 
-    try:
-        outcome = run(
-            find_scans(source, labels, space),
-            output,
-            atlas,
-            Preparation(tr, label_image and label_image.absolute(), confounds, high_pass, low_pass),
-            jobs,
-            scheduler,
-            shard_size,
-        )
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+    outcome = run(
+        find_scans(source, labels, space),
+        output,
+        atlas,
+        Preparation(tr, label_image and label_image.absolute(), confounds, high_pass, low_pass),
+        jobs,
+        scheduler,
+        shard_size,
+    )
     typer.echo(f"{outcome.prepared} scans prepared, {outcome.skipped} done before, {outcome.failed} failed: {output}")
     if outcome.failed:
         typer.echo(f"why they failed is in {output / FAILURES}; the same command tries them again", err=True)
