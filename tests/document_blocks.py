@@ -2,9 +2,11 @@
 
 import difflib
 import io
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,6 +21,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from fmrilm.training import cli
 
 
+ROOT = Path(__file__).parents[1]
 NOT_RUN = re.compile(r"# not run by the tests: (\S.*)")
 FILE_NAME = re.compile(r"# (\S+\.\w+)\n")
 LANGUAGES = ("python", "bash", "yaml", "text")
@@ -99,18 +102,19 @@ def run_command(line: str) -> None:
     """Runs a line of bash that starts Python code of this project, as the shell would but in this process."""
     words = shlex.split(line, comments=True)
     try:
-        match words:
-            case ["fmrilm", *_]:
-                with patch.object(sys, "argv", words):
+        # a command is a process of its own elsewhere: what it sets, it sets for itself
+        with patch.object(sys, "argv", words), patch.dict(os.environ):
+            match words:
+                case ["fmrilm", *_]:
                     cli.main()
-            case ["python", "-m", module, *arguments]:
-                with patch.object(sys, "argv", [module, *arguments]):
-                    runpy.run_module(module, run_name="__main__", alter_sys=False)
-            case ["python", script, *arguments]:
-                with patch.object(sys, "argv", [script, *arguments]):
-                    runpy.run_path(script, run_name="__main__")
-            case _:
-                raise ValueError(f"expected a command fmrilm or python, got {line!r}")
+                case ["python", "-m", module, *arguments]:
+                    sys.argv = [module, *arguments]
+                    runpy.run_module(module, run_name="__main__")
+                case ["make", target]:
+                    # that there is such a target, and what it would do
+                    subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+                case _:
+                    raise ValueError(f"expected a command fmrilm, make or python -m, got {line!r}")
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"{line!r} ended with {end.code}: {sys.stdout.getvalue()}") from end

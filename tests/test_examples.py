@@ -1,19 +1,24 @@
 """The scripts in `examples/` run on small data, are short, and are what their notebooks hold."""
 
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jupytext
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from distributed import LocalCluster
 
+from fmrilm.training import codec_program
 from fmrilm.training.prepare import Preparation, prepare
 from fmrilm.training.scan_sources import find_scans
 from small_world import write_parcels
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ACCELERATE = EXAMPLES.parent / "training" / "configs" / "accelerate"
 MODEL = "runs/demo/model"
 
 
@@ -68,6 +73,22 @@ def test_forecast_stands_beside_what_came(run) -> None:
 def test_codec_works_alone(run) -> None:
     said = run("codec_alone.py", MODEL, "scan.npy", "--tr", "0.72")
     assert "100 ROIs of schaefer-100-7networks: (1, 100, 48)" in said
+
+
+def test_cluster_prepares_and_launches_a_training_that_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: launched.append(command))
+    with LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        said = run(
+            "cluster.py", "scans/manifest.csv", "work", "--scheduler", cluster.scheduler_address,
+            "--config", "training/configs/codec.yaml", "--accelerate", str(ACCELERATE / "fsdp2.yaml"),
+        )  # fmt: skip
+    assert "6 prepared, 0 done before, 0 failed" in said and "6 described" in said
+    [command] = launched
+    assert command[:3] == ["accelerate", "launch", "--config_file"] and command[4:6] == ["-m", "fmrilm.training.codec"]
+    assert load_config_from_file(command[3]).distributed_type == "FSDP"
+    codec_program.main(command[6:])
+    assert Path("work/codec/model/model.safetensors").exists()
 
 
 def test_scripts_are_short() -> None:
