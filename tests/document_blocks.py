@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -56,7 +57,7 @@ def run_page(page: Path, replaced: Mapping[str, str] | None = None) -> None:
         replaced: what a line of bash has in place of some words.
     """
     found = blocks(page)
-    for block, following in zip(found, [*found[1:], None], strict=True):
+    for block, following in zip_longest(found, found[1:]):
         place = f"{page.name}, line {block.line}"
         if reason_not_run(block) or language(block) == "text":
             continue

@@ -76,8 +76,12 @@ def test_codec_works_alone(run) -> None:
 
 
 def test_cluster_prepares_and_launches_a_training_that_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
-    monkeypatch.setattr(subprocess, "run", lambda command, check: launched.append(command))
+    launched, real = [], subprocess.run
+
+    def record(command, **options):
+        return launched.append(command) if command[0] == "accelerate" else real(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", record)
     with LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
         said = run(
             "cluster.py", "scans/manifest.csv", "work", "--scheduler", cluster.scheduler_address,
