@@ -2,8 +2,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+KERNEL := {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
-.PHONY: demo app test data install lint clean
+.PHONY: demo app test data install lint docs notebooks clean
 
 # Train all three stages on real scans and question people the model never saw: writes runs/demo/.
 demo: install data
@@ -19,6 +20,14 @@ test: install data
 
 lint: install
 	$(BIN)/ruff check .
+
+# The API reference, out of the docstrings.
+docs: install
+	$(BIN)/python docs/reference.py build/docs
+
+# The notebooks are their scripts, cell by cell.
+notebooks: install
+	$(BIN)/jupytext --to ipynb --update-metadata '$(KERNEL)' examples/quickstart.py examples/finetune_labels.py
 
 install: $(VENV)/installed
 data: $(VENV)/data

@@ -1,5 +1,6 @@
 """Small real objects that the tests share."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,6 +177,23 @@ def signal() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that README, docs and examples name, small."""
+    # it builds with what stands in this file
+    from small_world import write_small_world
+
+    return write_small_world(tmp_path_factory.mktemp("small") / "world")
+
+
+@pytest.fixture
+def in_small_world(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Works in a copy of the small world."""
+    folder = Path(shutil.copytree(small_world, tmp_path / "world"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def program_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared scans, a corpus, and tiny models on disk (see `program_runs.make_folders`)."""
     from program_runs import make_folders
@@ -183,3 +201,13 @@ def program_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tiny_tokenizer()
     language_model = build_tiny_language_model("llama", len(tokenizer))
     return make_folders(tmp_path_factory.mktemp("programs"), build_tiny_codec(), language_model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a quick demo, with the real scans and the real language model. To be read alone."""
+    from fmrilm.training.demo import run_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    run_demo(folder, quick=True)
+    return folder

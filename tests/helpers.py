@@ -5,6 +5,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 from packaging.requirements import Requirement
 
@@ -40,6 +41,24 @@ def slow_series(seed: int, time: int, rois: int, batch: tuple[int, ...] = ()) ->
     rng = np.random.default_rng(seed)
     noise = rng.normal(size=(*batch, time, rois)) + rng.normal(size=(*batch, time, 3)) @ rng.normal(size=(3, rois))
     return 1000 + 10 * sum(np.roll(noise, lag, axis=-2) for lag in range(5))
+
+
+def confounds_table(seed: int, frames: int) -> pd.DataFrame:
+    """Confounds as fMRIPrep writes them; two frames move."""
+    rng = np.random.default_rng(seed)
+    names = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z", "csf", "white_matter")
+    table = {}
+    for name in names:
+        series = rng.standard_normal(frames).cumsum()
+        difference = np.diff(series, prepend=np.nan)
+        table |= {name: series, f"{name}_derivative1": difference}
+        table |= {f"{name}_power2": series**2, f"{name}_derivative1_power2": difference**2}
+    table["cosine00"] = np.cos(np.pi * (np.arange(frames) + 0.5) / frames)
+    table["framewise_displacement"] = np.where(np.isin(np.arange(frames), (20, 45)), 1.0, 0.1)
+    table["std_dvars"] = np.ones(frames)
+    table = pd.DataFrame(table)
+    table.loc[0, "framewise_displacement"] = np.nan
+    return table
 
 
 def prepared(subject: str, dataset: str = "study", frames: int = 40, of: Atlas | None = None, seed: int = 0):

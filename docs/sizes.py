@@ -1,0 +1,37 @@
+"""Prints the table of codec sizes that stands in concepts.md: counted on models without weights, nothing is run."""
+
+from unittest.mock import patch
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fmrilm import FmriCodecConfig, FmriCodecModel
+from fmrilm.configuration_fmrilm import CODEC_SIZES
+
+
+ROIS, FRAMES = 450, 160
+
+
+def row(size: str) -> str:
+    """A row of the table: one of `CODEC_SIZES`."""
+    config = FmriCodecConfig.from_size(size)
+    # the model asks about values, which meta tensors do not have, but not while it is compiled
+    with torch.device("meta"), patch("torch.compiler.is_compiling", return_value=True):
+        codec = FmriCodecModel(config).eval().requires_grad_(False)
+        signal, coordinates = torch.empty(1, ROIS, FRAMES), torch.empty(1, ROIS, 3)
+        with FlopCounterMode(display=False) as encoding:
+            _, token_mask = codec.encode_features(signal, coordinates, torch.ones_like(signal, dtype=torch.bool))
+        with FlopCounterMode(display=False) as decoding:
+            codec.decode(torch.zeros_like(token_mask, dtype=torch.long), coordinates)
+    parameters = sum(weight.numel() for weight in codec.parameters())
+    weights = 4 * (parameters + sum(buffer.numel() for buffer in codec.buffers()))
+    layers = f"{config.num_roi_layers} + {config.num_hidden_layers} + {config.num_decoder_layers}"
+    work = [f"{counter.get_total_flops() / 1e9:.1f} GFLOP" for counter in (encoding, decoding)]
+    cells = [size, config.hidden_size, layers, config.num_attention_heads, f"{parameters / 1e6:.1f} M"]
+    return " | ".join(["", *map(str, cells), f"{weights / 2**20:,.0f} MiB", *work, ""]).strip()
+
+
+if __name__ == "__main__":
+    print("| size | width | layers (ROIs + encoder + decoder) | heads | parameters | weights | encode | decode |")
+    print("|---|---|---|---|---|---|---|---|")
+    print("\n".join(map(row, CODEC_SIZES)))

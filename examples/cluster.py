@@ -1,0 +1,53 @@
+"""
+Prepare and describe scans on a Dask cluster, then train the codec on several GPUs.
+
+    python examples/cluster.py scans/manifest.csv work --scheduler tcp://head:8786
+
+Without --scheduler, the processes of this machine are the cluster. The workers need this package and no common files.
+Stopped anywhere, the same command goes on.
+"""
+
+import argparse
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+
+from distributed import LocalCluster
+
+from fmrilm.training.corpus_source import load_source
+from fmrilm.training.describe import CorpusSettings, describe_dataset
+from fmrilm.training.prepare import Preparation, prepare
+from fmrilm.training.scan_sources import find_scans
+
+
+CONFIGS = Path("training/configs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="Manifest, fMRIPrep folder or folder of scans.")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--atlas", help="Where the manifest tells none.")
+    parser.add_argument("--scheduler", help="Address of a Dask scheduler.")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "codec_base.yaml", help="Of the codec.")
+    parser.add_argument("--accelerate", type=Path, default=CONFIGS / "accelerate" / "fsdp2.yaml")
+    options = parser.parse_args()
+    prepared, corpus = options.output / "prepared", options.output / "corpus"
+
+    with ExitStack() as stack:
+        scheduler = options.scheduler or stack.enter_context(LocalCluster(threads_per_worker=1)).scheduler_address
+        outcome = prepare(find_scans(options.source), prepared, options.atlas, Preparation(), scheduler=scheduler)
+        print(f"{outcome.prepared} prepared, {outcome.skipped} done before, {outcome.failed} failed")
+        if not corpus.exists():
+            described = describe_dataset(load_source(str(prepared)), corpus, CorpusSettings(), scheduler=scheduler)
+            print(f"{described.scans} described")
+
+    # a process for each GPU, weights sharded over them
+    launch = ["accelerate", "launch", "--config_file", str(options.accelerate), "-m", "fmrilm.training.codec"]
+    run = ["--config", str(options.config), "--data", str(prepared), "--output_dir", str(options.output / "codec")]
+    subprocess.run([*launch, *run], check=True)
+
+
+# worker processes import this file
+if __name__ == "__main__":
+    main()

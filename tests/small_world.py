@@ -1,0 +1,119 @@
+"""The files that README, docs and examples name, small: a model folder, scans, labels, an fMRIPrep folder, configs."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import yaml
+from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
+
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
+from fmrilm.training.alignment import join
+from helpers import confounds_table, slow_series
+from official_checkpoint import WIDTH, brain_tensors, language_tensors
+
+
+ATLAS, TR, FRAMES = "aal2-94", 0.72, 120
+PEOPLE = 6
+CONFIGS = Path(__file__).parents[1] / "training" / "configs"
+# what makes runs of the programs' own configurations short
+SHORT_RUNS = {
+    "codec": {"max_steps": 1, "unquantized_steps": 0, "codebook_size": 16, "max_rois": 8, "window_length": 32},
+    "alignment": {"max_steps": 1, "projector_steps": 1, "window_length": 32, "window_stride": 16, "lora_r": 2},
+    "sft": {"max_steps": 1, "window_stride": 16, "lora_r": 2},
+}
+# 8 mm voxels in MNI space: the coarsest grid on which every parcel of AAL2 has one
+GRID = (23, 28, 23)
+AFFINE = np.array([[8.0, 0, 0, -88], [0, 8, 0, -124], [0, 0, 8, -70], [0, 0, 0, 1]])
+
+
+def write_small_world(folder: Path) -> Path:
+    """Fills a folder; returns it."""
+    write_model(folder / "runs" / "demo" / "model")
+    write_official_checkpoint(folder / "model.pt")
+    np.save(folder / "scan.npy", slow_series(0, FRAMES, len(Atlas.load(ATLAS))).astype(np.float32))
+    nib.save(volume(1, TR), folder / "scan.nii.gz")
+    write_scans(folder / "scans")
+    for number in range(3):
+        write_fmriprep(folder / "derivatives" / "fmriprep", f"{number + 1:02}")
+    (folder / "recordings").mkdir()
+    for path in (folder / "scans").glob("*.npy"):
+        shutil.copy(path, folder / "recordings")
+    kinds = [f"{number + 1},{'FM'[number % 2]},{'mme'[number % 3]}" for number in range(PEOPLE)]
+    (folder / "labels.csv").write_text("\n".join(["subject,sex,chronotype", *kinds]) + "\n")
+    labels = [f"sub-{number + 1:02}\t{20 + 5 * number}\t{'fm'[number % 2]}" for number in range(PEOPLE)]
+    (folder / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *labels]) + "\n")
+    write_configs(folder / "training" / "configs")
+    return folder
+
+
+def write_model(folder: Path) -> None:
+    """A model of random weights with its processor, which knows AAL2 and its parcels."""
+    tokenizer = build_tiny_tokenizer()
+    extractor = FmriLMFeatureExtractor(atlases=[Atlas.load(ATLAS, parcels=True)], window_length=32)
+    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_step=2)
+    codec = build_tiny_codec(patch_length=16)
+    join(codec, build_tiny_language_model("llama", len(tokenizer) - 3), processor).eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def write_official_checkpoint(path: Path) -> None:
+    """A random checkpoint of the released layout for the 450 official ROIs; its language model beside it."""
+    tokenizer, backbone = build_tiny_tokenizer(), path.with_name("qwen3")
+    model = build_tiny_language_model("qwen3", len(tokenizer) + 3)
+    model.save_pretrained(backbone)
+    tokenizer.save_pretrained(backbone)
+    tensors = brain_tensors("released", 160, WIDTH)
+    for name in ("tokenizer.encoder.pos_embed", "pos_embed.weight"):
+        tensors[name] = torch.randn(*tensors[name].shape[:-2], 450, tensors[name].shape[-1])
+    tensors |= language_tensors(model, "llm.", None)[0]
+    torch.save({**tensors, "model_args": Namespace(lm_name=str(backbone))}, path)
+
+
+def write_configs(folder: Path) -> None:
+    """The programs' configurations for runs of a step or two on a tiny language model."""
+    folder.mkdir(parents=True)
+    for name, changes in SHORT_RUNS.items():
+        values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | changes
+        values |= {"per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1}
+        if name == "alignment":
+            values["model_name_or_path"] = "qwen3"
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+
+
+def write_scans(folder: Path) -> None:
+    """Scans of AAL2 in .npy files, one a person, and their manifest with labels."""
+    folder.mkdir()
+    rows = ["path,subject,tr,atlas,age,sex"]
+    for number in range(PEOPLE):
+        np.save(folder / f"{number + 1}.npy", slow_series(number, FRAMES, 94).astype(np.float32))
+        rows.append(f"{number + 1}.npy,p{number + 1},{TR},{ATLAS},{20 + 5 * number},{'fm'[number % 2]}")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+
+
+def write_fmriprep(folder: Path, subject: str) -> None:
+    stem = folder / f"sub-{subject}" / "func" / f"sub-{subject}_task-rest"
+    stem.parent.mkdir(parents=True)
+    nib.save(volume(int(subject), 2.0), f"{stem}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
+    table = confounds_table(int(subject), FRAMES)
+    table.to_csv(f"{stem}_desc-confounds_timeseries.tsv", sep="\t", na_rep="n/a", index=False)
+
+
+def write_parcels(stem: Path) -> None:
+    """A label image of two halves of a brain, and its table."""
+    labels = np.zeros(GRID, np.int16)
+    labels[3:9, 8:20, 8:16], labels[14:20, 8:20, 8:16] = 1, 2
+    nib.save(nib.Nifti1Image(labels, AFFINE), f"{stem}.nii.gz")
+    stem.with_suffix(".tsv").write_text("index\tname\tnetwork\n1\tLeft\tDefault\n2\tRight\tDefault\n")
+
+
+def volume(seed: int, tr: float) -> nib.Nifti1Image:
+    """A scan of the whole head: slow noise on a large mean."""
+    values = slow_series(seed, FRAMES, int(np.prod(GRID))).T.reshape(*GRID, FRAMES)
+    image = nib.Nifti1Image(values.astype(np.int16), AFFINE)
+    image.header.set_zooms((8, 8, 8, tr))
+    image.header.set_xyzt_units("mm", "sec")
+    return image

@@ -1,0 +1,109 @@
+"""The scripts in `examples/` run on small data, are short, and are what their notebooks hold."""
+
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jupytext
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from distributed import LocalCluster
+
+from fmrilm.training import codec_program
+from fmrilm.training.prepare import Preparation, prepare
+from fmrilm.training.scan_sources import find_scans
+from small_world import write_parcels
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ACCELERATE = EXAMPLES.parent / "training" / "configs" / "accelerate"
+MODEL = "runs/demo/model"
+
+
+@pytest.fixture
+def run(
+    in_small_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., str]:
+    """Runs a script with its arguments in the small world; returns what it prints."""
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_quickstart_asks_and_reconstructs(run) -> None:
+    said = run("quickstart.py", "--model", MODEL, "--scan", "scan.nii.gz")
+    assert "low, typical or high?" in said
+    assert "32 frames of 94 ROIs as 2 steps of 2 codes" in said
+
+
+def test_labels_of_ones_own_are_learned(run) -> None:
+    said = run(
+        "finetune_labels.py", "--scans", "recordings", "--labels", "labels.csv", "--atlas", "aal2-94", "--tr", "0.72",
+        "--steps", "1",
+    )  # fmt: skip
+    assert "4 scans to learn from, 2 of other people" in said and "right by always saying" in said
+    assert Path("runs/finetuned/model/model.safetensors").exists()
+
+
+def test_task_is_asked_beside_baselines(run) -> None:
+    prepare(find_scans(Path("recordings"), Path("labels.csv")), Path("prepared"), "aal2-94", Preparation(tr=0.72))
+    said = run("add_task.py", MODEL, "prepared", str(EXAMPLES / "chronotype.yaml"))
+    assert "morning / evening" in said
+    for method in ("zero-shot", "connectivity", "majority"):
+        assert method in said
+
+
+def test_atlas_of_ones_own_is_read_and_saved(run) -> None:
+    write_parcels(Path("parcels"))
+    said = run("add_atlas.py", MODEL, "parcels.nii.gz", "parcels.tsv", "scan.nii.gz", "--output", "knows-it")
+    assert "Atlas('parcels', 2 ROIs" in said and "with atlas='parcels': the same codes" in said
+
+
+def test_forecast_stands_beside_what_came(run) -> None:
+    said = run("forecast.py", MODEL, "scan.npy", "--tr", "0.72", "--draws", "2")
+    assert "54 s shown, 32 s forecast: [time, rois] (16, 94)" in said
+
+
+def test_codec_works_alone(run) -> None:
+    said = run("codec_alone.py", MODEL, "scan.npy", "--tr", "0.72")
+    assert "100 ROIs of schaefer-100-7networks: (1, 100, 48)" in said
+
+
+def test_cluster_prepares_and_launches_a_training_that_runs(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, real = [], subprocess.run
+
+    def record(command, **options):
+        return launched.append(command) if command[0] == "accelerate" else real(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    with LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        said = run(
+            "cluster.py", "scans/manifest.csv", "work", "--scheduler", cluster.scheduler_address,
+            "--config", "training/configs/codec.yaml", "--accelerate", str(ACCELERATE / "fsdp2.yaml"),
+        )  # fmt: skip
+    assert "6 prepared, 0 done before, 0 failed" in said and "6 described" in said
+    [command] = launched
+    assert command[:3] == ["accelerate", "launch", "--config_file"] and command[4:6] == ["-m", "fmrilm.training.codec"]
+    assert load_config_from_file(command[3]).distributed_type == "FSDP"
+    codec_program.main(command[6:])
+    assert Path("work/codec/model/model.safetensors").exists()
+
+
+def test_scripts_are_short() -> None:
+    for script in EXAMPLES.glob("*.py"):
+        assert len(script.read_text().splitlines()) < 80, script.name
+
+
+@pytest.mark.parametrize("name", ["quickstart", "finetune_labels"])
+def test_notebook_holds_the_cells_of_its_script(name: str) -> None:
+    script, notebook = (jupytext.read(EXAMPLES / f"{name}{ending}") for ending in (".py", ".ipynb"))
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+        (cell.cell_type, cell.source) for cell in script.cells
+    ]
+    assert notebook.metadata.kernelspec.name == "python3"
