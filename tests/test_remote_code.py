@@ -41,9 +41,11 @@ MODEL_FILES = {
     "backbones_fmrilm.py",
     "forecast_fmrilm.py",
     "generation_fmrilm.py",
+    "losses_fmrilm.py",
     "modeling_fmrilm.py",
     "modeling_original_fmrilm.py",
     "pipeline_fmrilm.py",
+    "projector_fmrilm.py",
     "steps_fmrilm.py",
 }
 PROCESSOR_FILES = {
