@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test data install lint clean
+.PHONY: demo test data install lint audit clean
 
 # Train all three stages on real scans and question people the model never saw: writes runs/demo/.
 demo: install data
@@ -15,6 +15,11 @@ test: install data
 
 lint: install
 	$(BIN)/ruff check .
+
+# Known vulnerabilities of the pinned packages; asks PyPI, so it is no part of the tests.
+audit: install
+	$(PIP) install --quiet 'pip-audit>=2.10,<3'
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 install: $(VENV)/installed
 data: $(VENV)/data

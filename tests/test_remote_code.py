@@ -53,6 +53,7 @@ PROCESSOR_FILES = {
     "atlases.py",
     "cleaning_fmrilm.py",
     "feature_extraction_fmrilm.py",
+    "limits_fmrilm.py",
     "nifti_fmrilm.py",
     "parcellation.py",
     "parcels_fmrilm.py",
