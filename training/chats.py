@@ -71,7 +71,7 @@ def alignment_dataset(
     """
     rng = np.random.default_rng(seed)
     made = []
-    for index in _draw(len(codes), rows, rng):
+    for index in draw_rounds(len(codes), rows, rng):
         kind = rng.choice(3, p=weights)
         if kind == 2:
             made.append(_row(text=excerpt(texts[rng.integers(len(texts))], TEXT_WORDS, rng)))
@@ -95,7 +95,7 @@ def instruction_dataset(
     """
     rng = np.random.default_rng(seed)
     made = []
-    for index in _draw(len(codes), rows, rng):
+    for index in draw_rounds(len(codes), rows, rng):
         paradigm = rng.choice(3, p=weights)
         if paradigm == 2:
             chat = describing_chat(levels[index], statements, rng)
@@ -105,7 +105,7 @@ def instruction_dataset(
     return Dataset.from_list(made, features=FEATURES)
 
 
-def _draw(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray:
+def draw_rounds(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray:
     """Each window once before any comes again."""
     rounds = [rng.permutation(windows) for _ in range(-(-rows // windows))]
     return np.concatenate(rounds)[:rows]

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,9 @@ def prepare(
     """
     atlas_of = _load_atlases(scans, default_atlas)
     atlases = {atlas.name: atlas for atlas in atlas_of}
-    features = {name: _features(atlas, scans) for name, atlas in atlases.items()}
-    settings = {**preparation.describe(), "labels": _label_types(scans)}
+    label_types = _label_types(scans)
+    features = {name: row_features(atlas, label_types) for name, atlas in atlases.items()}
+    settings = {**preparation.describe(), "labels": label_types}
     keys = [_key(scan, atlas) for scan, atlas in zip(scans, atlas_of, strict=True)]
     store = ShardStore(output, settings, set(keys))
     for name, atlas in atlases.items():
@@ -223,7 +224,8 @@ def _label_types(scans: Sequence[ScanSource]) -> dict[str, str]:
     return types
 
 
-def _features(atlas: Atlas, scans: Sequence[ScanSource]) -> Features:
+def row_features(atlas: Atlas, label_types: Mapping[str, str]) -> Features:
+    """Columns of the prepared scans of an atlas."""
     strings = ("atlas", "subject", "session", "task", "run", "site")
     return Features(
         {
@@ -231,6 +233,6 @@ def _features(atlas: Atlas, scans: Sequence[ScanSource]) -> Features:
             "tr": Value("float64"),
             "censored": List(Value("bool")),
             **{name: Value("string") for name in strings},
-            **{name: Value(kind) for name, kind in _label_types(scans).items()},
+            **{name: Value(kind) for name, kind in label_types.items()},
         }
     )

@@ -16,7 +16,7 @@ TEXT = """---
 {metadata}
 ---
 
-# Prepared fMRI scans
+# {title}
 
 One row per scan, parcellated{cleaned} at its own repetition time.
 
@@ -42,7 +42,9 @@ Settings: {settings}.
 """
 
 
-def card(output: Path, settings: Mapping[str, Any], atlases: Mapping[str, Atlas]) -> str:
+def card(
+    output: Path, settings: Mapping[str, Any], atlases: Mapping[str, Atlas], title: str = "Prepared fMRI scans"
+) -> str:
     """Describes the shards that are in `output`."""
     configs, rows = [], []
     for name, atlas in sorted(atlases.items()):
@@ -63,6 +65,7 @@ def card(output: Path, settings: Mapping[str, Any], atlases: Mapping[str, Atlas]
     labels = "".join(f"| `{name}` | label, {kind} |\n" for name, kind in settings["labels"].items())
     shown = [f"{name} {value}" for name, value in settings.items() if name != "labels" and value is not None]
     return TEXT.format(
+        title=title,
         metadata=data.to_yaml(),
         cleaned=" and cleaned" if cleaned else "",
         rows="\n".join(rows),

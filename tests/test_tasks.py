@@ -1,0 +1,220 @@
+"""Tasks and their labels: what the packaged ones say, a task of one's own, and all that is refused."""
+
+import csv
+import inspect
+import re
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmrilm.training import tasks
+from fmrilm.training.collator import ChatCollator
+from fmrilm.training.prepare import Preparation, prepare
+from fmrilm.training.scan_sources import find_scans
+from fmrilm.training.task_chats import task_dataset
+from fmrilm.training.tasks import Task, check_splits, labels_of, load_task, task_names
+
+
+SEX = load_task("sex")
+AGE = load_task("age")
+
+
+def people(**columns) -> list[dict]:
+    """Rows of different subjects."""
+    count = len(next(iter(columns.values())))
+    rows = {"subject": [f"s{row}" for row in range(count)], "session": [None] * count, **columns}
+    return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+
+
+# --- the packaged tasks
+
+
+def test_packaged_tasks_are_those_of_the_benchmarks() -> None:
+    assert set(task_names()) >= {
+        "sex", "age", "age_group", "fluid_intelligence", "ad", "adhd", "asd", "apoe4", "handedness", "planted_group",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_packaged_task_is_complete(name: str) -> None:
+    task = load_task(name)
+    assert task.name == name and len(task.questions) >= 2 and task.metrics
+    assert (len(task.choice_words) >= 2) != (task.choices is None and task.range is not None)
+    known = {"accuracy", "balanced_accuracy", "roc_auc", "f1", "mean_absolute_error", "pearson_r"}
+    assert set(task.metrics) <= known and ("pearson_r" in task.metrics) == (task.choices is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "answer", "statement"),
+    [
+        ("sex", "F", "female", "sex: female"),
+        ("sex", "Male", "male", "sex: male"),
+        ("age", 34.4, "34", "age: 34 years"),
+        ("age_group", 39.99, "young adult", "age group: young adult"),
+        ("age_group", 40, "middle-aged adult", "age group: middle-aged adult"),
+        ("fluid_intelligence", 7, "7", "fluid intelligence: 7 points"),
+        ("fluid_intelligence_group", 2, "lower", "fluid intelligence group: lower"),
+        ("ad", "CN", "no", "Alzheimer's disease: no"),
+        ("adhd", "ADHD", "yes", "ADHD: yes"),
+        ("asd", "control", "no", "autism: no"),
+        ("apoe4", 2.0, "yes", "APOE e4 carrier: yes"),
+        ("apoe4", 0, "no", "APOE e4 carrier: no"),
+        ("handedness", "r", "right", "handedness: right"),
+        ("planted_group", "b", "beta", "planted group: beta"),
+    ],
+)
+def test_labels_are_answered(name: str, value, answer: str, statement: str) -> None:
+    task = load_task(name)
+    assert task.answer(value) == answer == task.answer(task.label(value))
+    assert task.statement(value) == statement
+
+
+def test_people_whose_label_is_left_out_are_not_asked() -> None:
+    labels = labels_of(load_task("ad"), people(ad=["CN", "MCI", "AD", None, float("nan"), ""]))
+    assert labels == ["CN", None, "AD", None, None, None]
+
+
+@given(st.lists(st.floats(0, 120), min_size=2, max_size=9))
+def test_cuts_part_the_numbers_in_order(ages: list[float]) -> None:
+    task = load_task("age_group")
+    places = [task.choice_words.index(task.answer(age)) for age in sorted(ages)]
+    assert places == sorted(places)
+    assert places == [sum(age >= cut for cut in task.cuts) for age in sorted(ages)]
+
+
+# --- a task of one's own
+
+
+def example() -> tuple[str, str]:
+    """The task and the table that the documentation shows, indented."""
+    blocks = re.findall(r"(?:^ {4}.*\n)+", inspect.getdoc(tasks), re.MULTILINE)
+    yaml, table = map(textwrap.dedent, blocks)
+    return yaml, table
+
+
+def test_task_and_labels_of_ones_own_reach_training(tmp_path: Path, processor, tiny_atlas) -> None:
+    yaml, table = example()
+    (tmp_path / "chronotype.yaml").write_text(yaml)
+    (tmp_path / "chronotype.csv").write_text(table)
+    (tmp_path / "scans").mkdir()
+    subjects = [row["subject"] for row in csv.DictReader(table.splitlines())]
+    for number, subject in enumerate(subjects):
+        noise = np.random.default_rng(number).normal(0, 10, (60, len(tiny_atlas)))
+        np.save(tmp_path / "scans" / f"{subject}.npy", (1000 + noise).astype(np.float32))
+    rois = [f"{i}\t{roi}\tL\tVis\t{i}\t0\t0" for i, roi in enumerate(tiny_atlas.rois, start=1)]
+    (tmp_path / "own.tsv").write_text("\n".join(["index\tname\themisphere\tnetwork\tx\ty\tz", *rois]))
+
+    scans = find_scans(tmp_path / "scans", tmp_path / "chronotype.csv")
+    prepare(scans, tmp_path / "data", str(tmp_path / "own.tsv"), Preparation(tr=2.0))
+    rows = load_dataset(str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "cache"))
+    task = load_task(tmp_path / "chronotype.yaml")
+    assert task.choice_words == ["morning", "evening"]
+    assert labels_of(task, rows) == ["m", "e"]
+
+    codes = np.arange(8).reshape(2, 4)
+    chats = task_dataset(rows, codes, [task], size=4, questions=1, weights=[1, 0, 0], seed=0, source_share=1)
+    for row in chats:
+        asked, answered = row["messages"]
+        assert asked["content"][1]["text"].startswith(task.about)
+        assert answered["content"][0]["text"] == ("morning" if row["codes"][0] == [0, 1, 2, 3] else "evening")
+    assert (ChatCollator(processor)(list(chats))["labels"] != -100).any()
+
+
+def test_unknown_task_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match="expected a YAML file or one of ad, adhd, age, .* got 'height'"):
+        load_task("height")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choices": {"a": "low", "b": "lower"}}, "choice 'low' is a prefix of choice 'lower'"),
+        ({"choices": {"a": "No", "b": "none"}}, "choice 'No' is a prefix of choice 'none'"),
+        ({"choices": {"a": "yes", "b": "yes"}}, "at least two choices, got \\['yes'\\]"),
+        ({"choices": None}, "expected choices, or the range"),
+        ({"questions": ()}, "expected different questions"),
+        ({"questions": ("Which?", "Which?")}, "expected different questions"),
+        ({"cuts": (1.0, 2.0)}, "expected 1 rising cuts between 2 choices, got \\[1.0, 2.0\\]"),
+        ({"choices": None, "range": (3.0, 1.0)}, "a range from low to high"),
+        ({"name": "a b"}, "letters, digits and _"),
+    ],
+)
+def test_task_that_cannot_be_asked_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SEX, **change)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\ncolumn: x\n", "own.yaml: expected at least name, column and questions"),
+        ("name: x\ncolumn: x\nquestions: [a]\nchoices: [u, v]\nclasses: 2", "got also classes"),
+        ("name: x\ncolumn: x\nquestions: Which?\nchoices: [u, v]", "expected a list as questions, got 'Which\\?'"),
+        ("name: x\ncolumn: x\nquestions: [a]\nrange: [1]", "expected two numbers as range"),
+        ("name: x\ncolumn: x\nquestions: [a]\nrange: [low, high]", "own.yaml: .*low"),
+        ("name: [x", "own.yaml"),
+    ],
+)
+def test_file_that_is_no_task_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_task(tmp_path / "own.yaml")
+
+
+def test_words_that_yaml_reads_as_truth_values_stay_words(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("name: x\ncolumn: x\nquestions: [a]\nchoices: {0: no, 1: yes}")
+    task = load_task(tmp_path / "own.yaml")
+    assert task.choice_words == ["no", "yes"] and task.answer(1) == "yes"
+
+
+# --- labels that are refused, by their rows
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        (SEX, people(gender=["F", "M"]), "no column 'sex' among subject, session, gender"),
+        (SEX, people(sex=["F", "f", "female"]), "at least two classes, got only 'female' in rows 0, 1, 2$"),
+        (SEX, people(sex=[None, None]), "at least two classes, got no label in 2 rows"),
+        (SEX, people(sex=["F", "M", "x", "x"]), "expected one of F, female, M, male, got 'x' in rows 2, 3$"),
+        (SEX, people(sex=["F", 1]), "got 1 in row 1"),
+        (AGE, people(age=[30, 130, -1]), "from 0 to 120, got 130 in row 1; .* got -1 in row 2"),
+        (AGE, people(age=[30, float("inf")]), "got inf in row 1"),
+        (AGE, people(age=["30", "old"]), "expected a number, got 'old' in row 1"),
+        (AGE, people(age=[30.2, 30.4]), "only '30' in rows 0, 1"),
+        (SEX, people(sex=["?"] * 9), "got '\\?' in rows 0, 1, 2, 3, 4 and 4 more"),
+    ],
+)
+def test_labels_that_cannot_be_asked_for_are_refused(task: Task, rows: list[dict], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        labels_of(task, rows)
+
+
+def test_sessions_of_a_subject_have_one_label() -> None:
+    rows = people(subject=["p", "q", "p"], session=["1", "1", "2"], sex=["F", "F", "M"])
+    with pytest.raises(ValueError, match="one label for each subject, got 'F' in row 0, 'M' in row 2"):
+        labels_of(SEX, rows)
+    rows[2]["sex"] = None
+    rows[1]["sex"] = "M"
+    assert labels_of(SEX, rows) == ["F", "M", None]
+
+
+def test_age_may_differ_between_sessions_but_not_within_one() -> None:
+    rows = people(subject=["p", "p", "p"], session=["1", "2", "2"], age=[30, 32, 32])
+    assert labels_of(AGE, rows) == [30, 32, 32]
+    rows[2]["age"] = 33
+    with pytest.raises(ValueError, match="one label for each session of a subject, got 32.0 in row 1, 33.0 in row 2"):
+        labels_of(AGE, rows)
+
+
+def test_subject_in_two_splits_is_refused() -> None:
+    train, test = people(subject=["p", "q"]), people(subject=["r", "q", "q"])
+    check_splits({"train": train, "test": test[:1]})
+    with pytest.raises(ValueError, match="got 1 in two: one has row 1 of 'train' and rows 1, 2 of 'test'"):
+        check_splits({"train": train, "test": test})

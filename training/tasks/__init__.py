@@ -1,0 +1,293 @@
+"""
+Tasks: what people ask about the person in a scan, with an answer that a column of labels holds.
+
+A task is one small YAML file. Those beside this one go by their name (`load_task("sex")`), others by their path:
+
+    name: chronotype                  # of letters, digits and _
+    column: chronotype                # of the prepared dataset
+    title: chronotype                 # as open-ended answers call it; by default the name
+    choices: {m: morning, e: evening} # value in the column: answer; a list, if they are the same words
+    questions:                        # paraphrases of one another
+      - Is this person a morning or an evening type?
+      - Does this person prefer the morning or the evening?
+    metrics: [balanced_accuracy, roc_auc]
+    about: The scans were taken between 9 and 17 o'clock.   # optional: what may be said before the question
+    reveals: [lark, owl]              # optional: other words that would give the answer away
+
+The labels come from a table, by subject (or by subject and session):
+
+    subject,chronotype
+    s01,m
+    s02,e
+
+`fmrilm prepare SCANS FOLDER --labels chronotype.csv` puts them into the dataset, and `load_task("chronotype.yaml")` is
+then asked wherever a packaged task can be. Other fields: see `Task`.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from datasets import Dataset
+
+
+FOLDER = Path(__file__).parent
+# a label as it is compared: the value of a choice, or a number
+Label = str | float
+# rows that an error names
+SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A question about the person in a scan.
+
+    column: holds the labels. questions: paraphrases. choices: value in the column (in any case) to the answer, in
+    the answers' order; none if the answer is a number. cuts: upwards, where the column holds numbers and a choice is a
+    range of them; a number on a cut belongs to the upper one. range: least and largest number, in `unit`. decimals: of
+    a number as an answer. left_out: values of people who are not asked about. per_session: the label may differ
+    between sessions of a subject. title: what an open-ended answer calls it. reveals: words that give the answer away,
+    beside the choices, their values and the unit. about: sentence that may stand before the question.
+    """
+
+    name: str
+    column: str
+    questions: tuple[str, ...]
+    choices: dict[str, str] | None = None
+    range: tuple[float, float] | None = None
+    unit: str | None = None
+    about: str = ""
+    metrics: tuple[str, ...] = ()
+    title: str = ""
+    cuts: tuple[float, ...] | None = None
+    decimals: int = 0
+    left_out: tuple[str, ...] = ()
+    per_session: bool = False
+    reveals: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+", self.name):
+            raise ValueError(f"expected a name of letters, digits and _, got {self.name!r}")
+        if not self.questions or len(set(self.questions)) < len(self.questions):
+            raise ValueError(f"task {self.name!r}: expected different questions, got {list(self.questions)}")
+        if self.choices is None:
+            if self.range is None or self.cuts is not None:
+                raise ValueError(f"task {self.name!r}: expected choices, or the range of a number without cuts")
+        else:
+            self._check_choices(self.choice_words)
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"task {self.name!r}: expected a range from low to high, got {list(self.range)}")
+
+    def _check_choices(self, words: list[str]) -> None:
+        if len(words) < 2:
+            raise ValueError(f"task {self.name!r}: expected at least two choices, got {words}")
+        for word in words:
+            for other in words:
+                # the likelihood of the longer one would be part of that of the shorter one
+                if word != other and other.casefold().startswith(word.casefold()):
+                    raise ValueError(f"task {self.name!r}: choice {word!r} is a prefix of choice {other!r}")
+        if self.cuts is not None and (len(self.cuts) != len(words) - 1 or list(self.cuts) != sorted(set(self.cuts))):
+            raise ValueError(
+                f"task {self.name!r}: expected {len(words) - 1} rising cuts between {len(words)} choices, "
+                f"got {list(self.cuts)}"
+            )
+
+    @property
+    def choice_words(self) -> list[str]:
+        """The answers to choose from, each once; none where the answer is a number."""
+        return list(dict.fromkeys((self.choices or {}).values()))
+
+    def label(self, value: Any) -> Label | None:
+        """The label in a cell of the column; None if there is none or it is left out. ValueError if it is unknown."""
+        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+            return None
+        if _folded(value) in self._left_out:
+            return None
+        if self.choices is not None and self.cuts is None:
+            try:
+                return self._values[_folded(value)]
+            except KeyError:
+                raise ValueError(f"expected one of {', '.join(self.choices)}, got {value!r}") from None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected a number, got {value!r}") from None
+        low, high = self.range or (-math.inf, math.inf)
+        if not (math.isfinite(number) and low <= number <= high):
+            raise ValueError(f"expected a number from {low:g} to {high:g}, got {value!r}")
+        return number
+
+    def answer(self, value: Any) -> str:
+        """What is to be said of a label, or of a cell of the column that holds one."""
+        label = self.label(value)
+        if label is None:
+            raise ValueError(f"task {self.name!r} has no answer where there is no label, got {value!r}")
+        if self.choices is None:
+            return f"{label:.{self.decimals}f}"
+        if self.cuts is None:
+            return self.choices[label]
+        return self.choice_words[int(np.searchsorted(self.cuts, label, side="right"))]
+
+    def statement(self, value: Any) -> str:
+        """The answer as a part of an open-ended one: "age: 34 years"."""
+        unit = f" {self.unit}" if self.unit and self.choices is None else ""
+        return f"{self.title or self.name.replace('_', ' ')}: {self.answer(value)}{unit}"
+
+    def leaks(self, text: str, value: Any = None) -> list[str]:
+        """Words of a text that tell about the answer, whatever it is, or that are the number `value`."""
+        found = [match.group() for match in self._telling.finditer(text)]
+        if self.choices is None and value is not None:
+            number = re.escape(self.answer(value))
+            found += re.findall(rf"(?<![\d.]){number}(?!\.?\d)", text)
+        return found
+
+    @cached_property
+    def _values(self) -> dict[str, str]:
+        return {value.casefold(): value for value in self.choices or {}}
+
+    @cached_property
+    def _left_out(self) -> set[str]:
+        return {value.casefold() for value in self.left_out}
+
+    @cached_property
+    def _telling(self) -> re.Pattern:
+        values = [*(self.choices or {}), *([self.unit] if self.unit else [])]
+        # a value of a single letter or digit stands in any text
+        words = {*self.choice_words, *self.reveals, *(value for value in values if len(value) > 1)}
+        longest_first = sorted(words, key=len, reverse=True)
+        # also before a digit or _, as in a cohort's name
+        return re.compile(rf"(?<![^\W\d_])(?:{'|'.join(map(re.escape, longest_first))})(?![^\W\d_])", re.IGNORECASE)
+
+
+def task_names() -> list[str]:
+    """Names of the packaged tasks."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_task(source: str | Path) -> Task:
+    """A packaged task by its name, or any by the path of its YAML file."""
+    path = FOLDER / f"{source}.yaml" if source in task_names() else Path(source)
+    if not path.is_file():
+        raise ValueError(f"expected a YAML file or one of {', '.join(task_names())}, got {str(source)!r}")
+    try:
+        # in YAML's own reading `no` is False, and 1 no text
+        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+        return _from_yaml(content)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _from_yaml(content: Any) -> Task:
+    known = {field.name for field in fields(Task)}
+    if not isinstance(content, dict) or not content.keys() >= {"name", "column", "questions"}:
+        raise ValueError("expected at least name, column and questions")
+    if unknown := sorted(content.keys() - known):
+        raise ValueError(f"expected the fields {', '.join(sorted(known))}, got also {', '.join(unknown)}")
+    values = dict(content)
+    for name in ("questions", "metrics", "left_out", "reveals", "range", "cuts"):
+        if name in values:
+            if not isinstance(values[name], list):
+                raise ValueError(f"expected a list as {name}, got {values[name]!r}")
+            numbers = name in ("range", "cuts")
+            values[name] = tuple(float(item) if numbers else str(item) for item in values[name])
+    if "range" in values and len(values["range"]) != 2:
+        raise ValueError(f"expected two numbers as range, got {list(values['range'])}")
+    if isinstance(values.get("choices"), list):
+        values["choices"] = {word: word for word in values["choices"]}
+    if "decimals" in values:
+        values["decimals"] = int(values["decimals"])
+    if "per_session" in values:
+        values["per_session"] = values["per_session"] == "true"
+    return Task(**values)
+
+
+Rows = Dataset | Sequence[Mapping[str, Any]]
+
+
+def labels_of(task: Task, rows: Rows) -> list[Label | None]:
+    """
+    The label of each row, None where there is none. ValueError that names the rows: an unknown value, a number outside
+    the range, labels that differ between sessions of a subject; a column that is missing; fewer than two classes.
+    """
+    labels, unreadable = [], defaultdict(list)
+    for row, value in enumerate(column_of(rows, task.column)):
+        try:
+            labels.append(task.label(value))
+        except ValueError as error:
+            unreadable[str(error)].append(row)
+    if unreadable:
+        reasons = "; ".join(f"{reason} in {_named(numbers)}" for reason, numbers in unreadable.items())
+        raise ValueError(f"task {task.name!r}, column {task.column!r}: {reasons}")
+    _check_agreement(task, labels, rows)
+    classes = sorted({task.answer(label) for label in labels if label is not None})
+    if len(classes) < 2:
+        labelled = [row for row, label in enumerate(labels) if label is not None]
+        got = f"only {classes[0]!r} in {_named(labelled)}" if classes else f"no label in {len(labels)} rows"
+        raise ValueError(f"task {task.name!r}, column {task.column!r}: expected at least two classes, got {got}")
+    return labels
+
+
+def check_splits(splits: Mapping[str, Rows]) -> None:
+    """ValueError if a subject has rows in two splits."""
+    first: dict[str, tuple[str, int]] = {}
+    for split, rows in splits.items():
+        twice = defaultdict(list)
+        for row, subject in enumerate(column_of(rows, "subject")):
+            before, place = first.setdefault(subject, (split, row))
+            if before != split:
+                twice[before, place].append(row)
+        if twice:
+            (before, place), numbers = next(iter(twice.items()))
+            raise ValueError(
+                f"expected every subject in one split, got {len(twice)} in two: one has row {place} of {before!r} and "
+                f"{_named(numbers)} of {split!r}"
+            )
+
+
+def _check_agreement(task: Task, labels: Sequence[Label | None], rows: Rows) -> None:
+    keys = column_of(rows, "subject")
+    if task.per_session:
+        keys = list(zip(keys, column_of(rows, "session"), strict=True))
+    seen = defaultdict(list)
+    for row, (key, label) in enumerate(zip(keys, labels, strict=True)):
+        if label is not None:
+            seen[key].append(row)
+    for numbers in seen.values():
+        if len({labels[row] for row in numbers}) > 1:
+            of = "session of a subject" if task.per_session else "subject"
+            raise ValueError(
+                f"task {task.name!r}, column {task.column!r}: expected one label for each {of}, "
+                f"got {', '.join(f'{labels[row]!r} in row {row}' for row in numbers[:SHOWN_ROWS])}"
+            )
+
+
+def column_names(rows: Rows) -> list[str]:
+    return rows.column_names if isinstance(rows, Dataset) else list(rows[0]) if len(rows) else []
+
+
+def column_of(rows: Rows, name: str) -> list[Any]:
+    """The cells of a column; ValueError that names those there are."""
+    if name not in column_names(rows):
+        raise ValueError(f"no column {name!r} among {', '.join(column_names(rows))}")
+    # a whole row of a dataset would be read with its signal
+    return rows[name][:] if isinstance(rows, Dataset) else [row[name] for row in rows]
+
+
+def _named(rows: Sequence[int]) -> str:
+    more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:SHOWN_ROWS]))}{more}"
+
+
+def _folded(value: Any) -> str:
+    """A cell as it is compared with a choice: whole numbers without a point, in lower case."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip().casefold()
