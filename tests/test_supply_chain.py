@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +122,15 @@ def test_pins_are_exact_sorted_and_single() -> None:
     lines = (ROOT / "constraints.txt").read_text().lower().splitlines()
     assert lines == sorted(lines) and len(lines) == len(pins())
     assert all(re.fullmatch(r"[\d.]+(\.post\d+)?", version) for version in pins().values())
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_what_is_on_its_way_out_fails_a_test_where_our_code_uses_it(category: type[Warning]) -> None:
+    with pytest.raises(category):
+        warnings.warn_explicit("old", category, "codec.py", 1, module="fmrilm.training.codec")
+    # others are not ours to change
+    with pytest.warns(category):
+        warnings.warn_explicit("old", category, "nn.py", 1, module="elsewhere.nn")
 
 
 def test_the_package_says_that_it_is_typed() -> None:
