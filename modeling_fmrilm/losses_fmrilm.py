@@ -2,6 +2,9 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from .configuration_fmrilm import FmriLMConfig
 
 
 # label of what carries no loss
@@ -10,6 +13,9 @@ IGNORED = -100
 
 class FmriLMLossMixin:
     """For a model with an `lm_head` and an `fmri_head`."""
+
+    config: FmriLMConfig
+    lm_head: nn.Module
 
     def text_loss(self, hidden: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
         """
@@ -22,7 +28,7 @@ class FmriLMLossMixin:
         total = F.cross_entropy(logits, following[scored], reduction="sum")
         return total / scored.sum().clamp(min=1)
 
-    def next_codes(self, fmri_codes: torch.LongTensor) -> torch.LongTensor:
+    def next_codes(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """The codes [labels] that `next_step_loss` predicts: fmri_codes [scans, tokens] after the first step."""
         following = fmri_codes[:, self.config.codec_config.tokens_per_step :]
         return following[following >= 0]

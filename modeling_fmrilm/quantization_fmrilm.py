@@ -23,6 +23,10 @@ class VectorQuantizer(nn.Module):
     # the k-means start gives up after this many vectors for each code
     START_PATIENCE = 8
 
+    codebook: torch.Tensor
+    usage: torch.Tensor
+    started: torch.Tensor
+
     def __init__(self, codebook_size: int, codebook_dim: int, decay: float, revival_threshold: float):
         super().__init__()
         self.codebook_size = codebook_size

@@ -76,7 +76,7 @@ def dataset_name(shard: Path, site: str | None) -> str:
 
 
 def read_shard(
-    shard: Path, atlas: Atlas, extractor: FmriLMFeatureExtractor, rows: Sequence[int] | None = None
+    shard: Path, atlas: Atlas, extractor: FmriLMFeatureExtractor, rows: np.ndarray | None = None
 ) -> list[PreparedScan]:
     """Scans of one Parquet file of a prepared folder, or those in the given rows; a damaged one is named."""
     try:

@@ -138,7 +138,7 @@ class StreamedMixtures(Dataset):
         scan = mixtures.scans[scans[int(ends[turn] - place - 1) % len(scans)]]
         return mixtures.mix(scan, np.random.default_rng((self.seed, index)))
 
-    def _shard(self, order: Sequence[int]) -> tuple[int, MixedWindows]:
+    def _shard(self, order: np.ndarray) -> tuple[int, MixedWindows]:
         """The first shard in this order that can be read, and its mixtures."""
         for number in order:
             if self._mixtures is None or self._mixtures[0] != number:
