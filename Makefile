@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 KERNEL := {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
-.PHONY: demo app test data install lint docs notebooks clean
+.PHONY: demo app test data install lint audit docs notebooks clean
 
 # Train all three stages on real scans and question people the model never saw: writes runs/demo/.
 demo: install data
@@ -28,6 +28,11 @@ docs: install
 # The notebooks are their scripts, cell by cell.
 notebooks: install
 	$(BIN)/jupytext --to ipynb --update-metadata '$(KERNEL)' examples/quickstart.py examples/finetune_labels.py
+
+# Known vulnerabilities of the pinned packages; asks PyPI, so it is no part of the tests.
+audit: install
+	$(PIP) install --quiet 'pip-audit>=2.10,<3'
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 install: $(VENV)/installed
 data: $(VENV)/data

@@ -9,13 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .alignment_fmricodec import FmriCodecAlignment
 from .configuration_fmrilm import FmriCodecConfig
 from .connectivity_fmricodec import FmriCodecConnectivity
 from .fsq_fmrilm import FiniteScalarQuantizer
 from .latent_fmricodec import LatentDecoder, LatentEncoder
-from .layers_fmricodec import FmriCodecCoordinates, hiding
+from .layers_fmricodec import FmriCodecCoordinates, FmriCodecLayer, hiding
 from .quantization_fmrilm import VectorQuantizer
 from .roi_fmricodec import RoiDecoder, RoiEncoder
 
@@ -27,6 +29,7 @@ class FmriCodecOutput(ModelOutput):
     -1 on padding. descriptors: [batch, descriptors], in the units the head was trained on. scan_embeddings:
     [batch, alignment_size], unit vectors to compare with the alignment head's embeddings of texts.
     codebook_usage: share of the codebook that occurs in this batch. perplexity: exp of the entropy of its codes.
+    hidden_states: on request, input and outputs of the encoder's `num_hidden_layers`, [batch, tokens, hidden] each.
     """
 
     loss: torch.Tensor | None = None
@@ -41,6 +44,7 @@ class FmriCodecOutput(ModelOutput):
     scan_embeddings: torch.Tensor | None = None
     codebook_usage: torch.Tensor | None = None
     perplexity: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class FmriCodecPreTrainedModel(PreTrainedModel):
@@ -50,6 +54,7 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FmriCodecLayer"]
     _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": OutputRecorder(FmriCodecLayer, layer_name="encoder.layers")}
     # moving averages in half precision would stop moving
     _keep_in_fp32_modules_strict = ["quantizer"]
 
@@ -131,6 +136,8 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         """
         return self._signal(self.embed_codes(codes.clamp(min=0)), roi_coordinates, codes >= 0)
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         fmri_values: torch.Tensor,

@@ -17,14 +17,14 @@ from .backbones_fmrilm import check_backbone
 from .configuration_fmrilm import FmriLMConfig
 from .forecast_fmrilm import FmriLMForecastMixin
 from .generation_fmrilm import FmriLMGenerationMixin
+from .losses_fmrilm import IGNORED, FmriLMLossMixin
 from .modeling_fmricodec import FmriCodecModel
 from .modeling_original_fmrilm import FmriOriginalEncoder, FmriOriginalProjector
 from .pipeline_fmrilm import CUSTOM_PIPELINES
+from .projector_fmrilm import FmriLMProjector
 from .steps_fmrilm import positions, step_ids
 
 
-# label of what carries no loss
-IGNORED = -100
 # what a saved folder can be opened with; register_for_auto_class alone writes one Auto class per class
 AUTO_MAP = {
     "AutoConfig": "configuration_fmrilm.FmriLMConfig",
@@ -48,31 +48,6 @@ class FmriLMOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class FmriLMProjector(nn.Module):
-    """
-    Codebook vectors [scans, steps, slots, codebook_dim] to token embeddings [scans, steps, slots, hidden].
-
-    Each token brings its own vector and the mean of its slot's vectors so far: a language model finds what a scan is
-    like on the whole in the last step, and no token knows the future. A learned vector tells the slots apart. The
-    output starts at the size of a word's embedding.
-    """
-
-    def __init__(self, config: FmriLMConfig):
-        super().__init__()
-        codec = config.codec_config
-        self.norm = nn.LayerNorm(2 * codec.codebook_dim)
-        self.slots = nn.Embedding(codec.tokens_per_step, config.projector_hidden_size)
-        self.input_proj = nn.Linear(2 * codec.codebook_dim, config.projector_hidden_size)
-        self.output_proj = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size)
-        self.output_norm = nn.LayerNorm(config.text_config.hidden_size)
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        steps = torch.arange(1, vectors.shape[1] + 1, device=vectors.device, dtype=vectors.dtype)
-        means = vectors.cumsum(1) / steps[:, None, None]
-        states = self.norm(torch.cat([vectors, means], dim=-1))
-        return self.output_norm(self.output_proj(F.gelu(self.input_proj(states) + self.slots.weight)))
 
 
 # what reads a scan, and what carries it to the language model, by the model type of `codec_config`
@@ -300,7 +275,9 @@ class FmriLMModel(FmriLMPreTrainedModel):
         )
 
 
-class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixin, FmriLMForecastMixin):
+class FmriLMForConditionalGeneration(
+    FmriLMPreTrainedModel, FmriLMLossMixin, FmriLMGenerationMixin, FmriLMForecastMixin
+):
     """
     Text about scans, and codes of the next step. `lm_head` speaks words; `fmri_head` says at slot k of step t what
     code slot k of step t+1 will hold.
@@ -414,41 +391,9 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, FmriLMGenerationMixi
             attentions=outputs.attentions,
         )
 
-    def text_loss(self, hidden: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
-        """
-        Mean cross-entropy of the labelled tokens given the states before them. hidden: [batch, length, hidden];
-        labels: [batch, length].
-        """
-        following = labels[:, 1:]
-        scored = following != IGNORED
-        logits = self.lm_head(hidden[:, :-1][scored]).float()
-        total = F.cross_entropy(logits, following[scored], reduction="sum")
-        return total / scored.sum().clamp(min=1)
-
-    def next_codes(self, fmri_codes: torch.LongTensor) -> torch.LongTensor:
-        """The codes [labels] that `next_step_loss` predicts: fmri_codes [scans, tokens] after the first step."""
-        following = fmri_codes[:, self.config.codec_config.tokens_per_step :]
-        return following[following >= 0]
-
-    def next_step_loss(
-        self, hidden: torch.Tensor, input_ids: torch.LongTensor, fmri_codes: torch.LongTensor
-    ) -> torch.Tensor:
-        """
-        Mean cross-entropy of code k of step t+1 given slot k of step t (paper Eq. 5); the last step of a scan has
-        no label. hidden: [batch, length, hidden]; fmri_codes: [scans, tokens].
-        """
-        following = self.next_codes(fmri_codes)
-        if not len(following):
-            return hidden.new_zeros(())
-        states = hidden[input_ids == self.config.fmri_token_id]
-        # the states are those of all valid codes, scan after scan; a scan's last step has nothing to predict
-        per_step = self.config.codec_config.tokens_per_step
-        has_next = F.pad(fmri_codes[:, per_step:] >= 0, (0, per_step))
-        return F.cross_entropy(self.fmri_head(states[has_next[fmri_codes >= 0]]).float(), following)
-
 
 # every save ships the code, so that a downloaded folder loads where this package is not installed
 FmriLMModel.register_for_auto_class("AutoModel")
 FmriLMForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
 
-__all__ = ["FmriLMForConditionalGeneration", "FmriLMModel", "FmriLMOutput", "FmriLMPreTrainedModel", "FmriLMProjector"]
+__all__ = ["FmriLMForConditionalGeneration", "FmriLMModel", "FmriLMOutput", "FmriLMPreTrainedModel"]

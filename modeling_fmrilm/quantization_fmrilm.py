@@ -1,5 +1,7 @@
 """Vector quantisation with a codebook that is learned by moving averages."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,6 +23,10 @@ class VectorQuantizer(nn.Module):
     # the k-means start gives up after this many vectors for each code
     START_PATIENCE = 8
 
+    codebook: torch.Tensor
+    usage: torch.Tensor
+    started: torch.Tensor
+
     def __init__(self, codebook_size: int, codebook_dim: int, decay: float, revival_threshold: float):
         super().__init__()
         self.codebook_size = codebook_size
@@ -31,6 +37,15 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("usage", torch.zeros(codebook_size))
         self.register_buffer("started", torch.tensor(False))
         self._waiting: list[torch.Tensor] = []
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "VectorQuantizer":
+        """Follows the model to other devices, but stays in float32: rounded averages would stop moving."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            other = fn(tensor)
+            return other if other.dtype == tensor.dtype else tensor.to(other.device)
+
+        return super()._apply(moved, recurse)
 
     def initial_codebook(self) -> torch.Tensor:
         """The same unit vectors in every process: what an untrained model quantises with."""

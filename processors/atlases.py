@@ -18,6 +18,7 @@ from .atlas_sources import (
     tian_parcels,
     volume_centers,
 )
+from .limits_fmrilm import check_text_size
 from .parcels_fmrilm import SIDES, Parcels
 from .scan_files_fmrilm import read_parcels
 
@@ -181,17 +182,20 @@ class Atlas:
             centers: [3] of each label; a table without them needs no hemisphere, x, y, z.
         """
         path = Path(path)
+        check_text_size(path)
         with open(path, newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle, delimiter="\t")
-            header = tuple(reader.fieldnames or ())
-            own_centers = not centers or set("xyz") <= set(header)
-            columns = COLUMNS if own_centers else ("index", "name", "network")
-            if missing := [column for column in columns if column not in header]:
-                raise ValueError(
-                    f"{path}: expected tab-separated columns {', '.join(columns)}; "
-                    f"missing {', '.join(missing)}, got {', '.join(header) or 'an empty file'}"
-                )
-            rows = list(reader)
+            reader = csv.DictReader(handle, delimiter="\t", restval="")
+            try:
+                header, rows = tuple(reader.fieldnames or ()), list(reader)
+            except csv.Error as error:
+                raise ValueError(f"{path}: not a readable table: {error}") from error
+        own_centers = not centers or set("xyz") <= set(header)
+        columns = COLUMNS if own_centers else ("index", "name", "network")
+        if missing := [column for column in columns if column not in header]:
+            raise ValueError(
+                f"{path}: expected tab-separated columns {', '.join(columns)}; "
+                f"missing {', '.join(missing)}, got {', '.join(header) or 'an empty file'}"
+            )
         labels, coordinates = [], []
         for number, row in enumerate(rows, start=2):
             try:
@@ -226,14 +230,17 @@ class Atlas:
         """Inverse of `to_dict`; `parcels` are not part of the dict."""
         if missing := [key for key in ("name", "rois", "networks", "coordinates") if key not in values]:
             raise ValueError(f"an atlas dict needs name, rois, networks, coordinates; missing {', '.join(missing)}")
-        return cls(
-            name=values["name"],
-            rois=tuple(values["rois"]),
-            networks=tuple(values["networks"]),
-            coordinates=np.array(values["coordinates"], dtype=np.float32),
-            labels=None if values.get("labels") is None else tuple(values["labels"]),
-            parcels=parcels,
-        )
+        try:
+            return cls(
+                name=values["name"],
+                rois=tuple(values["rois"]),
+                networks=tuple(values["networks"]),
+                coordinates=np.array(values["coordinates"], dtype=np.float32),
+                labels=None if values.get("labels") is None else tuple(values["labels"]),
+                parcels=parcels,
+            )
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"expected an atlas dict as `to_dict` gives it: {error}") from error
 
     @property
     def checksum(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from .limits_fmrilm import check_archive_size
 from .nifti_fmrilm import Volumes, from_nibabel, read_nifti
 
 
@@ -77,6 +78,7 @@ class Parcels:
     def load(cls, path: str | Path) -> "Parcels":
         """Inverse of `save`."""
         try:
+            check_archive_size(path)
             with np.load(path, allow_pickle=False) as file:
                 values = {what: file[what] for what in file.files}
             return cls(**values)

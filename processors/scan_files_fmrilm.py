@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .limits_fmrilm import check_text_size
 from .nifti_fmrilm import Volumes, from_nibabel, read_nifti
 from .parcels_fmrilm import Parcels
 from .surface_files_fmrilm import (
@@ -104,6 +105,7 @@ def _read_array(path: Path) -> np.ndarray:
 
 
 def _read_table(path: Path, delimiter: str) -> RoiSeries:
+    check_text_size(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as handle:
             rows = [row for row in csv.reader(handle, delimiter=delimiter) if row]

@@ -42,9 +42,11 @@ MODEL_FILES = {
     "backbones_fmrilm.py",
     "forecast_fmrilm.py",
     "generation_fmrilm.py",
+    "losses_fmrilm.py",
     "modeling_fmrilm.py",
     "modeling_original_fmrilm.py",
     "pipeline_fmrilm.py",
+    "projector_fmrilm.py",
     "steps_fmrilm.py",
 }
 PROCESSOR_FILES = {
@@ -52,6 +54,7 @@ PROCESSOR_FILES = {
     "atlases.py",
     "cleaning_fmrilm.py",
     "feature_extraction_fmrilm.py",
+    "limits_fmrilm.py",
     "nifti_fmrilm.py",
     "parcellation.py",
     "parcels_fmrilm.py",

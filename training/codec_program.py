@@ -1,6 +1,5 @@
 """Stage 1 as a program: options, data, one training run, and what it leaves behind."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +24,17 @@ from .data import (
     cut_windows,
     load_prepared,
     prepare_scans,
+    share_of_subjects,
     split_subjects,
 )
 from .language_models import load_text_encoder
 from .open_data import open_scans
+from .streaming import ShardedScans, StreamedMixtures
 from .text_embeddings import TextEmbeddings
+
+
+# of a streamed folder: scans that the cohort is fitted on, and scans to evaluate on
+STREAMED_COHORT, STREAMED_HELD_OUT = 1000, 100
 
 
 @dataclass
@@ -39,6 +44,12 @@ class CodecArguments:
     data: str | None = field(
         default=None,
         metadata={"help": "Folder that `fmrilm prepare` wrote (none: the open data)."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read `data` shard by shard, for folders that memory does not hold."}
+    )
+    skip_broken_shards: bool = field(
+        default=False, metadata={"help": "With streaming: report a damaged shard and go on without it."}
     )
     held_out_share: float = field(default=0.25, metadata={"help": "Share of each site's subjects to evaluate on."})
     window_length: int = field(default=160, metadata={"help": "Frames of a training example."})
@@ -68,11 +79,14 @@ class CodecArguments:
 
 @dataclass(frozen=True)
 class CodecData:
+    """training: all scans to train on, or with `streamed` some of them, on which the cohort was fitted."""
+
     training: list[PreparedScan]
     held_out: list[PreparedScan]
     cohort: Cohort
     window_length: int
     window_stride: int
+    streamed: ShardedScans | None = None
 
     def items(self, scans: Sequence[PreparedScan] | None = None) -> list[dict[str, np.ndarray]]:
         """Windows of the held-out scans (or of those given) with z-scored descriptors, for evaluation."""
@@ -81,7 +95,9 @@ class CodecData:
             {**item, "descriptors": self.cohort.z_scores(item["descriptors"]).astype(np.float32)} for item in items
         ]
 
-    def mixtures(self, size: int, max_rois: int | None, seed: int) -> MixedWindows:
+    def mixtures(self, size: int, max_rois: int | None, seed: int) -> Dataset:
+        if self.streamed is not None:
+            return StreamedMixtures(self.streamed, self.cohort, self.window_length, max_rois, size, seed)
         return MixedWindows(self.training, self.cohort, self.window_length, max_rois, size, seed)
 
     def describe(self, z_scores: np.ndarray, statements: int) -> str:
@@ -107,25 +123,30 @@ class DescribedItems(Dataset):
 
 def prepare(args: CodecArguments) -> CodecData:
     """Scans, split by subject before anything is fitted."""
-    if args.data is not None:
-        prepared = load_prepared(Path(args.data), FmriLMFeatureExtractor())
+    streamed = None
+    if args.streaming:
+        if args.data is None:
+            raise ValueError("expected data, a prepared folder, to stream from; got none")
+        extractor = FmriLMFeatureExtractor()
+        streamed = ShardedScans(Path(args.data), extractor, args.held_out_share, args.skip_broken_shards)
+        training = streamed.sample(streamed.training, STREAMED_COHORT, args.window_length, seed=0)
+        held_out = streamed.sample(streamed.held_out, STREAMED_HELD_OUT, args.window_length, seed=0)
     else:
-        scans = open_scans()
-        atlases = [Atlas.load(name) for name in sorted({scan.atlas for scan in scans})]
-        prepared = prepare_scans(scans, FmriLMFeatureExtractor(atlases=atlases))
-    subjects = Counter(dataset for dataset, _ in {(scan.dataset, scan.subject) for scan in prepared})
-    away = {name: round(args.held_out_share * count) for name, count in subjects.items()}
-    training, held_out = split_subjects(prepared, away)
+        training, held_out = split_subjects(*_read_whole(args))
     if not training or not held_out:
         raise ValueError(
             f"expected subjects to train and to evaluate on, got {len(training)} and {len(held_out)} scans with "
             f"held_out_share={args.held_out_share}"
         )
-    return codec_data(training, held_out, args.window_length, args.window_stride)
+    return codec_data(training, held_out, args.window_length, args.window_stride, streamed)
 
 
 def codec_data(
-    training: Sequence[PreparedScan], held_out: Sequence[PreparedScan], window_length: int, window_stride: int
+    training: Sequence[PreparedScan],
+    held_out: Sequence[PreparedScan],
+    window_length: int,
+    window_stride: int,
+    streamed: ShardedScans | None = None,
 ) -> CodecData:
     """Scans of two sets of people, and the cohort that the first of them make."""
     windows = cut_windows(training, window_length, window_length // 4)
@@ -136,7 +157,18 @@ def codec_data(
         subjects=len({(scan.dataset, scan.subject) for scan in training}),
         atlases=[scan.atlas for scan in training],
     )
-    return CodecData(list(training), list(held_out), cohort, window_length, window_stride)
+    return CodecData(list(training), list(held_out), cohort, window_length, window_stride, streamed)
+
+
+def _read_whole(args: CodecArguments) -> tuple[list[PreparedScan], dict[str, int]]:
+    """All scans, and how many subjects of each dataset are held out."""
+    if args.data is not None:
+        prepared = load_prepared(Path(args.data), FmriLMFeatureExtractor())
+    else:
+        scans = open_scans()
+        atlases = [Atlas.load(name) for name in sorted({scan.atlas for scan in scans})]
+        prepared = prepare_scans(scans, FmriLMFeatureExtractor(atlases=atlases))
+    return prepared, share_of_subjects(((scan.dataset, scan.subject) for scan in prepared), args.held_out_share)
 
 
 def codec_config(args: CodecArguments, text_hidden_size: int | None) -> FmriCodecConfig:
@@ -198,6 +230,9 @@ def main(command_line: list[str] | None = None) -> None:
     args, training_args = parser.parse_args_and_config(command_line)
     # the collator reads columns that no model's signature names
     training_args.remove_unused_columns = False
+    if args.streaming:
+        # neighbours are of one shard, whose order is random already
+        training_args.train_sampling_strategy = "sequential"
     last = last_checkpoint(Path(training_args.output_dir))
     trainer = build_trainer(args, training_args, prepare(args))
     trainer.train(resume_from_checkpoint=None if last is None else str(last))

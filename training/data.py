@@ -1,13 +1,14 @@
 """Scans on their way to the three stages: preparation, split by subject, windows, mixing augmentation."""
 
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
@@ -18,6 +19,10 @@ from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.processors.descriptors.networks import membership
 
 from .open_data import Scan
+
+
+class DamagedShard(ValueError):
+    """A Parquet file that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -51,36 +56,70 @@ def prepare_scans(scans: Sequence[Scan], extractor: FmriLMFeatureExtractor) -> l
 
 def load_prepared(folder: Path, extractor: FmriLMFeatureExtractor) -> list[PreparedScan]:
     """Scans that `fmrilm prepare` wrote. Those of one site are one dataset; without sites, all of the folder are."""
-    prepared = []
+    return [scan for shard, atlas in prepared_shards(folder) for scan in read_shard(shard, atlas, extractor)]
+
+
+def prepared_shards(folder: Path) -> list[tuple[Path, Atlas]]:
+    """The Parquet files of a folder that `fmrilm prepare` wrote, each with the atlas of its scans."""
+    shards = []
     for table in sorted((folder / "atlases").glob("*.json")):
         atlas = Atlas.from_dict(json.loads(table.read_text(encoding="utf-8")))
-        for shard in sorted((folder / atlas.name).glob("*.parquet")):
-            for row in datasets.Dataset(pq.read_table(shard)).with_format("numpy"):
-                scan = {key: row[key] for key in ("signal", "tr", "censored")}
-                signal, _ = extractor.prepare_signal(scan, atlas=atlas)
-                dataset = row["site"] or folder.name
-                prepared.append(PreparedScan(signal, atlas, dataset, row["subject"], row["session"] or ""))
-    if not prepared:
+        shards += [(shard, atlas) for shard in sorted((folder / atlas.name).glob("*.parquet"))]
+    if not shards:
         raise ValueError(f"no prepared scans in {folder}: expected a folder that `fmrilm prepare` wrote")
+    return shards
+
+
+def dataset_name(shard: Path, site: str | None) -> str:
+    """What the scans of a shard count as: those of one site, or without sites all of the folder."""
+    return site or shard.parents[1].name
+
+
+def read_shard(
+    shard: Path, atlas: Atlas, extractor: FmriLMFeatureExtractor, rows: np.ndarray | None = None
+) -> list[PreparedScan]:
+    """Scans of one Parquet file of a prepared folder, or those in the given rows; a damaged one is named."""
+    try:
+        table = pq.read_table(shard, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedShard(f"{shard.parent.name}/{shard.name} is damaged: {error}") from error
+    prepared = []
+    for row in datasets.Dataset(table if rows is None else table.take(rows)).with_format("numpy"):
+        scan = {key: row[key] for key in ("signal", "tr", "censored")}
+        signal, _ = extractor.prepare_signal(scan, atlas=atlas)
+        dataset = dataset_name(shard, row["site"])
+        prepared.append(PreparedScan(signal, atlas, dataset, row["subject"], row["session"] or ""))
     return prepared
 
 
-def split_subjects(
-    scans: Sequence[PreparedScan], held_out: dict[str, int]
-) -> tuple[list[PreparedScan], list[PreparedScan]]:
+def share_of_subjects(people: Iterable[tuple[str, str]], share: float) -> dict[str, int]:
+    """How many subjects of each dataset a share is, of everyone (dataset, subject)."""
+    counts = Counter(dataset for dataset, _ in set(people))
+    return {dataset: round(share * count) for dataset, count in counts.items()}
+
+
+def held_out_subjects(people: Iterable[tuple[str, str]], held_out: dict[str, int]) -> set[tuple[str, str]]:
     """
-    Training and held-out scans. The last subjects of each dataset by name are held out, `held_out[dataset]` of
-    them: a rule that looks at nothing but names, and gives the same split everywhere.
+    Whom of (dataset, subject) no stage sees: the last subjects of each dataset by name, `held_out[dataset]` of them.
+    A rule that looks at nothing but names, and gives the same split everywhere.
     """
     subjects = defaultdict(set)
-    for scan in scans:
-        subjects[scan.dataset].add(scan.subject)
+    for dataset, subject in people:
+        subjects[dataset].add(subject)
     away = set()
     for dataset, members in subjects.items():
         count = held_out.get(dataset, 0)
         if count > len(members):
             raise ValueError(f"expected at most {len(members)} subjects to hold out of {dataset!r}, got {count}")
         away.update((dataset, subject) for subject in sorted(members)[len(members) - count :])
+    return away
+
+
+def split_subjects(
+    scans: Sequence[PreparedScan], held_out: dict[str, int]
+) -> tuple[list[PreparedScan], list[PreparedScan]]:
+    """Training and held-out scans by the rule of `held_out_subjects`."""
+    away = held_out_subjects(((scan.dataset, scan.subject) for scan in scans), held_out)
     training = [scan for scan in scans if (scan.dataset, scan.subject) not in away]
     return training, [scan for scan in scans if (scan.dataset, scan.subject) in away]
 
@@ -126,7 +165,10 @@ class MixedWindows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self.seed, index))
-        scan = self.scans[rng.integers(len(self.scans))]
+        return self.mix(self.scans[rng.integers(len(self.scans))], rng)
+
+    def mix(self, scan: PreparedScan, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """An item whose first part is of this scan."""
         group = self.groups[scan.atlas.name]
         share = rng.uniform() if rng.uniform() < 0.75 else 1.0
         mixed = np.sqrt(share) * self._window(scan, rng)

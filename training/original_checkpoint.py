@@ -1,8 +1,8 @@
 """Official checkpoints (.pt files) as tensors and plain settings, without running anything that is in them."""
 
-import pickle
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     try:
         with torch.serialization.safe_globals([(StandIn, name) for name in SETTINGS]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {named[1]}" if named else "it is no checkpoint of tensors and settings"
         raise ValueError(f"{path}: refused, {reason}; expected tensors and settings alone") from error

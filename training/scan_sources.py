@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fmrilm.processors.limits_fmrilm import check_text_size
+
 
 ENDINGS = (".nii.gz", ".dtseries.nii", ".ptseries.nii", ".nii", ".npy", ".csv", ".tsv")
 MANIFEST_COLUMNS = ("path", "subject", "session", "task", "run", "site", "tr", "atlas", "confounds")
 # what a prepared row holds beside the labels of a manifest, now or later
 ROW_COLUMNS = ("signal", "censored", "descriptors", "description", "messages")
 # ids are written to the output: nothing in them may be a path or break a line
-ID = re.compile(r"[^\s/\\.][^\x00-\x1f/\\]*")
+ID = re.compile(r"[^\s\x00-\x1f/\\.][^\x00-\x1f/\\]*")
 MISSING = ("", "n/a")
 
 Label = str | int | float | None
@@ -206,9 +208,13 @@ def _bare(name: str) -> str:
 def _read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise ValueError(f"no table at {path}")
+    check_text_size(path)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with open(path, newline="", encoding="utf-8-sig") as handle:
-        lines = [line for line in csv.reader(handle, delimiter=delimiter) if line]
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as handle:
+            lines = [line for line in csv.reader(handle, delimiter=delimiter) if line]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name}: not a readable table: {error}") from error
     if len(lines) < 2:
         raise ValueError(f"{path.name}: expected a header and at least one row, got {len(lines)} lines")
     header = [cell.strip() for cell in lines[0]]

@@ -59,7 +59,7 @@ class ShardStore:
     def _write_shard(self, folder: str, rows: pa.Table) -> str:
         numbers = [int(path.stem.split("-")[1]) for path in (self.output / folder).glob("part-*.parquet")]
         shard = f"{folder}/part-{max(numbers, default=-1) + 1:05d}.parquet"
-        write_whole(self.output / shard, lambda path: pq.write_table(rows, path))
+        write_whole(self.output / shard, lambda path: pq.write_table(rows, path, write_page_checksum=True))
         return shard
 
     def _read_ledger(self, settings: dict[str, Any]) -> dict[str, list[str]]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..atlases import Atlas
+from ..limits_fmrilm import check_text_size
 from .measures import describe, descriptor_names
 
 
@@ -148,11 +150,12 @@ class Cohort:
     @classmethod
     def load(cls, folder: str | Path) -> "Cohort":
         folder = Path(folder)
-        arrays = load_file(folder / ARRAYS_FILE)
-        references = {
-            key.removeprefix(_REFERENCE): arrays.pop(key) for key in list(arrays) if key.startswith(_REFERENCE)
-        }
+        check_text_size(folder / JSON_FILE)
         try:
+            arrays = load_file(folder / ARRAYS_FILE)
+            references = {
+                key.removeprefix(_REFERENCE): arrays.pop(key) for key in list(arrays) if key.startswith(_REFERENCE)
+            }
             return cls(**json.loads((folder / JSON_FILE).read_text()), **arrays, references=references)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder}: expected a cohort of this version: {error}") from error

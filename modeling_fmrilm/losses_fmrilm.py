@@ -1,0 +1,53 @@
+"""What the language model learns from: the words of an answer, and the codes of a scan's next step."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_fmrilm import FmriLMConfig
+
+
+# label of what carries no loss
+IGNORED = -100
+
+
+class FmriLMLossMixin:
+    """For a model with an `lm_head` and an `fmri_head`."""
+
+    config: FmriLMConfig
+    lm_head: nn.Module
+
+    def text_loss(self, hidden: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """
+        Mean cross-entropy of the labelled tokens given the states before them. hidden: [batch, length, hidden];
+        labels: [batch, length].
+        """
+        following = labels[:, 1:]
+        scored = following != IGNORED
+        logits = self.lm_head(hidden[:, :-1][scored]).float()
+        total = F.cross_entropy(logits, following[scored], reduction="sum")
+        return total / scored.sum().clamp(min=1)
+
+    def next_codes(self, fmri_codes: torch.Tensor) -> torch.Tensor:
+        """The codes [labels] that `next_step_loss` predicts: fmri_codes [scans, tokens] after the first step."""
+        following = fmri_codes[:, self.config.codec_config.tokens_per_step :]
+        return following[following >= 0]
+
+    def next_step_loss(
+        self, hidden: torch.Tensor, input_ids: torch.LongTensor, fmri_codes: torch.LongTensor
+    ) -> torch.Tensor:
+        """
+        Mean cross-entropy of code k of step t+1 given slot k of step t (paper Eq. 5); the last step of a scan has
+        no label. hidden: [batch, length, hidden]; fmri_codes: [scans, tokens].
+        """
+        following = self.next_codes(fmri_codes)
+        if not len(following):
+            return hidden.new_zeros(())
+        states = hidden[input_ids == self.config.fmri_token_id]
+        # the states are those of all valid codes, scan after scan; a scan's last step has nothing to predict
+        per_step = self.config.codec_config.tokens_per_step
+        has_next = F.pad(fmri_codes[:, per_step:] >= 0, (0, per_step))
+        return F.cross_entropy(self.fmri_head(states[has_next[fmri_codes >= 0]]).float(), following)
+
+
+__all__ = ["FmriLMLossMixin", "IGNORED"]

@@ -1,0 +1,250 @@
+"""What transformers expects of any model: the codec in both layouts and the joint model on each backbone."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from fmrilm import FmriCodecModel, FmriLMForConditionalGeneration, FmriLMModel
+from scan_rows import BACKBONES, LONG, SHORT, codes, ids, pad
+
+
+CODECS = ["latent", "roi"]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(params=[*CODECS, *BACKBONES])
+def built(request, make_codec: Callable, tiny_model: Callable) -> PreTrainedModel:
+    """Each model with every part that a configuration can ask for."""
+    if request.param in BACKBONES:
+        return tiny_model(request.param)
+    return make_codec(
+        token_layout=request.param, descriptor_names=["a", "b"], text_hidden_size=12, alignment_size=8
+    )
+
+
+def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A batch with padding, with all that the model's losses need."""
+    if isinstance(model, FmriLMForConditionalGeneration):
+        batch = pad([ids(model, "a", LONG, "answer"), ids(model, SHORT, "b")], "right")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return {**batch, "fmri_codes": codes(LONG, SHORT), "labels": labels}
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(4, 5, 16, dtype=torch.bool)
+    mask[1, :, 8:] = False
+    return {
+        "fmri_values": torch.randn(4, 5, 16, generator=generator),
+        "roi_coordinates": 60 * torch.randn(4, 5, 3, generator=generator),
+        "fmri_mask": mask,
+        "descriptors": torch.randn(4, 2, generator=generator),
+        "text_embeddings": torch.randn(4, 12, generator=generator),
+        "word_embeddings": torch.randn(6, 12, generator=generator),
+    }
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel) -> torch.Tensor:
+    """What the model says to `inputs_of` it, in evaluation."""
+    outputs = model.eval()(**inputs_of(model))
+    return outputs.logits if isinstance(model, FmriLMForConditionalGeneration) else outputs.reconstruction
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_save_and_load_miss_nothing_and_keep_every_output(shard_size: str, built, tmp_path: Path) -> None:
+    built.save_pretrained(tmp_path, max_shard_size=shard_size)
+    shards = list(tmp_path.glob("*.safetensors"))
+    assert (len(shards) > 1) == (shard_size == "20KB")
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+    loaded, report = type(built).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert not loaded.training and torch.equal(answer(loaded), answer(built))
+    # each tensor is stored once
+    names = [name for path in shards for name in safe_open(path, "pt").keys()]
+    tied = set(built.all_tied_weights_keys)
+    assert len(names) == len(set(names)) and set(names) == set(built.state_dict()) - tied
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_tied_weights_are_one_tensor_through_copies_casts_and_training(backbone: str, tiny_model) -> None:
+    model = tiny_model(backbone, True).train()
+    for other in (model, copy.deepcopy(model), copy.deepcopy(model).to(torch.float64).float()):
+        assert other.lm_head.weight is other.get_input_embeddings().weight
+    before = model.lm_head.weight.detach().clone()
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], 0.1)
+    model(**inputs_of(model)).loss.backward()
+    optimizer.step()
+    assert not torch.equal(model.lm_head.weight, before)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    untied = tiny_model(backbone, False)
+    assert untied.lm_head.weight is not untied.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_token_embeddings_are_resized_up_and_down_with_their_head(backbone: str, tied: bool, tiny_model) -> None:
+    model = tiny_model(backbone, tied)
+    before, size = answer(model), model.config.text_config.vocab_size
+    model.resize_token_embeddings(size + 1, pad_to_multiple_of=64)
+    padded = -(-(size + 1) // 64) * 64
+    assert model.config.text_config.vocab_size == model.get_input_embeddings().num_embeddings == padded
+    assert model.lm_head.out_features == padded == model.lm_head.weight.shape[0]
+    assert torch.allclose(answer(model)[..., :size], before, atol=1e-5)
+    assert model(**inputs_of(model)).loss.isfinite()
+    model.resize_token_embeddings(size)
+    assert torch.allclose(answer(model), before, atol=1e-5)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor | None]:
+    torch.manual_seed(0)
+    model.train()(**inputs_of(model)).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(built) -> None:
+    plain, checkpointed = copy.deepcopy(built), built
+    checkpointed.activation_checkpointing_enable()
+    assert checkpointed.is_activation_checkpointing
+    layers = [name for name, module in checkpointed.named_modules() if getattr(module, "gradient_checkpointing", None)]
+    # the joint model's codec is frozen and runs without gradients
+    trained = "language_model" if isinstance(built, FmriLMForConditionalGeneration) else "coder"
+    assert any(trained in name for name in layers)
+    expected, found = gradients(plain), gradients(checkpointed)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(gradient, found[name], atol=1e-6), name
+    checkpointed.activation_checkpointing_disable()
+    assert not checkpointed.is_activation_checkpointing
+
+
+def test_every_trainable_parameter_is_trained(built) -> None:
+    for name, gradient in gradients(built).items():
+        assert gradient is not None and gradient.isfinite().all(), name
+        # softmax does not see what is added to all keys alike
+        assert name.endswith("k_proj.bias") or gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_hidden_states_and_attentions_come_out_on_request(backbone: str, tiny_model) -> None:
+    model = tiny_model(backbone)
+    inputs = inputs_of(model)
+    plain = model(**inputs)
+    assert plain.hidden_states is None and plain.attentions is None
+    model.set_attn_implementation("eager")
+    outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+    batch, length = inputs["input_ids"].shape
+    layers, heads = 2, 2
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(batch, length, 32)] * (layers + 1)
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(batch, heads, length, length)] * layers
+    assert torch.equal(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    valid = inputs["attention_mask"].bool()
+    for weights in outputs.attentions:
+        assert torch.allclose(weights.sum(-1).transpose(1, 2)[valid], torch.ones(()), atol=1e-5)
+        # the first token of a step sees its second, and no later step
+        steps = model.model.step_ids(inputs["input_ids"])[0]
+        first = int((steps == 1).nonzero()[0])
+        assert weights[0, :, first, first + 1].min() > 0 == weights[0, :, first, first + 2 :].max()
+    asked = model(**inputs, output_hidden_states=True, return_dict=False)
+    assert isinstance(asked, tuple) and torch.equal(asked[0], outputs.loss)
+    inner = model.model(inputs["input_ids"], fmri_codes=inputs["fmri_codes"], output_hidden_states=True)
+    assert torch.equal(inner.hidden_states[-1], inner.last_hidden_state)
+
+
+@pytest.mark.parametrize("layout", CODECS)
+def test_codec_gives_the_hidden_states_of_its_encoder(layout: str, make_codec) -> None:
+    codec = make_codec(token_layout=layout)
+    inputs = inputs_of(codec)
+    scan = {name: inputs[name] for name in ("fmri_values", "roi_coordinates", "fmri_mask")}
+    assert codec(**scan).hidden_states is None
+    outputs = codec(**scan, output_hidden_states=True)
+    tokens = outputs.codes.shape[1]
+    layers = codec.config.num_hidden_layers
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(4, tokens, 16)] * (layers + 1)
+    vectors = codec.to_codebook(codec.encoder.norm(outputs.hidden_states[-1]))
+    assert torch.equal(codec.quantizer.encode(vectors)[outputs.codes >= 0], outputs.codes[outputs.codes >= 0])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_embeddings_stand_for_ids_and_scans(backbone: str, tiny_model) -> None:
+    model = tiny_model(backbone)
+    inputs = inputs_of(model)
+    embeddings = model.model.embed(inputs["input_ids"], inputs["fmri_codes"])
+    steps = model.model.step_ids(inputs["input_ids"])
+    given = {"attention_mask": inputs["attention_mask"], "mm_token_type_ids": steps}
+    assert torch.equal(model(inputs_embeds=embeddings, **given).logits, answer(model))
+    labelled = model(inputs_embeds=embeddings, **given, labels=inputs["labels"])
+    assert torch.equal(labelled.text_loss, model(**inputs).text_loss) and labelled.fmri_loss is None
+    # gradients reach whoever made the embeddings
+    embeddings = embeddings.detach().requires_grad_()
+    model(inputs_embeds=embeddings, **given, labels=inputs["labels"]).loss.backward()
+    assert embeddings.grad.abs().sum() > 0
+
+
+def test_a_model_made_without_memory_is_filled_by_a_load(built, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        empty = type(built)(copy.deepcopy(built.config))
+    assert all(tensor.is_meta for tensor in [*empty.parameters(), *empty.buffers()])
+    saved, shapes = built.state_dict(), {name: value.shape for name, value in empty.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in saved.items()}
+    empty.load_state_dict(saved, assign=True)
+    empty.tie_weights()
+    left = [name for name, buffer in empty.named_buffers() if buffer.is_meta]
+    # buffers outside of checkpoints are the backbone's own
+    assert all("rotary_emb" in name or name.endswith("attn.bias") or "masked_bias" in name for name in left), left
+
+
+def test_weights_missing_from_a_file_start_as_in_a_new_model(built, tmp_path: Path) -> None:
+    built.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    fresh = type(built)(copy.deepcopy(built.config))
+    fresh_state = fresh.state_dict()
+    own = FmriLMModel if isinstance(built, FmriLMForConditionalGeneration) else FmriCodecModel
+    prefix = "model.language_model." if own is FmriLMModel else ""
+    state = load_file(tmp_path / WEIGHTS)
+    # nothing but the backbone's weights stays
+    kept = {name: value for name, value in state.items() if prefix and name.startswith(prefix)}
+    save_file(kept or {"none": torch.zeros(1)}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    loaded, report = type(built).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == set(state) - set(kept)
+    for name, value in loaded.state_dict().items():
+        if name in kept or name in built.all_tied_weights_keys:
+            continue
+        expected = fresh_state[name]
+        assert value.isfinite().all(), name
+        if not value.is_floating_point() or expected.float().std(correction=0) == 0 or name.endswith("codebook"):
+            # constants and what is derived without chance
+            assert torch.equal(value, expected), name
+        elif value.numel() >= 64:
+            assert 0.6 < value.std() / expected.std() < 1.6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casts_keep_a_working_model_and_the_quantizer_exact(dtype: torch.dtype, built, tmp_path: Path) -> None:
+    expected = answer(built)
+    built.save_pretrained(tmp_path / "full")
+    loaded = type(built).from_pretrained(tmp_path / "full", dtype=dtype)
+    found = answer(loaded)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    codec = loaded.model.codec if isinstance(loaded, FmriLMForConditionalGeneration) else loaded
+    assert codec.quantizer.codebook.dtype == codec.quantizer.usage.dtype == torch.float32
+    scale = expected.float().std()
+    assert (found.float() - expected).abs().mean() < 0.1 * scale
+    # its dtype is written down and taken up again
+    loaded.save_pretrained(tmp_path / "half")
+    again = type(built).from_pretrained(tmp_path / "half")
+    assert again.dtype == dtype and torch.equal(answer(again), found)
+    # a cast of a model in memory does the same, and back again the quantizer has lost nothing
+    statistics = {name: value.clone() for name, value in built.state_dict().items() if ".quantizer." in f".{name}"}
+    assert (answer(built.to(dtype)).float() - expected).abs().mean() < 0.1 * scale
+    back = built.float().state_dict()
+    assert len(statistics) == 3 and all(torch.equal(value, back[name]) for name, value in statistics.items())
+
+
+def test_training_runs_in_half_precision(built) -> None:
+    for name, gradient in gradients(built.to(torch.bfloat16)).items():
+        assert gradient is not None and gradient.isfinite().all(), name
