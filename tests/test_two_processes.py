@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmrilm.training import programs
 from program_runs import in_process, run, weights
 
 
-CONFIGS = Path(programs.__file__).parent / "configs" / "accelerate"
 ONE = {"max_steps": 4, "save_strategy": "no", "per_device_train_batch_size": 4}
 # plain steps, so that rounding is not made larger
 STAGES = {
