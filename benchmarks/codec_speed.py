@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -52,15 +53,16 @@ def build(kind: str, size: str) -> nn.Module:
 
 
 def floating_point_operations(kind: str, size: str, rois: int, steps: int) -> int:
-    """Of one scan, counted on tensors without memory; attention as matrix products, of the codec's what it attends."""
-    with torch.device("meta"):
+    """Of one scan, counted on tensors without memory; of the codec's attention, what it has to attend to."""
+    # autocast, which the codec uses, knows no meta device; the plain transformer copies its layers, which fake tensors
+    # do not survive
+    with torch.device("meta") if kind == "transformer" else FakeTensorMode():
         model = build(kind, size)
-        inputs = torch.empty(1, rois, steps * PATCH), torch.empty(1, rois, 3)
-    if kind != "transformer":
-        model.set_attn_implementation("eager")
-    # with gradients, so that PyTorch's transformer takes no shortcut that the counter does not know
-    with FlopCounterMode(display=False) as counter:
-        model.encode(*inputs)
+        if kind != "transformer":
+            model.set_attn_implementation("eager")
+        # with gradients, so that PyTorch's transformer takes no shortcut that the counter does not know
+        with FlopCounterMode(display=False) as counter:
+            model.encode(torch.empty(1, rois, steps * PATCH), torch.empty(1, rois, 3))
     return counter.get_total_flops()
 
 
