@@ -25,9 +25,9 @@ SHORT_RUNS = {
     "alignment": {"max_steps": 1, "projector_steps": 1, "window_length": 32, "window_stride": 16, "lora_r": 2},
     "sft": {"max_steps": 1, "window_stride": 16, "lora_r": 2},
 }
-# 8 mm voxels in MNI space: the coarsest grid on which every parcel of AAL2 has one
-GRID = (23, 28, 23)
-AFFINE = np.array([[8.0, 0, 0, -88], [0, 8, 0, -124], [0, 0, 8, -70], [0, 0, 0, 1]])
+# 6 mm voxels in MNI space; at 8 mm a parcel of Schaefer-400 has none
+GRID = (31, 37, 31)
+AFFINE = np.array([[6.0, 0, 0, -90], [0, 6, 0, -126], [0, 0, 6, -72], [0, 0, 0, 1]])
 
 
 def write_small_world(folder: Path) -> Path:
@@ -114,6 +114,6 @@ def volume(seed: int, tr: float) -> nib.Nifti1Image:
     """A scan of the whole head: slow noise on a large mean."""
     values = slow_series(seed, FRAMES, int(np.prod(GRID))).T.reshape(*GRID, FRAMES)
     image = nib.Nifti1Image(values.astype(np.int16), AFFINE)
-    image.header.set_zooms((8, 8, 8, tr))
+    image.header.set_zooms((6, 6, 6, tr))
     image.header.set_xyzt_units("mm", "sec")
     return image
