@@ -2,6 +2,7 @@
 
 import csv
 import filecmp
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -161,17 +162,27 @@ def test_command_takes_a_cohort_fitted_before(scans: Path, corpus: Path, tmp_pat
     assert_equal_folders(tmp_path / "again" / "cohort", corpus / "cohort")
 
 
-def test_scan_that_cannot_be_described_is_left_out_with_its_reason(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda signal: np.ones_like(signal), "constant"),
+        # as `prepare` writes a ROI outside the field of view
+        (lambda signal: np.where(np.arange(signal.shape[1]) == 3, np.nan, signal), "1 that do not"),
+    ],
+)
+def test_scan_that_cannot_be_described_is_left_out_with_its_reason(tmp_path, spoil: Callable, reason: str) -> None:
     manifest = write_manifest(tmp_path, 4)
     command("prepare", manifest, tmp_path / "prepared", "--atlas", tmp_path / "net.tsv")
     source = load_source(str(tmp_path / "prepared"))
     parts = {
-        name: rows.map(lambda row: {**row, "signal": [[1.0] * 24] * 60 if row["subject"] == "p1" else row["signal"]})
+        name: rows.map(
+            lambda row: {**row, "signal": spoil(np.array(row["signal"])) if row["subject"] == "p1" else row["signal"]}
+        )
         for name, rows in source.parts.items()
     }
     broken = describe.Source(source.name, parts, source.atlases, source.test_subjects)
     outcome = describe_dataset(broken, tmp_path / "corpus", SETTINGS)
-    assert outcome.scans == 3 and list(outcome.left_out) == [1] and "constant" in outcome.left_out[1]
+    assert outcome.scans == 3 and list(outcome.left_out) == [1] and reason in outcome.left_out[1]
     assert not any("p1" in rows["subject"] for rows in load_dataset(str(tmp_path / "corpus")).values())
 
 

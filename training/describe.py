@@ -21,6 +21,7 @@ from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.gradients import fit_references
 from fmrilm.processors.descriptors.measures import FAMILIES, describe, descriptor_names
+from fmrilm.processors.descriptors.networks import standardize
 from fmrilm.processors.descriptors.questions import Questioner
 from fmrilm.processors.descriptors.text import REQUESTS, choose_statements, interpretation, reference, sentence
 
@@ -157,12 +158,15 @@ RawScan = tuple[np.ndarray, float, str]
 
 
 def prepare_shard(scans: Sequence[RawScan], atlases: dict[str, Atlas]) -> list[np.ndarray | str]:
-    """Signals as the models see them, float32 [time, rois]; in place of one that cannot be read, the reason."""
+    """Signals as the models see them, float32 [time, rois]; in place of one without data in each ROI, the reason."""
     extractor = FmriLMFeatureExtractor(atlases=list(atlases.values()))
     prepared: list[np.ndarray | str] = []
     for signal, tr, atlas in scans:
         try:
-            prepared.append(extractor.prepare_signal(signal, tr=tr, atlas=atlas)[0])
+            ready = extractor.prepare_signal(signal, tr=tr, atlas=atlas)[0]
+            # a ROI outside the field of view has no connectivity
+            standardize(ready)
+            prepared.append(ready)
         except ValueError as error:
             prepared.append(str(error))
     return prepared
