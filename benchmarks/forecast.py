@@ -18,14 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from datasets import Dataset
 from tqdm import tqdm
 from transformers import TrainingArguments, set_seed
 
 from fmrilm import FmriLMForConditionalGeneration, FmriLMProcessor
 from fmrilm.processors.signal_fmrilm import NORMAL_IQR, interquartile_range
 from fmrilm.training.alignment import add_lora, train_alignment
-from fmrilm.training.chats import FEATURES
+from fmrilm.training.chats import chat_dataset
 from fmrilm.training.codec import encode_items
 from fmrilm.training.data import PreparedScan, prepare_scans, split_subjects
 from fmrilm.training.demo import HELD_OUT
@@ -69,12 +68,12 @@ def tune(model, processor, scans: list[PreparedScan], steps: int, seed: int):
         items += items_of(stretches, scan)
     chosen = [items[index] for index in rng.permutation(len(items))[: 8 * steps]]
     codes = encode_items(model.model.codec, chosen)
-    rows = [{"messages": [], "codes": [row.tolist()], "text": None} for row in codes]
+    rows = [{"messages": [], "codes": [row.tolist()]} for row in codes]
     model.config.fmri_loss_weight = 1.0
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(**training_options(Path(folder), steps, 8, 1e-3, seed), bf16=half_precision())
         adapted = add_lora(model, 8)
-        train_alignment(adapted, Dataset.from_list(rows, features=FEATURES), processor, args)
+        train_alignment(adapted, chat_dataset(rows), processor, args)
     return adapted.merge_and_unload().eval()
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 from trl import SFTTrainer
 
 from fmrilm.training.arguments import AlignmentTrainingArguments, FmriLMSFTConfig
-from fmrilm.training.chats import FEATURES
+from fmrilm.training.chats import chat_dataset
 from fmrilm.training.checkpoints import is_whole, last_checkpoint
 from fmrilm.training.collator import ChatCollator, RowCollator, encode_dataset
 from fmrilm.training.sft import FmriLMSFTTrainer
@@ -39,9 +38,7 @@ def test_losses_of_trl_and_of_the_model_are_equal(loss_type: str, model, process
     args = FmriLMSFTConfig(str(tmp_path), **ARGUMENTS, **SFT, loss_type=loss_type)
     collator, rows = ChatCollator(processor), chats(4)
     # scans of one step: there is no next one, and the text alone makes the loss
-    rows = Dataset.from_list(
-        [{**row, "codes": [scan[:2] for scan in row["codes"]]} for row in rows], features=FEATURES
-    )
+    rows = chat_dataset([{**row, "codes": [scan[:2] for scan in row["codes"]]} for row in rows])
     batch = collator(list(rows))
     logits = model.eval()(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)

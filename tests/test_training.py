@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.training.alignment import add_lora, train_alignment
-from fmrilm.training.chats import FEATURES, alignment_dataset
+from fmrilm.training.chats import alignment_dataset, chat_dataset
 from fmrilm.training.collator import ChatCollator
 from fmrilm.training.sft import train_sft
 from fmrilm.training.trainer import JointTrainer
@@ -145,7 +145,7 @@ def test_scan_alone_teaches_next_codes_and_plain_text_teaches_words(tiny_model, 
 
 @pytest.mark.parametrize("of", [Trainer, JointTrainer])
 def test_batches_of_scans_alone_lower_their_loss(of: type[Trainer], tiny_model, processor, tmp_path) -> None:
-    rows = Dataset.from_list([row for row in mixed_rows() if row["codes"] and not row["messages"]], features=FEATURES)
+    rows = chat_dataset([row for row in mixed_rows() if row["codes"] and not row["messages"]])
     model, inputs = tiny_model(), ChatCollator(processor)(list(rows))
     before = model(**inputs).fmri_loss
     args = TrainingArguments(**options(tmp_path, max_steps=12))

@@ -15,7 +15,7 @@ from fmrilm.processors import FmriLMProcessor
 
 from .alignment import add_lora
 from .ask import BATCH, Example
-from .chats import FEATURES, assistant, draw_rounds, scan_block, text_block, user
+from .chats import assistant, chat_dataset, draw_rounds, scan_block, text_block, user
 from .collator import pad_codes
 from .sft import train_sft
 from .tasks import Task
@@ -73,8 +73,8 @@ def task_rows(task: Task, codes: Sequence[np.ndarray], answers: Sequence[str], r
         question = task.questions[rng.integers(len(task.questions))]
         window = codes[scan][rng.integers(len(codes[scan]))]
         chat = [user(scan_block(), text_block(question)), assistant(answers[scan])]
-        made.append({"messages": chat, "codes": [window.tolist()], "text": None})
-    return Dataset.from_list(made, features=FEATURES)
+        made.append({"messages": chat, "codes": [window.tolist()]})
+    return chat_dataset(made)
 
 
 def as_examples(codes: Sequence[np.ndarray], answers: Sequence[str], seed: int) -> list[Example]:

@@ -83,7 +83,7 @@ def listing_dataset(codes: np.ndarray, levels: np.ndarray, rows: int, facts: int
         {**_row(codes[index], listing_chat(levels[index], facts, rng)), "graded": list(LEVELS)}
         for index in draw_rounds(len(codes), rows, rng)
     ]
-    return Dataset.from_list(made, features=FEATURES)
+    return chat_dataset(made)
 
 
 def alignment_dataset(
@@ -107,7 +107,7 @@ def alignment_dataset(
             made.append(_row(text=excerpt(texts[rng.integers(len(texts))], TEXT_WORDS, rng)))
         else:
             made.append(_row(codes[index], [] if kind else describing_chat(levels[index], statements, rng)))
-    return Dataset.from_list(made, features=FEATURES)
+    return chat_dataset(made)
 
 
 def instruction_dataset(
@@ -132,7 +132,7 @@ def instruction_dataset(
         else:
             chat = question_chat(levels[index], 1 if paradigm == 0 else questions, rng)
         made.append(_row(codes[index], chat))
-    return Dataset.from_list(made, features=FEATURES)
+    return chat_dataset(made)
 
 
 def draw_rounds(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray:
@@ -141,5 +141,10 @@ def draw_rounds(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray
     return np.concatenate(rounds)[:rows]
 
 
+def chat_dataset(rows: Sequence[dict]) -> Dataset:
+    """Rows {"messages", "codes"} and, if they have them, "text" and "graded", as `ChatCollator` takes them."""
+    return Dataset.from_list([{"text": None, "graded": [], **row} for row in rows], features=FEATURES)
+
+
 def _row(codes: np.ndarray | None = None, chat: Sequence[dict] = (), text: str | None = None) -> dict:
-    return {"messages": list(chat), "codes": [] if codes is None else [codes.tolist()], "text": text, "graded": []}
+    return {"messages": list(chat), "codes": [] if codes is None else [codes.tolist()], "text": text}

@@ -76,17 +76,20 @@ class ChatCollator:
         labels = inputs["input_ids"].masked_fill(inputs["assistant_masks"] == 0, IGNORED)
         for row, given in zip(labels, rows, strict=True):
             if given.get("graded"):
-                row[~torch.isin(row, self._tokens(given["graded"]))] = IGNORED
+                row[~self._words(row, given["graded"])] = IGNORED
         if not (labels != IGNORED).any(-1).all():
             raise ValueError("expected an assistant's answer in every chat, got a row without one")
         lengths = inputs["attention_mask"].sum(-1).tolist()
         return [(inputs["input_ids"][row, :end], labels[row, :end]) for row, end in enumerate(lengths)]
 
-    def _tokens(self, words: Sequence[str]) -> torch.Tensor:
-        """Ids of the words, at the start of a line or after a space."""
+    def _words(self, labels: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
+        """Which of labels [length] spell one of the words, at the start of a line or after a space."""
+        spelled = torch.zeros_like(labels, dtype=torch.bool)
         texts = [prefix + word for word in words for prefix in ("", " ")]
-        ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return torch.tensor(sorted({token for row in ids for token in row}))
+        for ids in self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            found = (labels.unfold(0, len(ids), 1) == torch.tensor(ids)).all(-1).nonzero()
+            spelled[found + torch.arange(len(ids))] = True
+        return spelled
 
     def _plain(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
         tokenizer = self.processor.tokenizer

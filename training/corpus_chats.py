@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from fmrilm.processors.descriptors.text import REQUESTS
 
-from .chats import FEATURES, TEXT_WORDS, assistant, draw_rounds, scan_block, text_block, user
+from .chats import TEXT_WORDS, assistant, chat_dataset, draw_rounds, scan_block, text_block, user
 from .plain_text import excerpt
 from .scan_windows import EncodedScans
 
@@ -39,7 +39,7 @@ def alignment_rows(
     for place in draw_rounds(len(windows), rows, rng):
         scan, window = windows[place]
         kind = rng.choice(3, p=weights)
-        row: dict[str, Any] = {"messages": [], "codes": [], "text": None}
+        row: dict[str, Any] = {"messages": [], "codes": []}
         if kind == 2:
             row["text"] = excerpt(texts[rng.integers(len(texts))], TEXT_WORDS, rng)
         else:
@@ -47,7 +47,7 @@ def alignment_rows(
             if kind == 0:
                 row["messages"] = description_chat(scans.rows[scan]["description"], paragraphs, rng)
         made.append(row)
-    return Dataset.from_list(made, features=FEATURES)
+    return chat_dataset(made)
 
 
 def described_windows(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .chats import FEATURES, assistant, draw_rounds, scan_block, text_block, user
+from .chats import assistant, chat_dataset, draw_rounds, scan_block, text_block, user
 from .tasks import Label, Rows, Task, column_names, column_of, labels_of, load_task
 
 
@@ -121,7 +121,7 @@ def task_dataset(
     for place in draw_rounds(len(chats.known), size, rng):
         paradigm = rng.choice(3, p=weights)
         made.append(chats.chat(chats.known[place], paradigm, rng))
-    return Dataset.from_list(made, features=FEATURES)
+    return chat_dataset(made)
 
 
 class TaskChats:
@@ -174,7 +174,6 @@ class TaskChats:
         return {
             "messages": conversation(turns, said, description),
             "codes": [np.asarray(self.codes[scan]).tolist() for scan in scans],
-            "text": None,
         }
 
     def _answerable(self, row: int) -> list[dict[str, Any]]:
