@@ -72,21 +72,6 @@ def test_finished_run_is_not_repeated(finished: Path, capsys: pytest.CaptureFixt
     assert (finished / "results.json").stat().st_mtime_ns == before
 
 
-def test_snippets_of_the_readme_run_on_the_model(finished: Path, tmp_path: Path, capsys) -> None:
-    scan = next(scan for scan in open_scans() if scan.atlas == "aal2-94" and scan.tr == 0.72)
-    np.save(tmp_path / "scan.npy", scan.signal)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(snippets) == 2 and len(snippets[0].strip().splitlines()) == 10
-    snippet = "".join(snippets).replace("runs/demo/model", str(finished / "model"))
-    snippet = snippet.replace("scan.npy", str(tmp_path / "scan.npy"))
-    names: dict = {}
-    exec(compile(snippet, "README.md", "exec"), names)
-    assert names["scores"].shape == (1, 3)
-    assert names["future"].shape == (1, 94, 32) and names["future"].isfinite().all()
-    assert names["scores"].softmax(-1).sum().item() == pytest.approx(1, abs=1e-5)
-    assert "tensor" in capsys.readouterr().out
-
-
 def test_card_of_the_model_states_what_was_measured(finished: Path, results: dict) -> None:
     card = read_card(finished / "model" / "README.md")
     assert (card.data.base_model, card.data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")

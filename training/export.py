@@ -88,6 +88,7 @@ def export(
     scan: str | Path | None = None,
     question: str | None = None,
     tr: float | None = None,
+    atlas: str | None = None,
 ) -> dict[str, float]:
     """
     Writes backbone and tokenizer of the model in `folder` into the new folder `output`; with a scan and a question
@@ -106,7 +107,7 @@ def export(
     processor.tokenizer.save_pretrained(staging)
     difference = {}
     if scan is not None:
-        content = [{"type": "fmri", "fmri": scan, "tr": tr}, {"type": "text", "text": question}]
+        content = [{"type": "fmri", "fmri": scan, "tr": tr, "atlas": atlas}, {"type": "text", "text": question}]
         chat = [{"role": "user", "content": content}]
         inputs = processor.apply_chat_template(chat, add_generation_prompt=True)
         embeddings = plain_inputs(model, inputs)["inputs_embeds"][0].contiguous()

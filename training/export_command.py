@@ -5,18 +5,21 @@ from typing import Annotated
 
 import typer
 
+from .command_options import AtlasName, RepetitionTime
+
 
 def export(
     model: Annotated[Path, typer.Argument(help="Folder of a model and its processor.")],
     output: Annotated[Path, typer.Argument(help="New folder for the language model as a plain checkpoint.")],
     scan: Annotated[Path | None, typer.Option(help="Scan to write as prompt embeddings, too.")] = None,
     question: Annotated[str | None, typer.Option(help="What is asked about the scan.")] = None,
-    tr: Annotated[float | None, typer.Option(help="Seconds between two frames of the scan.")] = None,
+    tr: RepetitionTime = None,
+    atlas: AtlasName = None,
 ) -> None:
     """Write the language model and a scan's prompt for servers that do not know fMRI, such as vLLM."""
     from .export import export as write
 
-    difference = write(model, output, scan, question, tr)
+    difference = write(model, output, scan, question, tr, atlas)
     typer.echo(str(output))
     if difference:
         typer.echo(
