@@ -16,7 +16,7 @@ app: install
 
 # The whole test suite; needs neither a finished demo nor the Hub.
 test: install data
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

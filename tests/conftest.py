@@ -1,5 +1,6 @@
 """Small real objects that the tests share."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,10 @@ from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
 from fmrilm.training.alignment import join
 from scan_rows import BACKBONES
 
+
+# tests run beside each other: threads of one would wait for those of another, here and in processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 SENTENCES = [
     "The default mode network is strongly connected.",
