@@ -69,7 +69,7 @@ class LatentEncoder(nn.Module):
         states = (self.patch_embedding(patches) + places[:, None]).flatten(0, 1)
         for layer in self.roi_layers:
             states = layer(states, keys)
-        count = rois if roi_mask is None else roi_mask.sum(-1).clamp(min=1)[..., None, None]
+        count = rois if roi_mask is None else roi_mask.sum(-1).clamp(min=1)[..., None, None].to(patches.dtype)
         projections = self.basis(places).mT[:, None] @ patches * (math.sqrt(self.functions) / count)
         connectivity = self.connectivity(patches, places, roi_mask)
         projections = projections.unflatten(2, (-1, self.functions)).flatten(3).flatten(0, 1)

@@ -11,14 +11,7 @@ from hypothesis import strategies as st
 from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import QUESTIONS, REQUESTS, parse, question
-from fmrilm.training.chats import (
-    alignment_dataset,
-    instruction_dataset,
-    listing_dataset,
-    scan_block,
-    text_block,
-    user,
-)
+from fmrilm.training.chats import alignment_dataset, instruction_dataset, scan_block, text_block, user
 from fmrilm.training.collator import ChatCollator
 from fmrilm.training.data import collate_signals
 from helpers import chats, random_scans
@@ -178,13 +171,3 @@ def test_alignment_mixes_its_three_kinds_by_their_weights() -> None:
         assert abs(len(rows) / 400 - share) < 0.08
     assert {row["text"] for row in plain} == {("one " * 100).strip(), ("two " * 100).strip()}
     assert not any(row["codes"] or row["messages"] for row in plain)
-
-
-def test_lists_are_graded_on_the_levels_alone(processor) -> None:
-    codes, levels = random_scans(6)
-    dataset = listing_dataset(codes, levels, rows=6, facts=4, seed=2)
-    encoded = ChatCollator(processor).encode(list(dataset))
-    for row, given in zip(encoded, dataset, strict=True):
-        graded = processor.tokenizer.decode(row["labels"][row["labels"] >= 0])
-        said = [line.rpartition(": ")[2] for line in given["messages"][-1]["content"][0]["text"].split("\n")]
-        assert graded.replace(" ", "") == "".join(said) and len(said) == 4

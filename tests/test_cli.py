@@ -1,11 +1,13 @@
 """The fmrilm command: what it prints for people and for programs, how it fails, what it forwards."""
 
+import contextlib
 import csv
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -147,15 +149,27 @@ def test_info_tells_versions_devices_and_caches(tmp_path: Path, monkeypatch) -> 
     assert f"  {'converted models':<26}3 MB" in lines and "devices" in lines
 
 
+def read_terminal(descriptor: int) -> str:
+    """All that is written to a pseudo-terminal until its other end is closed, which then fails to be read."""
+    pieces = []
+    with contextlib.suppress(OSError), open(descriptor, "rb", buffering=0) as terminal:
+        while piece := terminal.read(4096):
+            pieces.append(piece)
+    return b"".join(pieces).decode()
+
+
 def test_progress_shows_on_a_terminal_alone(folder: Path, scan: Path) -> None:
     words = ["ask", scan, QUESTION, "--choices", "yes,no", "--model", folder, "--tr", "2", "--atlas", "tiny"]
     command = [str(Path(sys.executable).with_name("fmrilm")), *map(str, words)]
     ours, theirs = os.openpty()
-    try:
-        on_terminal = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True)
-        shown = os.read(ours, 100_000).decode()
-    finally:
-        os.close(ours), os.close(theirs)
+    with ThreadPoolExecutor(1) as pool:
+        # read while it writes: what a terminal does not take in, its writer waits for
+        reading = pool.submit(read_terminal, ours)
+        try:
+            on_terminal = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True)
+        finally:
+            os.close(theirs)
+        shown = reading.result()
     piped = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "opening" in shown
     assert piped.stderr == "" and piped.stdout == on_terminal.stdout

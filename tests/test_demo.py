@@ -1,10 +1,8 @@
 """The quick demo, once, with the real scans and the real language model, and what it leaves behind."""
 
 import json
-import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fmrilm.training.demo import HELD_OUT, run_demo

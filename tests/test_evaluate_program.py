@@ -147,7 +147,7 @@ def test_every_scan_is_asked_about_before_any_again() -> None:
 def test_tuning_learns_the_answers_and_leaves_the_model_as_it_was(llama, processor, rank: int | None) -> None:
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     codes, answers = [scan[None] for scan in SCANS[:2]], ["younger", "the older"]
-    tuned = tune(llama, processor, GROUP, codes, answers, Tuning(12, 12, 4, 2e-2, rank), seed=0)
+    tuned = tune(llama, processor, GROUP, codes, answers, Tuning(30, 60, 4, 2e-2, rank), seed=0)
     words = [*answers, "person", "scan", "default"]
     untuned, learned = (
         np.exp(score_scans(each, processor, GROUP.questions[0], words, SCANS[:2]))[:, :2].sum(1)

@@ -48,8 +48,6 @@ def _fit(args: TrainingArguments) -> None:
 
     # transformers takes bfloat16 on a CPU only where the CPU is asked for
     args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
-    if args.push_to_hub:
-        raise ValueError("expected push_to_hub false: `fmrilm push OUTPUT_DIR/model` checks a finished model first")
     # the collators read columns that no model's signature names
     args.remove_unused_columns = False
     if args.bf16 is None:

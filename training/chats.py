@@ -7,22 +7,12 @@ from datasets import Dataset, Features, Json, List, Value
 
 from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
-from fmrilm.processors.descriptors.phrases import PHRASES
 from fmrilm.processors.descriptors.text import QUESTIONS, REQUESTS, description, question
 
 from .plain_text import excerpt
 
 
-FEATURES = Features(
-    {
-        "messages": List(Json()),
-        "codes": List(List(Value("int32"))),
-        "text": Value("string"),
-        # words that alone carry a label; empty or absent: all that the assistant says does
-        "graded": List(Value("string")),
-    }
-)
-LISTING = "List some levels of this scan."
+FEATURES = Features({"messages": List(Json()), "codes": List(List(Value("int32"))), "text": Value("string")})
 # words of plain text in a row: about as many tokens as a scan and its description
 TEXT_WORDS = 100
 
@@ -64,26 +54,6 @@ def question_chat(levels: np.ndarray, questions: int, rng: np.random.Generator) 
         text = text_block(question(CORE_NAMES[index], rng.integers(len(QUESTIONS))))
         chat += [user(text) if chat else user(scan_block(), text), assistant(LEVELS[levels[index]])]
     return chat
-
-
-def listing_chat(levels: np.ndarray, facts: int, rng: np.random.Generator) -> list[dict]:
-    """A list of levels, one descriptor a line in random order. levels: int [descriptors]."""
-    chosen = rng.permutation(np.flatnonzero(levels >= 0))[:facts]
-    lines = [f"{PHRASES[CORE_NAMES[index]]}: {LEVELS[levels[index]]}" for index in chosen]
-    return [user(scan_block(), text_block(LISTING)), assistant("\n".join(lines))]
-
-
-def listing_dataset(codes: np.ndarray, levels: np.ndarray, rows: int, facts: int, seed: int) -> Dataset:
-    """
-    Stage 2, with little text around each level: lists in which the levels alone are graded, three times as many a
-    token as in questions. codes: int [windows, tokens]; levels: int [windows, descriptors].
-    """
-    rng = np.random.default_rng(seed)
-    made = [
-        {**_row(codes[index], listing_chat(levels[index], facts, rng)), "graded": list(LEVELS)}
-        for index in draw_rounds(len(codes), rows, rng)
-    ]
-    return chat_dataset(made)
 
 
 def alignment_dataset(
@@ -142,8 +112,8 @@ def draw_rounds(windows: int, rows: int, rng: np.random.Generator) -> np.ndarray
 
 
 def chat_dataset(rows: Sequence[dict]) -> Dataset:
-    """Rows {"messages", "codes"} and, if they have them, "text" and "graded", as `ChatCollator` takes them."""
-    return Dataset.from_list([{"text": None, "graded": [], **row} for row in rows], features=FEATURES)
+    """Rows {"messages", "codes"} and, if they have it, "text", as `ChatCollator` takes them."""
+    return Dataset.from_list([{"text": None, **row} for row in rows], features=FEATURES)
 
 
 def _row(codes: np.ndarray | None = None, chat: Sequence[dict] = (), text: str | None = None) -> dict:

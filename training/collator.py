@@ -45,8 +45,8 @@ class RowCollator:
 class ChatCollator:
     """
     Rows {"messages": chat, "codes": int [scans][tokens], "text": str} to model inputs. Blocks of a chat stand for the
-    row's codes in order, and only what the assistant says carries a label, or of it the words in the row's "graded". A
-    row without a chat is a scan alone, which carries no text label, or plain text, of which all does.
+    row's codes in order, and only what the assistant says carries a label. A row without a chat is a scan alone,
+    which carries no text label, or plain text, of which all does.
     """
 
     processor: FmriLMProcessor
@@ -74,22 +74,10 @@ class ChatCollator:
             padding_side="right",
         )
         labels = inputs["input_ids"].masked_fill(inputs["assistant_masks"] == 0, IGNORED)
-        for row, given in zip(labels, rows, strict=True):
-            if given.get("graded"):
-                row[~self._words(row, given["graded"])] = IGNORED
         if not (labels != IGNORED).any(-1).all():
             raise ValueError("expected an assistant's answer in every chat, got a row without one")
         lengths = inputs["attention_mask"].sum(-1).tolist()
         return [(inputs["input_ids"][row, :end], labels[row, :end]) for row, end in enumerate(lengths)]
-
-    def _words(self, labels: torch.Tensor, words: Sequence[str]) -> torch.Tensor:
-        """Which of labels [length] spell one of the words, at the start of a line or after a space."""
-        spelled = torch.zeros_like(labels, dtype=torch.bool)
-        texts = [prefix + word for word in words for prefix in ("", " ")]
-        for ids in self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]:
-            found = (labels.unfold(0, len(ids), 1) == torch.tensor(ids)).all(-1).nonzero()
-            spelled[found + torch.arange(len(ids))] = True
-        return spelled
 
     def _plain(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
         tokenizer = self.processor.tokenizer

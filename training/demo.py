@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from datasets import concatenate_datasets
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import TrainingArguments
 
 from fmrilm import Atlas, FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor, FmriLMForConditionalGeneration
@@ -19,8 +18,8 @@ from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.processors.descriptors.text import description, question
 
 from . import evaluate
-from .alignment import add_adapter, join, train_alignment, warm_up_projector
-from .chats import alignment_dataset, instruction_dataset, listing_dataset
+from .alignment import add_lora, join, train_alignment, warm_up_projector
+from .chats import alignment_dataset, instruction_dataset
 from .code_cache import cached_codes
 from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
 from .codec_metrics import codebook_results
@@ -53,13 +52,11 @@ class DemoSettings:
     codec_batch: int = 16
     mixtures: int = 1000
     projector_steps: int = 250
-    alignment_steps: int = 10
-    listing_steps: int = 55
-    sft_steps: int = 70
+    alignment_steps: int = 20
+    sft_steps: int = 118
     rows_per_step: int = 4
     statements: int = 8
     questions: int = 8
-    facts: int = 20
     questions_per_family: int = 8
     window_stride: int = 136
     description_tokens: int = 80
@@ -72,13 +69,11 @@ class DemoSettings:
             codec_batch=10,
             mixtures=8,
             projector_steps=2,
-            alignment_steps=1,
-            listing_steps=1,
+            alignment_steps=2,
             sft_steps=2,
             rows_per_step=2,
             statements=2,
             questions=2,
-            facts=2,
             questions_per_family=1,
             window_stride=272,
             description_tokens=8,
@@ -193,30 +188,23 @@ class Demo:
 
     def align(self, model: FmriLMForConditionalGeneration, processor: FmriLMProcessor) -> PeftModel:
         settings = self.settings
-        described = alignment_dataset(
+        rows = settings.alignment_steps * settings.rows_per_step
+        dataset = alignment_dataset(
             self.codes,
             self.levels,
             plain_texts()[0],
-            settings.alignment_steps * settings.rows_per_step,
+            rows,
             settings.statements,
             weights=ALIGNMENT_WEIGHTS,
             seed=settings.seed,
         )
-        rows = settings.listing_steps * settings.rows_per_step
-        listed = listing_dataset(self.codes, self.levels, rows, settings.facts, settings.seed)
-        dataset = concatenate_datasets([described, listed])
-        steps = settings.alignment_steps + settings.listing_steps
         args = TrainingArguments(
-            **training_options(self.output, steps, settings.rows_per_step, 1e-3, settings.seed),
+            **training_options(self.output, settings.alignment_steps, settings.rows_per_step, 1e-3, settings.seed),
             bf16=half_precision(),
         )
         explained = warm_up_projector(model, self.codes, self.z_scores, settings.projector_steps, settings.seed)
         print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
-        # few updates at a rate that suits LoRA would undo what the projector has just learned
-        adapter = LoraConfig(
-            r=LORA_RANK, lora_alpha=2 * LORA_RANK, modules_to_save=["boundaries", "fmri_head"], task_type="CAUSAL_LM"
-        )
-        return train_alignment(add_adapter(model, adapter), dataset, processor, args)
+        return train_alignment(add_lora(model, LORA_RANK), dataset, processor, args)
 
     def tune(self, model: PeftModel, processor: FmriLMProcessor) -> PeftModel:
         settings = self.settings
