@@ -1,0 +1,84 @@
+"""
+What the codes themselves hold: the codec's own head reads the levels of held-out people from them, without the
+language model. Beside it the scans of other people of the dataset, as in the demo's evaluation.
+
+    python benchmarks/reading.py runs/demo/model     # writes results/reading.csv
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+
+from fmrilm import FmriLMForConditionalGeneration
+from fmrilm.modeling_fmricodec import FmriCodecModel
+from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
+from fmrilm.training import evaluate
+from fmrilm.training.codec import window_items
+from fmrilm.training.data import collate_signals, cut_windows
+from fmrilm.training.demo import Demo, DemoSettings
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@torch.no_grad()
+def told(codec: FmriCodecModel, cohort: Cohort, items: list[dict[str, np.ndarray]]) -> np.ndarray:
+    """Levels [items, descriptors, levels] that the head tells from the codes of each item, as certainties."""
+    z_scores = []
+    for item in items:
+        batch = collate_signals([item])
+        z_scores.append(
+            codec(*(batch[name] for name in ("fmri_values", "roi_coordinates", "fmri_mask"))).descriptors[0]
+        )
+    return np.eye(len(LEVELS))[cohort.levels(cohort.from_z_scores(torch.stack(z_scores).numpy()))]
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Model folder of the demo.")],
+    out: Annotated[Path, typer.Option(help="Table to write.")] = RESULTS / "reading.csv",
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        demo = Demo(DemoSettings(), quick=False, output=Path(folder))
+        demo.prepare()
+    codec = FmriLMForConditionalGeneration.from_pretrained(model).eval().model.codec
+    windows = demo.windows
+    stand_ins = cut_windows(demo.training, demo.extractor.window_length, stride=2 * demo.settings.window_stride)
+    pool = [*windows, *stand_ins]
+    answers = told(codec, demo.cohort, window_items(pool))
+    noise = told(codec, demo.cohort, evaluate.noise_items(windows, demo.settings.seed))
+    truths = demo.cohort.levels(np.stack([window.descriptors for window in windows]))
+    scored = []
+    for row, (window, truth) in enumerate(zip(windows, truths, strict=True)):
+        asked = np.flatnonzero(truth >= 0)
+        others = [
+            answers[place][asked]
+            for place, other in enumerate(pool)
+            if other.scan.dataset == window.scan.dataset and other.scan.subject != window.scan.subject
+        ]
+        conditions = {"right": answers[row][asked], "swapped": np.stack(others), "noise": noise[row][asked]}
+        scored.append(evaluate.Scored(window, asked, truth[asked], conditions))
+    training = demo.cohort.levels(np.stack([window.descriptors for window in demo.training_windows]))
+    found = evaluate.question_results(scored, evaluate.most_frequent(training), demo.settings.seed)
+    rows = [
+        {
+            "family": family,
+            "questions": entry["questions"],
+            **{name: entry[name]["accuracy"] for name in ("right", "swapped", "noise", "majority")},
+            "right_minus_swapped": entry["difference"]["value"],
+            "low": entry["difference"]["interval"][0],
+            "high": entry["difference"]["interval"][1],
+        }
+        for family, entry in found["families"].items()
+    ]
+    table = pd.DataFrame(rows).round(4)
+    table.to_csv(out, index=False)
+    print(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    typer.run(main)
