@@ -199,7 +199,7 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
                     placeholder="low, typical, high (taken from the question where it names them)",
                     elem_id="choices",
                 )
-                gr.Examples([[text] for text in QUESTIONS], question, label="Questions this model learned to answer")
+                gr.Examples([[text] for text in QUESTIONS], question, label="Questions like those of its training")
                 problem = gr.HTML(elem_id="problem")
         plots = gr.HTML(elem_id="plots")
         opening = [session, chat, probabilities, plots, status]
