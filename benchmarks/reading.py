@@ -1,11 +1,13 @@
 """
 What the codes themselves hold: the codec's own head reads the levels of held-out people from them, without the
-language model. Beside it the scans of other people of the dataset, as in the demo's evaluation.
+language model. Beside it the scans of other people of the dataset, as in the demo's evaluation, and the right ones
+before they are rounded to codes.
 
     python benchmarks/reading.py runs/demo/model     # writes results/reading.csv
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -27,14 +29,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @torch.no_grad()
-def told(codec: FmriCodecModel, cohort: Cohort, items: list[dict[str, np.ndarray]]) -> np.ndarray:
-    """Levels [items, descriptors, levels] that the head tells from the codes of each item, as certainties."""
+def told(
+    codec: FmriCodecModel, cohort: Cohort, items: list[dict[str, np.ndarray]], quantize: bool = True
+) -> np.ndarray:
+    """
+    Levels [items, descriptors, levels] that the head tells from the codes of each item, as certainties; without
+    `quantize` from the vectors that are rounded to codes.
+    """
     z_scores = []
     for item in items:
         batch = collate_signals([item])
-        z_scores.append(
-            codec(*(batch[name] for name in ("fmri_values", "roi_coordinates", "fmri_mask"))).descriptors[0]
-        )
+        inputs = (batch[name] for name in ("fmri_values", "roi_coordinates", "fmri_mask"))
+        z_scores.append(codec(*inputs, quantize=quantize).descriptors[0])
     return np.eye(len(LEVELS))[cohort.levels(cohort.from_z_scores(torch.stack(z_scores).numpy()))]
 
 
@@ -52,7 +58,8 @@ def main(
     answers = told(codec, demo.cohort, window_items(pool))
     noise = told(codec, demo.cohort, evaluate.noise_items(windows, demo.settings.seed))
     truths = demo.cohort.levels(np.stack([window.descriptors for window in windows]))
-    scored = []
+    unrounded = told(codec, demo.cohort, window_items(windows), quantize=False)
+    scored, continuous = [], []
     for row, (window, truth) in enumerate(zip(windows, truths, strict=True)):
         asked = np.flatnonzero(truth >= 0)
         others = [
@@ -62,18 +69,23 @@ def main(
         ]
         conditions = {"right": answers[row][asked], "swapped": np.stack(others), "noise": noise[row][asked]}
         scored.append(evaluate.Scored(window, asked, truth[asked], conditions))
+        continuous.append(replace(scored[-1], scores={**conditions, "right": unrounded[row][asked]}))
     training = demo.cohort.levels(np.stack([window.descriptors for window in demo.training_windows]))
-    found = evaluate.question_results(scored, evaluate.most_frequent(training), demo.settings.seed)
+    majority = evaluate.most_frequent(training)
+    found, without = (
+        evaluate.question_results(each, majority, demo.settings.seed)["families"] for each in (scored, continuous)
+    )
     rows = [
         {
             "family": family,
             "questions": entry["questions"],
             **{name: entry[name]["accuracy"] for name in ("right", "swapped", "noise", "majority")},
+            "right_unrounded": without[family]["right"]["accuracy"],
             "right_minus_swapped": entry["difference"]["value"],
             "low": entry["difference"]["interval"][0],
             "high": entry["difference"]["interval"][1],
         }
-        for family, entry in found["families"].items()
+        for family, entry in found.items()
     ]
     table = pd.DataFrame(rows).round(4)
     table.to_csv(out, index=False)
