@@ -70,7 +70,7 @@ def test_codes_are_one_per_slot_and_step(tiny_codec: FmriCodecModel, time: int, 
     codes = tiny_codec.encode(**scan(3, 5, time))
     assert codes.shape == (3, 2 * steps) and codes.dtype == torch.int64
     assert codes.min() >= 0 and codes.max() < 16
-    assert len(codes.unique()) > 2
+    assert len(codes.unique()) > (2 if steps == 1 else 3)
 
 
 def test_codes_of_padding_steps_are_minus_one(tiny_codec: FmriCodecModel) -> None:

@@ -100,7 +100,7 @@ def test_batches_equal_single_scans(pipe: Pipeline, scans: list[dict], batch_siz
     pipe.model.config.fmri_input = fmri_input
     questions = [QUESTION, "Why?", "A rather longer question about the same person, is it?"]
     alone = [pipe(scan, question, **GREEDY) for scan, question in zip(scans, questions, strict=True)]
-    assert len({answer["answer"] for answer in alone}) > 1
+    assert len({answer["answer"] for answer in alone}) >= (3 if fmri_input == "features" else 2)
     assert pipe(scans, questions, **GREEDY, batch_size=batch_size) == alone
     items = [{"fmri": scan, "question": question} for scan, question in zip(scans, questions, strict=True)]
     assert list(pipe((item for item in items), **GREEDY, batch_size=batch_size)) == alone
