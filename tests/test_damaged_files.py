@@ -159,7 +159,7 @@ def test_any_manifest_is_read_or_refused_and_its_ids_are_plain(rows: list[list[s
 
 
 # an empty cell says that there is none
-@pytest.mark.parametrize("text", filter(None, OUTSIDE))
+@pytest.mark.parametrize("text", [text for text in OUTSIDE if text])
 @pytest.mark.parametrize("column", ["subject", "session", "task", "run", "site"])
 def test_ids_that_could_be_paths_are_refused(column: str, text: str, tmp_path: Path) -> None:
     cells = {"path": "a.npy", "subject": "s1", column: text}
