@@ -135,7 +135,9 @@ class FmriLMConfig(PreTrainedConfig):
 
     Args:
         codec_config, text_config: the two parts; any causal language model of the Auto classes is a `text_config`.
-        fmri_start_token_id, fmri_token_id, fmri_end_token_id: the three added special tokens.
+        fmri_start_token_id, fmri_token_id, fmri_end_token_id: the added special tokens around and of a scan.
+        descriptor_token_ids: special tokens in whose place stands how the codec's descriptor head finds each of its
+            `descriptor_names` in the scan before (none: the prompt cannot ask for it).
         fmri_input: what the language model reads of a scan: "codes", their codebook vectors, or "features", the
             codec's continuous vectors before quantisation.
         projector_hidden_size: width of the projector's hidden layer.
@@ -154,6 +156,7 @@ class FmriLMConfig(PreTrainedConfig):
     fmri_start_token_id: int | None = None
     fmri_token_id: int | None = None
     fmri_end_token_id: int | None = None
+    descriptor_token_ids: list[int] | None = None
     fmri_input: str = "codes"
     projector_hidden_size: int = 512
     fmri_loss_weight: float | int = 0.1
@@ -169,6 +172,12 @@ class FmriLMConfig(PreTrainedConfig):
         if self.fmri_input == "codes" and not self.codec_config.codebook_size:
             kind = self.codec_config.model_type
             raise ValueError(f'{kind} makes no codes: expected fmri_input "features", got "codes"')
+        described = len(getattr(self.codec_config, "descriptor_names", None) or ())
+        if self.descriptor_token_ids is not None and len(self.descriptor_token_ids) != described:
+            raise ValueError(
+                f"expected descriptor_token_ids for the {described} descriptors of the codec, got "
+                f"{len(self.descriptor_token_ids)}"
+            )
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
 

@@ -171,7 +171,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         pooled = self._pool(vectors, token_mask)
         described = descriptor_loss = alignment_loss = domain_loss = scan_embeddings = None
         if self.descriptor_head is not None:
-            described = self.descriptor_head(pooled.to(self.dtype)).float()
+            described = self._described(pooled)
             if descriptors is not None:
                 known = ~descriptors.isnan()
                 # a batch may know none of them
@@ -237,6 +237,16 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         states = self.from_codebook(vectors.to(self.dtype))
         patches = self.decoder(states, self.decoder_steps, self.coordinates(roi_coordinates), token_mask)
         return patches.transpose(1, 2).flatten(-2)
+
+    def describe(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Standardised descriptors float32 [batch, descriptors] of scans as the head reads them from vectors
+        [batch, tokens, codebook_dim], of codes or unrounded; token_mask [batch, tokens] is False on padding.
+        """
+        return self._described(self._pool(vectors, token_mask))
+
+    def _described(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.descriptor_head(pooled.to(self.dtype)).float()
 
     def _pool(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         """One vector a scan, [batch, pooled_slots * codebook_dim]: each slot's mean over the steps that hold data."""

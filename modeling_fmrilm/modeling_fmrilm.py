@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbones_fmrilm import check_backbone
 from .configuration_fmrilm import FmriLMConfig
+from .descriptors_fmrilm import FmriLMDescriptorTokens, descriptor_places
 from .forecast_fmrilm import FmriLMForecastMixin
 from .generation_fmrilm import FmriLMGenerationMixin
 from .losses_fmrilm import IGNORED, FmriLMLossMixin
@@ -70,6 +71,8 @@ class FmriLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FmriLMProjector):
             init.normal_(module.slots.weight, std=1.0)
+        elif isinstance(module, FmriLMDescriptorTokens):
+            module.init_weights()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         self.config.auto_map = dict(AUTO_MAP)
@@ -86,6 +89,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
         self.codec = codec_class._from_config(config.codec_config)
         self.codec.requires_grad_(False)
         self.projector = projector_class(config)
+        self.descriptors = FmriLMDescriptorTokens(config) if config.descriptor_token_ids else None
         # the tokens around a scan: apart from the vocabulary, so that they can be trained where that is frozen
         self.boundaries = nn.Embedding(2, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -143,21 +147,29 @@ class FmriLMModel(FmriLMPreTrainedModel):
             )
         return fmri_features
 
+    def scan_vectors(self, scans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors [scans, tokens, dim] of what `read_scans` gives, and where there is no padding [scans, tokens]."""
+        if self.config.fmri_input == "codes":
+            return self.codec.embed_codes(scans.clamp(min=0)), scans >= 0
+        return scans.nan_to_num(), ~scans.isnan().any(-1)
+
+    def describe_scans(self, scans: torch.Tensor) -> torch.Tensor:
+        """Standardised descriptors [scans, descriptors] that the codec tells from what `read_scans` gives."""
+        return self.codec.describe(*self.scan_vectors(scans))
+
     def get_fmri_features(self, scans: torch.Tensor) -> torch.Tensor:
         """Projected embeddings [valid tokens, hidden] of what `read_scans` gives, scan after scan, no padding."""
-        if self.config.fmri_input == "codes":
-            valid = scans >= 0
-            vectors = self.codec.embed_codes(scans.clamp(min=0))
-        else:
-            valid = ~scans.isnan().any(-1)
-            vectors = scans.nan_to_num()
+        vectors, valid = self.scan_vectors(scans)
         vectors = vectors.to(self.projector.input_proj.weight.dtype)
         # padding follows the last step, so that no mean before it contains any
         steps = vectors.unflatten(1, (-1, self.config.codec_config.tokens_per_step))
         return self.projector(steps).flatten(1, 2)[valid]
 
     def embed(self, input_ids: torch.Tensor, scans: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings [batch, length, hidden] of text, and at the placeholders of what `read_scans` gives."""
+        """
+        Embeddings [batch, length, hidden] of text, at the placeholders of what `read_scans` gives, and at descriptor
+        tokens of what the codec tells of the scan before them.
+        """
         is_fmri = input_ids == self.config.fmri_token_id
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_fmri, 0))
         boundaries = (self.config.fmri_start_token_id, self.config.fmri_end_token_id)
@@ -169,6 +181,11 @@ class FmriLMModel(FmriLMPreTrainedModel):
             raise ValueError(f"expected {expected} fMRI placeholder tokens for the scans, got {int(is_fmri.sum())}")
         if expected:
             embeddings = embeddings.masked_scatter(is_fmri[..., None], features.to(embeddings.dtype))
+        if self.descriptors is not None:
+            rows, places, found, names = descriptor_places(input_ids, is_fmri, self.config.descriptor_token_ids)
+            if len(rows):
+                words = self.descriptors(self.describe_scans(scans))[found, names]
+                embeddings = embeddings.index_put((rows, places), words.to(embeddings.dtype))
         return embeddings
 
     def step_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

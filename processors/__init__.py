@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from .feature_extraction_fmrilm import FmriLMFeatureExtractor
     from .parcellation import parcellate
     from .parcels_fmrilm import Parcels
-    from .processing_fmrilm import CHAT_TEMPLATE, FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor, add_fmri_tokens
+    from .processing_fmrilm import (
+        CHAT_TEMPLATE,
+        FMRI_END,
+        FMRI_PAD,
+        FMRI_START,
+        FmriLMProcessor,
+        add_fmri_tokens,
+        descriptor_token,
+    )
     from .scan_files_fmrilm import read_parcels, read_scan
 
 __all__ = [
@@ -26,6 +34,7 @@ __all__ = [
     "FmriLMProcessor",
     "Parcels",
     "add_fmri_tokens",
+    "descriptor_token",
     "parcellate",
     "read_parcels",
     "read_scan",

@@ -14,6 +14,8 @@ FMRI_PAD = "<|fmri_pad|>"
 FMRI_END = "<|fmri_end|>"
 FMRI_TOKENS = (FMRI_START, FMRI_PAD, FMRI_END)
 
+# what the model tells of a scan on the whole: one token for each descriptor, named as the codec names it
+_DESCRIPTOR = re.compile(r"<\|fmri:[^|]+\|>")
 # one scan: a whole block, expanded already or not, or a bare pad token
 _SCAN = re.compile(f"{re.escape(FMRI_START)}(?:{re.escape(FMRI_PAD)})+{re.escape(FMRI_END)}|{re.escape(FMRI_PAD)}")
 _TEXT_KEYS = ("input_ids", "attention_mask", "assistant_masks")
@@ -30,6 +32,7 @@ CHAT_TEMPLATE = """\
                 {{- block['text'] -}}
             {%- elif block['type'] == 'fmri' -%}
                 {{- '<|fmri_start|>' + '<|fmri_pad|>' * (block['tokens'] or 1) + '<|fmri_end|>' -}}
+                {{- block['sheet'] or '' -}}
             {%- else -%}
                 {{- raise_exception('expected a block of type text or fmri, got ' + (block['type'] | string)) -}}
             {%- endif -%}
@@ -51,22 +54,30 @@ CHAT_TEMPLATE = """\
 """
 
 
-def add_fmri_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Add the three special tokens a scan is written with; returns how many were new."""
+def descriptor_token(name: str) -> str:
+    """The special token in whose place the model says how it finds this descriptor in the scan before."""
+    return f"<|fmri:{name}|>"
+
+
+def add_fmri_tokens(tokenizer: PreTrainedTokenizerBase, descriptors: Iterable[str] = ()) -> int:
+    """Add the three special tokens a scan is written with, and those of descriptors; returns how many were new."""
     return tokenizer.add_special_tokens(
-        {"extra_special_tokens": list(FMRI_TOKENS)}, replace_extra_special_tokens=False
+        {"extra_special_tokens": [*FMRI_TOKENS, *descriptors]}, replace_extra_special_tokens=False
     )
 
 
 class FmriLMProcessor(ProcessorMixin):
     """Joins a feature extractor and a tokenizer.
 
-    A scan stands in the text as a start token, `steps * tokens_per_step` pad tokens and an end token.
+    A scan stands in the text as a start token, `steps * tokens_per_step` pad tokens and an end token, and then its
+    sheet.
 
     Args:
         feature_extractor: an FmriLMFeatureExtractor.
         tokenizer: any tokenizer; the fMRI tokens are added to it if it lacks them.
         tokens_per_step: tokens the model makes of one step of a scan.
+        sheet: text behind each scan in which tokens of descriptors (see [`descriptor_token`]) stand for what the model
+            tells of it on the whole; in a chat, a block may bring a "sheet" of its own. Without one, none is written.
         chat_template: Jinja template; ChatML with fMRI blocks unless given.
         fmri_delimiters: what is written before and after a scan in a text without chat template; the start and end
             tokens unless given.
@@ -77,6 +88,7 @@ class FmriLMProcessor(ProcessorMixin):
         feature_extractor: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tokens_per_step: int = 16,
+        sheet: str = "",
         chat_template: str | None = None,
         fmri_delimiters: list[str] | None = None,
         **kwargs: Any,
@@ -86,8 +98,9 @@ class FmriLMProcessor(ProcessorMixin):
         chat_template = CHAT_TEMPLATE if chat_template is None else chat_template
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
         self.tokens_per_step = tokens_per_step
+        self.sheet = sheet
         self.fmri_delimiters = [FMRI_START, FMRI_END] if fmri_delimiters is None else fmri_delimiters
-        add_fmri_tokens(tokenizer)
+        add_fmri_tokens(tokenizer, _DESCRIPTOR.findall(sheet))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -161,6 +174,7 @@ class FmriLMProcessor(ProcessorMixin):
         )
         remaining = iter(tokens)
         before, after = self.fmri_delimiters
+        after += self.sheet
         texts = [_SCAN.sub(lambda _: before + FMRI_PAD * next(remaining) + after, item) for item in texts]
         encoding = self.tokenizer(
             texts[0] if isinstance(text, str) and return_tensors is None else texts,
@@ -192,8 +206,8 @@ class FmriLMProcessor(ProcessorMixin):
         """Write one conversation or a batch of them as model inputs.
 
         A block `{"type": "fmri", "fmri": scan}` holds a scan, and may hold its "tr" and "atlas". A block with
-        "tokens" and no scan stands for codes made before, and adds no `fmri_values`. The conversations are not
-        changed.
+        "tokens" and no scan stands for codes made before, and adds no `fmri_values`. A block's "sheet" stands in
+        place of the processor's. The conversations are not changed.
 
         Args:
             return_assistant_tokens_mask: add `assistant_masks`, 1 where the assistant speaks.
@@ -234,6 +248,8 @@ class FmriLMProcessor(ProcessorMixin):
         for block, count in zip(with_scan, tokens, strict=True):
             block["tokens"] = count
         for block in blocks:
+            # rows may be made before it is known whether the codec tells descriptors
+            block["sheet"] = block.get("sheet", self.sheet) if self.sheet else ""
             count = block.get("tokens")
             # without a scan, the text may still be written: its placeholder waits for the scan
             if tokenize and not (isinstance(count, int) and count > 0):
@@ -311,7 +327,7 @@ def _fmri_blocks(conversation: list[dict[str, Any]]) -> Iterable[dict[str, Any]]
 
 def _refuse_typed(texts: Iterable[str | None]) -> None:
     for text in texts:
-        for token in FMRI_TOKENS:
+        for token in (*FMRI_TOKENS, *_DESCRIPTOR.findall(text or "")):
             if text is not None and token in text:
                 raise ValueError(
                     f"typed placeholder: {token} stands in the text by itself; in a chat, scans go into blocks "

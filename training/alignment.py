@@ -7,22 +7,47 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+)
 
-from fmrilm.configuration_fmrilm import FmriLMConfig
+from fmrilm.configuration_fmrilm import FmriCodecConfig, FmriLMConfig
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
-from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor
+from fmrilm.processors import (
+    FMRI_END,
+    FMRI_PAD,
+    FMRI_START,
+    FmriLMFeatureExtractor,
+    FmriLMProcessor,
+    descriptor_token,
+)
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.text import fact_sheet
 
 from .collator import ChatCollator
 from .trainer import JointTrainer
 
 
 WARM_UP_BATCH, WARM_UP_RATE = 32, 1e-3
+LEVEL_STEPS, LEVEL_RATE = 200, 2e-2
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
 LANGUAGE_MODEL = "model.language_model."
-SCAN_MODULES = ("projector", "boundaries", "fmri_head")
+SCAN_MODULES = ("projector", "descriptors", "boundaries", "fmri_head")
+
+
+def scan_processor(
+    extractor: FmriLMFeatureExtractor, tokenizer: PreTrainedTokenizerBase, config: FmriCodecConfig
+) -> FmriLMProcessor:
+    """The processor of a model that reads this codec: behind a scan stands what the codec's head tells of it."""
+    names = config.descriptor_names or ()
+    sheet = fact_sheet(names, [descriptor_token(name) for name in names]) if names else ""
+    return FmriLMProcessor(extractor, tokenizer, tokens_per_step=config.tokens_per_step, sheet=sheet)
 
 
 def join(
@@ -30,22 +55,31 @@ def join(
 ) -> FmriLMForConditionalGeneration:
     """The untrained joint model: vocabulary grown by the fMRI tokens, new embeddings at the old ones' mean."""
     tokenizer = processor.tokenizer
-    if len(tokenizer) > language_model.config.vocab_size:
+    known = language_model.config.vocab_size
+    if len(tokenizer) > known:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         embeddings = language_model.get_input_embeddings().weight
         with torch.no_grad():
-            embeddings[-3:] = embeddings[:-3].mean(0)
+            embeddings[known:] = embeddings[:known].mean(0)
     start, pad, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_END])
+    names = codec.config.descriptor_names if processor.sheet else None
+    described = names and tokenizer.convert_tokens_to_ids([descriptor_token(name) for name in names])
     config = FmriLMConfig(
         codec_config=_without_path(codec.config),
         text_config=_without_path(language_model.config),
         fmri_start_token_id=start,
         fmri_token_id=pad,
         fmri_end_token_id=end,
+        descriptor_token_ids=described,
     )
     model = FmriLMForConditionalGeneration.from_parts(codec, language_model, config)
+    if described:
+        words = [tokenizer(f" {level}", add_special_tokens=False)["input_ids"] for level in LEVELS]
+        with torch.no_grad():
+            means = [model.get_input_embeddings().weight[ids].mean(0) for ids in words]
+            model.model.descriptors.levels.weight.copy_(torch.stack(means))
     # a model that speaks placeholders would refer to scans that are not there
-    model.generation_config.suppress_tokens = [start, pad, end]
+    model.generation_config.suppress_tokens = [start, pad, end, *(described or ())]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -89,6 +123,29 @@ def warm_up_projector(
         optimizer.zero_grad()
         errors.append(loss.item())
     return 1 - float(np.mean(errors[-20:])) / float(np.nanvar(targets.numpy()))
+
+
+def fit_levels(model: FmriLMForConditionalGeneration, codes: np.ndarray, levels: np.ndarray) -> float:
+    """
+    Fits what the codec tells from codes int [scans, tokens] to their scans' levels int [scans, descriptors] (-1 where
+    unknown): where one level ends and the next begins, and how sure the codec is.
+
+    Returns:
+        Share of the levels that are the likeliest ones to the codec.
+    """
+    tokens = model.model.descriptors
+    with torch.no_grad():
+        z_scores = torch.cat([model.model.describe_scans(part) for part in torch.from_numpy(codes).split(256)])
+    truth = torch.from_numpy(levels).long()
+    known = truth >= 0
+    optimizer = torch.optim.Adam([tokens.middle, tokens.log_width, tokens.log_sharpness], lr=LEVEL_RATE)
+    for _ in range(LEVEL_STEPS):
+        chances = tokens.probabilities(z_scores)
+        loss = F.nll_loss(chances[known].clamp(min=1e-6).log(), truth[known])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float((chances.argmax(-1) == truth)[known].float().mean())
 
 
 def add_lora(model: FmriLMForConditionalGeneration, rank: int) -> PeftModel:

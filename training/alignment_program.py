@@ -72,9 +72,9 @@ def align(
     from transformers import set_seed
 
     from fmrilm.modeling_fmricodec import FmriCodecModel
-    from fmrilm.processors import FmriLMFeatureExtractor, FmriLMProcessor
+    from fmrilm.processors import FmriLMFeatureExtractor
 
-    from .alignment import join
+    from .alignment import join, scan_processor
     from .checkpoints import last_checkpoint
     from .collator import RowCollator, encode_dataset
     from .corpus import load_scans
@@ -102,7 +102,7 @@ def align(
         window_length=script_args.window_length,
     )
     language_model, tokenizer = load_language_model(model_args.model_name_or_path or PACKAGED_MODEL)
-    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_step=codec.config.tokens_per_step)
+    processor = scan_processor(extractor, tokenizer, codec.config)
     model = join(codec, language_model, processor)
     training, test = encode_both(script_args, training_args, codec, scans, extractor)
     if last is None and script_args.projector_steps:

@@ -18,7 +18,7 @@ from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.processors.descriptors.text import description, question
 
 from . import evaluate
-from .alignment import add_lora, join, train_alignment, warm_up_projector
+from .alignment import add_lora, fit_levels, join, scan_processor, train_alignment, warm_up_projector
 from .chats import alignment_dataset, instruction_dataset
 from .code_cache import cached_codes
 from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
@@ -40,6 +40,8 @@ LORA_RANK = 8
 ALIGNMENT_WEIGHTS = (0.8, 0.1, 0.1)
 # stage 3: one question, several questions in one conversation, open-ended description
 PARADIGM_WEIGHTS = (0.05, 0.85, 0.1)
+# share of the chats of both stages in which a sheet of true levels in words stands in place of the scan
+IN_WORDS = 0.5
 # subjects of each dataset that no stage sees; LEMON has one subject and stays in training
 HELD_OUT = {"hcp": 2, "greifswald": 2, "hcp-schaefer": 1}
 
@@ -183,7 +185,7 @@ class Demo:
         self.levels = self.cohort.levels(self.cohort.from_z_scores(self.z_scores))
         self.codes = cached_codes(codec, items + window_items(real), self.output / "codes")
         language_model, tokenizer = load_language_model()
-        processor = FmriLMProcessor(self.extractor, tokenizer, tokens_per_step=codec.config.tokens_per_step)
+        processor = scan_processor(self.extractor, tokenizer, codec.config)
         return processor, join(codec, language_model, processor)
 
     def align(self, model: FmriLMForConditionalGeneration, processor: FmriLMProcessor) -> PeftModel:
@@ -197,6 +199,7 @@ class Demo:
             settings.statements,
             weights=ALIGNMENT_WEIGHTS,
             seed=settings.seed,
+            in_words=IN_WORDS,
         )
         args = TrainingArguments(
             **training_options(self.output, settings.alignment_steps, settings.rows_per_step, 1e-3, settings.seed),
@@ -204,6 +207,8 @@ class Demo:
         )
         explained = warm_up_projector(model, self.codes, self.z_scores, settings.projector_steps, settings.seed)
         print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
+        told = fit_levels(model, self.codes, self.levels)
+        print(f"the codec tells {told:.2f} of the training levels from its codes")
         return train_alignment(add_lora(model, LORA_RANK), dataset, processor, args)
 
     def tune(self, model: PeftModel, processor: FmriLMProcessor) -> PeftModel:
@@ -216,6 +221,7 @@ class Demo:
             statements=settings.statements,
             weights=PARADIGM_WEIGHTS,
             seed=settings.seed + 1,
+            in_words=IN_WORDS,
         )
         return train_sft(
             model,

@@ -87,7 +87,8 @@ def score_questions(
     ]
     inputs = processor.apply_chat_template(chats, add_generation_prompt=True, padding_side="right")
     ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
-    shared = int((ids[0] == model.config.fmri_end_token_id).nonzero()[0]) + 1
+    # at least the scan with its sheet, which one template writes before every question
+    shared = int((ids == ids[0]).all(0).long().cumprod(0).sum())
     steps = model.model.step_ids(ids)
     cache = model.model(
         ids[:1, :shared], mask[:1, :shared], fmri_codes=pad_codes([codes]).to(model.device), use_cache=True

@@ -25,6 +25,9 @@ MEASURE_PHRASES = {
     "fnc": "time-course coupling between the {0} and {1} networks",
 }
 
+# as words behind a network or two
+SHORT_MEASURES = {"connectivity": "", "strength": "overall", "autocorrelation": "persistence"}
+
 
 def phrase(name: str) -> str:
     """What a descriptor is called in English, for instance "connectivity within the visual network"."""
@@ -35,6 +38,13 @@ def phrase(name: str) -> str:
     if measure in ("connectivity", "fnc"):
         return MEASURE_PHRASES[measure].format(*(NETWORKS[part] for part in parts))
     return MEASURE_PHRASES[measure].format(*(_target(part) for part in parts))
+
+
+def short_phrase(name: str) -> str:
+    """The same in the fewest words that tell the core descriptors apart, for instance "visual overall"."""
+    measure, _, target = name.partition("/")
+    words = " and ".join(dict.fromkeys(NETWORKS[part] for part in target.split("-")))
+    return f"{words} {SHORT_MEASURES[measure]}".rstrip()
 
 
 def _target(part: str) -> str:

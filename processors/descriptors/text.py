@@ -8,7 +8,7 @@ import numpy as np
 
 from .cohort import LEVELS
 from .measures import CORE_NAMES, FAMILIES
-from .phrases import NAMES, PHRASES
+from .phrases import NAMES, PHRASES, short_phrase
 
 
 REQUESTS = ("Describe this scan.", "What does this scan show?", "Summarize the brain activity in this scan.")
@@ -61,6 +61,11 @@ class Statement(NamedTuple):
     descriptor: str
     level: str
     z: float | None = None
+
+
+def fact_sheet(names: Sequence[str], values: Sequence[str]) -> str:
+    """A line for each core descriptor: what it is, a colon and the value as it is given."""
+    return "".join(f"\n{short_phrase(name)}:{value}" for name, value in zip(names, values, strict=True)) + "\n"
 
 
 def z_statement(name: str, z: float) -> Statement:
