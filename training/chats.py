@@ -43,7 +43,7 @@ def describing_chat(levels: np.ndarray, statements: int, rng: np.random.Generato
     known = WALK[levels[WALK] >= 0]
     chosen = np.roll(known, -rng.integers(len(known)))[:statements]
     request = REQUESTS[rng.integers(len(REQUESTS))]
-    return [user(scan_block(), text_block(request)), assistant(description(levels, chosen))]
+    return [user(scan_block(), text_block(request)), assistant(description(levels, chosen.tolist()))]
 
 
 def question_chat(levels: np.ndarray, questions: int, rng: np.random.Generator) -> list[dict]:
@@ -51,7 +51,7 @@ def question_chat(levels: np.ndarray, questions: int, rng: np.random.Generator) 
     known = np.flatnonzero(levels >= 0)
     chat = []
     for index in rng.permutation(known)[:questions]:
-        text = text_block(question(CORE_NAMES[index], rng.integers(len(QUESTIONS))))
+        text = text_block(question(CORE_NAMES[index], int(rng.integers(len(QUESTIONS)))))
         chat += [user(text) if chat else user(scan_block(), text), assistant(LEVELS[levels[index]])]
     return chat
 
@@ -74,7 +74,7 @@ def alignment_dataset(
     for index in draw_rounds(len(codes), rows, rng):
         kind = rng.choice(3, p=weights)
         if kind == 2:
-            made.append(_row(text=excerpt(texts[rng.integers(len(texts))], TEXT_WORDS, rng)))
+            made.append(_row(text=excerpt(texts[int(rng.integers(len(texts)))], TEXT_WORDS, rng)))
         else:
             made.append(_row(codes[index], [] if kind else describing_chat(levels[index], statements, rng)))
     return chat_dataset(made)
