@@ -54,8 +54,13 @@ class FmriCodecAlignment(nn.Module):
     trains a classifier to tell projected tokens from word embeddings, and the codec and the projection to fool it.
     """
 
+    text_mean: torch.Tensor
+    text_deviation: torch.Tensor
+
     def __init__(self, config: FmriCodecConfig, pooled_size: int):
         super().__init__()
+        if config.text_hidden_size is None:
+            raise ValueError("expected text_hidden_size, the width of what the codec is aligned to, got None")
         self.scan_projection = nn.Linear(pooled_size, config.alignment_size, bias=False)
         self.text_projection = nn.Linear(config.text_hidden_size, config.alignment_size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))

@@ -8,7 +8,7 @@ from transformers.masking_utils import create_masks_for_generate
 @torch.no_grad()
 def check_backbone(language_model: PreTrainedModel) -> None:
     """ValueError unless it takes embeddings, positions and a mask that lets tokens of one step see each other."""
-    width = language_model.get_input_embeddings().weight.shape[1]
+    width = language_model.get_input_embeddings().get_parameter("weight").shape[1]
     weight = next(language_model.parameters())
     embeddings = torch.linspace(-1, 1, 3 * width, dtype=weight.dtype, device=weight.device).view(1, 3, width)
     states = []

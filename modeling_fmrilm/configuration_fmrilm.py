@@ -1,6 +1,7 @@
 """Configurations of the codec and of the language model that reads its codes."""
 
 import math
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -147,15 +148,24 @@ class FmriLMConfig(PreTrainedConfig):
     model_type = "fmrilm"
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "codec_config": FmriCodecConfig,
+        "codec_config": SubConfigSpec(config_class=FmriCodecConfig),
     }
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    codec_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    fmri_start_token_id: int | None = None
-    fmri_token_id: int | None = None
-    fmri_end_token_id: int | None = None
+    if TYPE_CHECKING:
+        # whatever is given, `__post_init__` makes configurations of it
+        codec_config: PreTrainedConfig
+        text_config: PreTrainedConfig
+        # only a configuration of nothing but defaults is without them
+        fmri_start_token_id: int
+        fmri_token_id: int
+        fmri_end_token_id: int
+    else:
+        codec_config: dict | PreTrainedConfig | None = None
+        text_config: dict | PreTrainedConfig | None = None
+        fmri_start_token_id: int | None = None
+        fmri_token_id: int | None = None
+        fmri_end_token_id: int | None = None
     descriptor_token_ids: list[int] | None = None
     fmri_input: str = "codes"
     projector_hidden_size: int = 512

@@ -1,13 +1,25 @@
 """What the brain does next: codes rolled forward and decoded to signal, and how unexpected each step was."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 
+from .configuration_fmrilm import FmriLMConfig
 from .steps_fmrilm import positions, whole_steps
+
+
+if TYPE_CHECKING:
+    from .modeling_fmrilm import FmriLMModel
 
 
 class FmriLMForecastMixin:
     """For a model with a `model` (`FmriLMModel`) and an `fmri_head`. A scan alone: its opening token and its codes."""
+
+    config: FmriLMConfig
+    fmri_head: Any
+    if TYPE_CHECKING:
+        model: FmriLMModel
 
     @torch.no_grad()
     def forecast(
@@ -38,11 +50,11 @@ class FmriLMForecastMixin:
     @torch.no_grad()
     def forecast_codes(
         self,
-        fmri_codes: torch.LongTensor,
+        fmri_codes: torch.Tensor,
         steps: int,
         temperature: float | None = None,
         generator: torch.Generator | None = None,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """
         Codes [scans, tokens] (-1 is padding), followed by those of the next `steps` steps. Each slot takes its most
         likely code, or with a `temperature` a draw; the slots of one step are drawn independently.
@@ -88,7 +100,7 @@ class FmriLMForecastMixin:
         return codes
 
     @torch.no_grad()
-    def surprise(self, fmri_codes: torch.LongTensor) -> torch.Tensor:
+    def surprise(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """
         Negative log-likelihood [scans, steps] of each step's codes [scans, tokens] given the steps before, in nats a
         code (mean over slots): how unexpected each step is. NaN for the first step and for padding (-1).

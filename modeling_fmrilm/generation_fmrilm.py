@@ -1,12 +1,21 @@
 """How the language model answers: scores of allowed answers, and what transformers' `generate` needs to know."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
+from .configuration_fmrilm import FmriLMConfig
 from .steps_fmrilm import positions
 
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .modeling_fmrilm import FmriLMModel
 
 # what a forward pass may hold beside text, one entry a scan
 SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes", "fmri_features")
@@ -14,6 +23,14 @@ SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes", "fmr
 
 class FmriLMGenerationMixin(GenerationMixin):
     """For a model with a `model` (`FmriLMModel`) and an `lm_head`."""
+
+    config: FmriLMConfig
+    device: torch.device
+    lm_head: nn.Module
+    if TYPE_CHECKING:
+        model: FmriLMModel
+        # declared by the library for whole models alone
+        generate: Callable[..., torch.Tensor]
 
     @torch.no_grad()
     def score_choices(self, inputs: dict[str, torch.Tensor], choices: list[list[int]]) -> torch.Tensor:
@@ -72,7 +89,8 @@ class FmriLMGenerationMixin(GenerationMixin):
         if kwargs.get("use_cache", True) and not is_first_iteration:
             # the cache holds the scans already
             kwargs = {name: value for name, value in kwargs.items() if name not in SCAN_INPUTS}
-        return super().prepare_inputs_for_generation(
+        # the library declares its mixin's methods for whole models alone
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -81,14 +99,17 @@ class FmriLMGenerationMixin(GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(config, mm_token_type_ids=None, block_sequence_ids=None, **kwargs) -> dict | None:
+    def create_masks_for_generate(
+        config, mm_token_type_ids=None, block_sequence_ids=None, **kwargs
+    ) -> torch.Tensor | dict | None:
         """The masks a static cache needs before the forward pass."""
-        kwargs.pop("token_type_ids", None), kwargs.pop("is_first_iteration", None)
+        for name in ("token_type_ids", "is_first_iteration"):
+            kwargs.pop(name, None)
         blocks = None if mm_token_type_ids is None else mm_token_type_ids - 1
         return create_masks_for_generate(config=config.get_text_config(), block_sequence_ids=blocks, **kwargs)
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, *, input_ids: torch.Tensor, **kwargs
     ):
         """Repeats rows for beams; a row's scans are repeated as a block: A, B, A, B for two scans and two beams."""
         if expand_size == 1:
@@ -99,7 +120,7 @@ class FmriLMGenerationMixin(GenerationMixin):
         counts = (is_fmri & ~F.pad(is_fmri[:, :-1], (1, 0))).sum(-1).tolist()
         blocks = torch.arange(sum(counts), device=input_ids.device).split(counts)
         order = torch.cat([block.repeat(expand_size) for block in blocks])
-        input_ids, kwargs = super()._expand_inputs_for_generation(
+        input_ids, kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         return input_ids, {**kwargs, **{name: value[order] for name, value in scans.items()}}

@@ -59,7 +59,7 @@ class FmriCodecAttention(nn.Module):
             for projection, source in ((self.q_proj, states), (self.k_proj, context), (self.v_proj, context))
         )
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         length = key.shape[2] // steps
         outputs = []
@@ -80,7 +80,7 @@ class FmriCodecLayer(GradientCheckpointingLayer):
     def __init__(self, config: FmriCodecConfig, cross: bool = False):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.context_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if cross else None
+        self.context_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if cross else nn.Identity()
         self.attention = FmriCodecAttention(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = nn.Sequential(

@@ -1,5 +1,7 @@
 """What the language model learns from: the words of an answer, and the codes of a scan's next step."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,8 +18,9 @@ class FmriLMLossMixin:
 
     config: FmriLMConfig
     lm_head: nn.Module
+    fmri_head: Any
 
-    def text_loss(self, hidden: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+    def text_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
         Mean cross-entropy of the labelled tokens given the states before them. hidden: [batch, length, hidden];
         labels: [batch, length].
@@ -34,7 +37,7 @@ class FmriLMLossMixin:
         return following[following >= 0]
 
     def next_step_loss(
-        self, hidden: torch.Tensor, input_ids: torch.LongTensor, fmri_codes: torch.LongTensor
+        self, hidden: torch.Tensor, input_ids: torch.Tensor, fmri_codes: torch.Tensor
     ) -> torch.Tensor:
         """
         Mean cross-entropy of code k of step t+1 given slot k of step t (paper Eq. 5); the last step of a scan has

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .alignment_fmricodec import FmriCodecAlignment
@@ -89,12 +88,12 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         self.encoder_steps = nn.Parameter(torch.zeros(config.max_steps, config.hidden_size))
         self.encoder = LatentEncoder(config) if latent else RoiEncoder(config)
         self.to_codebook = nn.Linear(config.hidden_size, config.codebook_dim)
-        if config.quantizer == "vq":
+        if config.fsq_levels:
+            self.quantizer = FiniteScalarQuantizer(config.fsq_levels)
+        else:
             self.quantizer = VectorQuantizer(
                 config.codebook_size, config.codebook_dim, config.ema_decay, config.revival_threshold
             )
-        else:
-            self.quantizer = FiniteScalarQuantizer(config.fsq_levels)
         self.from_codebook = nn.Linear(config.codebook_dim, config.hidden_size)
         self.decoder_steps = nn.Parameter(torch.zeros(config.max_steps, config.hidden_size))
         self.decoder = LatentDecoder(config) if latent else RoiDecoder(config)
@@ -114,7 +113,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
     def encode(
         self,
         fmri_values: torch.Tensor,
-        roi_coordinates: torch.Tensor,
+        roi_coordinates: torch.Tensor | None,
         fmri_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
@@ -203,12 +202,13 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         )
 
     def _vectors(
-        self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor, fmri_mask: torch.Tensor | None
+        self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor | None, fmri_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is quantised, [batch, tokens, codebook_dim], and the tokens that hold data, bool [batch, tokens]."""
         batch, rois, time = fmri_values.shape
-        expected, got = (batch, rois, 3), None if roi_coordinates is None else tuple(roi_coordinates.shape)
-        if got != expected:
+        expected = (batch, rois, 3)
+        if roi_coordinates is None or roi_coordinates.shape != expected:
+            got = None if roi_coordinates is None else tuple(roi_coordinates.shape)
             raise ValueError(f"expected roi_coordinates of shape {expected}, got {got}")
         if fmri_mask is not None:
             if fmri_mask.shape != fmri_values.shape:
@@ -258,7 +258,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
     def encode_features(
         self,
         fmri_values: torch.Tensor,
-        roi_coordinates: torch.Tensor,
+        roi_coordinates: torch.Tensor | None,
         fmri_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """

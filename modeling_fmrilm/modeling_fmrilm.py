@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .backbones_fmrilm import check_backbone
 from .configuration_fmrilm import FmriLMConfig
@@ -61,7 +61,7 @@ CODECS = {
 class FmriLMPreTrainedModel(PreTrainedModel):
     config: FmriLMConfig
     base_model_prefix = "model"
-    input_modalities = ("text",)
+    input_modalities = ["text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]
@@ -103,7 +103,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
 
     @torch.no_grad()
     def get_fmri_codes(
-        self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor, fmri_mask: torch.Tensor | None = None
+        self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor | None, fmri_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Codes int64 [scans, tokens], -1 on padding, of the scans (see [`FmriCodecModel.encode`])."""
         codes = self.codec.encode(fmri_values, roi_coordinates, fmri_mask)
@@ -139,8 +139,8 @@ class FmriLMModel(FmriLMPreTrainedModel):
                 return self.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
             return fmri_codes
         if fmri_features is None and fmri_values is not None:
-            fmri_features, valid = self.codec.encode_features(fmri_values, roi_coordinates, fmri_mask)
-            fmri_features = fmri_features.masked_fill(~valid[..., None], float("nan"))
+            features, valid = self.codec.encode_features(fmri_values, roi_coordinates, fmri_mask)
+            return features.masked_fill(~valid[..., None], float("nan"))
         if fmri_features is None and fmri_codes is not None:
             raise ValueError(
                 'expected fmri_values or fmri_features, which a model with fmri_input="features" reads, got fmri_codes'
@@ -175,11 +175,12 @@ class FmriLMModel(FmriLMPreTrainedModel):
         boundaries = (self.config.fmri_start_token_id, self.config.fmri_end_token_id)
         for token, embedding in zip(boundaries, self.boundaries.weight, strict=True):
             embeddings = torch.where((input_ids == token)[..., None], embedding.to(embeddings.dtype), embeddings)
-        features = None if scans is None else self.get_fmri_features(scans)
-        expected = 0 if features is None else len(features)
-        if expected != is_fmri.sum():
-            raise ValueError(f"expected {expected} fMRI placeholder tokens for the scans, got {int(is_fmri.sum())}")
-        if expected:
+        features = embeddings.new_zeros(0, 1) if scans is None else self.get_fmri_features(scans)
+        if len(features) != is_fmri.sum():
+            raise ValueError(
+                f"expected {len(features)} fMRI placeholder tokens for the scans, got {int(is_fmri.sum())}"
+            )
+        if len(features):
             embeddings = embeddings.masked_scatter(is_fmri[..., None], features.to(embeddings.dtype))
         if self.descriptors is not None:
             rows, places, found, names = descriptor_places(input_ids, is_fmri, self.config.descriptor_token_ids)
@@ -195,17 +196,17 @@ class FmriLMModel(FmriLMPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         fmri_values: torch.Tensor | None = None,
         roi_coordinates: torch.Tensor | None = None,
         fmri_mask: torch.Tensor | None = None,
-        fmri_codes: torch.LongTensor | None = None,
+        fmri_codes: torch.Tensor | None = None,
         fmri_features: torch.Tensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -219,11 +220,11 @@ class FmriLMModel(FmriLMPreTrainedModel):
             mm_token_type_ids: step ids of the cached and the given tokens; derived from input_ids when absent, which
                 takes position_ids where something is cached.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
-        if inputs_embeds is None:
+        if input_ids is not None and inputs_embeds is None:
             scans = self.read_scans(fmri_values, roi_coordinates, fmri_mask, fmri_codes, fmri_features)
             inputs_embeds = self.embed(input_ids, scans)
+        elif input_ids is not None or inputs_embeds is None:
+            raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
         elif any(scans is not None for scans in (fmri_values, fmri_codes, fmri_features)):
             raise ValueError("expected inputs_embeds with the scans in them, got inputs_embeds and scans")
         length = inputs_embeds.shape[1]
@@ -324,13 +325,16 @@ class FmriLMForConditionalGeneration(
         a language model that cannot read scans.
         """
         check_backbone(language_model)
+        head = language_model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"expected a causal language model, got {type(language_model).__name__}, without a head")
         joint = cls(config)
         joint.model.codec.load_state_dict(codec.state_dict())
         joint.model.language_model.load_state_dict(language_model.base_model.state_dict())
-        joint.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+        joint.lm_head.load_state_dict(head.state_dict())
         joint.tie_weights()
         # what a scan brings enters at the size of word embeddings
-        words = joint.get_input_embeddings().weight.detach()
+        words = joint.get_input_embeddings().get_parameter("weight").detach()
         with torch.no_grad():
             joint.model.projector.output_norm.weight.fill_(words.pow(2).mean().sqrt())
             joint.model.boundaries.weight.copy_(words.mean(0))
@@ -348,14 +352,14 @@ class FmriLMForConditionalGeneration(
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
         fmri_values: torch.Tensor | None = None,
         roi_coordinates: torch.Tensor | None = None,
         fmri_mask: torch.Tensor | None = None,
-        fmri_codes: torch.LongTensor | None = None,
+        fmri_codes: torch.Tensor | None = None,
         fmri_features: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_fmri_items_in_batch: torch.Tensor | int | None = None,
@@ -390,7 +394,8 @@ class FmriLMForConditionalGeneration(
             if num_items_in_batch is not None and num_items_in_batch > 0:
                 share = fmri_share = (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
             loss = share * text_loss
-            if predicts_codes and fmri_codes is not None:
+            # scans come with input_ids: `FmriLMModel` has seen to it
+            if predicts_codes and fmri_codes is not None and input_ids is not None:
                 fmri_loss = self.next_step_loss(hidden, input_ids, fmri_codes)
                 if num_fmri_items_in_batch is not None:
                     fmri_share = self.next_codes(fmri_codes).numel() / num_fmri_items_in_batch

@@ -33,6 +33,10 @@ class FmriLMPipeline(Pipeline):
     "atlas"}. Batches give what single scans give.
     """
 
+    model: Any
+    processor: Any
+    tokenizer: Any
+
     _load_processor = True
     _load_tokenizer = False
     _load_feature_extractor = False
@@ -88,7 +92,8 @@ class FmriLMPipeline(Pipeline):
         )
         batches = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=self.collate)
         for batch in batches:
-            yield from self.forward(batch, **forward_params)
+            answers: Any = self.forward(batch, **forward_params)
+            yield from answers
 
     def run_single(self, inputs: dict, *params: dict) -> dict:
         return next(self.get_iterator([inputs], 0, 1, *params))

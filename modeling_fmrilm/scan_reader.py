@@ -107,7 +107,7 @@ class ScanReader:
             part = slice(start, start + batch_size)
             with _named(scans, part):
                 inputs = self._prompts(scans[part], questions[part], history, **options)
-                if ids is None:
+                if ids is None or choices is None:
                     found += [{"answer": text} for text in self._generate(inputs, max_new_tokens)]
                     continue
                 for row in self.model.score_choices(inputs, ids).softmax(-1).cpu():

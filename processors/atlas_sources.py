@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -55,17 +56,18 @@ def schaefer_400_parcels(networks: tuple[str, ...], coordinates: np.ndarray) -> 
         coordinates: [400, 3], centre of each ROI, mm.
     """
     root = package_folder("pynets") / "templates" / "atlases"
-    labels = 0
+    labels, affine = np.zeros(1, np.int32), None
     for network in SCHAEFER_NETWORKS:
         part = Parcels.from_volume(root / f"net-{network}_scale-400.nii.gz")
+        volume, affine = np.asarray(part.volume), part.affine
         numbers, centers = volume_centers(part)
         distances = np.linalg.norm(centers[:, None] - coordinates, axis=2)
         distances[(centers[:, None, 0] * coordinates[:, 0] < 0) | (np.array(networks) != network)] = np.inf
         new = np.zeros(numbers.max() + 1, np.int32)
         new[numbers] = distances.argmin(axis=1) + 1
-        labels = np.where(part.volume > 0, new[part.volume], labels)
+        labels = np.where(volume > 0, new[volume], labels)
     surface = schaefer_surface(400)
-    return Parcels(labels, part.affine, surface.left, surface.right)
+    return Parcels(labels, affine, surface.left, surface.right)
 
 
 def glasser() -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray, Parcels]:
@@ -111,6 +113,8 @@ def fetched_schaefer(rois: int) -> tuple[tuple[str, ...], Parcels]:
 
 def volume_centers(parcels: Parcels) -> tuple[np.ndarray, np.ndarray]:
     """Labels that occur in the volume, and the mean position [labels, 3] of each one's voxels, mm."""
+    if parcels.volume is None or parcels.affine is None:
+        raise ValueError("expected a label volume, got surface labels only")
     numbers = np.unique(parcels.volume[parcels.volume > 0])
     voxels = ndimage.center_of_mass(np.ones(parcels.volume.shape, np.uint8), parcels.volume, numbers)
     return numbers, np.array(voxels).reshape(-1, 3) @ parcels.affine[:3, :3].T + parcels.affine[:3, 3]
@@ -121,4 +125,5 @@ def _mesh_points(path: Path) -> np.ndarray:
         import nibabel
     except ImportError as error:
         raise ValueError("reading a surface mesh needs nibabel: pip install nibabel") from error
-    return nibabel.load(path).darrays[0].data.astype(np.float64)
+    image: Any = nibabel.load(path)
+    return image.darrays[0].data.astype(np.float64)

@@ -46,14 +46,14 @@ class Atlas:
     rois: tuple[str, ...]
     networks: tuple[str, ...]
     coordinates: np.ndarray
-    labels: tuple[int, ...] | None = None
+    labels: tuple[int, ...] = ()
     parcels: Parcels | None = None
 
     def __post_init__(self) -> None:
         rois = tuple(str(roi) for roi in self.rois)
         networks = tuple(str(network) for network in self.networks)
         coordinates = np.array(self.coordinates, dtype=np.float32)
-        labels = tuple(range(1, len(rois) + 1)) if self.labels is None else tuple(int(label) for label in self.labels)
+        labels = tuple(int(label) for label in self.labels) or tuple(range(1, len(rois) + 1))
         # checkpoints hold a file of this name
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"an atlas' name is made of letters, digits, '_', '-' and '.', got {self.name!r}")
@@ -133,7 +133,7 @@ class Atlas:
         for start, atlas in reversed(list(zip(starts[:-1], atlases, strict=True))):
             if (parcels := atlas.parcels) is None:
                 continue
-            if parcels.volume is not None:
+            if parcels.volume is not None and parcels.affine is not None:
                 values.setdefault("affine", parcels.affine)
                 shape = values["volume"].shape if "volume" in values else parcels.volume.shape
                 on_grid = parcels.on_grid(shape, values["affine"])
@@ -189,8 +189,9 @@ class Atlas:
                 header, rows = tuple(reader.fieldnames or ()), list(reader)
             except csv.Error as error:
                 raise ValueError(f"{path}: not a readable table: {error}") from error
-        own_centers = not centers or set("xyz") <= set(header)
-        columns = COLUMNS if own_centers else ("index", "name", "network")
+        if set("xyz") <= set(header):
+            centers = None
+        columns = ("index", "name", "network") if centers else COLUMNS
         if missing := [column for column in columns if column not in header]:
             raise ValueError(
                 f"{path}: expected tab-separated columns {', '.join(columns)}; "
@@ -200,7 +201,7 @@ class Atlas:
         for number, row in enumerate(rows, start=2):
             try:
                 labels.append(int(row["index"]))
-                xyz = [float(row[axis]) for axis in "xyz"] if own_centers else centers.get(labels[-1], np.zeros(3))
+                xyz = centers.get(labels[-1], np.zeros(3)) if centers else [float(row[axis]) for axis in "xyz"]
                 coordinates.append(xyz)
             except (TypeError, ValueError) as error:
                 raise ValueError(
@@ -236,7 +237,7 @@ class Atlas:
                 rois=tuple(values["rois"]),
                 networks=tuple(values["networks"]),
                 coordinates=np.array(values["coordinates"], dtype=np.float32),
-                labels=None if values.get("labels") is None else tuple(values["labels"]),
+                labels=tuple(values.get("labels") or ()),
                 parcels=parcels,
             )
         except (TypeError, OverflowError) as error:

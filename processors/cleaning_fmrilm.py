@@ -98,7 +98,7 @@ def clean(
     first, last = np.flatnonzero(kept)[[0, -1]]
     inside = slice(first, last + 1)
     kept, frames = kept[inside], np.arange(last + 1 - first)
-    present = ~np.isnan(signal).all(axis=0)
+    present = np.asarray(~np.isnan(signal).all(axis=0))
     both = np.hstack([signal[:, present], nuisance])[inside]
     if cleaning.high_pass is None and cleaning.low_pass is None:
         both = detrend(both[kept], detrend_order, frames[kept])
@@ -160,7 +160,7 @@ def _kept_frames(
         ("std_dvars", cleaning.dvars_threshold),
     ):
         if threshold is not None:
-            out = out | (confounds[:, _position(names, column)] > threshold)
+            out = out | (_column(names, confounds, column) > threshold)
     if out.any() and cleaning.min_stretch:
         # first and one-past-last frame of each kept stretch
         bounds = np.flatnonzero(np.diff(np.concatenate([[True], out, [True]]))).reshape(-1, 2)
@@ -172,12 +172,12 @@ def _kept_frames(
     return ~out
 
 
-def _position(names: tuple[str, ...] | None, column: str) -> int:
-    if names is None:
+def _column(names: tuple[str, ...] | None, confounds: np.ndarray | None, column: str) -> np.ndarray:
+    if names is None or confounds is None:
         raise ValueError(f"cleaning asks for the confound {column!r}: expected a table with column names")
     if column not in names:
         raise ValueError(f"cleaning asks for the confound {column!r}, not one of the {len(names)} of the table")
-    return names.index(column)
+    return confounds[:, names.index(column)]
 
 
 def _select(
@@ -185,7 +185,8 @@ def _select(
 ) -> np.ndarray:
     """The confounds to regress out: float64 [time, confounds], each at most 1 in size."""
     if cleaning.columns is not None:
-        confounds = confounds[:, [_position(names, column) for column in cleaning.columns]]
+        chosen = [_column(names, confounds, column) for column in cleaning.columns]
+        confounds = np.stack(chosen, axis=1) if chosen else None
     if confounds is None:
         return np.empty((frames, 0))
     confounds = confounds.copy()
@@ -219,7 +220,9 @@ def _regress(signal: np.ndarray, confounds: np.ndarray, detrend_order: int) -> n
     standardized = (confounds - confounds.mean(axis=0))[:, spread > ROUNDING] / spread[spread > ROUNDING]
     if not standardized.size:
         return signal
-    basis, triangle, _ = qr(standardized, mode="economic", pivoting=True)
+    # the declared result depends on the arguments' values
+    factors: Any = qr(standardized, mode="economic", pivoting=True)
+    basis, triangle, _ = factors
     basis = basis[:, np.abs(np.diag(triangle)) > 100 * np.finfo(np.float64).eps]
     if basis.shape[1] + detrend_order + 1 >= len(signal):
         raise ValueError(

@@ -1,6 +1,7 @@
 """FmriLMFeatureExtractor: scans in any usual form -> z-scored, windowed, padded tensors with ROI coordinates."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
 
     def __init__(
         self,
-        atlases: list[Atlas | dict[str, Any]] | None = None,
+        atlases: Sequence[Atlas | dict[str, Any]] | None = None,
         repetition_time: float = 2.0,
         patch_length: int = 16,
         window_length: int = 160,
@@ -270,12 +271,12 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
                 logger.warning(f"using tr={tr} s as given, although the file's header says {file.tr} s")
             tr = file.tr if tr is None else tr
             # before a large file is read
-            _check_tr(tr)
+            _checked_tr(tr)
             scan = self._roi_signal(file, found, label_image)
         signal = _as_float_array(scan)
         _check_shape(signal, found)
-        _check_tr(tr)
-        missing = np.isnan(signal).all(axis=0)
+        tr = _checked_tr(tr)
+        missing = np.asarray(np.isnan(signal).all(axis=0))
         present = found
         if missing.any():
             logger.warning(f"{missing.sum()} of the {len(found)} ROIs of {found.name!r} are missing in the scan")
@@ -392,12 +393,13 @@ def _check_window(window: str, window_stride: int | None) -> None:
         raise ValueError(f"window_stride must be at least 1 frame, got {window_stride}")
 
 
-def _check_tr(tr: float | None) -> None:
+def _checked_tr(tr: float | None) -> float:
     if tr is None:
         raise ValueError("the scan's repetition time is not known: give tr=... in seconds")
     if not TR_RANGE[0] < tr < TR_RANGE[1]:
         hint = "; milliseconds?" if tr >= TR_RANGE[1] else ""
         raise ValueError(f"tr must be in {TR_RANGE} seconds, got {tr}{hint}")
+    return tr
 
 
 def _as_float_array(scan: Any) -> np.ndarray:

@@ -3,11 +3,11 @@
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +16,13 @@ try:
     # inflates several times as fast as the standard library
     from isal import igzip, isal_zlib
 
-    inflated, DAMAGE = igzip.open, (EOFError, gzip.BadGzipFile, zlib.error, isal_zlib.error)
+    inflated: Callable[..., Any] = igzip.open
+    # its stub declares an instance
+    MORE_DAMAGE: Any = isal_zlib.error
 except ImportError:
-    inflated, DAMAGE = gzip.open, (EOFError, gzip.BadGzipFile, zlib.error)
+    inflated, MORE_DAMAGE = gzip.open, zlib.error
+
+DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, MORE_DAMAGE)
 
 GZIP_MAGIC = b"\x1f\x8b"
 # deflate cannot pack more than this many bytes into one
@@ -106,7 +110,7 @@ class Volumes:
         if voxels * self.dtype.itemsize > MAX_VOLUME_BYTES:
             raise ValueError(f"{self.name}: expected volumes below 2 GiB, got a shape of {self.shape}")
         volume = np.empty(voxels, self.dtype)
-        target = memoryview(volume).cast("B") if self.dtype.isnative else memoryview(volume.view("u1"))
+        target = (volume if self.dtype.isnative else volume.view("u1")).data.cast("B")
         with opened(self.source, self.name) as stream:
             skip(stream, self.offset)
             for _ in range(frames):
@@ -183,7 +187,7 @@ def from_nibabel(image: Any) -> Volumes:
 
 
 @contextmanager
-def opened(source: Any, name: str) -> Iterator[BinaryIO]:
+def opened(source: Any, name: str) -> Iterator[io.BufferedIOBase]:
     """A stream of the source's bytes, inflated if they are compressed. Damage met in it is a ValueError."""
     with io.BytesIO(source) if isinstance(source, (bytes, bytearray)) else open(source, "rb") as file:
         compressed = file.read(2) == GZIP_MAGIC
@@ -194,7 +198,7 @@ def opened(source: Any, name: str) -> Iterator[BinaryIO]:
             raise ValueError(f"{name}: the file is damaged or cut short: {error}") from error
 
 
-def skip(stream: BinaryIO, size: int) -> None:
+def skip(stream: io.BufferedIOBase, size: int) -> None:
     """Move on by a number of bytes, holding few of them."""
     while size > 0:
         found = len(stream.read(min(size, 2**20)))
@@ -203,7 +207,7 @@ def skip(stream: BinaryIO, size: int) -> None:
         size -= found
 
 
-def fill(stream: BinaryIO, target: memoryview) -> None:
+def fill(stream: io.BufferedIOBase, target: memoryview) -> None:
     """Read as many bytes as the target holds."""
     done = 0
     while done < len(target):
@@ -226,10 +230,10 @@ def _size(source: Any) -> int:
 
 def _header(start: bytes, name: str) -> np.void:
     for size, fields in HEADERS.items():
-        for order in "<>":
+        for order in ("<", ">"):
             if len(start) >= size and int(np.frombuffer(start, f"{order}i4", 1)[0]) == size:
                 formats, offsets = zip(*fields.values(), strict=True)
-                layout = {"names": list(fields), "formats": formats, "offsets": offsets, "itemsize": size}
+                layout: Any = {"names": list(fields), "formats": formats, "offsets": offsets, "itemsize": size}
                 header = np.frombuffer(start, np.dtype(layout).newbyteorder(order), 1)[0]
                 if bytes(header["magic"]) == MAGICS[size].rstrip(b"\0"):
                     return header

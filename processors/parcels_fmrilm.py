@@ -99,7 +99,7 @@ class Parcels:
 
     def on_grid(self, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
         """Labels int32 [x, y, z] at the voxels of a scan: those of the nearest voxel, 0 outside of the label image."""
-        if self.volume is None:
+        if self.volume is None or self.affine is None:
             raise ValueError("a volume needs a label volume, but the atlas has surface labels only")
         check_affine(affine, "the scan")
         if self.volume.shape == tuple(shape) and np.allclose(affine, self.affine, atol=1e-3):
@@ -108,12 +108,14 @@ class Parcels:
         # with a diagonal alone, scipy goes axis by axis: faster
         matrix = to_label[:3, :3]
         matrix = np.diag(matrix) if np.array_equal(matrix, np.diag(np.diag(matrix))) else matrix
-        return ndimage.affine_transform(self.volume, matrix, to_label[:3, 3], tuple(shape), order=0)
+        # declared for one number, documented for one of each axis
+        offset: Any = to_label[:3, 3]
+        return ndimage.affine_transform(self.volume, matrix, offset, tuple(shape), order=0)
 
     def at_points(self, points: np.ndarray) -> np.ndarray:
         """Labels int32 [points] of the volume at points [points, 3] in mm; 0 everywhere if there is no volume."""
         labels = np.zeros(len(points), dtype=np.int32)
-        if self.volume is None:
+        if self.volume is None or self.affine is None:
             return labels
         to_label = np.linalg.inv(self.affine)
         index = np.floor(points @ to_label[:3, :3].T + to_label[:3, 3] + 0.5).astype(np.int64)

@@ -85,8 +85,8 @@ class FmriLMProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        feature_extractor: Any = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        feature_extractor: Any,
+        tokenizer: PreTrainedTokenizerBase,
         tokens_per_step: int = 16,
         sheet: str = "",
         chat_template: str | None = None,
@@ -237,7 +237,8 @@ class FmriLMProcessor(ProcessorMixin):
         return_tensors, padding_side = options["return_tensors"], options.pop("padding_side")
 
         batched = isinstance(conversation[0], (list, tuple))
-        conversations = [_copied(item) for item in (conversation if batched else [conversation])]
+        listed: Any = conversation if batched else [conversation]
+        conversations = [_copied(item) for item in listed]
         blocks = [block for item in conversations for block in _fmri_blocks(item)]
         with_scan = [block for block in blocks if block.get("fmri") is not None]
         scans = [

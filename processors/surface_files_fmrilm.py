@@ -17,7 +17,7 @@ try:
     import nibabel
 except ImportError:
     # only the files of this module need it
-    nibabel = None
+    nibabel: Any = None
 
 CORTEX = {"CIFTI_STRUCTURE_CORTEX_LEFT": "left", "CIFTI_STRUCTURE_CORTEX_RIGHT": "right"}
 # how file names tell the hemispheres apart: BIDS, FreeSurfer, HCP
@@ -55,9 +55,9 @@ class SurfaceSeries:
         """Label int32 [positions] of each position."""
         labels = np.zeros(self.values.shape[1], dtype=np.int32)
         for patch in self.patches:
-            if patch.side is None:
+            if patch.points is not None:
                 labels[patch.columns] = parcels.at_points(patch.points)
-            else:
+            elif patch.side is not None and patch.vertices is not None:
                 labels[patch.columns] = parcels.at_vertices(patch.side, patch.vertices, patch.mesh)
         return labels
 
@@ -99,7 +99,7 @@ def read_dlabel(source: Any) -> Parcels:
         if (found := type(image.header.get_axis(0)).__name__) != "LabelAxis":
             raise ValueError(f"expected a label file (.dlabel.nii), got a {found}")
         labels = np.asarray(image.dataobj[0]).astype(np.int32)
-        surfaces = {side: None for side in SIDES}
+        surfaces: dict[str, np.ndarray] = {}
         for structure, side in CORTEX.items():
             if structure in columns.nvertices:
                 surfaces[side] = np.zeros(columns.nvertices[structure], dtype=np.int32)

@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,6 +126,23 @@ def in_process(function: Callable[..., object], *arguments) -> multiprocessing.P
     process = multiprocessing.get_context("fork").Process(target=call)
     process.start()
     return process
+
+
+def run_two(function: Callable[..., object], *arguments, **environment: str) -> None:
+    """Calls it in two processes with what `accelerate launch` tells each of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = [in_process(as_rank, rank, {**shared, **environment}, function, *arguments) for rank in (0, 1)]
+    for process in both:
+        process.join(240)
+        process.kill()
+    assert [process.exitcode for process in both] == [0, 0]
+
+
+def as_rank(rank: int, environment: dict[str, str], function: Callable[..., object], *arguments) -> None:
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    function(*arguments)
 
 
 def wait_for(path: Path, process: multiprocessing.Process, seconds: float = 120) -> None:

@@ -1,14 +1,11 @@
 """Two processes that train together, with what `accelerate launch` tells each of them."""
 
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from program_runs import in_process, run, weights
+from program_runs import run, run_two, weights
 
 
 ONE = {"max_steps": 4, "save_strategy": "no", "per_device_train_batch_size": 4}
@@ -17,22 +14,6 @@ STAGES = {
     "codec": {**ONE, "learning_rate": 1e-3},
     "sft": {**ONE, "lora_dropout": 0, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0},
 }
-
-
-def run_two(function: Callable[..., object], *arguments, **environment: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [in_process(as_rank, rank, {**shared, **environment}, function, *arguments) for rank in (0, 1)]
-    for process in both:
-        process.join(240)
-        process.kill()
-    assert [process.exitcode for process in both] == [0, 0]
-
-
-def as_rank(rank: int, environment: dict[str, str], function: Callable[..., object], *arguments) -> None:
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-    function(*arguments)
 
 
 def train(stage: str, folders: Path, output: Path, changes: dict) -> None:

@@ -5,10 +5,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
@@ -62,7 +64,8 @@ def tune(
             gradient_checkpointing=False,
             disable_tqdm=False,
         )
-    return (trained if tuning.rank is None else trained.merge_and_unload()).eval()
+    merged: Any = trained.merge_and_unload() if isinstance(trained, PeftModel) else trained
+    return merged.eval()
 
 
 def task_rows(task: Task, codes: Sequence[np.ndarray], answers: Sequence[str], rows: int, seed: int) -> Dataset:
@@ -72,7 +75,7 @@ def task_rows(task: Task, codes: Sequence[np.ndarray], answers: Sequence[str], r
     for scan in draw_rounds(len(codes), rows, rng):
         question = task.questions[rng.integers(len(task.questions))]
         window = codes[scan][rng.integers(len(codes[scan]))]
-        chat = [user(scan_block(), text_block(question)), assistant(answers[scan])]
+        chat = [user(scan_block(), text_block(question)), assistant(answers[int(scan)])]
         made.append({"messages": chat, "codes": [window.tolist()]})
     return chat_dataset(made)
 
@@ -80,7 +83,7 @@ def task_rows(task: Task, codes: Sequence[np.ndarray], answers: Sequence[str], r
 def as_examples(codes: Sequence[np.ndarray], answers: Sequence[str], seed: int) -> list[Example]:
     """Labelled scans, the first window of each, to be shown in random order."""
     order = np.random.default_rng(seed).permutation(len(codes))
-    return [Example(codes[scan][0], answers[scan]) for scan in order]
+    return [Example(codes[scan][0], answers[int(scan)]) for scan in order]
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Stage 2: a pretrained language model learns to read and to predict the codec's codes."""
 
+from typing import Any, TypeVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,8 @@ LEVEL_STEPS, LEVEL_RATE = 200, 2e-2
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
 LANGUAGE_MODEL = "model.language_model."
+Trained = TypeVar("Trained", bound=PeftModel | PreTrainedModel)
+
 SCAN_MODULES = ("projector", "descriptors", "boundaries", "fmri_head")
 
 
@@ -58,7 +62,7 @@ def join(
     known = language_model.config.vocab_size
     if len(tokenizer) > known:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        embeddings = language_model.get_input_embeddings().weight
+        embeddings = language_model.get_input_embeddings().get_parameter("weight")
         with torch.no_grad():
             embeddings[known:] = embeddings[:known].mean(0)
     start, pad, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_END])
@@ -85,7 +89,8 @@ def join(
     return model
 
 
-def _without_path(config: PreTrainedConfig) -> dict:
+def _without_path(config: PreTrainedConfig) -> Any:
+    """As a dict, of which `FmriLMConfig` makes a configuration again."""
     return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
 
 
@@ -104,25 +109,25 @@ def warm_up_projector(
         Share of the targets' variance explained in the last batches.
     """
     projector = model.model.projector
-    codes, targets = torch.from_numpy(codes), torch.from_numpy(targets).float()
-    head = nn.Linear(projector.output_proj.out_features, targets.shape[1])
+    scans, aims = torch.from_numpy(codes), torch.from_numpy(targets).float()
+    head = nn.Linear(projector.output_proj.out_features, aims.shape[1])
     scale = projector.output_norm.weight.detach().mean()
     optimizer = torch.optim.AdamW([*projector.parameters(), *head.parameters()], lr=WARM_UP_RATE)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     generator = torch.Generator().manual_seed(seed)
     errors = []
     for _ in tqdm(range(steps), desc="projector", unit="step"):
-        rows = torch.randint(len(codes), (WARM_UP_BATCH,), generator=generator)
-        features = model.model.get_fmri_features(codes[rows]).unflatten(0, codes[rows].shape)
+        rows = torch.randint(len(scans), (WARM_UP_BATCH,), generator=generator)
+        features = model.model.get_fmri_features(scans[rows]).unflatten(0, scans[rows].shape)
         guess = head(features.mean(1) / scale)
-        known = ~targets[rows].isnan()
-        loss = F.mse_loss(guess[known], targets[rows][known])
+        known = ~aims[rows].isnan()
+        loss = F.mse_loss(guess[known], aims[rows][known])
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         errors.append(loss.item())
-    return 1 - float(np.mean(errors[-20:])) / float(np.nanvar(targets.numpy()))
+    return 1 - float(np.mean(errors[-20:])) / float(np.nanvar(targets.astype(np.float32)))
 
 
 def fit_levels(model: FmriLMForConditionalGeneration, codes: np.ndarray, levels: np.ndarray) -> float:
@@ -173,8 +178,8 @@ def add_adapter(model: FmriLMForConditionalGeneration, config: LoraConfig) -> Pe
 
 
 def train_alignment(
-    model: PeftModel | PreTrainedModel, dataset: Dataset, processor: FmriLMProcessor, args: TrainingArguments
-) -> PeftModel | PreTrainedModel:
+    model: Trained, dataset: Dataset, processor: FmriLMProcessor, args: TrainingArguments
+) -> Trained:
     """On rows {"messages", "codes", "text"}; the codec stays as it is."""
     trainer = JointTrainer(
         model=model,

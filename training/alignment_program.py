@@ -33,7 +33,7 @@ accelerate launch -m fmrilm.training.alignment_program \\
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .programs import ScanArguments
 
@@ -75,7 +75,7 @@ def align(
     from fmrilm.processors import FmriLMFeatureExtractor
 
     from .alignment import join, scan_processor
-    from .checkpoints import last_checkpoint
+    from .checkpoints import last_checkpoint, output_folder
     from .collator import RowCollator, encode_dataset
     from .corpus import load_scans
     from .corpus_chats import alignment_rows
@@ -92,7 +92,7 @@ def align(
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("expected stage 2 in full precision: QLoRA is for stage 3, got load_in_4bit or load_in_8bit")
     set_seed(training_args.seed)
-    last = last_checkpoint(Path(training_args.output_dir))
+    last = last_checkpoint(output_folder(training_args))
     scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share, training_args.seed)
     codec = FmriCodecModel.from_pretrained(script_args.codec, dtype=torch.float32).eval()
     extractor = FmriLMFeatureExtractor(
@@ -101,6 +101,8 @@ def align(
         patch_length=codec.config.patch_length,
         window_length=script_args.window_length,
     )
+    if scans.cohort is None:
+        raise ValueError(f"expected a corpus with its cohort in {script_args.corpus}, got one without")
     language_model, tokenizer = load_language_model(model_args.model_name_or_path or PACKAGED_MODEL)
     processor = scan_processor(extractor, tokenizer, codec.config)
     model = join(codec, language_model, processor)
@@ -112,6 +114,7 @@ def align(
         keep_base(model, training_args, last)
 
     texts, held_out_texts = plain_texts()
+    padding: Any = tokenizer.pad_token_id
 
     def rows(of, texts, count, seed):
         drawn = alignment_rows(of, texts, count, script_args.row_weights, script_args.paragraphs, seed)
@@ -122,7 +125,7 @@ def align(
         args=training_args,
         train_dataset=rows(training, texts, script_args.rows or len(training.windows), training_args.seed),
         eval_dataset=test and rows(test, held_out_texts, script_args.evaluation_rows, training_args.seed + 1),
-        data_collator=RowCollator(tokenizer.pad_token_id),
+        data_collator=RowCollator(padding),
         processing_class=processor,
     )
     return train_and_save(trainer, last, scans.cohort.save)
@@ -149,7 +152,8 @@ def make_parser() -> "TrlParser":
 
     from .arguments import AlignmentTrainingArguments
 
-    return TrlParser((AlignmentArguments, AlignmentTrainingArguments, ModelConfig))
+    # declared for a type of its own, which dataclasses are not
+    return TrlParser((AlignmentArguments, AlignmentTrainingArguments, ModelConfig))  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One question about many scans: the probability of each allowed answer, or an answer in words."""
 
 import copy
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,7 @@ def parse_answer(task: Task, text: str) -> str | float | None:
     if task.choices is not None:
         found = {word for word in task.choice_words if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.I)}
     else:
-        low, high = task.range
+        low, high = task.range or (-math.inf, math.inf)
         numbers = {float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)", text)}
         found = {number for number in numbers if low <= number <= high}
     return found.pop() if len(found) == 1 else None

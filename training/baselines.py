@@ -1,9 +1,9 @@
 """What every result stands beside: the commonest answer, regression on functional connectivity, another's scan."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import BaseCrossValidator, GroupKFold, StratifiedGroupKFold
@@ -40,7 +40,7 @@ def connectivity_features(scans: Sequence[PreparedScan]) -> np.ndarray:
             network_series(signal, membership(scan.atlas)[mask])
             for scan, mask, signal in zip(scans, present, series, strict=True)
         ]
-        shared = ~np.isnan([means[0] for means in networks]).any(0)
+        shared = np.asarray(~np.isnan([means[0] for means in networks]).any(0))
         if shared.sum() < 3:
             names = [name for name, both in zip(NETWORKS, shared, strict=True) if both]
             atlases = sorted({scan.atlas.name for scan in scans})
@@ -55,7 +55,7 @@ def connectivity_features(scans: Sequence[PreparedScan]) -> np.ndarray:
 
 
 def logistic_regression(
-    features: np.ndarray, classes: np.ndarray, subjects: Sequence[str], choices: int, test: np.ndarray
+    features: np.ndarray, classes: np.ndarray, subjects: Sequence[str] | np.ndarray, choices: int, test: np.ndarray
 ) -> np.ndarray:
     """
     Probabilities [test rows, choices] by L2-penalised logistic regression. The penalty is chosen, and features are
@@ -79,7 +79,7 @@ def logistic_regression(
 
 
 def ridge_regression(
-    features: np.ndarray, values: np.ndarray, subjects: Sequence[str], test: np.ndarray
+    features: np.ndarray, values: np.ndarray, subjects: Sequence[str] | np.ndarray, test: np.ndarray
 ) -> np.ndarray:
     """Values [test rows] by ridge regression, penalty and standardisation as in `logistic_regression`."""
     people = len(set(subjects))
@@ -92,12 +92,12 @@ def ridge_regression(
 
 
 def _fit(
-    build: Callable[[float], BaseEstimator],
-    loss: Callable[[BaseEstimator, np.ndarray, np.ndarray], float],
+    build: Callable[[float], Any],
+    loss: Callable[[Any, np.ndarray, np.ndarray], float],
     folds: BaseCrossValidator | None,
     features: np.ndarray,
     labels: np.ndarray,
-    subjects: Sequence[str],
+    subjects: Sequence[str] | np.ndarray,
 ) -> Pipeline:
     """
     Fitted with the penalty of the least loss over the folds, of equal ones the strongest; without folds, as for one
@@ -120,20 +120,20 @@ def _reduction() -> Pipeline:
     return make_pipeline(StandardScaler(), PCA(svd_solver="full"))
 
 
-def swap_scans(subjects: Sequence[str], groups: Sequence[str], seed: int) -> np.ndarray:
+def swap_scans(subjects: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
     """
     For each row the index of a row of another subject of the same group (dataset and site), -1 where there is none.
     In a group the subjects give their scans to one another in a random circle, so that everyone's scan is asked
     about as often as it is in the right place: what the swap answers above chance is known from the group alone.
     """
-    subjects, groups = np.asarray(subjects), np.asarray(groups)
+    who, where = np.asarray(subjects), np.asarray(groups)
     rng = np.random.default_rng(seed)
-    swapped = np.full(len(subjects), -1)
-    for group in np.unique(groups):
-        people = rng.permutation(np.unique(subjects[groups == group]))
+    swapped = np.full(len(who), -1)
+    for group in np.unique(where):
+        people = rng.permutation(np.unique(who[where == group]))
         if len(people) < 2:
             continue
         for giver, taker in zip(np.roll(people, 1), people, strict=True):
-            scans, rows = (np.flatnonzero((subjects == name) & (groups == group)) for name in (giver, taker))
+            scans, rows = (np.flatnonzero((who == name) & (where == group)) for name in (giver, taker))
             swapped[rows] = np.resize(scans, len(rows))
     return swapped

@@ -65,7 +65,7 @@ def describing_chat(
     chosen = np.roll(known, -rng.integers(len(known)))[:statements]
     request = REQUESTS[rng.integers(len(REQUESTS))]
     start = opening(levels, chosen, in_words, rng)
-    return [user(start, text_block(request)), assistant(description(levels, chosen))]
+    return [user(start, text_block(request)), assistant(description(levels, chosen.tolist()))]
 
 
 def question_chat(
@@ -75,7 +75,7 @@ def question_chat(
     asked = rng.permutation(np.flatnonzero(levels >= 0))[:questions]
     chat = []
     for index in asked:
-        text = text_block(question(CORE_NAMES[index], rng.integers(len(QUESTIONS))))
+        text = text_block(question(CORE_NAMES[index], int(rng.integers(len(QUESTIONS)))))
         start = [] if chat else [opening(levels, asked, in_words, rng)]
         chat += [user(*start, text), assistant(LEVELS[levels[index]])]
     return chat
@@ -101,7 +101,7 @@ def alignment_dataset(
     for index in draw_rounds(len(codes), rows, rng):
         kind = rng.choice(3, p=weights)
         if kind == 2:
-            made.append(_row(text=excerpt(texts[rng.integers(len(texts))], TEXT_WORDS, rng)))
+            made.append(_row(text=excerpt(texts[int(rng.integers(len(texts)))], TEXT_WORDS, rng)))
         else:
             told = not kind and rng.random() < in_words
             chat = [] if kind else describing_chat(levels[index], statements, rng, told)

@@ -4,12 +4,16 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .shards import write_whole
 
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = logging.get_logger(__name__)
 # written last: the size of every other file of the checkpoint
@@ -34,6 +38,13 @@ def is_whole(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
+
+
+def output_folder(args: "TrainingArguments") -> Path:
+    """Where a run writes; ValueError if its arguments do not say."""
+    if args.output_dir is None:
+        raise ValueError("expected an output_dir, got none")
+    return Path(args.output_dir)
 
 
 def last_checkpoint(output: Path) -> Path | None:

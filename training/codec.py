@@ -5,6 +5,7 @@ As a program: `accelerate launch -m fmrilm.training.codec --config codec.yaml` (
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class CodecTrainer(LossPartsTrainer):
     items as `collate_signals` takes them.
     """
 
+    args: CodecTrainingArguments
     loss_parts = (
         "reconstruction_loss",
         "commitment_loss",
@@ -68,8 +70,9 @@ class CodecTrainer(LossPartsTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Each rank evaluates all items: they are few, and every rank then decides on the same numbers."""
-        items = self.eval_dataset if eval_dataset is None else eval_dataset
-        scores = evaluate_items(self.model, items, self.args.per_device_eval_batch_size)
+        items: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        model: Any = self.model
+        scores = evaluate_items(model, items, self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -118,7 +121,7 @@ def evaluate_items(model: FmriCodecModel, items: list[dict[str, np.ndarray]], ba
 def encode_items(model: FmriCodecModel, items: list[dict[str, np.ndarray]], batch_size: int = 16) -> np.ndarray:
     """Codes int64 [items, tokens] of items as `collate_signals` takes them, all of one length."""
     order = sorted(range(len(items)), key=lambda index: items[index]["signal"].shape[1])
-    codes = [None] * len(items)
+    codes = [np.empty(0, np.int64)] * len(items)
     for start in range(0, len(items), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate_signals([items[index] for index in chosen])

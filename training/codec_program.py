@@ -210,7 +210,8 @@ def build_trainer(args: CodecArguments, training_args: CodecTrainingArguments, d
             for index in range(min(args.described_mixtures, size))
         ]
         embeddings = texts(described)
-        model.alignment.fit_texts(torch.from_numpy(embeddings))
+        if model.alignment is not None:
+            model.alignment.fit_texts(torch.from_numpy(embeddings))
         dataset = DescribedItems(dataset, embeddings, size)
         held_out = texts([data.describe(item["descriptors"], args.statements) for item in items])
         items = [{**item, "text_embedding": row} for item, row in zip(items, held_out, strict=True)]
@@ -226,7 +227,8 @@ def build_trainer(args: CodecArguments, training_args: CodecTrainingArguments, d
 
 
 def main(command_line: list[str] | None = None) -> None:
-    parser = TrlParser((CodecArguments, CodecTrainingArguments))
+    # declared for a type of its own, which dataclasses are not
+    parser = TrlParser((CodecArguments, CodecTrainingArguments))  # pyright: ignore[reportArgumentType]
     args, training_args = parser.parse_args_and_config(command_line)
     # the collator reads columns that no model's signature names
     training_args.remove_unused_columns = False

@@ -101,7 +101,7 @@ def encode_dataset(rows: Dataset, processor: FmriLMProcessor) -> Dataset:
     """
     collator, encoded = ChatCollator(processor), []
     for start in tqdm(range(0, len(rows), ROWS_AT_A_TIME), desc="tokens", unit="batch"):
-        for row in collator.encode(list(rows.skip(start).take(ROWS_AT_A_TIME))):
+        for row in collator.encode(rows.skip(start).take(ROWS_AT_A_TIME).to_list()):
             ids, labels = (row[name].numpy().astype(np.int32) for name in ("input_ids", "labels"))
             encoded.append({"input_ids": ids, "labels": labels, "codes": row["codes"], "length": len(ids)})
     return Dataset.from_list(encoded, features=ENCODED_FEATURES)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -218,15 +219,11 @@ class Conversion:
         return alpha / len(a) * self.take(name_b, self.tensors[name_b].shape) @ a
 
     def model(
-        self, text_config: PreTrainedConfig, lora_alpha: float | None, token_ids: dict[str, int]
+        self, text_config: PreTrainedConfig, lora_alpha: float | None, token_ids: dict[str, Any]
     ) -> FmriLMForConditionalGeneration:
         """The converted model; ValueError naming what the checkpoint lacks."""
-        config = FmriLMConfig(
-            codec_config=self.encoder_config().to_dict(),
-            text_config=text_config.to_dict(),
-            fmri_input="features",
-            **token_ids,
-        )
+        parts: dict[str, Any] = {"codec_config": self.encoder_config().to_dict(), "text_config": text_config.to_dict()}
+        config = FmriLMConfig(**parts, **token_ids, fmri_input="features")
         with torch.device("meta"):
             expected = FmriLMForConditionalGeneration(config).state_dict()
         state = self.language_model(text_config, lora_alpha)
@@ -251,7 +248,7 @@ def official_atlas() -> Atlas:
         name="tian-s3-schaefer-400-7networks",
         rois=sum((part.rois for part in parts), ()),
         networks=sum((part.networks for part in parts), ()),
-        coordinates=[row for part in parts for row in part.coordinates],
+        coordinates=np.concatenate([part.coordinates for part in parts]),
     )
 
 

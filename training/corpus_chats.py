@@ -41,7 +41,7 @@ def alignment_rows(
         kind = rng.choice(3, p=weights)
         row: dict[str, Any] = {"messages": [], "codes": []}
         if kind == 2:
-            row["text"] = excerpt(texts[rng.integers(len(texts))], TEXT_WORDS, rng)
+            row["text"] = excerpt(texts[int(rng.integers(len(texts)))], TEXT_WORDS, rng)
         else:
             row["codes"] = [scans.codes[scan][window].tolist()]
             if kind == 0:

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -84,6 +85,7 @@ def read_shard(
     except (pa.ArrowException, OSError) as error:
         raise DamagedShard(f"{shard.parent.name}/{shard.name} is damaged: {error}") from error
     prepared = []
+    row: Any
     for row in datasets.Dataset(table if rows is None else table.take(rows)).with_format("numpy"):
         scan = {key: row[key] for key in ("signal", "tr", "censored")}
         signal, _ = extractor.prepare_signal(scan, atlas=atlas)

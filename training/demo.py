@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class DemoSettings:
 
 
 def codec_config(quick: bool) -> FmriCodecConfig:
-    size = (
+    size: dict[str, Any] = (
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_decoder_layers": 1}
         if quick
         else {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_decoder_layers": 2}

@@ -180,13 +180,14 @@ def describe_shard(
     values = np.full((len(scans), len(descriptor_names(measures))), np.nan)
     reasons = []
     for row, ((_, _, atlas), signal) in enumerate(zip(scans, prepare_shard(scans, atlases), strict=True)):
-        reason = signal if isinstance(signal, str) else ""
-        if not reason:
-            try:
-                values[row] = describe(signal, atlases[atlas], measures, repetition_time, references)
-            except ValueError as error:
-                reason = str(error)
-        reasons.append(reason)
+        if isinstance(signal, str):
+            reasons.append(signal)
+            continue
+        try:
+            values[row] = describe(signal, atlases[atlas], measures, repetition_time, references)
+            reasons.append("")
+        except ValueError as error:
+            reasons.append(str(error))
     return values, reasons
 
 
@@ -308,7 +309,7 @@ class ShardWriter:
             columns["rewritten"].append(rewritten[scan])
         new = Dataset.from_dict({name: columns[name] for name in self.features}, features=self.features)
         rows = self.source.parts[shard.config].select([scan - shard.first for scan in scans])
-        table = rows.with_format("arrow")[:]
+        table: Any = rows.with_format("arrow")[:]
         for name in self.features:
             table = table.append_column(name, new.data.column(name))
         # the schema tells `datasets` the features
@@ -345,6 +346,8 @@ class ShardWriter:
 
     @cached_property
     def _language_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self.settings.rewrite is None:
+            raise ValueError("expected settings with a language model that rewrites, got none")
         return load_language_model(self.settings.rewrite)
 
 
@@ -355,7 +358,8 @@ def question_chat(question: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _scans(source: Source, shard: Shard) -> list[RawScan]:
-    rows = source.parts[shard.config].select(shard.rows).select_columns(["signal", "tr", "atlas"]).with_format("numpy")
+    rows: Any = source.parts[shard.config].select(shard.rows).select_columns(["signal", "tr", "atlas"])
+    rows = rows.with_format("numpy")
     return [(np.asarray(row["signal"], np.float32), float(row["tr"]), str(row["atlas"])) for row in rows]
 
 
@@ -363,7 +367,7 @@ def _descriptor_file(work: Path, shard: Shard) -> Path:
     return (work / "descriptors" / shard.file).with_suffix(".npz")
 
 
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
     # to an open file, because numpy adds an ending to a path
     with open(path, "wb") as handle:
         np.savez(handle, **arrays)

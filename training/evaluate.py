@@ -175,7 +175,8 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
             for key, answer in answers.items():
                 given = answer[:, inside]
                 truth = np.broadcast_to(item.truth[inside], given.shape)
-                np.add.at(confusion[key], (subject, truth, given), 1 / len(given))
+                # declared for one array of indices
+                np.add.at(confusion[key], (subject, truth, given), 1 / len(given))  # pyright: ignore[reportArgumentType]
         if not confusion["right"].any():
             continue
         # a draw of people in whom one of the answers is never true has no balanced accuracy: answering the same to

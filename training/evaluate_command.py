@@ -51,7 +51,7 @@ def evaluate(
     if card is not None:
         add_to_card(card, results)
     shown = table(results)
-    shown = shown[shown.reading.isin(["right", "swapped"]) & (shown.variant == "")]
+    shown = shown.loc[shown.reading.isin(["right", "swapped"]) & (shown.variant == "")]
     columns = ["method", "shots", "reading", "metric", "value", "low", "high", "parse_failures"]
-    typer.echo(shown[columns].to_string(index=False, float_format="%.3f", na_rep="-"))
+    typer.echo(shown.loc[:, columns].to_string(index=False, float_format="%.3f", na_rep="-"))
     typer.echo(f"\nresults.json, results.csv and plots are in {output}")

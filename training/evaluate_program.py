@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ class _Run:
         if arm.shots == FULL:
             return rows
         seed = self.protocol.seed + 1000 * (arm.draw + 1)
-        return rows[k_shot(self.scans.subjects[rows], self.scans.truth[rows], arm.shots, seed)]
+        return rows[k_shot(self.scans.subjects[rows], self.scans.truth[rows], int(arm.shots), seed)]
 
     def _majority(self, training: np.ndarray, split: Split) -> dict[str, np.ndarray]:
         truth = self.scans.truth[training]
@@ -223,7 +224,7 @@ class _Run:
             mean = self.scans.truth[split.training].mean()
             values = np.array([mean if answer is None else answer for answer in parsed])
             return {"values": values, "failures": failures}
-        words = self.task.choice_words
+        words: list[Any] = self.task.choice_words
         classes = np.array([UNPARSED if answer is None else words.index(answer) for answer in parsed])
         return {"classes": classes, "failures": failures}
 
@@ -261,7 +262,7 @@ def _splits(task: Task, scans: LabelledScans, protocol: Protocol) -> list[Split]
 
 def _kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     if not path.exists():
-        made = make()
+        made: dict[str, Any] = make()
 
         def save(temporary: Path) -> None:
             with open(temporary, "wb") as handle:

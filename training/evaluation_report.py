@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from huggingface_hub import EvalResult, ModelCard
@@ -93,12 +94,13 @@ def eval_results(results: dict) -> list[EvalResult]:
 def add_to_card(card_path: Path, results: dict) -> None:
     """Enter the results in the model-index of a card; those of the same task and dataset are replaced."""
     card = ModelCard.load(card_path)
-    if not card.data.model_name:
-        card.data.model_name = card_path.parent.name
+    facts: Any = card.data
+    if not facts.model_name:
+        facts.model_name = card_path.parent.name
     new = eval_results(results)
     key = {(entry.task_name, entry.dataset_name) for entry in new}
-    kept = [entry for entry in card.data.eval_results or [] if (entry.task_name, entry.dataset_name) not in key]
-    card.data.eval_results = kept + new
+    kept = [entry for entry in facts.eval_results or [] if (entry.task_name, entry.dataset_name) not in key]
+    facts.eval_results = kept + new
     write_whole(card_path, str(card))
 
 

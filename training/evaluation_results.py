@@ -82,10 +82,11 @@ def summarize(
 
 def _calibration(truth: np.ndarray, draws: Sequence[Answers]) -> list[dict] | None:
     """Share of right answers among those of about the same probability, over all draws."""
-    if draws[0].probabilities is None:
+    probabilities = [draw.probabilities for draw in draws if draw.probabilities is not None]
+    if not probabilities:
         return None
-    confidence = np.concatenate([draw.probabilities.max(-1) for draw in draws])
-    right = np.concatenate([draw.probabilities.argmax(-1) == truth for draw in draws])
+    confidence = np.concatenate([drawn.max(-1) for drawn in probabilities])
+    right = np.concatenate([drawn.argmax(-1) == truth for drawn in probabilities])
     bins = metrics.calibration_bins(confidence)
     return [
         {

@@ -32,7 +32,7 @@ def info(as_json: AsJson = False) -> None:
 def collect() -> dict[str, dict[str, str | int | None]]:
     """What the command tells, by part: None where something is not installed, the caches in bytes."""
     # a requirement begins with its name; some are extras of this package itself
-    required = {re.match(r"[\w.-]+", line)[0] for line in requires("fmri-lm")} - {"fmri-lm"}
+    required = set(re.findall(r"^[\w.-]+", "\n".join(requires("fmri-lm") or ()), re.MULTILINE)) - {"fmri-lm"}
     return {
         "program": {"fmri-lm": version("fmri-lm"), "python": platform.python_version(), "system": platform.platform()},
         "devices": _devices(),
@@ -42,12 +42,14 @@ def collect() -> dict[str, dict[str, str | int | None]]:
     }
 
 
-def _devices() -> dict[str, str]:
+def _devices() -> dict[str, str | int | None]:
     import torch
 
-    found = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    found: dict[str, str | int | None] = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     kind = torch.accelerator.current_accelerator()
-    for index in range(torch.accelerator.device_count() if kind else 0):
+    if kind is None:
+        return found
+    for index in range(torch.accelerator.device_count()):
         found[f"{kind.type}:{index}"] = torch.cuda.get_device_name(index) if kind.type == "cuda" else kind.type
     return found
 

@@ -59,7 +59,7 @@ def _values(folder: Path, results: dict | None, repo: str) -> dict[str, Any]:
     """What the template's names stand for."""
     adapter = _read(folder / "adapter_config.json")
     config = _read(folder / "config.json") or {}
-    extractor = _read(folder / "processor_config.json")["feature_extractor"]
+    extractor = (_read(folder / "processor_config.json") or {})["feature_extractor"]
     origin = results["model"] if results else {"base_model": None, "license": "unknown"}
     base_model = adapter["base_model_name_or_path"] if adapter else origin["base_model"]
     name = folder.name if repo == UNKNOWN_REPO else repo.split("/")[-1]

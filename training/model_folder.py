@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,14 +21,14 @@ def base_of(name: str) -> str | None:
 
 
 def load_model(
-    name: str, dtype: torch.dtype | str, merge: bool, quantization: BitsAndBytesConfig | None = None
+    name: str, dtype: torch.dtype | str | None, merge: bool, quantization: BitsAndBytesConfig | None = None
 ) -> FmriLMForConditionalGeneration | PeftModel:
     """
     A joint model out of a folder or the Hub. An adapter comes with what it was trained on: merged into it, or
     trainable on top of it. quantization: of the language model's matrices.
     """
     base = base_of(name)
-    options = {} if quantization is None else {"quantization_config": quantization}
+    options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     model = FmriLMForConditionalGeneration.from_pretrained(base or name, dtype=dtype, **options)
     if base is None:
         return model

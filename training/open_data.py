@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -73,7 +74,8 @@ def _lemon_scan() -> Scan:
 def _on_fsaverage5(atlas: Atlas) -> Parcels:
     """The atlas' volume projected onto the surface; labels of the wrong hemisphere become background."""
     meshes = datasets.load_fsaverage("fsaverage5")
-    volume = nib.Nifti1Image(atlas.parcels.volume, atlas.parcels.affine)
+    parcels: Any = atlas.parcels
+    volume = nib.Nifti1Image(parcels.volume, parcels.affine)
     sides = {}
     for side, mark in (("left", "LH"), ("right", "RH")):
         labels = surface.vol_to_surf(

@@ -104,8 +104,8 @@ class PlantedCohort:
         self.confounding = confounding
         self.frames = frames
         self.repetition_time = repetition_time
-        # longer than the scan, whose end would otherwise run into its start
-        self.period = fft.next_fast_len(frames + SPECTRUM_FRAMES, real=True)
+        # longer than the scan, whose end would otherwise run into its start; declared to return nothing
+        self.period: int = fft.next_fast_len(frames + SPECTRUM_FRAMES, real=True)  # pyright: ignore[reportAttributeAccessIssue]
         self.covariances = np.stack([_covariance(scan.signal) for scan in training_scans])
         self.amplitudes = np.stack([_amplitudes(scan.signal, self.period) for scan in training_scans])
         self.group_network = PlantedNetwork(network, self.atlas, self.covariances.mean(0))
@@ -170,7 +170,7 @@ class PlantedCohort:
         amplitudes = np.tensordot(weights.astype(np.float32), self.amplitudes, 1)
         white = rng.standard_normal((len(covariance), 2 * amplitudes.shape[1]), dtype=np.float32)
         correlated = np.linalg.cholesky(covariance).astype(np.float32) @ white
-        series = fft.irfft(amplitudes * correlated.view(np.complex64), self.period)[:, : self.frames]
+        series = np.asarray(fft.irfft(amplitudes * correlated.view(np.complex64), self.period))[:, : self.frames]
         series -= series.mean(1, keepdims=True)
         series /= series.std(1, keepdims=True)
         return np.ascontiguousarray(series.T)
@@ -218,7 +218,7 @@ class PlantedNetwork:
 def _covariance(series: np.ndarray) -> np.ndarray:
     """Correlations float64 [rois, rois], a little nearer to independence."""
     correlations = np.corrcoef(series.T.astype(np.float64))
-    return (1 - SHRINKAGE) * correlations + SHRINKAGE * np.eye(len(correlations))
+    return (1 - SHRINKAGE) * correlations + SHRINKAGE * np.eye(series.shape[1])
 
 
 def _amplitudes(series: np.ndarray, period: int) -> np.ndarray:

@@ -137,6 +137,8 @@ def _fmriprep_confounds(path: Path, strategy: str) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         confounds, kept = load_confounds_strategy(str(path), denoise_strategy=strategy)
+    if confounds is None:
+        raise ValueError(f"{path.name}: expected confounds for the strategy {strategy!r}, got none")
     censored = np.zeros(len(confounds), dtype=bool)
     if kept is not None:
         censored[:] = True
@@ -183,10 +185,11 @@ def _write_failures(output: Path, failures: Sequence[tuple[ScanSource, str]]) ->
 
 def _load_atlases(scans: Sequence[ScanSource], default: str | None) -> list[Atlas]:
     """The atlas of each scan."""
+    names = {name for scan in scans if (name := scan.atlas or default) is not None}
     if default is None and any(scan.atlas is None for scan in scans):
         raise ValueError("which atlas are the scans' ROIs from? Give --atlas, or a column atlas in the manifest")
     named = {}
-    for name in sorted({scan.atlas or default for scan in scans}):
+    for name in sorted(names):
         if name.endswith(".tsv") and not Path(name).is_file():
             raise ValueError(f"no table of an atlas at {name}")
         # tables of ROI series need no parcels, which may have to be fetched

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def quantization(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
         )
     if not model_args.use_peft:
         raise ValueError("expected use_peft with load_in_4bit or load_in_8bit: stored like that, weights do not learn")
-    config = get_quantization_config(model_args)
+    config: Any = get_quantization_config(model_args)
     # what a scan passes through is small, and is trained whole
     config.llm_int8_skip_modules = ["codec", "projector", "descriptors", "boundaries", "fmri_head", "lm_head"]
     return config
@@ -82,18 +82,22 @@ def trainable(
 
     from .alignment import add_adapter
 
-    config = get_peft_config(model_args)
+    config: Any = get_peft_config(model_args)
     return model if config is None or isinstance(model, PeftModel) else add_adapter(model, config)
 
 
-def keep_base(model: "FmriLMForConditionalGeneration", args: "TrainingArguments", last: Path | None) -> None:
+def keep_base(
+    model: "FmriLMForConditionalGeneration | PeftModel", args: "TrainingArguments", last: Path | None
+) -> None:
     """Writes a model that is nowhere else to `base/` of a run that begins, for the run's adapters to name."""
+    from .checkpoints import output_folder
     from .model_folder import write_folder
 
-    folder = Path(args.output_dir) / "base"
+    folder = output_folder(args) / "base"
     if last is None and args.should_save:
-        write_folder(folder, model.save_pretrained)
-    model.name_or_path = str(folder)
+        write_folder(folder, lambda part: model.save_pretrained(str(part)))
+    # a property, which a module's attributes hide
+    model.name_or_path = str(folder)  # pyright: ignore[reportArgumentType]
 
 
 def train_and_save(trainer: "Trainer", last: Path | None, write_more: Callable[[Path], None]) -> Path:
@@ -105,9 +109,11 @@ def train_and_save(trainer: "Trainer", last: Path | None, write_more: Callable[[
     """
     from peft import PeftModel
 
+    from .checkpoints import output_folder
     from .model_folder import load_model, write_folder
 
-    output = Path(trainer.args.output_dir)
+    processor: Any = trainer.processing_class
+    output = output_folder(trainer.args)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     is_adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     trained = output / ("adapter" if is_adapter else ".trained")
@@ -118,8 +124,8 @@ def train_and_save(trainer: "Trainer", last: Path | None, write_more: Callable[[
         model = load_model(str(trained), "auto", merge=True)
 
         def write(folder: Path) -> None:
-            model.save_pretrained(folder)
-            trainer.processing_class.save_pretrained(folder)
+            model.save_pretrained(str(folder))
+            processor.save_pretrained(folder)
             write_more(folder)
 
         write_folder(output / "model", write)
@@ -137,9 +143,10 @@ def encode_both(
     extractor: "FmriLMFeatureExtractor",
 ) -> tuple["EncodedScans", "EncodedScans | None"]:
     """Codes of the training scans and, if there are any and the loss on them is asked for, of the test scans."""
+    from .checkpoints import output_folder
     from .scan_windows import encode_scans
 
-    cache = Path(script_args.code_cache or Path(training_args.output_dir, "codes"))
+    cache = Path(script_args.code_cache or output_folder(training_args) / "codes")
 
     def encode(parts: list["Dataset"]) -> "EncodedScans":
         return encode_scans(codec, parts, scans.atlases, extractor, script_args.window_stride, cache)

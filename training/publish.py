@@ -47,8 +47,9 @@ def push(
     """
     validate_repo_id(repo)
     problems = list(find_problems(folder))
+    card = b""
     try:
-        card = None if problems else str(_card(folder, repo, results)).encode()
+        card = b"" if problems else str(_card(folder, repo, results)).encode()
     except ValueError as error:
         problems = [str(error)]
     if problems:
@@ -205,7 +206,8 @@ def _processor_problems(folder: Path) -> Iterator[str]:
 
 def _code_problems(folder: Path, files: list[Path]) -> Iterator[str]:
     """Code is the package's own, flat, and all that the configurations name."""
-    own = {path.name: path for package in (fmrilm, processors) for path in Path(package.__file__).parent.glob("*.py")}
+    folders = (Path(str(package.__file__)).parent for package in (fmrilm, processors))
+    own = {path.name: path for folder in folders for path in folder.glob("*.py")}
     own.pop("__init__.py")
     present = [path for path in files if path.suffix == ".py"]
     for path in present:

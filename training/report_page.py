@@ -133,7 +133,7 @@ def drawing(title: str, draw: Callable[[Figure], None], height: float, caption: 
     """A headed figure, its drawing embedded as SVG once for light and once for dark pages."""
     sources = {}
     for theme, ink in INKS.items():
-        style = {"text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink}
+        style: dict[Any, Any] = {"text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink}
         style |= {"ytick.color": ink, "font.size": 9, "axes.titlesize": 9.5, "axes.linewidth": 0.6}
         # names come from data: a dollar sign in one must not start a formula; the salt makes the file repeatable
         style |= {"text.parse_math": False, "svg.hashsalt": "fmrilm", "legend.frameon": False}

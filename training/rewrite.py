@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -82,7 +83,7 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     temperature: float,
 ) -> list[str]:
-    prompts = [prompt.format(text=text) for text in texts]
+    prompts: Any = [prompt.format(text=text) for text in texts]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is not None:
@@ -98,7 +99,8 @@ def _answers(
         return_tensors="pt",
     ).to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    generated = model.generate(
+    generate: Any = model.generate
+    generated = generate(
         **inputs,
         **sampling,
         # what says the same takes about as many tokens

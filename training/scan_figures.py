@@ -57,7 +57,8 @@ class ScanView:
     def connectivity(self) -> tuple[np.ndarray, np.ndarray]:
         """FC [rois, rois] of signal and reconstruction: Pearson; NaN where a ROI is flat or missing."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.corrcoef(np.float64(self.signal).T), np.corrcoef(np.float64(self.reconstruction).T)
+            signal, reconstruction = (np.corrcoef(np.float64(x).T) for x in (self.signal, self.reconstruction))
+            return np.asarray(signal), np.asarray(reconstruction)
 
     @property
     def connectivity_similarity(self) -> float:

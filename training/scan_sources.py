@@ -90,7 +90,7 @@ def read_manifest(path: Path) -> list[ScanSource]:
             tr = None if cells["tr"] is None else float(cells["tr"])
         except ValueError as error:
             raise ValueError(f"{path.name}, line {number}: expected tr in seconds, got {cells['tr']!r}") from error
-        files = {name: path.parent / cells[name] for name in ("path", "confounds") if cells[name] is not None}
+        files = {name: path.parent / cell for name in ("path", "confounds") if (cell := cells[name]) is not None}
         scans.append(ScanSource(**{**cells, **files, "tr": tr, "labels": values}))
     return scans
 

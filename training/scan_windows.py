@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -54,7 +55,7 @@ def encode_scans(
             known += part.select_columns(names).to_list()
             signals = part.select_columns([name for name in SIGNAL_COLUMNS if name in part.column_names])
             for start in range(0, len(part), SHARD):
-                shard = signals.skip(start).take(SHARD).with_format("numpy")
+                shard: Any = signals.skip(start).take(SHARD).with_format("numpy")
                 codes += _encode(codec, [_windows(row, atlases, extractor, stride) for row in shard], cache)
                 progress.update(len(shard))
     return EncodedScans(known, codes)

@@ -52,7 +52,7 @@ accelerate launch -m fmrilm.training.sft_program \\
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .programs import ScanArguments
 
@@ -100,7 +100,7 @@ def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args
     from fmrilm.processors import FmriLMProcessor
     from fmrilm.processors.descriptors.cohort import JSON_FILE, Cohort
 
-    from .checkpoints import last_checkpoint
+    from .checkpoints import last_checkpoint, output_folder
     from .collator import RowCollator, encode_dataset
     from .corpus import load_scans
     from .corpus_chats import described_windows
@@ -117,14 +117,14 @@ def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args
         raise ValueError("expected tasks or a corpus to take questions from, got neither")
     tasks = [load_task(task) for task in script_args.tasks]
     set_seed(training_args.seed)
-    last = last_checkpoint(Path(training_args.output_dir))
+    last = last_checkpoint(output_folder(training_args))
     scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share, training_args.seed)
     processor = FmriLMProcessor.from_pretrained(name)
     extractor = processor.feature_extractor
     known = {atlas["name"] for atlas in extractor.atlases}
     extractor.atlases += [atlas.to_dict() for name, atlas in scans.atlases.items() if name not in known]
     model = load_model(name, model_args.dtype, script_args.merge_adapter, quantization(model_args))
-    joint = model.get_base_model() if isinstance(model, PeftModel) else model
+    joint: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     training, test = encode_both(script_args, training_args, joint.model.codec, scans, extractor)
     if model_args.use_peft and script_args.merge_adapter and base_of(name):
         keep_base(model, training_args, last)
@@ -169,7 +169,8 @@ def make_parser() -> "TrlParser":
 
     from .arguments import FmriLMSFTConfig
 
-    return TrlParser((SftArguments, FmriLMSFTConfig, ModelConfig))
+    # declared for a type of its own, which dataclasses are not
+    return TrlParser((SftArguments, FmriLMSFTConfig, ModelConfig))  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

@@ -206,11 +206,11 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
         file.upload(keep, file, [upload, status], api_name="upload")
         space.unload(leave)
-        file.clear(discard, upload, None, api_name=False)
+        file.clear(discard, upload, None, api_visibility="private")
         button.click(read, [upload, atlas, tr], [*opening, file], api_name="read", **one_at_a_time)
         for example_button in examples:
-            example_button.click(example, [example_button, atlas], opening, api_name=False, **one_at_a_time)
-        chat.clear(lambda session: Session(session.scan), session, session, api_name=False)
+            example_button.click(example, [example_button, atlas], opening, api_visibility="private", **one_at_a_time)
+        chat.clear(lambda session: Session(session.scan), session, session, api_visibility="private")
         question.submit(
             ask,
             [session, question, choices],

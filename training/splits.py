@@ -15,7 +15,7 @@ class Split:
     test: np.ndarray
 
 
-def hold_out(subjects: Sequence[str], labels: np.ndarray | None, share: float, seed: int) -> Split:
+def hold_out(subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None, share: float, seed: int) -> Split:
     """
     A `share` of the subjects for the test, all rows of a subject on one side. labels: class int [rows] by which the
     two are stratified where each class has two subjects; None for numbers.
@@ -31,7 +31,7 @@ def hold_out(subjects: Sequence[str], labels: np.ndarray | None, share: float, s
     return _split(subjects, names[training], names[test])
 
 
-def k_fold(subjects: Sequence[str], labels: np.ndarray | None, folds: int, seed: int) -> Iterator[Split]:
+def k_fold(subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None, folds: int, seed: int) -> Iterator[Split]:
     """
     Each subject is in the test set of one of the folds, with all its rows. Stratified by labels, class int [rows],
     where each class has at least one subject for every fold.
@@ -45,12 +45,12 @@ def k_fold(subjects: Sequence[str], labels: np.ndarray | None, folds: int, seed:
         yield _split(subjects, names[training], names[test])
 
 
-def k_shot(subjects: Sequence[str], labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+def k_shot(subjects: Sequence[str] | np.ndarray, labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
     """Rows of `shots` subjects of each class, drawn at random; labels: class int [rows]."""
     names, classes = _by_subject(subjects, labels)
     rng = np.random.default_rng(seed)
     chosen = []
-    for label in np.unique(classes):
+    for label in np.unique(np.asarray(classes)):
         members = names[classes == label]
         if len(members) < shots:
             raise ValueError(f"expected at least {shots} training subjects of class {label}, got {len(members)}")
@@ -58,10 +58,10 @@ def k_shot(subjects: Sequence[str], labels: np.ndarray, shots: int, seed: int) -
     return np.flatnonzero(np.isin(subjects, chosen))
 
 
-def check_disjoint(subjects: Sequence[str], split: Split) -> None:
+def check_disjoint(subjects: Sequence[str] | np.ndarray, split: Split) -> None:
     """ValueError naming rows of a subject that is in both parts."""
-    subjects = np.asarray(subjects)
-    both, training, test = np.intersect1d(subjects[split.training], subjects[split.test], return_indices=True)
+    names = np.asarray(subjects)
+    both, training, test = np.intersect1d(names[split.training], names[split.test], return_indices=True)
     if len(both):
         raise ValueError(
             f"expected each subject in one part of a split, got {len(both)} in both: one has row "
@@ -69,13 +69,15 @@ def check_disjoint(subjects: Sequence[str], split: Split) -> None:
         )
 
 
-def _split(subjects: Sequence[str], training: np.ndarray, test: np.ndarray) -> Split:
+def _split(subjects: Sequence[str] | np.ndarray, training: np.ndarray, test: np.ndarray) -> Split:
     split = Split(*(np.flatnonzero(np.isin(subjects, names)) for names in (training, test)))
     check_disjoint(subjects, split)
     return split
 
 
-def _by_subject(subjects: Sequence[str], labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+def _by_subject(
+    subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Each subject's name and class; ValueError where the rows of a subject are of several classes."""
     names, first, whose = np.unique(np.asarray(subjects), return_index=True, return_inverse=True)
     if labels is None:

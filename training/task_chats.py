@@ -164,7 +164,7 @@ class TaskChats:
         if turns is None:
             turns = self._questions(row, 1 if paradigm == 0 else self.questions, rng)
         said, description = [], None
-        if rng.uniform() < self.source_share:
+        if rng.uniform() < self.source_share and self.sources is not None:
             said = self.sources.sentences(row, turns)
         if rng.uniform() < self.description_share and all(turn.labels for turn in turns):
             text = self.corpus["description"][row]

@@ -4,6 +4,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -11,7 +12,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .checkpoints import remove_broken, seal
+from .checkpoints import output_folder, remove_broken, seal
 from .length_buckets import LengthBuckets
 
 
@@ -22,6 +23,7 @@ class LossPartsTrainer(Trainer):
     sealed when it is whole, and only then do older ones go.
     """
 
+    model: torch.nn.Module
     loss_parts: Sequence[str] = ()
 
     def __init__(self, *args, **kwargs):
@@ -30,6 +32,7 @@ class LossPartsTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # not super(): TRL's trainers put a loss of their own in between, which knows nothing of the codes
+        outputs: Any
         loss, outputs = Trainer.compute_loss(
             self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -53,7 +56,6 @@ class LossPartsTrainer(Trainer):
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         for name, value in self.model.named_parameters():
             if value.requires_grad and not value.isfinite().all():
@@ -64,7 +66,7 @@ class LossPartsTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # a pickle with paths of this machine, which nothing reads
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        Path(output_dir or output_folder(self.args), TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_checkpoint(self, model, trial) -> None:
         output = self._get_output_dir(trial)
@@ -96,7 +98,7 @@ class JointTrainer(LossPartsTrainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # the epoch is asked for when it begins, which holds for a resumed one, too
@@ -104,18 +106,19 @@ class JointTrainer(LossPartsTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        per_step = self.model.config.codec_config.tokens_per_step
+        config: Any = self.model.config
+        per_step = config.codec_config.tokens_per_step
         counts = [(batch["fmri_codes"][:, per_step:] >= 0).sum() for batch in batches if "fmri_codes" in batch]
         if counts:
             total = torch.stack(counts).sum().to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                total = self.accelerator.gather(total).sum()
+                total = torch.as_tensor(self.accelerator.gather(total)).sum()
             for batch in batches:
                 batch["num_fmri_items_in_batch"] = total.clamp(min=1)
         return batches, items
 
 
-def training_options(output: Path, steps: int, batch: int, learning_rate: float, seed: int) -> dict:
+def training_options(output: str | Path, steps: int, batch: int, learning_rate: float, seed: int) -> dict[str, Any]:
     """Trainer arguments that the demo's three stages share: one warm-up, one cosine, nothing reported elsewhere."""
     return {
         "output_dir": str(output),

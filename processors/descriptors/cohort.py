@@ -152,7 +152,7 @@ class Cohort:
         folder = Path(folder)
         check_text_size(folder / JSON_FILE)
         try:
-            arrays = load_file(folder / ARRAYS_FILE)
+            arrays: dict[str, Any] = load_file(folder / ARRAYS_FILE)
             references = {
                 key.removeprefix(_REFERENCE): arrays.pop(key) for key in list(arrays) if key.startswith(_REFERENCE)
             }

@@ -1,5 +1,7 @@
 """Metrics of the graph that connects ROIs whose signals correlate."""
 
+from typing import Any
+
 import numpy as np
 from scipy.sparse import csr_matrix
 from sknetwork.clustering import Louvain, get_modularity
@@ -79,7 +81,8 @@ def modularity(weights: np.ndarray) -> float:
     graph = csr_matrix(weights)
     # the library's loose tolerances stop before the optimum of each level
     louvain = Louvain(tol_optimization=1e-9, tol_aggregation=1e-9)
-    return float(get_modularity(graph, louvain.fit_predict(graph)))
+    modularity: Any = get_modularity(graph, louvain.fit_predict(graph))
+    return float(modularity)
 
 
 def average_clustering(weights: np.ndarray) -> float:

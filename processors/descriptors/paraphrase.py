@@ -80,6 +80,8 @@ def differences(statements: Sequence[Statement], text: str) -> list[str]:
 
 
 def facts_of(statement: Statement) -> list[Fact]:
+    if statement.z is None:
+        raise ValueError(f"expected a statement with a z-score, got {statement}")
     measure, _, target = statement.descriptor.partition("/")
     parts = target.split("-")
     facts = [Fact("measure", measure), Fact("level", statement.level), Fact("z", z_text(statement.z))]

@@ -53,7 +53,7 @@ class Questioner:
         descriptors: np.ndarray,
         groups: Sequence[str],
         cohort: Cohort,
-        seed: int,
+        seed: int | Sequence[int],
         minimum_margin: float = 0.0,
     ):
         self.names = list(cohort.names)
@@ -115,7 +115,7 @@ class Questioner:
 
     def _level(self, row: int, column: int) -> tuple[str, Question]:
         name, level = self.names[column], LEVELS[self.levels[row, column]]
-        text = question(name, self.rng.integers(len(QUESTIONS)))
+        text = question(name, int(self.rng.integers(len(QUESTIONS))))
         margin = float(self.to_terciles[row, column].min())
         return level, Question("level", text, LEVELS, level, margin, (name,), (row,))
 

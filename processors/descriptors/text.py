@@ -105,14 +105,14 @@ def choose_statements(
     finite where absent; a family without any is left out.
     """
     columns: dict[str, list[int]] = {}
-    for column in np.flatnonzero(np.isfinite(z_scores)):
+    for column in np.flatnonzero(np.isfinite(z_scores)).tolist():
         columns.setdefault(FAMILIES[names[column].partition("/")[0]], []).append(column)
     paragraphs = []
     for known in columns.values():
         known.sort(key=lambda column: -abs(z_scores[column]))
         extreme, rest = known[: -(-count // 2)], known[-(-count // 2) :]
-        chosen = [*extreme, *rng.permutation(rest)[: count // 2].astype(int)]
-        paragraphs.append([z_statement(names[column], z_scores[column]) for column in chosen])
+        chosen: list[int] = [*extreme, *rng.permutation(rest)[: count // 2].astype(int).tolist()]
+        paragraphs.append([z_statement(names[column], float(z_scores[column])) for column in chosen])
     return paragraphs
 
 

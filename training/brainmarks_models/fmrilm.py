@@ -57,6 +57,7 @@ class FmriLMWrapper(ModelWrapper):
     """The language model's last hidden states at the tokens of a scan, without any text."""
 
     __space__ = "schaefer400"
+    coordinates: torch.Tensor
 
     def __init__(self, model: FmriLMForConditionalGeneration, atlas: Atlas) -> None:
         super().__init__()

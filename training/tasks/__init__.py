@@ -134,7 +134,7 @@ class Task:
         if self.choices is None:
             return f"{label:.{self.decimals}f}"
         if self.cuts is None:
-            return self.choices[label]
+            return self.choices[str(label)]
         return self.choice_words[int(np.searchsorted(self.cuts, label, side="right"))]
 
     def statement(self, value: Any) -> str:
@@ -306,5 +306,6 @@ def _named(rows: Sequence[int]) -> str:
 def _folded(value: Any) -> str:
     """A cell as it is compared with a choice: whole numbers without a point, in lower case."""
     if isinstance(value, Real) and float(value).is_integer():
-        value = int(value)
+        # every real number that is whole can be made an int
+        value = int(value)  # pyright: ignore[reportArgumentType]
     return str(value).strip().casefold()
