@@ -40,6 +40,7 @@ CODEC_FILES = {
 MODEL_FILES = {
     *CODEC_FILES,
     "backbones_fmrilm.py",
+    "choices_fmrilm.py",
     "forecast_fmrilm.py",
     "generation_fmrilm.py",
     "losses_fmrilm.py",
