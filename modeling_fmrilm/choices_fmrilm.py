@@ -44,8 +44,11 @@ class ChoiceTree:
         1 + nodes, vocabulary].
         """
         place = {(): 0} | {node: number for number, node in enumerate(self.nodes, 1)}
-        paths = ([place[tuple(choice[:end])] for end in range(len(choice))] for choice in self.choices)
-        return torch.stack([scores[:, path, answer].sum(-1) for path, answer in zip(paths, self.choices, strict=True)], -1)
+        totals = []
+        for choice in self.choices:
+            path = [place[tuple(choice[:end])] for end in range(len(choice))]
+            totals.append(scores[:, path, choice].sum(-1))
+        return torch.stack(totals, -1)
 
 
 __all__ = ["ChoiceTree"]
