@@ -60,6 +60,7 @@ PROCESSOR_FILES = {
     "parcellation.py",
     "parcels_fmrilm.py",
     "processing_fmrilm.py",
+    "scan_checks_fmrilm.py",
     "scan_files_fmrilm.py",
     "signal_fmrilm.py",
     "surface_files_fmrilm.py",
