@@ -202,7 +202,7 @@ def test_files_of_which_every_scan_is_left_out_do_not_spoil_the_corpus(tmp_path)
     for tests, splits in (({"p0"}, {"train": 4}), ({"p1"}, {"train": 3, "test": 1})):
         source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, tests)
         output = tmp_path / str(len(splits))
-        describe_dataset(source, output, CorpusSettings(statements=3, questions=4, shard_size=1))
+        describe_dataset(source, output, CorpusSettings(test_share=0, statements=3, questions=4, shard_size=1))
         assert {split: len(found) for split, found in load_dataset(str(output)).items()} == splits
 
 
@@ -214,8 +214,8 @@ def test_card_names_nobody(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"test_share": 0.9}, "at least 2 training subjects to fit a cohort on, got 1"),
-        ({"test_share": 1.0}, "share of test subjects"),
+        ({"test_share": 0.8}, "at least 2 training subjects to fit a cohort on, got 1"),
+        ({"test_share": 1.0}, "share of held-out subjects"),
     ],
 )
 def test_split_without_a_cohort_is_refused(scans: Path, settings: dict, message: str, tmp_path) -> None:
@@ -228,7 +228,7 @@ def test_folder_that_exists_and_cohort_of_another_atlas_are_refused(scans: Path,
     source = load_source(str(scans))
     with pytest.raises(ValueError, match="exists"):
         describe_dataset(source, corpus, SETTINGS)
-    other = describe.Source(source.name, source.parts, {"net": atlas("net", 9)}, None)
+    other = describe.Source(source.name, source.parts, {"net": atlas("net", 9)}, set())
     with pytest.raises(ValueError, match="was fitted on scans of"):
         describe_dataset(other, tmp_path / "corpus", SETTINGS, Cohort.load(corpus / "cohort"))
 

@@ -93,7 +93,7 @@ def align(
         raise ValueError("expected stage 2 in full precision: QLoRA is for stage 3, got load_in_4bit or load_in_8bit")
     set_seed(training_args.seed)
     last = last_checkpoint(Path(training_args.output_dir))
-    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share, training_args.seed)
+    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share)
     codec = FmriCodecModel.from_pretrained(script_args.codec, dtype=torch.float32).eval()
     extractor = FmriLMFeatureExtractor(
         atlases=list(scans.atlases.values()),

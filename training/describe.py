@@ -28,6 +28,7 @@ from fmrilm.processors.descriptors.text import REQUESTS, choose_statements, inte
 from .chats import assistant, scan_block, text_block, user
 from .corpus_card import corpus_card
 from .corpus_source import Source, held_out_subjects
+from .held_out import HELD_OUT_SHARE
 from .language_models import load_language_model
 from .parallel import run_parallel
 from .rewrite import rewrite
@@ -51,12 +52,12 @@ class CorpusSettings:
     """
     What is written about each scan.
 
-    test_share: of the subjects, where the source has no test split. statements: per family, in a description.
+    test_share: of the subjects, see `held_out_people`. statements: per family, in a description.
     questions: about a scan. minimum_margin: of a question, in standard deviations of the cohort. rewrite: language
     model (packaged name, folder or Hub id) that words the descriptions anew. shard_size: scans per file.
     """
 
-    test_share: float = 0.2
+    test_share: float = HELD_OUT_SHARE
     statements: int = 6
     questions: int = 6
     minimum_margin: float = 0.0
@@ -110,7 +111,7 @@ def describe_dataset(
     """
     if output.exists():
         raise ValueError(f"{output} exists: expected a new folder")
-    held_out = held_out_subjects(source, settings.test_share, settings.seed)
+    held_out = held_out_subjects(source, settings.test_share)
     if cohort is not None:
         _check_cohort(cohort, source.atlases)
     shards = plan_shards(source, held_out, settings.shard_size)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .held_out import HELD_OUT_SHARE
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +40,8 @@ class ScanArguments:
         },
     )
     held_out_share: float = field(
-        default=0.2, metadata={"help": "Share of the subjects that no row is about, where there is no corpus."}
+        default=HELD_OUT_SHARE,
+        metadata={"help": "Share of the subjects that no row is about, where there is no corpus."},
     )
     window_stride: int = field(default=80, metadata={"help": "Frames from one window of a scan to the next."})
     rows: int | None = field(

@@ -118,7 +118,7 @@ def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args
     tasks = [load_task(task) for task in script_args.tasks]
     set_seed(training_args.seed)
     last = last_checkpoint(Path(training_args.output_dir))
-    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share, training_args.seed)
+    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share)
     processor = FmriLMProcessor.from_pretrained(name)
     extractor = processor.feature_extractor
     known = {atlas["name"] for atlas in extractor.atlases}
