@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
+from tqdm import tqdm
 
 from fmrilm.processors import Atlas
 
@@ -43,9 +45,20 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the scans' ids, repetition times and atlases, and with their number."""
-        columns = [self._column(name) for name in COLUMNS if name != "signal"]
-        return hashlib.sha256(json.dumps([list(self.parts), columns]).encode()).hexdigest()[:16]
+        """Changes with any value of any scan, signals and labels included, and with the order of the scans."""
+        digest = hashlib.sha256()
+        with tqdm(desc="comparing", unit="scan", total=len(self.subjects)) as progress:
+            for config, rows in self.parts.items():
+                digest.update(config.encode())
+                for row in rows.with_format("numpy"):
+                    for name, value in row.items():
+                        values = np.asarray(value)
+                        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+                        # missing ones, and structs
+                        is_object = values.dtype == object
+                        digest.update(repr(values.tolist()).encode() if is_object else values.tobytes())
+                    progress.update()
+        return digest.hexdigest()[:16]
 
     def _column(self, name: str) -> list:
         return [value for part in self.parts.values() for value in part[name][:]]
