@@ -69,19 +69,15 @@ def align(
 ) -> Path:
     """Trains and writes the joint model's folder, which is returned. Rows are about the corpus' training subjects."""
     import torch
-    from transformers import set_seed
 
     from fmrilm.modeling_fmricodec import FmriCodecModel
     from fmrilm.processors import FmriLMFeatureExtractor, FmriLMProcessor
 
     from .alignment import join
-    from .checkpoints import last_checkpoint
-    from .collator import RowCollator, encode_dataset
-    from .corpus import load_scans
     from .corpus_chats import alignment_rows
     from .language_models import PACKAGED_MODEL, load_language_model
     from .plain_text import plain_texts
-    from .programs import encode_both, keep_base, train_and_save, trainable
+    from .programs import begin, encode_both, keep_base, on_rows, train_and_save, trainable
     from .trainer import JointTrainer
 
     if script_args.codec is None or script_args.corpus is None:
@@ -91,9 +87,7 @@ def align(
         )
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("expected stage 2 in full precision: QLoRA is for stage 3, got load_in_4bit or load_in_8bit")
-    set_seed(training_args.seed)
-    last = last_checkpoint(Path(training_args.output_dir))
-    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share)
+    scans, last = begin(script_args, training_args)
     codec = FmriCodecModel.from_pretrained(script_args.codec, dtype=torch.float32).eval()
     extractor = FmriLMFeatureExtractor(
         atlases=list(scans.atlases.values()),
@@ -113,18 +107,12 @@ def align(
 
     texts, held_out_texts = plain_texts()
 
-    def rows(of, texts, count, seed):
-        drawn = alignment_rows(of, texts, count, script_args.row_weights, script_args.paragraphs, seed)
-        return encode_dataset(drawn, processor)
+    def draw(of, count, seed):
+        about = held_out_texts if of is test else texts
+        return alignment_rows(of, about, count, script_args.row_weights, script_args.paragraphs, seed)
 
-    trainer = JointTrainer(
-        model=trainable(model, model_args),
-        args=training_args,
-        train_dataset=rows(training, texts, script_args.rows or len(training.windows), training_args.seed),
-        eval_dataset=test and rows(test, held_out_texts, script_args.evaluation_rows, training_args.seed + 1),
-        data_collator=RowCollator(tokenizer.pad_token_id),
-        processing_class=processor,
-    )
+    inputs = on_rows(script_args, training_args, processor, training, test, draw)
+    trainer = JointTrainer(model=trainable(model, model_args), **inputs)
     return train_and_save(trainer, last, scans.cohort.save)
 
 
