@@ -96,6 +96,7 @@ def planted(
         shots=(*(QUICK_SHOTS if quick else (4, 10)), FULL),
         draws=1 if quick else draws,
         methods=tuple(methods.split(",")),
+        new_people=True,
         test_share=TEST_SHARE,
         tuning=Tuning(steps=QUICK_STEPS if quick else steps, epochs=epochs),
         seed=seed,
@@ -113,7 +114,11 @@ def zeroshot(model: Folder, seed: int = 0, work: Work = WORK, quick: Quick = Fal
     never told a group; the baselines learn from the 200 other people.
     """
     protocol = Protocol(
-        shots=(0,), methods=("zero-shot", "connectivity", "majority"), test_share=TEST_SHARE, seed=seed
+        shots=(0,),
+        methods=("zero-shot", "connectivity", "majority"),
+        new_people=True,
+        test_share=TEST_SHARE,
+        seed=seed,
     )
     output = work / f"zeroshot{'-quick' if quick else ''}-{model.resolve().parent.name}-{seed}"
     write("zeroshot", table(evaluate(model, cohort(work, quick), WORDS, output, protocol)), results)

@@ -24,7 +24,7 @@ options = parser.parse_args()
 
 task = load_task(options.task)
 print(f"{task.name}: {task.questions[0]} {' / '.join(task.choice_words)}")
-protocol = Protocol(shots=(0,), methods=("zero-shot", "connectivity", "majority"))
+protocol = Protocol(shots=(0,), methods=("zero-shot", "connectivity", "majority"), new_people=True)
 results = evaluate(options.model, options.prepared, options.task, options.output, protocol)
 rows = table(results).query("reading == 'right' and variant == ''")
 print(rows[["method", "shots", "metric", "value", "low", "high"]].to_string(index=False))

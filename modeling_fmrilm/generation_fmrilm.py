@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
+from .choices_fmrilm import ChoiceTree
 from .configuration_fmrilm import FmriLMConfig
 from .steps_fmrilm import positions
 
@@ -48,30 +49,37 @@ class FmriLMGenerationMixin(GenerationMixin):
         outputs = self.model(**inputs, use_cache=True)
         length, rows = input_ids.shape[1], torch.arange(len(input_ids), device=self.device)
         last = (torch.arange(length, device=self.device) * mask[:, -length:]).argmax(-1)
-        scores = self.lm_head(outputs.last_hidden_state[rows, last]).float().log_softmax(-1)
-        totals = scores[:, [choice[0] for choice in choices]]
-        longest = max(len(choice) for choice in choices)
-        if longest == 1:
-            return totals
-        # each choice continues the cached prompt: all but its last token are read, all but its first are scored
-        count = len(choices)
-        cache = outputs.past_key_values
-        cache.batch_repeat_interleave(count)
-        padded = input_ids.new_zeros(count, longest)
-        for row, choice in enumerate(choices):
-            padded[row, : len(choice)] = torch.tensor(choice, device=self.device)
-        lengths = torch.tensor([len(choice) for choice in choices], device=self.device)
-        scored = torch.arange(1, longest, device=self.device) < lengths[:, None]
-        read = scored.long().repeat(len(rows), 1)
-        outputs = self.model(
-            padded[:, :-1].repeat(len(rows), 1),
-            attention_mask=torch.cat([mask.repeat_interleave(count, 0), read], -1),
-            mm_token_type_ids=F.pad(steps.repeat_interleave(count, 0), (0, longest - 1)),
+        states, cache = outputs.last_hidden_state[rows, last][:, None], outputs.past_key_values
+        tree = ChoiceTree(choices, self.device)
+        if tree.nodes:
+            states = torch.cat([states, self._read_tree(tree, cache, steps, mask)], 1)
+        return tree.totals(self.lm_head(states).float().log_softmax(-1))
+
+    def _read_tree(
+        self, tree: ChoiceTree, cache: Cache, steps: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Last hidden states [batch, nodes, hidden] after a cached prompt; mask, steps: of the prompt."""
+        depth = int(tree.depths.max()) + 1
+        steps, mask = F.pad(steps, (0, depth)), F.pad(mask, (0, depth), value=1)
+        position_ids = positions(steps, mask)[:, -depth:]
+        self.model.check_context(position_ids, steps)
+        embeddings = self.get_input_embeddings()(tree.input_ids.expand(len(mask), -1))
+        masks = create_masks_for_generate(
+            config=self.config.get_text_config(),
+            inputs_embeds=embeddings[:, :depth],
+            attention_mask=mask,
             past_key_values=cache,
+            position_ids=position_ids,
+            # of text alone, so that no block opens; but then there is always a mask to take apart
+            block_sequence_ids=torch.full_like(steps, -1),
         )
-        scores = self.lm_head(outputs.last_hidden_state).float().log_softmax(-1).unflatten(0, (len(rows), count))
-        following = padded[:, 1:].expand(len(rows), -1, -1)
-        return totals + (scores.gather(-1, following[..., None])[..., 0] * scored).sum(-1)
+        masks = {name: tree.mask(one) for name, one in masks.items()} if isinstance(masks, dict) else tree.mask(masks)
+        return self.model(
+            inputs_embeds=embeddings,
+            attention_mask=masks,
+            position_ids=position_ids[:, tree.depths],
+            past_key_values=cache,
+        ).last_hidden_state
 
     def prepare_inputs_for_generation(
         self,

@@ -15,6 +15,16 @@ from .atlases import Atlas
 from .cleaning_fmrilm import Cleaning, clean
 from .parcellation import parcellate
 from .parcels_fmrilm import Parcels
+from .scan_checks_fmrilm import (
+    TR_RANGE,
+    agree,
+    as_float_array,
+    check_finite,
+    check_shape,
+    check_tr,
+    select_columns,
+    without,
+)
 from .scan_files_fmrilm import is_scan_file, read_parcels, read_scan
 from .signal_fmrilm import (
     interquartile_range,
@@ -28,8 +38,6 @@ from .signal_fmrilm import (
 
 logger = logging.get_logger(__name__)
 
-# plausible repetition times, s: what lies outside is another unit or nothing at all
-TR_RANGE = (0.1, 10.0)
 PARCELS_FOLDER = "atlases"
 # what decides which file of a checkpoint is found, and how it is fetched
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "subfolder", "token", "local_files_only", "revision")
@@ -258,8 +266,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         while isinstance(scan, dict) and not is_scan_file(scan):
             if scan.get("signal") is None:
                 raise ValueError(f"a scan given as dict needs 'signal', got keys {sorted(scan)}")
-            tr = _agree("tr", tr, scan.get("tr"))
-            atlas = _agree("atlas", atlas, scan.get("atlas"))
+            tr = agree("tr", tr, scan.get("tr"))
+            atlas = agree("atlas", atlas, scan.get("atlas"))
             confounds = scan.get("confounds") if confounds is None else confounds
             censored = scan.get("censored") if censored is None else censored
             scan = scan["signal"]
@@ -271,17 +279,17 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
                 logger.warning(f"using tr={tr} s as given, although the file's header says {file.tr} s")
             tr = file.tr if tr is None else tr
             # before a large file is read
-            _checked_tr(tr)
+            check_tr(tr)
             scan = self._roi_signal(file, found, label_image)
-        signal = _as_float_array(scan)
-        _check_shape(signal, found)
-        tr = _checked_tr(tr)
+        signal = as_float_array(scan)
+        check_shape(signal, found)
+        tr = check_tr(tr)
         missing = np.asarray(np.isnan(signal).all(axis=0))
         present = found
         if missing.any():
             logger.warning(f"{missing.sum()} of the {len(found)} ROIs of {found.name!r} are missing in the scan")
-            present = _without(found, missing)
-        _check_finite(signal[:, ~missing], present)
+            present = without(found, missing)
+        check_finite(signal[:, ~missing], present)
         return MeasuredScan(signal, tr, found, confounds, censored)
 
     def num_steps(self, fmri_mask: np.ndarray | torch.Tensor) -> list[int]:
@@ -301,7 +309,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
     def _roi_signal(self, file: Any, atlas: Atlas, label_image: Any) -> np.ndarray:
         """Series [time, rois] of what `read_scan` found: its columns by name, or the means of its parcels."""
         if hasattr(file, "rois"):
-            return file.values if file.rois is None else _select_columns(file.values, file.rois, atlas)
+            return file.values if file.rois is None else select_columns(file.values, file.rois, atlas)
         if label_image is not None:
             parcels = read_parcels(label_image)
         else:
@@ -362,89 +370,11 @@ def _as_atlas(atlas: Any) -> Atlas:
     return Atlas.from_dict(atlas.to_dict(), atlas.parcels) if hasattr(atlas, "to_dict") else Atlas.from_dict(atlas)
 
 
-def _without(atlas: Atlas, missing: np.ndarray) -> Atlas:
-    """The atlas' ROIs but for the missing ones, bool [rois]."""
-    if missing.all():
-        raise ValueError(f"all {len(atlas)} ROIs of {atlas.name!r} are missing: expected a signal")
-    keep = np.flatnonzero(~missing)
-    rois, networks = (tuple(values[i] for i in keep) for values in (atlas.rois, atlas.networks))
-    return Atlas(atlas.name, rois, networks, atlas.coordinates[keep])
-
-
-def _agree(what: str, argument: Any, own: Any) -> Any:
-    """The value that is given, once or twice alike; a scan's own value and the call's must not contradict."""
-    if argument is None or own is None:
-        return own if argument is None else argument
-    if isinstance(argument, str) != isinstance(own, str):
-        # a name and an atlas of that name say the same; the atlas says more
-        argument, own = sorted((argument, own), key=lambda value: isinstance(value, str))
-        same = argument.name == own
-    else:
-        same = argument == own
-    if not same:
-        raise ValueError(f"{what} given twice and differently: {argument!r} and {own!r}")
-    return argument
-
-
 def _check_window(window: str, window_stride: int | None) -> None:
     if window not in WINDOWS:
         raise ValueError(f"window must be one of {WINDOWS}, got {window!r}")
     if window_stride is not None and window_stride < 1:
         raise ValueError(f"window_stride must be at least 1 frame, got {window_stride}")
-
-
-def _checked_tr(tr: float | None) -> float:
-    if tr is None:
-        raise ValueError("the scan's repetition time is not known: give tr=... in seconds")
-    if not TR_RANGE[0] < tr < TR_RANGE[1]:
-        hint = "; milliseconds?" if tr >= TR_RANGE[1] else ""
-        raise ValueError(f"tr must be in {TR_RANGE} seconds, got {tr}{hint}")
-    return tr
-
-
-def _as_float_array(scan: Any) -> np.ndarray:
-    if isinstance(scan, torch.Tensor):
-        scan = scan.detach().cpu().to(torch.float64).numpy()
-    array = np.asarray(scan)
-    if array.dtype.kind not in "iuf":
-        raise ValueError(f"expected a signal of real numbers, got {type(scan).__name__} of dtype {array.dtype}")
-    return array.astype(np.float64)
-
-
-def _select_columns(signal: np.ndarray, columns: tuple[str, ...], atlas: Atlas) -> np.ndarray:
-    """Columns of a table in the atlas' order, found by name; columns that are not in the atlas are left out."""
-    position = {name: i for i, name in enumerate(columns)}
-    if len(position) < len(columns):
-        raise ValueError(f"expected {len(columns)} different column names, got {len(position)}")
-    if missing := [roi for roi in atlas.rois if roi not in position]:
-        unknown = [name for name in columns if name not in set(atlas.rois)]
-        raise ValueError(
-            f"{len(missing)} of the {len(atlas)} ROIs of {atlas.name!r} are not among the {len(columns)} columns: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; columns that the atlas does not have: "
-            f"{', '.join(unknown[:5]) or 'none'}{', ...' if len(unknown) > 5 else ''}"
-        )
-    return signal[:, [position[roi] for roi in atlas.rois]]
-
-
-def _check_shape(signal: np.ndarray, atlas: Atlas) -> None:
-    expected = f"expected [time, rois] = [*, {len(atlas)}] for atlas {atlas.name!r}, got {signal.shape}"
-    if signal.ndim != 2:
-        raise ValueError(f"{expected}: not two-dimensional")
-    if signal.shape[1] != len(atlas):
-        hint = "transposed?" if signal.shape[0] == len(atlas) else f"{signal.shape[1]} ROIs instead of {len(atlas)}"
-        raise ValueError(f"{expected}: {hint}")
-    if len(signal) == 0:
-        raise ValueError(f"{expected}: no frames")
-
-
-def _check_finite(signal: np.ndarray, atlas: Atlas) -> None:
-    bad = ~np.isfinite(signal)
-    if bad.any():
-        first = int(np.flatnonzero(bad.any(axis=0))[0])
-        raise ValueError(
-            f"{int(bad.sum())} of {signal.size} values are NaN or infinite, the first ROI with one is "
-            f"{atlas.rois[first]!r} (column {first}); expected finite numbers"
-        )
 
 
 # every save ships the code, so that a downloaded folder loads where this package is not installed

@@ -49,7 +49,7 @@ STAGES = {
         "held_out_share": 0.34,
     },
     "alignment": {**CHATS, "window_length": 16, "projector_steps": 2},
-    "sft": {**CHATS, "questions": 2, "gradient_checkpointing": "false"},
+    "sft": {**CHATS, "held_out_share": 0.34, "questions": 2, "gradient_checkpointing": "false"},
 }
 
 
@@ -92,6 +92,8 @@ def command_line(stage: str, folders: Path, output: Path, **changes) -> list[str
     values = {**SHARED, **STAGES[stage], **data, "output_dir": output, **changes}
     words = []
     for name, value in values.items():
+        if value is None:
+            continue
         words += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return words
 

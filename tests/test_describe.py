@@ -2,6 +2,7 @@
 
 import csv
 import filecmp
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,7 +18,7 @@ from fmrilm.training import describe
 from fmrilm.training.cli import app
 from fmrilm.training.collator import with_token_counts
 from fmrilm.training.corpus_source import load_source
-from fmrilm.training.describe import CorpusSettings, describe_dataset, question_chat
+from fmrilm.training.describe import CorpusSettings, describe_dataset
 from helpers import atlas, prepared
 
 
@@ -123,11 +124,9 @@ def test_questions_are_answered_by_the_descriptors(corpus: Path) -> None:
 def test_rows_become_prompts(corpus: Path, processor) -> None:
     row = load_dataset(str(corpus), split="train")[0]
     codes = np.zeros(8, int)
-    for chat in (row["messages"], *(question_chat(question) for question in row["questions"])):
-        scans = sum(block["type"] == "fmri" for message in chat for block in message["content"])
-        text = processor.apply_chat_template(with_token_counts(chat, [codes] * scans))["input_ids"]
-        pad = processor.tokenizer.convert_tokens_to_ids("<|fmri_pad|>")
-        assert (np.asarray(text) == pad).sum() == 8 * scans
+    text = processor.apply_chat_template(with_token_counts(row["messages"], [codes]))["input_ids"]
+    pad = processor.tokenizer.convert_tokens_to_ids("<|fmri_pad|>")
+    assert (np.asarray(text) == pad).sum() == 8
 
 
 def failing(stop: int):
@@ -202,7 +201,7 @@ def test_files_of_which_every_scan_is_left_out_do_not_spoil_the_corpus(tmp_path)
     for tests, splits in (({"p0"}, {"train": 4}), ({"p1"}, {"train": 3, "test": 1})):
         source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, tests)
         output = tmp_path / str(len(splits))
-        describe_dataset(source, output, CorpusSettings(statements=3, questions=4, shard_size=1))
+        describe_dataset(source, output, CorpusSettings(test_share=0, statements=3, questions=4, shard_size=1))
         assert {split: len(found) for split, found in load_dataset(str(output)).items()} == splits
 
 
@@ -214,8 +213,8 @@ def test_card_names_nobody(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"test_share": 0.9}, "at least 2 training subjects to fit a cohort on, got 1"),
-        ({"test_share": 1.0}, "share of test subjects"),
+        ({"test_share": 0.8}, "at least 2 training subjects to fit a cohort on, got 1"),
+        ({"test_share": 1.0}, "share of held-out subjects"),
     ],
 )
 def test_split_without_a_cohort_is_refused(scans: Path, settings: dict, message: str, tmp_path) -> None:
@@ -228,7 +227,7 @@ def test_folder_that_exists_and_cohort_of_another_atlas_are_refused(scans: Path,
     source = load_source(str(scans))
     with pytest.raises(ValueError, match="exists"):
         describe_dataset(source, corpus, SETTINGS)
-    other = describe.Source(source.name, source.parts, {"net": atlas("net", 9)}, None)
+    other = describe.Source(source.name, source.parts, {"net": atlas("net", 9)}, set())
     with pytest.raises(ValueError, match="was fitted on scans of"):
         describe_dataset(other, tmp_path / "corpus", SETTINGS, Cohort.load(corpus / "cohort"))
 
@@ -246,3 +245,49 @@ def test_folders_of_one_name_are_not_taken_for_each_other(tmp_path) -> None:
         folder.mkdir()
         command("prepare", write_manifest(folder, people), folder / "prepared", "--atlas", folder / "net.tsv")
         assert len(load_dataset(str(folder / "prepared"), "net", split="train")) == people
+
+
+def changed(source: describe.Source, column: str, change: Callable) -> describe.Source:
+    """The same scans but for one value of the last one."""
+    last = len(source.subjects) - 1
+    parts = {
+        name: rows.map(lambda row, number: {column: change(row[column])} if number == last else {}, with_indices=True)
+        for name, rows in source.parts.items()
+    }
+    return describe.Source(source.name, parts, source.atlases, source.test_subjects)
+
+
+def rows_of(corpus: Path) -> dict[int, dict]:
+    """By number of the scan."""
+    return {row["scan"]: row for rows in load_dataset(str(corpus)).values() for row in rows}
+
+
+def louder(signal: list) -> list:
+    """One frame of one ROI is another."""
+    values = np.array(signal)
+    values[30, 3] += 1
+    return values.tolist()
+
+
+@pytest.mark.parametrize(("column", "change"), [("signal", louder), ("handedness", lambda label: "both")])
+def test_stopped_run_goes_on_with_the_same_scans_alone(
+    scans: Path, corpus: Path, tmp_path, monkeypatch, column: str, change: Callable
+) -> None:
+    source = load_source(str(scans))
+    other = changed(source, column, change)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(describe, "write_whole", failing(4))
+        describe_dataset(source, tmp_path / "corpus", SETTINGS)
+    with pytest.raises(ValueError, match=f"scans {source.fingerprint} instead of {other.fingerprint}"):
+        describe_dataset(other, tmp_path / "corpus", SETTINGS)
+    # deleted, as the message says, it is described anew
+    shutil.rmtree(tmp_path / "corpus.partial")
+    describe_dataset(other, tmp_path / "corpus", SETTINGS)
+    before, after = (rows_of(folder)[len(source.subjects) - 1] for folder in (corpus, tmp_path / "corpus"))
+    written = {"signal": "descriptors"}.get(column, column)
+    assert before[written] != after[written]
+
+
+def test_scans_read_again_have_the_same_fingerprint(scans: Path, tmp_path) -> None:
+    moved = shutil.copytree(scans, tmp_path / "elsewhere")
+    assert load_source(str(scans)).fingerprint == load_source(str(moved)).fingerprint

@@ -19,6 +19,7 @@ from fmrilm.training.cli import app
 from fmrilm.training.collator import pad_codes, with_token_counts
 from fmrilm.training.evaluate_program import FULL, Protocol, evaluate
 from fmrilm.training.evaluation_report import add_to_card
+from fmrilm.training.held_out import held_out_people
 from fmrilm.training.labelled_scans import load_labelled
 from fmrilm.training.planted import PlantedCohort, write_planted
 from fmrilm.training.tasks import Task, load_task
@@ -27,6 +28,8 @@ from helpers import labelled_atlas, prepared
 
 GROUP = Task("planted_group", "group", ("Which group?", "Which of the two?"), {"a": "younger", "b": "the older"})
 AGE = Task("planted_age", "age", ("How old?",), range=(20, 80), unit="years")
+# made-up people: a third of them is tested
+NEW = {"new_people": True, "test_share": 1 / 3}
 SCANS = [np.array([3, 1, 4, 1]), np.array([5, 9, 2, 6, 5, 3]), np.array([1, 1, 1, 2])]
 
 
@@ -175,6 +178,7 @@ def test_the_model_stands_beside_baselines_and_swapped_scans(cohort, saved, tmp_
         shots=(0, 2, FULL),
         draws=2,
         methods=evaluate_program.METHODS,
+        **NEW,
         tuning=Tuning(1),
     )
     output = tmp_path / "results"
@@ -217,7 +221,7 @@ def test_the_model_stands_beside_baselines_and_swapped_scans(cohort, saved, tmp_
 def test_ages_are_answered_in_words_and_failures_counted(cohort, saved, tmp_path, monkeypatch) -> None:
     said = iter(["34 years", "no idea", "between 20 and 40", *["50"] * 100])
     monkeypatch.setattr(evaluate_program, "answer_scans", lambda *args: [next(said) for _ in args[-1]])
-    protocol = Protocol(shots=(0,), methods=("zero-shot", "connectivity", "majority"))
+    protocol = Protocol(shots=(0,), methods=("zero-shot", "connectivity", "majority"), **NEW)
     results = evaluate(saved, cohort, write_task(AGE, tmp_path), tmp_path / "ages", protocol)
     found = {entry["method"]: entry for entry in results["methods"]}
     assert found["zero-shot"]["parse_failures"] == 2
@@ -229,17 +233,27 @@ def test_ages_are_answered_in_words_and_failures_counted(cohort, saved, tmp_path
 
 def test_open_answers_count_failures_as_wrong(cohort, saved, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(evaluate_program, "answer_scans", lambda *args: ["hm" for _ in args[-1]])
-    protocol = Protocol(shots=(0,), methods=("zero-shot",), open_ended=True)
+    protocol = Protocol(shots=(0,), methods=("zero-shot",), open_ended=True, **NEW)
     (entry,) = evaluate(saved, cohort, write_task(GROUP, tmp_path), tmp_path / "open", protocol)["methods"]
     assert entry["parse_failures"] == entry["rows"] == 8
     assert entry["metrics"]["right"]["accuracy"]["value"] == 0 and "roc_auc" not in entry["metrics"]["right"]
 
 
 def test_every_subject_is_tested_once_in_a_cross_validation(cohort, saved, tmp_path) -> None:
-    protocol = Protocol(shots=(FULL,), methods=("connectivity", "majority"), folds=3)
+    protocol = Protocol(shots=(FULL,), methods=("connectivity", "majority"), folds=3, new_people=True)
     results = evaluate(saved, cohort, write_task(GROUP, tmp_path), tmp_path / "folds", protocol)
     assert results["data"]["test_subjects"] == [8, 8, 8] and results["methods"][0]["rows"] == 24
     assert json.loads((tmp_path / "folds" / "results.json").read_text()) == results
+
+
+def test_people_who_may_have_been_trained_on_are_not_tested(cohort, saved, tmp_path) -> None:
+    protocol = Protocol(shots=(FULL,), methods=("majority",))
+    results = evaluate(saved, cohort, write_task(GROUP, tmp_path), tmp_path / "known", protocol)
+    away = held_out_people(f"planted-{number:05}" for number in range(24))
+    assert results["data"]["test_subjects"] == [len(away)] and 1 < len(away) < 8
+    for changes in ({"folds": 3}, {"test_share": 0.3}):
+        with pytest.raises(ValueError, match="test_share of at most 0.2.*new_people"):
+            Protocol(**changes)
 
 
 def test_unknown_methods_and_shots_are_refused() -> None:

@@ -4,12 +4,44 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Lfm2Config, PreTrainedConfig, Qwen3Config
 
 from fmrilm import FmriLMForConditionalGeneration
+from fmrilm.training.alignment import join
 from scan_rows import LONG, SHORT, choice_scores, codes, ids, pad
 
 
 Model = FmriLMForConditionalGeneration
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+}
+# answers that begin alike, of one to four tokens
+TREE = [[20, 21, 22, 23], [30], [20, 50], [20, 21, 40]]
+
+
+@pytest.fixture
+def joined(tiny_codec, processor) -> Callable[[PreTrainedConfig], Model]:
+    """Builds the joint model on a backbone of this configuration."""
+
+    def build(config: PreTrainedConfig) -> Model:
+        torch.manual_seed(0)
+        config.vocab_size = len(processor.tokenizer) - 3
+        return join(tiny_codec, AutoModelForCausalLM.from_config(config).eval(), processor).eval()
+
+    return build
+
+
+def batch_scores(model: Model, side: str, choices: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the choices in a padded batch, and those of each row and choice on its own."""
+    rows = [ids(model, "a", LONG, "a longer question"), ids(model, SHORT, "b", LONG, "c")]
+    scans = [codes(LONG), codes(SHORT, LONG)]
+    scores = model.score_choices({**pad(rows, side), "fmri_codes": codes(LONG, SHORT, LONG)}, choices)
+    return scores, torch.stack([choice_scores(model, *pair, choices) for pair in zip(rows, scans, strict=True)])
 
 
 def test_one_token_at_a_time_equals_the_whole(model: Model) -> None:
@@ -118,13 +150,38 @@ def test_placeholders_are_never_generated(tiny_model: Callable[..., Model]) -> N
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("choices", [[[20], [30], [40]], [[20, 21, 22], [30], [20, 50]]])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [[20], [30], [40]],
+        [[20, 21, 22], [30], [20, 50]],
+        # beginnings that are shared, not next to each other, and alike at another place of an answer
+        [[20, 21, 22, 23], [30, 20, 21], [20, 50], [20, 21, 40], [30, 20, 22], [21, 20, 50, 51, 52], [60]],
+    ],
+    ids=["one token each", "several", "a tree"],
+)
 def test_scores_of_choices_are_their_log_likelihoods(model: Model, side: str, choices: list[list[int]]) -> None:
-    rows = [ids(model, "a", LONG, "a longer question"), ids(model, SHORT, "b", LONG, "c")]
-    scans = [codes(LONG), codes(SHORT, LONG)]
-    scores = model.score_choices({**pad(rows, side), "fmri_codes": codes(LONG, SHORT, LONG)}, choices)
-    expected = torch.stack([choice_scores(model, *pair, choices) for pair in zip(rows, scans, strict=True)])
+    scores, expected = batch_scores(model, side, choices)
     assert scores.shape == (2, len(choices)) and torch.allclose(scores, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_choices_are_scored_through_layers_with_a_window(joined: Callable[..., Model], attention: str) -> None:
+    layers = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    model = joined(Qwen3Config(**TINY, **layers, head_dim=16))
+    model.set_attn_implementation(attention)
+    whole = joined(Qwen3Config(**TINY, head_dim=16))
+    (scores, expected), (without, _) = (batch_scores(one, "left", TREE) for one in (model, whole))
+    assert torch.allclose(scores, expected, atol=1e-4)
+    assert not torch.allclose(scores, without, atol=1e-2)
+
+
+def test_choices_of_several_tokens_need_attention_in_all_layers(joined: Callable[..., Model]) -> None:
+    model = joined(Lfm2Config(**TINY, layer_types=["conv", "full_attention"]))
+    scores, expected = batch_scores(model, "left", [[20], [30]])
+    assert torch.allclose(scores, expected, atol=1e-4)
+    with pytest.raises(ValueError, match=r"attention layers alone.*mask of shape \(2, "):
+        batch_scores(model, "left", TREE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

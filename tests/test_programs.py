@@ -88,8 +88,8 @@ def test_full_tuning_changes_all_but_the_codec(program_folders: Path, tmp_path: 
 
 def test_rows_are_about_training_subjects_alone(program_folders: Path) -> None:
     data, corpus = str(program_folders / "prepared"), str(program_folders / "corpus")
-    of_corpus = load_scans(data, corpus, 0.34, 0)
-    of_data = load_scans(data, None, 0.34, 0)
+    of_corpus = load_scans(data, corpus, 0.34)
+    of_data = load_scans(data, None, 0.34)
     for scans in (of_corpus, of_data):
         training, test = (
             {name for part in parts for name in part["subject"]} for parts in (scans.training, scans.test)
@@ -99,7 +99,7 @@ def test_rows_are_about_training_subjects_alone(program_folders: Path) -> None:
 
 
 def test_windows_of_scans_are_encoded_as_they_are(program_folders, tiny_codec, extractor, tmp_path) -> None:
-    scans = load_scans(str(program_folders / "prepared"), None, 0.34, 0)
+    scans = load_scans(str(program_folders / "prepared"), None, 0.34)
     (part,) = scans.training
     encoded = encode_scans(tiny_codec, [part], scans.atlases, extractor, 20, tmp_path)
     assert [len(codes) for codes in encoded.codes] == [3] * 4 and "signal" not in encoded.rows[0]

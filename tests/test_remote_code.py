@@ -40,6 +40,7 @@ CODEC_FILES = {
 MODEL_FILES = {
     *CODEC_FILES,
     "backbones_fmrilm.py",
+    "choices_fmrilm.py",
     "descriptors_fmrilm.py",
     "forecast_fmrilm.py",
     "generation_fmrilm.py",
@@ -60,6 +61,7 @@ PROCESSOR_FILES = {
     "parcellation.py",
     "parcels_fmrilm.py",
     "processing_fmrilm.py",
+    "scan_checks_fmrilm.py",
     "scan_files_fmrilm.py",
     "signal_fmrilm.py",
     "surface_files_fmrilm.py",

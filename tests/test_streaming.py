@@ -16,7 +16,7 @@ from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES
 from fmrilm.training import codec_program
 from fmrilm.training.codec import CodecTrainer
-from fmrilm.training.data import cut_windows, load_prepared, split_subjects
+from fmrilm.training.data import cut_windows
 from fmrilm.training.prepare import row_features
 from fmrilm.training.shards import ShardStore
 from fmrilm.training.streaming import ShardedScans, StreamedMixtures
@@ -81,9 +81,9 @@ def first_scans(dataset: StreamedMixtures, monkeypatch, indices) -> list[str]:
 
 
 def test_split_is_that_of_the_folder_read_whole(folder: Path) -> None:
-    training, away = split_subjects(load_prepared(folder, FmriLMFeatureExtractor()), {"site0": 2, "site1": 2})
+    whole = codec_program.prepare(codec_program.CodecArguments(str(folder), window_length=LENGTH))
     scans = opened(folder)
-    for side, expected in ((scans.training, training), (scans.held_out, away)):
+    for side, expected in ((scans.training, whole.training), (scans.held_out, whole.held_out)):
         found = {scan.subject: scan for shard in side for scan in scans.read(shard, 0)}
         assert found.keys() == {scan.subject for scan in expected}
         assert all(np.array_equal(found[scan.subject].signal, scan.signal) for scan in expected)

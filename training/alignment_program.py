@@ -33,7 +33,7 @@ accelerate launch -m fmrilm.training.alignment_program \\
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .programs import ScanArguments
 
@@ -69,19 +69,15 @@ def align(
 ) -> Path:
     """Trains and writes the joint model's folder, which is returned. Rows are about the corpus' training subjects."""
     import torch
-    from transformers import set_seed
 
     from fmrilm.modeling_fmricodec import FmriCodecModel
     from fmrilm.processors import FmriLMFeatureExtractor
 
     from .alignment import join, scan_processor
-    from .checkpoints import last_checkpoint, output_folder
-    from .collator import RowCollator, encode_dataset
-    from .corpus import load_scans
     from .corpus_chats import alignment_rows
     from .language_models import PACKAGED_MODEL, load_language_model
     from .plain_text import plain_texts
-    from .programs import encode_both, keep_base, train_and_save, trainable
+    from .programs import begin, encode_both, keep_base, on_rows, train_and_save, trainable
     from .trainer import JointTrainer
 
     if script_args.codec is None or script_args.corpus is None:
@@ -91,9 +87,7 @@ def align(
         )
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("expected stage 2 in full precision: QLoRA is for stage 3, got load_in_4bit or load_in_8bit")
-    set_seed(training_args.seed)
-    last = last_checkpoint(output_folder(training_args))
-    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share, training_args.seed)
+    scans, last = begin(script_args, training_args)
     codec = FmriCodecModel.from_pretrained(script_args.codec, dtype=torch.float32).eval()
     extractor = FmriLMFeatureExtractor(
         atlases=list(scans.atlases.values()),
@@ -114,37 +108,38 @@ def align(
         keep_base(model, training_args, last)
 
     texts, held_out_texts = plain_texts()
-    padding: Any = tokenizer.pad_token_id
 
-    def rows(of, texts, count, seed):
-        drawn = alignment_rows(of, texts, count, script_args.row_weights, script_args.paragraphs, seed)
-        return encode_dataset(drawn, processor)
+    def draw(of, count, seed):
+        about = held_out_texts if of is test else texts
+        return alignment_rows(of, about, count, script_args.row_weights, script_args.paragraphs, seed)
 
-    trainer = JointTrainer(
-        model=trainable(model, model_args),
-        args=training_args,
-        train_dataset=rows(training, texts, script_args.rows or len(training.windows), training_args.seed),
-        eval_dataset=test and rows(test, held_out_texts, script_args.evaluation_rows, training_args.seed + 1),
-        data_collator=RowCollator(padding),
-        processing_class=processor,
-    )
+    inputs = on_rows(script_args, training_args, processor, training, test, draw)
+    trainer = JointTrainer(model=trainable(model, model_args), **inputs)
     return train_and_save(trainer, last, scans.cohort.save)
 
 
 def warm_up(model, scans, cohort, steps: int, seed: int) -> float:
-    """`warm_up_projector` on the windows of the most frequent length and the descriptors of their scans."""
+    """`warm_up_projector` and `fit_levels` on the windows of the most frequent length and their scans' descriptors."""
     from collections import Counter
 
     import numpy as np
 
-    from .alignment import warm_up_projector
+    from .alignment import fit_levels, warm_up_projector
 
     length, _ = Counter(len(window) for codes in scans.codes for window in codes).most_common(1)[0]
     chosen = [(scan, window) for scan, window in scans.windows if len(scans.codes[scan][window]) == length]
     values = [[row["descriptors"][name] for name in cohort.names] for row in scans.rows]
     z_scores = cohort.z_scores(np.array(values, float))
     codes = np.stack([scans.codes[scan][window] for scan, window in chosen])
-    return warm_up_projector(model, codes, z_scores[[scan for scan, _ in chosen]], steps, seed)
+    rows = [scan for scan, _ in chosen]
+    if model.model.descriptors is not None:
+        levels, names = cohort.levels(np.array(values, float))[rows], cohort.names
+        told = np.full((len(rows), len(model.config.codec_config.descriptor_names)), -1)
+        for column, name in enumerate(model.config.codec_config.descriptor_names):
+            if name in names:
+                told[:, column] = levels[:, names.index(name)]
+        fit_levels(model, codes, told)
+    return warm_up_projector(model, codes, z_scores[rows], steps, seed)
 
 
 def make_parser() -> "TrlParser":

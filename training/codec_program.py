@@ -24,9 +24,8 @@ from .data import (
     cut_windows,
     load_prepared,
     prepare_scans,
-    share_of_subjects,
-    split_subjects,
 )
+from .held_out import HELD_OUT_SHARE, held_out_people
 from .language_models import load_text_encoder
 from .open_data import open_scans
 from .streaming import ShardedScans, StreamedMixtures
@@ -51,7 +50,10 @@ class CodecArguments:
     skip_broken_shards: bool = field(
         default=False, metadata={"help": "With streaming: report a damaged shard and go on without it."}
     )
-    held_out_share: float = field(default=0.25, metadata={"help": "Share of each site's subjects to evaluate on."})
+    held_out_share: float = field(
+        default=HELD_OUT_SHARE,
+        metadata={"help": "Share of the subjects to evaluate on; with less, evaluations meet people trained on."},
+    )
     window_length: int = field(default=160, metadata={"help": "Frames of a training example."})
     window_stride: int = field(default=136, metadata={"help": "Frames between the windows of evaluation."})
     max_rois: int | None = field(default=64, metadata={"help": "ROIs drawn from each training example."})
@@ -132,7 +134,10 @@ def prepare(args: CodecArguments) -> CodecData:
         training = streamed.sample(streamed.training, STREAMED_COHORT, args.window_length, seed=0)
         held_out = streamed.sample(streamed.held_out, STREAMED_HELD_OUT, args.window_length, seed=0)
     else:
-        training, held_out = split_subjects(*_read_whole(args))
+        scans = _read_whole(args)
+        away = held_out_people((scan.subject for scan in scans), args.held_out_share)
+        training = [scan for scan in scans if scan.subject not in away]
+        held_out = [scan for scan in scans if scan.subject in away]
     if not training or not held_out:
         raise ValueError(
             f"expected subjects to train and to evaluate on, got {len(training)} and {len(held_out)} scans with "
@@ -160,15 +165,12 @@ def codec_data(
     return CodecData(list(training), list(held_out), cohort, window_length, window_stride, streamed)
 
 
-def _read_whole(args: CodecArguments) -> tuple[list[PreparedScan], dict[str, int]]:
-    """All scans, and how many subjects of each dataset are held out."""
+def _read_whole(args: CodecArguments) -> list[PreparedScan]:
     if args.data is not None:
-        prepared = load_prepared(Path(args.data), FmriLMFeatureExtractor())
-    else:
-        scans = open_scans()
-        atlases = [Atlas.load(name) for name in sorted({scan.atlas for scan in scans})]
-        prepared = prepare_scans(scans, FmriLMFeatureExtractor(atlases=atlases))
-    return prepared, share_of_subjects(((scan.dataset, scan.subject) for scan in prepared), args.held_out_share)
+        return load_prepared(Path(args.data), FmriLMFeatureExtractor())
+    scans = open_scans()
+    atlases = [Atlas.load(name) for name in sorted({scan.atlas for scan in scans})]
+    return prepare_scans(scans, FmriLMFeatureExtractor(atlases=atlases))
 
 
 def codec_config(args: CodecArguments, text_hidden_size: int | None) -> FmriCodecConfig:

@@ -26,10 +26,9 @@ class Scans:
     cohort: Cohort | None
 
 
-def load_scans(data: str | None, corpus: str | None, held_out_share: float, seed: int) -> Scans:
+def load_scans(data: str | None, corpus: str | None, held_out_share: float) -> Scans:
     """
-    The rows of the corpus, split as it is; without one, those of `data`, of whose subjects a share is held out: the
-    same people that `fmrilm describe` holds out with this share and seed.
+    The rows of the corpus, split as it is; without one, those of `data`, of whose subjects a share is held out.
 
     data: folder that `fmrilm prepare` wrote; beside a corpus, for the atlases that are not packaged.
     """
@@ -43,7 +42,7 @@ def load_scans(data: str | None, corpus: str | None, held_out_share: float, seed
     if data is None:
         raise ValueError("expected data, a folder that `fmrilm prepare` wrote, or corpus, one of `fmrilm describe`")
     source = load_source(data)
-    away = held_out_subjects(source, held_out_share, seed)
+    away = held_out_subjects(source, held_out_share)
     training, test = (
         [
             part.select([row for row, subject in enumerate(part["subject"][:]) if (subject in away) == held_out])

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
+from tqdm import tqdm
 
 from fmrilm.processors import Atlas
+
+from .held_out import held_out_people
 
 
 COLUMNS = ("signal", "tr", "atlas", "subject")
@@ -22,13 +25,13 @@ class Source:
     Scans in rows of `COLUMNS` and others.
 
     name: Hub id, or a folder's own name. parts: rows by configuration; a scan's number counts through all of them.
-    atlases: by name. test_subjects: who is in a test split already, if there is one.
+    atlases: by name. test_subjects: who is in a test split already.
     """
 
     name: str
     parts: dict[str, Dataset]
     atlases: dict[str, Atlas]
-    test_subjects: set[str] | None
+    test_subjects: set[str]
 
     @cached_property
     def subjects(self) -> list[str]:
@@ -42,9 +45,20 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with the scans' ids, repetition times and atlases, and with their number."""
-        columns = [self._column(name) for name in COLUMNS if name != "signal"]
-        return hashlib.sha256(json.dumps([list(self.parts), columns]).encode()).hexdigest()[:16]
+        """Changes with any value of any scan, signals and labels included, and with the order of the scans."""
+        digest = hashlib.sha256()
+        with tqdm(desc="comparing", unit="scan", total=len(self.subjects)) as progress:
+            for config, rows in self.parts.items():
+                digest.update(config.encode())
+                for row in rows.with_format("numpy"):
+                    for name, value in row.items():
+                        values = np.asarray(value)
+                        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+                        # missing ones, and structs
+                        is_object = values.dtype == object
+                        digest.update(repr(values.tolist()).encode() if is_object else values.tobytes())
+                    progress.update()
+        return digest.hexdigest()[:16]
 
     def _column(self, name: str) -> list:
         return [value for part in self.parts.values() for value in part[name][:]]
@@ -77,18 +91,14 @@ def load_source(dataset: str, atlases: dict[str, Atlas] | None = None) -> Source
     )
 
 
-def held_out_subjects(source: Source, share: float, seed: int) -> set[str]:
+def held_out_subjects(source: Source, share: float) -> set[str]:
     """
-    The subjects of the test split: those of the source's own one, or else that share of all, drawn by the seed. A
-    name that stands at several sites counts as one subject, so nobody can be on both sides.
+    The subjects of the test split: those of the source's own one, if it has one, and always those of
+    `held_out_people`, whom other programs test. A name that stands at several sites counts as one subject, so nobody
+    can be on both sides.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"expected a share of test subjects from 0 to below 1, got {share}")
-    subjects = sorted(set(source.subjects))
-    if source.test_subjects is not None:
-        held_out = source.test_subjects
-    else:
-        held_out = set(np.random.default_rng(seed).permutation(subjects)[: round(share * len(subjects))].tolist())
+    subjects = set(source.subjects)
+    held_out = held_out_people(subjects, share) | source.test_subjects
     if len(held_out) >= len(subjects):
         raise ValueError(f"no training subject left: {len(held_out)} of {len(subjects)} subjects are test subjects")
     return held_out
@@ -107,6 +117,6 @@ def _check(rows: Dataset, dataset: str) -> None:
             raise ValueError(f"{dataset}: expected a value of {name} in every row, got none in {empty}")
 
 
-def _test_subjects(loaded: dict[str, DatasetDict]) -> set[str] | None:
+def _test_subjects(loaded: dict[str, DatasetDict]) -> set[str]:
     tests = [splits["test"] for splits in loaded.values() if "test" in splits and len(splits) > 1]
-    return {subject for rows in tests for subject in rows.unique("subject")} if tests else None
+    return {subject for rows in tests for subject in rows.unique("subject")}

@@ -1,8 +1,8 @@
 """Scans on their way to the three stages: preparation, split by subject, windows, mixing augmentation."""
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,6 @@ def prepared_shards(folder: Path) -> list[tuple[Path, Atlas]]:
     return shards
 
 
-def dataset_name(shard: Path, site: str | None) -> str:
-    """What the scans of a shard count as: those of one site, or without sites all of the folder."""
-    return site or shard.parents[1].name
-
-
 def read_shard(
     shard: Path, atlas: Atlas, extractor: FmriLMFeatureExtractor, rows: np.ndarray | None = None
 ) -> list[PreparedScan]:
@@ -89,39 +84,24 @@ def read_shard(
     for row in datasets.Dataset(table if rows is None else table.take(rows)).with_format("numpy"):
         scan = {key: row[key] for key in ("signal", "tr", "censored")}
         signal, _ = extractor.prepare_signal(scan, atlas=atlas)
-        dataset = dataset_name(shard, row["site"])
+        dataset = row["site"] or shard.parents[1].name
         prepared.append(PreparedScan(signal, atlas, dataset, row["subject"], row["session"] or ""))
     return prepared
 
 
-def share_of_subjects(people: Iterable[tuple[str, str]], share: float) -> dict[str, int]:
-    """How many subjects of each dataset a share is, of everyone (dataset, subject)."""
-    counts = Counter(dataset for dataset, _ in set(people))
-    return {dataset: round(share * count) for dataset, count in counts.items()}
-
-
-def held_out_subjects(people: Iterable[tuple[str, str]], held_out: dict[str, int]) -> set[tuple[str, str]]:
-    """
-    Whom of (dataset, subject) no stage sees: the last subjects of each dataset by name, `held_out[dataset]` of them.
-    A rule that looks at nothing but names, and gives the same split everywhere.
-    """
+def split_subjects(
+    scans: Sequence[PreparedScan], held_out: dict[str, int]
+) -> tuple[list[PreparedScan], list[PreparedScan]]:
+    """Training and held-out scans of few people: the last subjects of each dataset by name, `held_out[dataset]`."""
     subjects = defaultdict(set)
-    for dataset, subject in people:
-        subjects[dataset].add(subject)
+    for scan in scans:
+        subjects[scan.dataset].add(scan.subject)
     away = set()
     for dataset, members in subjects.items():
         count = held_out.get(dataset, 0)
         if count > len(members):
             raise ValueError(f"expected at most {len(members)} subjects to hold out of {dataset!r}, got {count}")
         away.update((dataset, subject) for subject in sorted(members)[len(members) - count :])
-    return away
-
-
-def split_subjects(
-    scans: Sequence[PreparedScan], held_out: dict[str, int]
-) -> tuple[list[PreparedScan], list[PreparedScan]]:
-    """Training and held-out scans by the rule of `held_out_subjects`."""
-    away = held_out_subjects(((scan.dataset, scan.subject) for scan in scans), held_out)
     training = [scan for scan in scans if (scan.dataset, scan.subject) not in away]
     return training, [scan for scan in scans if (scan.dataset, scan.subject) in away]
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .command_options import Backend, Jobs, Scheduler, ShardSize, check_backend
+from .held_out import HELD_OUT_SHARE
 
 
 def describe(
@@ -16,15 +17,15 @@ def describe(
     ] = None,
     atlas: Annotated[list[Path] | None, typer.Option(help="Table (.tsv) of an atlas that is not packaged.")] = None,
     test_share: Annotated[
-        float, typer.Option(help="Share of the subjects to hold out, if the dataset has no test split.")
-    ] = 0.2,
+        float, typer.Option(help="Share of the subjects to hold out, beside those of the dataset's own test split.")
+    ] = HELD_OUT_SHARE,
     statements: Annotated[int, typer.Option(min=1, help="Statements per family in a description.")] = 6,
     questions: Annotated[int, typer.Option(min=0, help="Questions about a scan.")] = 6,
     min_margin: Annotated[float, typer.Option(min=0, help="Leave out nearer ties, in SD of the cohort.")] = 0.0,
     rewrite: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Word the descriptions anew with this language model, checked.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the wording and the questions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the wording and the questions.")] = 0,
     jobs: Jobs = 1,
     backend: Backend = "local",
     scheduler: Scheduler = None,

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .held_out import HELD_OUT_SHARE
+
 
 def evaluate(
     model: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a model and its processor.")],
@@ -21,8 +23,15 @@ def evaluate(
         typer.Option(help="By comma: zero-shot, tuned, context (scans in the prompt), probe, connectivity, majority."),
     ] = "zero-shot,tuned,connectivity,majority",
     draws: Annotated[int, typer.Option(min=1, help="Draws of so many subjects.")] = 3,
-    folds: Annotated[int | None, typer.Option(min=2, help="Cross-validation in place of one test set.")] = None,
-    test_share: Annotated[float, typer.Option(help="Share of the subjects that are tested on.")] = 0.3,
+    new_people: Annotated[
+        bool,
+        typer.Option(
+            "--new-people",
+            help="The model was trained on nobody in DATA: test anyone, not those alone whom no program trains on.",
+        ),
+    ] = False,
+    folds: Annotated[int | None, typer.Option(min=2, help="Of a cross-validation over new people.")] = None,
+    test_share: Annotated[float, typer.Option(help="Share of the subjects that are tested on.")] = HELD_OUT_SHARE,
     open_ended: Annotated[bool, typer.Option("--open-ended", help="Answers in words in place of choices.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps of tuning, at most.")] = 60,
     rank: Annotated[int, typer.Option(min=0, help="Rank of LoRA; 0 tunes the whole language model.")] = 8,
@@ -41,6 +50,7 @@ def evaluate(
         shots=tuple(int(count) if count.isdigit() else count for count in shots.replace(" ", "").split(",")),
         draws=draws,
         methods=tuple(methods.replace(" ", "").split(",")),
+        new_people=new_people,
         folds=folds,
         test_share=test_share,
         open_ended=open_ended,

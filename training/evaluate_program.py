@@ -26,10 +26,11 @@ from .ask import Example, answer_scans, calibrated, parse_answer, score_scans
 from .baselines import logistic_regression, majority, ridge_regression, swap_scans
 from .evaluation_report import write_report
 from .evaluation_results import BASELINES, FULL, Answered, summarize
+from .held_out import HELD_OUT_SHARE
 from .labelled_scans import LabelledScans, load_labelled
 from .metrics import UNPARSED, Answers
 from .shards import write_whole
-from .splits import Split, hold_out, k_fold, k_shot
+from .splits import Split, hold_out, hold_out_known, k_fold, k_shot
 from .tasks import Task, load_task
 from .trainer import half_precision
 
@@ -47,15 +48,18 @@ class Protocol:
 
     shots: training subjects of each class: 0, k or "full" (all of them). draws: of k subjects. methods: of `METHODS`:
     the model as it is, tuned on the shots, shown the shots in the prompt, logistic or ridge regression on its hidden
-    states, and the baselines. folds: of a cross-validation; without, one split with `test_share` of the subjects.
-    open_ended: answers in words in place of choices; tasks about numbers always are.
+    states, and the baselines. new_people: the model was trained on nobody in the data. Then the test subjects are
+    drawn from all of them: `test_share`, or everyone once in a cross-validation with `folds`. Otherwise they are those
+    whom no program trains on, see `held_out_people`. open_ended: answers in words in place of choices; tasks about
+    numbers always are.
     """
 
     shots: tuple[int | str, ...] = (0, FULL)
     draws: int = 3
     methods: tuple[str, ...] = ("zero-shot", "tuned", "connectivity", "majority")
+    new_people: bool = False
     folds: int | None = None
-    test_share: float = 0.3
+    test_share: float = HELD_OUT_SHARE
     open_ended: bool = False
     tuning: Tuning = Tuning()
     seed: int = 0
@@ -66,6 +70,12 @@ class Protocol:
         for shots in self.shots:
             if shots != FULL and (not isinstance(shots, int) or shots < 0):
                 raise ValueError(f"expected shots of 0, a number of subjects or {FULL!r}, got {shots!r}")
+        if not self.new_people and (self.folds is not None or self.test_share > HELD_OUT_SHARE):
+            raise ValueError(
+                f"expected no folds and a test_share of at most {HELD_OUT_SHARE}, the people whom no program trains "
+                f"on, got folds={self.folds} and test_share={self.test_share}: if the model was trained on nobody in "
+                "the data, say so (new_people)"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ def evaluate_scans(
     arms: Path,
 ) -> dict:
     """See `evaluate`. arms: folder for the answers of each arm, in the order of the test rows."""
-    splits = _splits(task, scans, protocol)
+    splits = splits_of(task, scans, protocol)
     run = _Run(model, processor, task, scans, protocol, splits)
     made = {arm: _kept(arms / f"{arm.name}.npz", lambda arm=arm: run.answers(arm)) for arm in _arms(protocol)}
     return {
@@ -253,7 +263,10 @@ def _arms(protocol: Protocol) -> Iterator[Arm]:
                     yield Arm(method, shots, draw, fold)
 
 
-def _splits(task: Task, scans: LabelledScans, protocol: Protocol) -> list[Split]:
+def splits_of(task: Task, scans: LabelledScans, protocol: Protocol) -> list[Split]:
+    """Whom the model may learn from and whom it is asked about."""
+    if not protocol.new_people:
+        return [hold_out_known(scans.subjects, protocol.test_share)]
     classes = None if task.choices is None or task.per_session else scans.truth
     if protocol.folds is None:
         return [hold_out(scans.subjects, classes, protocol.test_share, protocol.seed)]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .held_out import HELD_OUT_SHARE
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from fmrilm.modeling_fmricodec import FmriCodecModel
     from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
-    from fmrilm.processors import FmriLMFeatureExtractor
+    from fmrilm.processors import FmriLMFeatureExtractor, FmriLMProcessor
 
     from .corpus import Scans
     from .scan_windows import EncodedScans
@@ -38,7 +40,8 @@ class ScanArguments:
         },
     )
     held_out_share: float = field(
-        default=0.2, metadata={"help": "Share of the subjects that no row is about, where there is no corpus."}
+        default=HELD_OUT_SHARE,
+        metadata={"help": "Share of the subjects that no row is about, where there is no corpus."},
     )
     window_stride: int = field(default=80, metadata={"help": "Frames from one window of a scan to the next."})
     rows: int | None = field(
@@ -53,6 +56,18 @@ class ScanArguments:
     code_cache: str | None = field(
         default=None, metadata={"help": "Folder of the scans' codes, for several runs; by default OUTPUT_DIR/codes."}
     )
+
+
+def begin(script_args: ScanArguments, training_args: "TrainingArguments") -> tuple["Scans", Path | None]:
+    """The scans, and the checkpoint to go on from if there is one; seeds what is drawn from now on."""
+    from transformers import set_seed
+
+    from .checkpoints import last_checkpoint
+    from .corpus import load_scans
+
+    set_seed(training_args.seed)
+    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share)
+    return scans, last_checkpoint(Path(training_args.output_dir))
 
 
 def quantization(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
@@ -156,3 +171,28 @@ def encode_both(
         training = encode(scans.training)
         wanted = scans.test and training_args.eval_strategy != "no" and script_args.evaluation_rows
         return training, encode(scans.test) if wanted else None
+
+
+def on_rows(
+    script_args: ScanArguments,
+    training_args: "TrainingArguments",
+    processor: "FmriLMProcessor",
+    training: "EncodedScans",
+    test: "EncodedScans | None",
+    draw: "Callable[[EncodedScans, int, int], Dataset]",
+) -> dict[str, Any]:
+    """
+    What a Trainer needs beside its model. draw: chats about windows of the scans, so many of them, by a seed.
+    """
+    from .collator import RowCollator, encode_dataset
+
+    def rows(scans: "EncodedScans", count: int, seed: int) -> "Dataset":
+        return encode_dataset(draw(scans, count, seed), processor)
+
+    return {
+        "args": training_args,
+        "train_dataset": rows(training, script_args.rows or len(training.windows), training_args.seed),
+        "eval_dataset": None if test is None else rows(test, script_args.evaluation_rows, training_args.seed + 1),
+        "data_collator": RowCollator(processor.tokenizer.pad_token_id),
+        "processing_class": processor,
+    }

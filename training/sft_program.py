@@ -95,17 +95,13 @@ def main(command_line: list[str] | None = None) -> Path:
 def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args: "ModelConfig") -> Path:
     """Trains and writes the tuned model's folder, which is returned. Rows are about training subjects alone."""
     from peft import PeftModel
-    from transformers import set_seed
 
     from fmrilm.processors import FmriLMProcessor
     from fmrilm.processors.descriptors.cohort import JSON_FILE, Cohort
 
-    from .checkpoints import last_checkpoint, output_folder
-    from .collator import RowCollator, encode_dataset
-    from .corpus import load_scans
     from .corpus_chats import described_windows
     from .model_folder import base_of, load_model
-    from .programs import encode_both, keep_base, quantization, train_and_save, trainable
+    from .programs import begin, encode_both, keep_base, on_rows, quantization, train_and_save, trainable
     from .sft import FmriLMSFTTrainer
     from .task_chats import task_dataset
     from .tasks import load_task
@@ -116,9 +112,7 @@ def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args
     if script_args.corpus is None and not script_args.tasks:
         raise ValueError("expected tasks or a corpus to take questions from, got neither")
     tasks = [load_task(task) for task in script_args.tasks]
-    set_seed(training_args.seed)
-    last = last_checkpoint(output_folder(training_args))
-    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share, training_args.seed)
+    scans, last = begin(script_args, training_args)
     processor = FmriLMProcessor.from_pretrained(name)
     extractor = processor.feature_extractor
     known = {atlas["name"] for atlas in extractor.atlases}
@@ -129,9 +123,9 @@ def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args
     if model_args.use_peft and script_args.merge_adapter and base_of(name):
         keep_base(model, training_args, last)
 
-    def rows(of, count, seed):
+    def draw(of, count, seed):
         about, codes = described_windows(of, script_args.paragraphs, seed)
-        drawn = task_dataset(
+        return task_dataset(
             about,
             codes,
             tasks,
@@ -142,16 +136,9 @@ def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args
             script_args.source_share,
             script_args.description_share,
         )
-        return encode_dataset(drawn, processor)
 
-    trainer = FmriLMSFTTrainer(
-        model=trainable(model, model_args),
-        args=training_args,
-        train_dataset=rows(training, script_args.rows or len(training.windows), training_args.seed),
-        eval_dataset=test and rows(test, script_args.evaluation_rows, training_args.seed + 1),
-        data_collator=RowCollator(processor.tokenizer.pad_token_id),
-        processing_class=processor,
-    )
+    inputs = on_rows(script_args, training_args, processor, training, test, draw)
+    trainer = FmriLMSFTTrainer(model=trainable(model, model_args), **inputs)
 
     def write_cohort(folder: Path) -> None:
         """What the model's descriptions refer to: the corpus' cohort, or the one that came with the model."""

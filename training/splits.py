@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, StratifiedShuffleSplit
 
+from .held_out import held_out_people
+
 
 @dataclass(frozen=True)
 class Split:
@@ -29,6 +31,18 @@ def hold_out(subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None, sh
     splitter = (StratifiedShuffleSplit if stratified else ShuffleSplit)(1, test_size=share, random_state=seed)
     training, test = next(splitter.split(names, classes if stratified else None))
     return _split(subjects, names[training], names[test])
+
+
+def hold_out_known(subjects: Sequence[str], share: float) -> Split:
+    """The people of `held_out_people` for the test."""
+    names = set(subjects)
+    test = held_out_people(names, share)
+    if not test or test == names:
+        raise ValueError(
+            f"expected subjects to learn from and to test, got {len(test)} to test of {len(names)} with a share of "
+            f"{share}"
+        )
+    return _split(subjects, np.array(sorted(names - test)), np.array(sorted(test)))
 
 
 def k_fold(subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None, folds: int, seed: int) -> Iterator[Split]:

@@ -13,16 +13,8 @@ from transformers.utils import logging
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.descriptors.cohort import Cohort
 
-from .data import (
-    DamagedShard,
-    MixedWindows,
-    PreparedScan,
-    dataset_name,
-    held_out_subjects,
-    prepared_shards,
-    read_shard,
-    share_of_subjects,
-)
+from .data import DamagedShard, MixedWindows, PreparedScan, prepared_shards, read_shard
+from .held_out import held_out_people
 
 
 logger = logging.get_logger(__name__)
@@ -42,7 +34,7 @@ class ShardedScans:
     The scans of a prepared folder, which stay on disk: which rows are to train on and which are held out.
 
     Args:
-        held_out_share: of each site's subjects, by the rule of `held_out_subjects`.
+        held_out_share: of the subjects, see `held_out_people`.
         skip_broken: report a shard that cannot be read and go on without it, in place of `DamagedShard`.
     """
 
@@ -52,20 +44,14 @@ class ShardedScans:
         self.extractor = extractor
         self.skip_broken = skip_broken
         self.broken: set[Path] = set()
-        people: list[tuple[Path, Atlas, list[tuple[str, str]]]] = []
+        sides: tuple[list[ShardRows], list[ShardRows]] = ([], [])
         for path, atlas in prepared_shards(folder):
             try:
-                table = pq.read_table(path, columns=["site", "subject"])
+                subjects = pq.read_table(path, columns=["subject"])["subject"].to_pylist()
             except (pa.ArrowException, OSError) as error:
                 self.report(path, DamagedShard(f"{path.parent.name}/{path.name} is damaged: {error}"))
                 continue
-            columns = (table[name].to_pylist() for name in ("site", "subject"))
-            people.append((path, atlas, [(dataset_name(path, site), who) for site, who in zip(*columns, strict=True)]))
-        everyone = {person for _, _, rows in people for person in rows}
-        away = held_out_subjects(everyone, share_of_subjects(everyone, held_out_share))
-        sides: tuple[list[ShardRows], list[ShardRows]] = ([], [])
-        for path, atlas, rows in people:
-            is_away = np.array([person in away for person in rows])
+            is_away = np.isin(subjects, list(held_out_people(subjects, held_out_share)))
             for side, chosen in zip(sides, (~is_away, is_away), strict=True):
                 if chosen.any():
                     side.append(ShardRows(path, atlas, np.flatnonzero(chosen)))
