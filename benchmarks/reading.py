@@ -20,6 +20,7 @@ from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
 from fmrilm.training import evaluate
+from fmrilm.training.baselines import most_frequent
 from fmrilm.training.codec import window_items
 from fmrilm.training.data import collate_signals, cut_windows
 from fmrilm.training.demo import Demo, DemoSettings
@@ -71,7 +72,7 @@ def main(
         scored.append(evaluate.Scored(window, asked, truth[asked], conditions))
         continuous.append(replace(scored[-1], scores={**conditions, "right": unrounded[row][asked]}))
     training = demo.cohort.levels(np.stack([window.descriptors for window in demo.training_windows]))
-    majority = evaluate.most_frequent(training)
+    majority = most_frequent(training)
     found, without = (
         evaluate.question_results(each, majority, demo.settings.seed)["families"] for each in (scored, continuous)
     )

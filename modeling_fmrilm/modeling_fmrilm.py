@@ -148,10 +148,10 @@ class FmriLMModel(FmriLMPreTrainedModel):
         return fmri_features
 
     def scan_vectors(self, scans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vectors [scans, tokens, dim] of what `read_scans` gives, and where there is no padding [scans, tokens]."""
-        if self.config.fmri_input == "codes":
-            return self.codec.embed_codes(scans.clamp(min=0)), scans >= 0
-        return scans.nan_to_num(), ~scans.isnan().any(-1)
+        """Vectors [scans, tokens, dim] of codes or features, and where there is no padding [scans, tokens]."""
+        if scans.is_floating_point():
+            return scans.nan_to_num(), ~scans.isnan().any(-1)
+        return self.codec.embed_codes(scans.clamp(min=0)), scans >= 0
 
     def describe_scans(self, scans: torch.Tensor) -> torch.Tensor:
         """Standardised descriptors [scans, descriptors] that the codec tells from what `read_scans` gives."""

@@ -11,6 +11,7 @@ from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import description, family, question
 from fmrilm.training import evaluate
+from fmrilm.training.baselines import most_frequent
 from fmrilm.training.chats import scan_block, text_block, user
 from fmrilm.training.codec_metrics import codebook_results
 from fmrilm.training.collator import pad_codes, with_token_counts
@@ -134,7 +135,7 @@ def test_share_of_true_statements() -> None:
 
 def test_most_frequent_level_leaves_out_what_is_unknown() -> None:
     levels = np.array([[-1, 2, 0], [-1, 2, 1], [2, 0, 1]])
-    assert evaluate.most_frequent(levels).tolist() == [2, 2, 1]
+    assert most_frequent(levels).tolist() == [2, 2, 1]
 
 
 def test_pca_of_patches_is_exact_with_enough_components() -> None:

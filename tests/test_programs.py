@@ -1,11 +1,14 @@
 """The programs of stages 2 and 3: what they train, leave behind and refuse."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -23,6 +26,9 @@ from fmrilm.training.scan_windows import EncodedScans, encode_scans
 from fmrilm.training.sft_program import make_parser
 from helpers import chats
 from program_runs import checkpoints, run, weights
+
+
+CONFIGS = Path(programs.__file__).parent / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +179,6 @@ def test_packing_is_refused_with_the_reason(option: str, program_folders: Path, 
 @pytest.mark.parametrize(
     ("stage", "changes", "reason"),
     [
-        ("sft", {"load_in_4bit": "true"}, "bitsandbytes"),
         ("alignment", {"load_in_4bit": "true"}, "QLoRA is for stage 3"),
         ("sft", {"lora_target_modules": "all-linear"}, "alone, got .* layers elsewhere"),
         ("sft", {"corpus": "no such folder"}, "fmrilm describe"),
@@ -186,16 +191,41 @@ def test_bad_options_are_refused(stage: str, changes: dict, reason: str, program
         run(stage, program_folders, tmp_path, **changes)
 
 
+def test_quantization_without_bitsandbytes_is_refused(program_folders: Path, tmp_path: Path, monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == "bitsandbytes" else find(name, *of)
+    )
+    with pytest.raises(ValueError, match="need bitsandbytes, which is not installed"):
+        run("sft", program_folders, tmp_path, load_in_4bit="true")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_an_adapter_is_tuned_on_four_bits_and_merged_into_whole_weights(program_folders: Path, tmp_path: Path) -> None:
+    run("sft", program_folders, tmp_path, max_steps=1, save_strategy="no", load_in_4bit="true")
+    before, after = load_file(program_folders / "joint" / "model.safetensors"), weights(tmp_path)
+    assert before.keys() == after.keys() and all(value.dtype == before[name].dtype for name, value in after.items())
+    assert [name for name in after if not torch.equal(after[name], before[name]) and ".codec." not in name]
+
+
+@pytest.mark.parametrize("config", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda config: config.stem)
+def test_accelerate_knows_every_option_of_the_shipped_configurations(config: Path) -> None:
+    # raises for a key at the top that it does not know; those below are passed on unseen
+    loaded = load_config_from_file(str(config))
+    known = {action.dest for action in launch_command_parser()._actions}
+    nested = {**loaded.fsdp_config, **loaded.deepspeed_config}
+    assert set(nested) <= known and loaded.distributed_type != "NO"
+
+
 def test_shipped_configurations_are_read(tmp_path: Path) -> None:
-    configs = Path(programs.__file__).parent / "configs"
     script, training, model = make_parser().parse_args_and_config(
-        ["--config", str(configs / "sft.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true", "--rows", "7"]
+        ["--config", str(CONFIGS / "sft.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true", "--rows", "7"]
     )
     assert (script.rows, script.questions, model.lora_r) == (7, 6, 8) and training.max_length is None
     from fmrilm.training.alignment_program import make_parser as alignment_parser
 
     script, training, model = alignment_parser().parse_args_and_config(
-        ["--config", str(configs / "alignment.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+        ["--config", str(CONFIGS / "alignment.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true"]
     )
     assert isinstance(script, AlignmentArguments) and script.row_weights == [0.8, 0.1, 0.1] and model.use_peft
     assert training.train_sampling_strategy == "group_by_length" and not training.remove_unused_columns

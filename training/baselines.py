@@ -10,6 +10,7 @@ from sklearn.model_selection import BaseCrossValidator, GroupKFold, StratifiedGr
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.networks import NETWORKS, correlation, membership, network_series, standardize
 
 from .data import PreparedScan
@@ -25,6 +26,11 @@ LARGEST_CORRELATION = 0.999
 def majority(classes: np.ndarray, choices: int, rows: int) -> np.ndarray:
     """Probabilities [rows, choices]: how common each class int [training rows] is, whatever the scan."""
     return np.tile(np.bincount(classes, minlength=choices) / len(classes), (rows, 1))
+
+
+def most_frequent(levels: np.ndarray) -> np.ndarray:
+    """The commonest level int [descriptors] of each descriptor; levels int [windows, descriptors], -1 unknown."""
+    return (levels[..., None] == np.arange(len(LEVELS))).sum(0).argmax(-1)
 
 
 def connectivity_features(scans: Sequence[PreparedScan]) -> np.ndarray:

@@ -20,6 +20,7 @@ from fmrilm.processors.descriptors.text import description, question
 
 from . import evaluate
 from .alignment import add_lora, fit_levels, join, scan_processor, train_alignment, warm_up_projector
+from .baselines import most_frequent
 from .chats import alignment_dataset, instruction_dataset
 from .code_cache import cached_codes
 from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
@@ -239,7 +240,7 @@ class Demo:
         settings, codec = self.settings, model.model.codec
         levels = self.cohort.levels(np.stack([window.descriptors for window in self.windows]))
         training_levels = self.cohort.levels(np.stack([window.descriptors for window in self.training_windows]))
-        swapped = evaluate.swapped_windows(self.windows, [*self.windows, *self.training_windows], settings.seed)
+        swapped = evaluate.swapped_windows(self.windows, self.training_windows, settings.seed)
         codes = {
             "right": encode_items(codec, window_items(self.windows)),
             "swapped": encode_items(codec, window_items(swapped)),
@@ -258,7 +259,7 @@ class Demo:
             name: evaluate.describe_windows(model, processor, list(codes[name][first]), settings.description_tokens)
             for name in ("right", "swapped")
         }
-        majority = evaluate.most_frequent(training_levels)
+        majority = most_frequent(training_levels)
         per_step = codec.config.tokens_per_step
         baseline = evaluate.PatchPCA(self.training, codec.config.patch_length, per_step)
         people = subject_hashes(*({scan.subject for scan in scans} for scans in (self.training, self.held_out)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,15 +15,16 @@ from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import REQUESTS, family, parse, question
 
+from .baselines import swap_scans
 from .chats import scan_block, text_block, user
 from .codec import encode_items, window_items
 from .codec_metrics import PatchPCA, fc_correlation, r_squared
 from .collator import pad_codes, with_token_counts
 from .data import Window
+from .metrics import bootstrap, mean_recall, minus
 
 
 CONDITIONS = ("right", "swapped", "noise")
-BOOTSTRAPS = 2000
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,14 @@ class Scored:
 
 
 def swapped_windows(windows: Sequence[Window], pool: Sequence[Window], seed: int) -> list[Window]:
-    """For each window one of another subject of the same dataset, out of `pool`."""
-    rng = np.random.default_rng(seed)
-    swapped = []
-    for window in windows:
-        others = [
-            other
-            for other in pool
-            if other.scan.dataset == window.scan.dataset and other.scan.subject != window.scan.subject
-        ]
-        if not others:
-            raise ValueError(f"expected another subject in dataset {window.scan.dataset!r}, got none to swap with")
-        swapped.append(others[rng.integers(len(others))])
-    return swapped
+    """For each window one of another subject of the same dataset, out of `windows` and `pool`, by `swap_scans`."""
+    everyone = [*windows, *pool]
+    subjects, datasets = ([getattr(window.scan, name) for window in everyone] for name in ("subject", "dataset"))
+    places = swap_scans(subjects, datasets, seed)[: len(windows)]
+    if (places < 0).any():
+        alone = datasets[int((places < 0).argmax())]
+        raise ValueError(f"expected another subject in dataset {alone!r}, got none to swap with")
+    return [everyone[place] for place in places]
 
 
 def noise_items(windows: Sequence[Window], seed: int) -> list[dict[str, np.ndarray]]:
@@ -162,7 +159,6 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
     subjects = sorted({(item.window.scan.dataset, item.window.scan.subject) for item in scored})
     families = [*dict.fromkeys(family(name) for name in CORE_NAMES), "all"]
     of_descriptor = np.array([family(name) for name in CORE_NAMES])
-    draws = np.random.default_rng(seed).integers(len(subjects), size=(BOOTSTRAPS, len(subjects)))
     results = {}
     for name in families:
         # [conditions, subjects, truth, answer]
@@ -179,18 +175,19 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
                 np.add.at(confusion[key], (subject, truth, given), 1 / len(given))  # pyright: ignore[reportArgumentType]
         if not confusion["right"].any():
             continue
-        # a draw of people in whom one of the answers is never true has no balanced accuracy: answering the same to
-        # everything would score above chance there
-        truths = confusion["right"].sum(-1)
-        defined = (truths[draws].sum(1) > 0)[:, truths.sum(0) > 0].all(-1)
-        sampled = {key: _balanced_accuracy(table[draws[defined]].sum(1)) for key, table in confusion.items()}
-        values = {key: float(_balanced_accuracy(table.sum(0))) for key, table in confusion.items()}
-        difference = _interval(sampled["right"] - sampled["swapped"])
+        # a row a person
+        recalls = {
+            key: partial(mean_recall, np.diagonal(table, axis1=1, axis2=2), table.sum(-1))
+            for key, table in confusion.items()
+        }
+        everyone = np.arange(len(subjects))
+        found = {key: bootstrap(recall, everyone, seed=seed).to_dict() for key, recall in recalls.items()}
+        difference = bootstrap(minus(recalls["right"], recalls["swapped"]), everyone, seed=seed).to_dict()
         results[name] = {
             "questions": round(confusion["right"].sum()),
-            **{key: {"accuracy": values[key], "interval": _interval(sampled[key])} for key in values},
-            "difference": {"value": values["right"] - values["swapped"], "interval": difference},
-            "beats_swapped": difference[0] > 0,
+            **{key: {"accuracy": one["value"], "interval": one["interval"]} for key, one in found.items()},
+            "difference": {name: difference[name] for name in ("value", "interval")},
+            "beats_swapped": difference["interval"] is not None and difference["interval"][0] > 0,
             # people in the order of their dataset and name, as everywhere in the results
             "people": [
                 {
@@ -207,18 +204,6 @@ def question_results(scored: Sequence[Scored], majority: np.ndarray, seed: int) 
         f"families{': ' if beaten else ''}{', '.join(beaten)}"
     )
     return {"families": results, "verdict": verdict}
-
-
-def _balanced_accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Mean recall over the answers that occur; confusion [..., truth, answer]."""
-    totals = confusion.sum(-1)
-    occurs = totals > 0
-    recall = np.diagonal(confusion, axis1=-2, axis2=-1) / np.where(occurs, totals, 1)
-    return recall.sum(-1) / occurs.sum(-1)
-
-
-def _interval(values: np.ndarray) -> list[float]:
-    return np.quantile(values, [0.025, 0.975]).tolist()
 
 
 @torch.no_grad()
@@ -252,11 +237,6 @@ def statement_accuracy(texts: Sequence[str], levels: np.ndarray, said: np.ndarra
             if levels[row, index] >= 0:
                 right.append(levels[row, index] == (level if said is None else said[index]))
     return float(np.mean(right)) if right else None
-
-
-def most_frequent(levels: np.ndarray) -> np.ndarray:
-    """The commonest level int [descriptors] of each descriptor; levels int [windows, descriptors], -1 unknown."""
-    return (levels[..., None] == np.arange(len(LEVELS))).sum(0).argmax(-1)
 
 
 def claims(text: str) -> list[tuple[int, int]]:

@@ -131,25 +131,20 @@ def evaluate_scans(
     }
 
 
+@dataclass
 class _Run:
     """Everything the arms have in common."""
 
-    def __init__(
-        self,
-        model: FmriLMForConditionalGeneration,
-        processor: FmriLMProcessor,
-        task: Task,
-        scans: LabelledScans,
-        protocol: Protocol,
-        splits: Sequence[Split],
-    ) -> None:
-        self.model = model
-        self.processor = processor
-        self.task = task
-        self.scans = scans
-        self.protocol = protocol
-        self.splits = splits
-        self.open_ended = protocol.open_ended or task.choices is None
+    model: FmriLMForConditionalGeneration
+    processor: FmriLMProcessor
+    task: Task
+    scans: LabelledScans
+    protocol: Protocol
+    splits: Sequence[Split]
+
+    @property
+    def open_ended(self) -> bool:
+        return self.protocol.open_ended or self.task.choices is None
 
     def answers(self, arm: Arm) -> dict[str, np.ndarray]:
         """

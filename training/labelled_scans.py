@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from fmrilm.processors import FmriLMFeatureExtractor
 from .baselines import connectivity_features
 from .codec import encode_items
 from .data import PreparedScan, load_prepared
+from .scan_windows import encode_by_length, scan_items
 from .tasks import Task, labels_of
 
 
@@ -63,24 +65,10 @@ def load_labelled(folder: Path, task: Task, extractor: FmriLMFeatureExtractor, c
 
 def scan_codes(codec: FmriCodecModel, scans: Sequence[PreparedScan], window_length: int) -> list[np.ndarray]:
     """Codes int [windows, tokens] of every full window of each scan side by side, or of all of a shorter one."""
-    patch = codec.config.patch_length
-    codes: list[list[np.ndarray]] = [[] for _ in scans]
-    by_length: dict[int, list[tuple[int, dict]]] = {}
-    for row, scan in enumerate(scans):
-        present = ~np.isnan(scan.signal).any(0)
-        length = min(window_length, len(scan.signal) // patch * patch)
-        for start in range(0, len(scan.signal) - length + 1, length):
-            item = {
-                "signal": scan.signal[start : start + length, present],
-                "coordinates": scan.atlas.coordinates[present],
-                "descriptors": np.empty(0, np.float32),
-            }
-            by_length.setdefault(length, []).append((row, item))
-    for items in by_length.values():
-        encoded = encode_items(codec, [item for _, item in items])
-        for (row, _), window in zip(items, encoded, strict=True):
-            codes[row].append(window)
-    return [np.stack(windows) for windows in codes]
+    windows = [
+        scan_items(scan.signal, scan.atlas, codec.config.patch_length, window_length, window_length) for scan in scans
+    ]
+    return [np.stack(codes) for codes in encode_by_length(windows, partial(encode_items, codec))]
 
 
 def _label_rows(folder: Path) -> list[dict]:

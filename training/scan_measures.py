@@ -79,8 +79,8 @@ def token_contributions(
     """
     How far each token of a scan, [steps, slots], carries an answer, in nats: gradient times input (Shrikumar et al.
     2016, arXiv 1605.01713). The gradient is that of the answer's log-probability, with `choices` of its probability
-    among them, by the token's embedding. To first order, a token taken down by one percent takes one percent of its
-    contribution from the log-probability.
+    among them, by the token's embedding, and by its code's vector for what the sheet tells of it. To first order, a
+    token taken down by one percent takes one percent of its contribution from the log-probability.
     """
     model, processor = reader.model, reader.processor
     content = [{"type": "fmri", "fmri": scan}, {"type": "text", "text": question}]
@@ -92,14 +92,18 @@ def token_contributions(
         answers, chosen = processor.encode_choices(list(choices)), list(choices).index(answer)
     ids = inputs.pop("input_ids")
     del inputs["attention_mask"]
-    with torch.no_grad():
-        prompt = model.model.embed(ids, model.model.read_scans(**inputs))
-    prompt.requires_grad_(True)
+    vectors, valid = model.model.scan_vectors(model.model.read_scans(**inputs))
+    vectors = vectors.masked_fill(~valid[..., None], float("nan")).requires_grad_(True)
     with torch.enable_grad():
+        prompt = model.model.embed(ids, vectors)
         scores = _log_likelihoods(model, ids, prompt, answers)
         target = scores[0] if choices is None else scores.log_softmax(0)[chosen]
-        (gradient,) = torch.autograd.grad(target, prompt)
+        (gradient,) = torch.autograd.grad(target, prompt, retain_graph=True)
+        # what a token says by way of the sheet behind the scan
+        on_sheet = torch.isin(ids, ids.new_tensor(model.config.descriptor_token_ids or []))[..., None]
+        (by_sheet,) = torch.autograd.grad(prompt, vectors, gradient * on_sheet)
     contributions = (gradient * prompt.detach()).float().sum(-1)[ids == processor.fmri_token_id]
+    contributions = contributions + (by_sheet * vectors.detach()).float().sum(-1)[valid]
     return contributions.cpu().numpy().reshape(-1, processor.tokens_per_step)
 
 

@@ -1,7 +1,7 @@
 """Codes of many scans: prepared, cut into windows and encoded shard by shard, each only once."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def encode_scans(
 ) -> EncodedScans:
     """
     Windows of `extractor.window_length` frames at each `stride` frames of each scan; of a shorter scan, all its whole
-    steps. Codes are kept in `cache`. ValueError for a scan that cannot be read,.
+    steps. Codes are kept in `cache`. ValueError for a scan that cannot be read.
 
     parts: rows of scans, those of one part with equally many ROIs.
     """
@@ -56,7 +56,8 @@ def encode_scans(
             signals = part.select_columns([name for name in SIGNAL_COLUMNS if name in part.column_names])
             for start in range(0, len(part), SHARD):
                 shard: Any = signals.skip(start).take(SHARD).with_format("numpy")
-                codes += _encode(codec, [_windows(row, atlases, extractor, stride) for row in shard], cache)
+                windows = [_windows(row, atlases, extractor, stride) for row in shard]
+                codes += encode_by_length(windows, lambda items: cached_codes(codec, items, cache))
                 progress.update(len(shard))
     return EncodedScans(known, codes)
 
@@ -64,12 +65,18 @@ def encode_scans(
 def _windows(
     row: dict, atlases: dict[str, Atlas], extractor: FmriLMFeatureExtractor, stride: int
 ) -> list[dict[str, np.ndarray]]:
-    """Windows of a scan as `collate_signals` takes them."""
     atlas = atlases[str(row["atlas"])]
     scan = {name: row[name] for name in ("signal", "tr", "censored") if name in row}
     signal, _ = extractor.prepare_signal(scan, atlas=atlas)
+    return scan_items(signal, atlas, extractor.patch_length, extractor.window_length, stride)
+
+
+def scan_items(
+    signal: np.ndarray, atlas: Atlas, patch_length: int, window_length: int, stride: int
+) -> list[dict[str, np.ndarray]]:
+    """Windows of a scan [time, rois] as `collate_signals` takes them; of a shorter one, all its whole steps."""
     present = ~np.isnan(signal).any(0)
-    length = min(extractor.window_length, len(signal) // extractor.patch_length * extractor.patch_length)
+    length = min(window_length, len(signal) // patch_length * patch_length)
     return [
         {
             "signal": signal[first : first + length, present],
@@ -80,17 +87,17 @@ def _windows(
     ]
 
 
-def _encode(
-    codec: FmriCodecModel, scans: Sequence[list[dict[str, np.ndarray]]], cache: Path
+def encode_by_length(
+    scans: Sequence[list[dict[str, np.ndarray]]], encode: Callable[[list[dict[str, np.ndarray]]], np.ndarray]
 ) -> list[list[np.ndarray]]:
-    """Codes of the scans' windows, those of one length together."""
+    """Codes int64 [tokens] of each scan's windows, those of one length encoded together."""
     by_length = defaultdict(list)
     for scan, windows in enumerate(scans):
         for window in windows:
             by_length[len(window["signal"])].append((scan, window))
     codes: list[list[np.ndarray]] = [[] for _ in scans]
     for members in by_length.values():
-        rows = cached_codes(codec, [window for _, window in members], cache)
+        rows = encode([window for _, window in members])
         for (scan, _), row in zip(members, rows, strict=True):
             codes[scan].append(row[row >= 0])
     return codes
