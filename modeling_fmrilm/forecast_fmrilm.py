@@ -7,7 +7,7 @@ from .steps_fmrilm import positions, whole_steps
 
 
 class FmriLMForecastMixin:
-    """For a model with a `model` (`FmriLMModel`) and an `fmri_head`. A scan alone: its opening token and its codes."""
+    """For a model with `model` (`FmriLMModel`) and `next_code_logits`. A scan alone: its opening token and codes."""
 
     @torch.no_grad()
     def forecast(
@@ -21,18 +21,26 @@ class FmriLMForecastMixin:
     ) -> torch.Tensor:
         """
         Signal [batch, rois, steps * patch_length] that follows the scans' last frames, in the unit of fmri_values:
-        robust z-scores of the context, so that nothing of the future enters. Frames before the first whole step,
-        counted from the end, are left out. fmri_values, roi_coordinates, fmri_mask, temperature and generator are
-        those of [`FmriLMModel.forward`] and `forecast_codes`.
+        robust z-scores of the context, so that nothing of the future enters. Without a temperature it is the best
+        guess, which shrinks to nothing where the model knows nothing: each slot's vector is the mean of the codebook
+        weighted by the codes' probabilities. With one it is a draw, as unlike as brains are. Frames before the first
+        whole step, counted from the end, are left out. fmri_values, roi_coordinates, fmri_mask, temperature and
+        generator are those of [`FmriLMModel.forward`] and `forecast_codes`.
         """
+        self._check_reads_codes()
         codec = self.model.codec
         values, mask = whole_steps(fmri_values, fmri_mask, codec.config.patch_length)
         context = self.model.get_fmri_codes(values, roi_coordinates, mask)
-        codes = self.forecast_codes(context, steps, temperature, generator)
+        codes, expected = self._roll(context, steps, temperature, generator)
+        vectors = codec.embed_codes(codes.clamp(min=0))
+        length = (context >= 0).sum(-1, keepdim=True)
+        if temperature is None:
+            places = length + torch.arange(expected.shape[1], device=codes.device)
+            vectors = vectors.scatter(1, places[..., None].expand_as(expected), expected.to(vectors.dtype))
         # the decoder looks back as the encoder does, so it is given the context, too
-        signal = codec.decode(codes, roi_coordinates)
+        signal = codec.decode_vectors(vectors, roi_coordinates, codes >= 0)
         frames = torch.arange(steps * codec.config.patch_length, device=signal.device)
-        first = (context >= 0).sum(-1, keepdim=True) // codec.config.tokens_per_step * codec.config.patch_length
+        first = length // codec.config.tokens_per_step * codec.config.patch_length
         return signal.gather(-1, (first + frames)[:, None].expand(-1, signal.shape[1], -1))
 
     @torch.no_grad()
@@ -47,6 +55,17 @@ class FmriLMForecastMixin:
         Codes [scans, tokens] (-1 is padding), followed by those of the next `steps` steps. Each slot takes its most
         likely code, or with a `temperature` a draw; the slots of one step are drawn independently.
         """
+        self._check_reads_codes()
+        return self._roll(fmri_codes, steps, temperature, generator)[0]
+
+    def _roll(
+        self,
+        fmri_codes: torch.LongTensor,
+        steps: int,
+        temperature: float | None,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """`forecast_codes`, and the mean code vectors expected there, float32 [scans, steps * slots, codebook_dim]."""
         if steps < 1:
             raise ValueError(f"expected at least one step to forecast, got {steps}")
         if temperature is not None and temperature <= 0:
@@ -66,6 +85,11 @@ class FmriLMForecastMixin:
         mask = (place >= 0).long()
         step_ids = self.model.step_ids(ids)
         position_ids = positions(step_ids, mask)
+        codebook = self.model.codec.embed_codes(
+            torch.arange(self.config.codec_config.codebook_size, device=codes.device)
+        ).float()
+        slots = torch.arange(per_step, device=codes.device)
+        expected = []
         cache, start = None, 0
         for offset in range(0, steps * per_step, per_step):
             stop = 1 + longest + offset
@@ -78,14 +102,17 @@ class FmriLMForecastMixin:
                 use_cache=True,
             )
             cache, start = outputs.past_key_values, stop
-            logits = self.fmri_head(outputs.last_hidden_state[:, -per_step:]).float()
+            present = lengths + offset + slots
+            chosen = torch.zeros_like(codes, dtype=torch.bool).scatter(1, present - per_step, True)
+            states = outputs.last_hidden_state[:, -per_step:].flatten(0, 1)
+            logits = self.next_code_logits(states, codes, chosen).float()
+            expected.append((logits.softmax(-1) @ codebook).unflatten(0, (-1, per_step)))
             if temperature is None:
                 following = logits.argmax(-1)
             else:
-                chances = (logits / temperature).softmax(-1).flatten(0, 1)
-                following = torch.multinomial(chances, 1, generator=generator).view(-1, per_step)
-            codes = codes.scatter(1, lengths + offset + torch.arange(per_step, device=codes.device), following)
-        return codes
+                following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            codes = codes.scatter(1, present, following.view(-1, per_step))
+        return codes, torch.cat(expected, dim=1)
 
     @torch.no_grad()
     def surprise(self, fmri_codes: torch.LongTensor) -> torch.Tensor:
@@ -93,17 +120,27 @@ class FmriLMForecastMixin:
         Negative log-likelihood [scans, steps] of each step's codes [scans, tokens] given the steps before, in nats a
         code (mean over slots): how unexpected each step is. NaN for the first step and for padding (-1).
         """
+        self._check_reads_codes()
         per_step = self.config.codec_config.tokens_per_step
         valid = fmri_codes >= 0
         ids = torch.where(valid, self.config.fmri_token_id, self.config.fmri_start_token_id)
         ids = F.pad(ids, (1, 0), value=self.config.fmri_start_token_id)
         mask = F.pad(valid.long(), (1, 0), value=1)
-        hidden = self.model(ids, attention_mask=mask, fmri_codes=fmri_codes).last_hidden_state
-        scores = self.fmri_head(hidden[:, 1:-per_step]).float().log_softmax(-1)
-        following = fmri_codes[:, per_step:]
-        unexpected = -scores.gather(-1, following.clamp(min=0)[..., None])[..., 0]
-        unexpected = unexpected.masked_fill(following < 0, float("nan")).unflatten(1, (-1, per_step)).mean(-1)
-        return F.pad(unexpected, (1, 0), value=float("nan"))
+        hidden = self.model(ids, attention_mask=mask, fmri_codes=fmri_codes).last_hidden_state[:, 1:]
+        has_next = F.pad(fmri_codes[:, per_step:] >= 0, (0, per_step))
+        logits = self.next_code_logits(hidden[has_next], fmri_codes, has_next).float()
+        unexpected = torch.full_like(fmri_codes[:, per_step:], float("nan"), dtype=torch.float32)
+        losses = F.cross_entropy(logits, self.next_codes(fmri_codes), reduction="none")
+        unexpected[has_next[:, :-per_step]] = losses
+        return F.pad(unexpected.unflatten(1, (-1, per_step)).mean(-1), (1, 0), value=float("nan"))
+
+    def _check_reads_codes(self) -> None:
+        """ValueError for a model that reads features: what it predicts, codes, is not what it could read on from."""
+        if self.config.fmri_input != "codes":
+            raise ValueError(
+                'expected a model with fmri_input="codes", which can read what it predicts, got '
+                f'fmri_input="{self.config.fmri_input}"'
+            )
 
 
 __all__ = ["FmriLMForecastMixin"]

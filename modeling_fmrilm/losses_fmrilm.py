@@ -12,10 +12,13 @@ IGNORED = -100
 
 
 class FmriLMLossMixin:
-    """For a model with an `lm_head` and an `fmri_head`."""
+    """For a model with a `model` (`FmriLMModel`), an `lm_head`, an `fmri_head` and an `fmri_autoregression`."""
 
     config: FmriLMConfig
+    model: nn.Module
     lm_head: nn.Module
+    fmri_head: nn.Module
+    fmri_autoregression: nn.Module
 
     def text_loss(self, hidden: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
         """
@@ -47,7 +50,20 @@ class FmriLMLossMixin:
         # the states are those of all valid codes, scan after scan; a scan's last step has nothing to predict
         per_step = self.config.codec_config.tokens_per_step
         has_next = F.pad(fmri_codes[:, per_step:] >= 0, (0, per_step))
-        return F.cross_entropy(self.fmri_head(states[has_next[fmri_codes >= 0]]).float(), following)
+        logits = self.next_code_logits(states[has_next[fmri_codes >= 0]], fmri_codes, has_next)
+        return F.cross_entropy(logits.float(), following)
+
+    def next_code_logits(
+        self, states: torch.Tensor, fmri_codes: torch.LongTensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Logits [n, codebook_size] of the codes that follow the tokens chosen, bool [scans, tokens], whole steps of
+        fmri_codes [scans, tokens]; states [n, hidden]: the language model's at those tokens.
+        """
+        codec = self.model.codec
+        vectors = codec.embed_codes(fmri_codes.clamp(min=0))
+        codebook = codec.embed_codes(torch.arange(codec.config.codebook_size, device=fmri_codes.device))
+        return self.fmri_head(states) + self.fmri_autoregression(vectors, codebook, chosen)
 
 
 __all__ = ["FmriLMLossMixin", "IGNORED"]

@@ -13,6 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .autoregression_fmrilm import FmriLMAutoregression
 from .backbones_fmrilm import check_backbone
 from .configuration_fmrilm import FmriLMConfig
 from .forecast_fmrilm import FmriLMForecastMixin
@@ -70,6 +71,8 @@ class FmriLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FmriLMProjector):
             init.normal_(module.slots.weight, std=1.0)
+        elif isinstance(module, FmriLMAutoregression):
+            module.init_weights()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         self.config.auto_map = dict(AUTO_MAP)
@@ -279,8 +282,9 @@ class FmriLMForConditionalGeneration(
     FmriLMPreTrainedModel, FmriLMLossMixin, FmriLMGenerationMixin, FmriLMForecastMixin
 ):
     """
-    Text about scans, and codes of the next step. `lm_head` speaks words; `fmri_head` says at slot k of step t what
-    code slot k of step t+1 will hold.
+    Text about scans, and codes of the next step. `lm_head` speaks words. At slot k of step t, the code that slot k of
+    step t+1 will hold is predicted: by `fmri_autoregression` from the codes, to which `fmri_head` adds what the
+    language model makes of them.
     """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -292,6 +296,9 @@ class FmriLMForConditionalGeneration(
         self.lm_head = nn.Linear(hidden_size, config.text_config.vocab_size, bias=False)
         codebook_size = config.codec_config.codebook_size
         self.fmri_head = nn.Linear(hidden_size, codebook_size, bias=False) if codebook_size else None
+        self.fmri_autoregression = None
+        if codebook_size:
+            self.fmri_autoregression = FmriLMAutoregression(config).requires_grad_(False)
         if config.tie_word_embeddings:
             embeddings = self.get_input_embeddings()
             name = next(name for name, module in self.model.named_modules() if module is embeddings)

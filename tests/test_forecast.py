@@ -6,7 +6,7 @@ import torch
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.steps_fmrilm import whole_steps
-from scan_rows import LONG, SHORT
+from scan_rows import LONG, SHORT, expected_code_logits
 
 
 Model = FmriLMForConditionalGeneration
@@ -24,7 +24,8 @@ def next_codes(model: Model, codes: list[int]) -> list[int]:
     config = model.config
     row = torch.tensor([[config.fmri_start_token_id] + [config.fmri_token_id] * len(codes)])
     hidden = model.model(row, fmri_codes=torch.tensor([codes])).last_hidden_state
-    return model.fmri_head(hidden[0, -2:]).argmax(-1).tolist()
+    tokens = (len(codes) - 2, len(codes) - 1)
+    return [int(expected_code_logits(model, hidden[0, 1 + token], codes, token).argmax()) for token in tokens]
 
 
 @torch.no_grad()
@@ -54,12 +55,36 @@ def test_draws_repeat_with_their_seed_and_follow_the_temperature(llama: Model) -
     assert torch.equal(draw(1e-4, 0), llama.forecast_codes(scans, 1)[:, len(LONG) :])
 
 
-def test_forecast_decodes_the_rolled_codes_after_the_context(model: Model, scan: tuple) -> None:
+def test_a_drawn_forecast_decodes_the_drawn_codes_after_the_context(model: Model, scan: tuple) -> None:
     values, coordinates = scan
-    forecast = model.forecast(values, coordinates, steps=2)
-    codes = model.forecast_codes(model.model.get_fmri_codes(values, coordinates), steps=2)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    forecast = model.forecast(values, coordinates, None, 2, 1.0, generators[0])
+    codes = model.forecast_codes(model.model.get_fmri_codes(values, coordinates), 2, 1.0, generators[1])
     assert torch.allclose(forecast, model.model.codec.decode(codes, coordinates)[..., 12:], atol=1e-6)
     assert forecast.shape == (1, 5, 8)
+
+
+@torch.no_grad()
+def test_the_best_guess_decodes_the_expected_vectors(model: Model, scan: tuple) -> None:
+    values, coordinates = scan
+    codec, config = model.model.codec, model.config
+    context = model.model.get_fmri_codes(values, coordinates)[0].tolist()
+    row = torch.tensor([[config.fmri_start_token_id] + [config.fmri_token_id] * len(context)])
+    hidden = model.model(row, fmri_codes=torch.tensor([context])).last_hidden_state[0, 1:]
+    chances = [expected_code_logits(model, hidden[token], context, token).softmax(-1) for token in (4, 5)]
+    vectors = torch.cat([codec.embed_codes(torch.tensor(context)), torch.stack(chances) @ codec.quantizer.codebook])
+    signal = codec.decode_vectors(vectors[None], coordinates, torch.ones(1, 8, dtype=torch.bool))
+    assert torch.allclose(model.forecast(values, coordinates), signal[..., 12:], atol=1e-5)
+
+
+def test_the_best_guess_of_a_sure_model_decodes_its_codes(llama: Model, scan: tuple) -> None:
+    values, coordinates = scan
+    with torch.no_grad():
+        for weight in (llama.fmri_head.weight, *llama.fmri_autoregression.parameters()):
+            weight.mul_(100)
+    codes = llama.forecast_codes(llama.model.get_fmri_codes(values, coordinates), steps=2)
+    decoded = llama.model.codec.decode(codes, coordinates)[..., 12:]
+    assert torch.allclose(llama.forecast(values, coordinates, steps=2), decoded, atol=1e-4)
 
 
 def test_forecast_starts_after_the_last_frame(llama: Model, scan: tuple) -> None:
@@ -119,3 +144,14 @@ def test_impossible_forecasts_are_refused(llama: Model, scan: tuple, changes: di
     values, coordinates = scan
     with pytest.raises(ValueError, match=message):
         llama.forecast(**{"fmri_values": values, "roi_coordinates": coordinates, **changes})
+
+
+def test_a_model_that_reads_features_cannot_read_on_from_codes(llama: Model, scan: tuple) -> None:
+    llama.config.fmri_input = "features"
+    for ask in (
+        lambda: llama.forecast(*scan),
+        lambda: llama.forecast_codes(torch.tensor([LONG]), 1),
+        lambda: llama.surprise(torch.tensor([LONG])),
+    ):
+        with pytest.raises(ValueError, match='expected a model with fmri_input="codes".*got fmri_input="features"'):
+            ask()

@@ -57,6 +57,9 @@ class AlignmentArguments(ScanArguments):
     projector_steps: int = field(
         default=250, metadata={"help": "Steps of the projector alone on the descriptors, before all else."}
     )
+    autoregression_steps: int = field(
+        default=300, metadata={"help": "Steps of the autoregression alone on the codes, before all else."}
+    )
 
 
 def main(command_line: list[str] | None = None) -> Path:
@@ -105,9 +108,8 @@ def align(
     processor = FmriLMProcessor(extractor, tokenizer, tokens_per_step=codec.config.tokens_per_step)
     model = join(codec, language_model, processor)
     training, test = encode_both(script_args, training_args, codec, scans, extractor)
-    if last is None and script_args.projector_steps:
-        explained = warm_up(model, training, scans.cohort, script_args.projector_steps, training_args.seed)
-        print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
+    if last is None:
+        warm_up(model, training, scans.cohort, script_args, training_args.seed)
     if model_args.use_peft:
         keep_base(model, training_args, last)
 
@@ -128,20 +130,29 @@ def align(
     return train_and_save(trainer, last, scans.cohort.save)
 
 
-def warm_up(model, scans, cohort, steps: int, seed: int) -> float:
-    """`warm_up_projector` on the windows of the most frequent length and the descriptors of their scans."""
+def warm_up(model, scans, cohort, script_args: AlignmentArguments, seed: int) -> None:
+    """
+    `warm_up_projector` and `fit_autoregression` on the windows of the most frequent length and the descriptors of
+    their scans.
+    """
     from collections import Counter
 
     import numpy as np
 
-    from .alignment import warm_up_projector
+    from .alignment import fit_autoregression, warm_up_projector
 
     length, _ = Counter(len(window) for codes in scans.codes for window in codes).most_common(1)[0]
     chosen = [(scan, window) for scan, window in scans.windows if len(scans.codes[scan][window]) == length]
-    values = [[row["descriptors"][name] for name in cohort.names] for row in scans.rows]
-    z_scores = cohort.z_scores(np.array(values, float))
     codes = np.stack([scans.codes[scan][window] for scan, window in chosen])
-    return warm_up_projector(model, codes, z_scores[[scan for scan, _ in chosen]], steps, seed)
+    if script_args.projector_steps:
+        values = [[row["descriptors"][name] for name in cohort.names] for row in scans.rows]
+        targets = cohort.z_scores(np.array(values, float))[[scan for scan, _ in chosen]]
+        explained = warm_up_projector(model, codes, targets, script_args.projector_steps, seed)
+        print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
+    # windows of one step have no next one
+    if script_args.autoregression_steps and length > model.config.codec_config.tokens_per_step:
+        perplexity = fit_autoregression(model, codes, script_args.autoregression_steps, seed)
+        print(f"the codes tell the next ones at a perplexity of {perplexity:.0f}")
 
 
 def make_parser() -> "TrlParser":

@@ -18,7 +18,7 @@ from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.processors.descriptors.text import description, question
 
 from . import evaluate
-from .alignment import add_lora, join, train_alignment, warm_up_projector
+from .alignment import add_lora, fit_autoregression, join, train_alignment, warm_up_projector
 from .chats import alignment_dataset, instruction_dataset
 from .code_cache import cached_codes
 from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
@@ -52,6 +52,7 @@ class DemoSettings:
     codec_batch: int = 16
     mixtures: int = 1000
     projector_steps: int = 250
+    autoregression_steps: int = 300
     alignment_steps: int = 20
     sft_steps: int = 118
     rows_per_step: int = 4
@@ -69,6 +70,7 @@ class DemoSettings:
             codec_batch=10,
             mixtures=8,
             projector_steps=2,
+            autoregression_steps=2,
             alignment_steps=2,
             sft_steps=2,
             rows_per_step=2,
@@ -204,6 +206,8 @@ class Demo:
         )
         explained = warm_up_projector(model, self.codes, self.z_scores, settings.projector_steps, settings.seed)
         print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
+        perplexity = fit_autoregression(model, self.codes, settings.autoregression_steps, settings.seed)
+        print(f"the codes tell the next ones at a perplexity of {perplexity:.0f}")
         return train_alignment(add_lora(model, LORA_RANK), dataset, processor, args)
 
     def tune(self, model: PeftModel, processor: FmriLMProcessor) -> PeftModel:
