@@ -1,9 +1,22 @@
 """What the brain does next: codes rolled forward and decoded to signal, and how unexpected each step was."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from .steps_fmrilm import positions, whole_steps
+
+
+def fading(missed: torch.Tensor, length: torch.Tensor, frames: int) -> torch.Tensor:
+    """
+    Forecast [batch, rois, frames] of what codes leave out of a signal: missed [batch, rois, time] in its first
+    `length` [batch, 1] frames, zero after them. The last frame, times powers of the scan's lag-1 autocorrelation.
+    """
+    strength = (missed[..., 1:] * missed[..., :-1]).sum((1, 2)) / missed.pow(2).sum((1, 2)).clamp(min=1e-12)
+    last = missed.gather(-1, (length - 1)[:, None].expand(-1, missed.shape[1], -1))
+    ahead = torch.arange(1, frames + 1, device=missed.device)
+    return last * strength.clamp(min=0)[:, None, None] ** ahead
 
 
 class FmriLMForecastMixin:
@@ -22,26 +35,31 @@ class FmriLMForecastMixin:
         """
         Signal [batch, rois, steps * patch_length] that follows the scans' last frames, in the unit of fmri_values:
         robust z-scores of the context, so that nothing of the future enters. Without a temperature it is the best
-        guess, which shrinks to nothing where the model knows nothing: each slot's vector is the mean of the codebook
-        weighted by the codes' probabilities. With one it is a draw, as unlike as brains are. Frames before the first
-        whole step, counted from the end, are left out. fmri_values, roi_coordinates, fmri_mask, temperature and
-        generator are those of [`FmriLMModel.forward`] and `forecast_codes`.
+        guess, which shrinks to nothing where nothing is known: each slot's vector is the mean of the codebook weighted
+        by the codes' probabilities, and what the codes left out of the context's last frame fades (`fading`). With a
+        temperature it is the signal of drawn codes, as lively as a brain. Frames before the first whole step, counted
+        from the end, are left out. fmri_values, roi_coordinates, fmri_mask, temperature and generator are those of
+        [`FmriLMModel.forward`] and `forecast_codes`.
         """
         self._check_reads_codes()
         codec = self.model.codec
         values, mask = whole_steps(fmri_values, fmri_mask, codec.config.patch_length)
         context = self.model.get_fmri_codes(values, roi_coordinates, mask)
-        codes, expected = self._roll(context, steps, temperature, generator)
-        vectors = codec.embed_codes(codes.clamp(min=0))
-        length = (context >= 0).sum(-1, keepdim=True)
         if temperature is None:
-            places = length + torch.arange(expected.shape[1], device=codes.device)
-            vectors = vectors.scatter(1, places[..., None].expand_as(expected), expected.to(vectors.dtype))
+            codebook = self.codebook().float()
+            vectors = self._roll(context, steps, lambda logits: logits.softmax(-1) @ codebook)
+        else:
+            codes = self.forecast_codes(context, steps, temperature, generator)
+            vectors = codec.embed_codes(codes.clamp(min=0)).masked_fill((codes < 0)[..., None], float("nan"))
         # the decoder looks back as the encoder does, so it is given the context, too
-        signal = codec.decode_vectors(vectors, roi_coordinates, codes >= 0)
+        signal = codec.decode_vectors(vectors.nan_to_num(), roi_coordinates, ~vectors.isnan().any(-1))
         frames = torch.arange(steps * codec.config.patch_length, device=signal.device)
-        first = length // codec.config.tokens_per_step * codec.config.patch_length
-        return signal.gather(-1, (first + frames)[:, None].expand(-1, signal.shape[1], -1))
+        first = (context >= 0).sum(-1, keepdim=True) // codec.config.tokens_per_step * codec.config.patch_length
+        future = signal.gather(-1, (first + frames)[:, None].expand(-1, signal.shape[1], -1))
+        if temperature is not None:
+            return future
+        missed = (values - signal[..., : values.shape[-1]]).masked_fill(~mask, 0)
+        return future + fading(missed, first, len(frames))
 
     @torch.no_grad()
     def forecast_codes(
@@ -56,20 +74,34 @@ class FmriLMForecastMixin:
         likely code, or with a `temperature` a draw; the slots of one step are drawn independently.
         """
         self._check_reads_codes()
-        return self._roll(fmri_codes, steps, temperature, generator)[0]
-
-    def _roll(
-        self,
-        fmri_codes: torch.LongTensor,
-        steps: int,
-        temperature: float | None,
-        generator: torch.Generator | None,
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
-        """`forecast_codes`, and the mean code vectors expected there, float32 [scans, steps * slots, codebook_dim]."""
-        if steps < 1:
-            raise ValueError(f"expected at least one step to forecast, got {steps}")
         if temperature is not None and temperature <= 0:
             raise ValueError(f"expected a temperature above 0, or None for the most likely codes, got {temperature}")
+        chosen = []
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
+            if temperature is None:
+                codes = logits.argmax(-1)
+            else:
+                chances = (logits / temperature).softmax(-1).flatten(0, 1)
+                codes = torch.multinomial(chances, 1, generator=generator).view(logits.shape[:2])
+            chosen.append(codes)
+            return self.model.codec.embed_codes(codes)
+
+        self._roll(fmri_codes, steps, choose)
+        following = torch.cat(chosen, dim=1)
+        lengths = (fmri_codes >= 0).sum(-1, keepdim=True)
+        codes = F.pad(fmri_codes[:, : int(lengths.max())], (0, following.shape[1]), value=-1)
+        return codes.scatter(1, lengths + torch.arange(following.shape[1], device=codes.device), following)
+
+    def _roll(
+        self, fmri_codes: torch.LongTensor, steps: int, follow: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        Vectors [scans, tokens, codebook_dim] of fmri_codes [scans, tokens] and the next `steps` steps, NaN on padding.
+        follow: from the logits of the next step's codes [scans, slots, codebook_size] to the vectors that are read on.
+        """
+        if steps < 1:
+            raise ValueError(f"expected at least one step to forecast, got {steps}")
         per_step, max_steps = self.config.codec_config.tokens_per_step, self.config.codec_config.max_steps
         lengths = (fmri_codes >= 0).sum(-1, keepdim=True)
         longest = int(lengths.max())
@@ -79,22 +111,18 @@ class FmriLMForecastMixin:
                 f"{longest // per_step} and {steps}"
             )
         codes = F.pad(fmri_codes[:, :longest], (0, steps * per_step), value=-1)
+        vectors = self.model.codec.embed_codes(codes.clamp(min=0)).masked_fill((codes < 0)[..., None], float("nan"))
         # contexts end together, so that all scans go on at the same place
         place = torch.arange(1 + codes.shape[1], device=codes.device) - (longest - lengths)
         ids = torch.where(place > 0, self.config.fmri_token_id, self.config.fmri_start_token_id)
         mask = (place >= 0).long()
         step_ids = self.model.step_ids(ids)
         position_ids = positions(step_ids, mask)
-        codebook = self.model.codec.embed_codes(
-            torch.arange(self.config.codec_config.codebook_size, device=codes.device)
-        ).float()
-        slots = torch.arange(per_step, device=codes.device)
-        expected = []
         cache, start = None, 0
         for offset in range(0, steps * per_step, per_step):
             stop = 1 + longest + offset
             outputs = self.model(
-                inputs_embeds=self.model.embed(ids[:, :stop], codes)[:, start:stop],
+                inputs_embeds=self.model.embed(ids[:, :stop], vectors)[:, start:stop],
                 attention_mask=mask[:, :stop],
                 position_ids=position_ids[:, start:stop],
                 mm_token_type_ids=step_ids[:, :stop],
@@ -102,17 +130,12 @@ class FmriLMForecastMixin:
                 use_cache=True,
             )
             cache, start = outputs.past_key_values, stop
-            present = lengths + offset + slots
-            chosen = torch.zeros_like(codes, dtype=torch.bool).scatter(1, present - per_step, True)
-            states = outputs.last_hidden_state[:, -per_step:].flatten(0, 1)
-            logits = self.next_code_logits(states, codes, chosen).float()
-            expected.append((logits.softmax(-1) @ codebook).unflatten(0, (-1, per_step)))
-            if temperature is None:
-                following = logits.argmax(-1)
-            else:
-                following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            codes = codes.scatter(1, present, following.view(-1, per_step))
-        return codes, torch.cat(expected, dim=1)
+            places = lengths + offset + torch.arange(per_step, device=codes.device)
+            present = torch.zeros_like(codes, dtype=torch.bool).scatter(1, places - per_step, True)
+            logits = self.next_code_logits(outputs.last_hidden_state[:, -per_step:].flatten(0, 1), vectors, present)
+            following = follow(logits.float().unflatten(0, (-1, per_step))).to(vectors.dtype)
+            vectors = vectors.scatter(1, places[..., None].expand_as(following), following)
+        return vectors
 
     @torch.no_grad()
     def surprise(self, fmri_codes: torch.LongTensor) -> torch.Tensor:
@@ -128,7 +151,8 @@ class FmriLMForecastMixin:
         mask = F.pad(valid.long(), (1, 0), value=1)
         hidden = self.model(ids, attention_mask=mask, fmri_codes=fmri_codes).last_hidden_state[:, 1:]
         has_next = F.pad(fmri_codes[:, per_step:] >= 0, (0, per_step))
-        logits = self.next_code_logits(hidden[has_next], fmri_codes, has_next).float()
+        vectors = self.model.codec.embed_codes(fmri_codes.clamp(min=0))
+        logits = self.next_code_logits(hidden[has_next], vectors, has_next).float()
         unexpected = torch.full_like(fmri_codes[:, per_step:], float("nan"), dtype=torch.float32)
         losses = F.cross_entropy(logits, self.next_codes(fmri_codes), reduction="none")
         unexpected[has_next[:, :-per_step]] = losses
@@ -143,4 +167,4 @@ class FmriLMForecastMixin:
             )
 
 
-__all__ = ["FmriLMForecastMixin"]
+__all__ = ["FmriLMForecastMixin", "fading"]

@@ -50,20 +50,21 @@ class FmriLMLossMixin:
         # the states are those of all valid codes, scan after scan; a scan's last step has nothing to predict
         per_step = self.config.codec_config.tokens_per_step
         has_next = F.pad(fmri_codes[:, per_step:] >= 0, (0, per_step))
-        logits = self.next_code_logits(states[has_next[fmri_codes >= 0]], fmri_codes, has_next)
+        vectors = self.model.codec.embed_codes(fmri_codes.clamp(min=0))
+        logits = self.next_code_logits(states[has_next[fmri_codes >= 0]], vectors, has_next)
         return F.cross_entropy(logits.float(), following)
 
-    def next_code_logits(
-        self, states: torch.Tensor, fmri_codes: torch.LongTensor, chosen: torch.Tensor
-    ) -> torch.Tensor:
+    def next_code_logits(self, states: torch.Tensor, vectors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """
-        Logits [n, codebook_size] of the codes that follow the tokens chosen, bool [scans, tokens], whole steps of
-        fmri_codes [scans, tokens]; states [n, hidden]: the language model's at those tokens.
+        Logits [n, codebook_size] of the codes that follow the tokens chosen, bool [scans, tokens], whole steps of the
+        codes' vectors [scans, tokens, codebook_dim]; states [n, hidden]: the language model's at those tokens.
         """
+        return self.fmri_head(states) + self.fmri_autoregression(vectors, self.codebook(), chosen)
+
+    def codebook(self) -> torch.Tensor:
+        """Vectors [codebook_size, codebook_dim] of all codes."""
         codec = self.model.codec
-        vectors = codec.embed_codes(fmri_codes.clamp(min=0))
-        codebook = codec.embed_codes(torch.arange(codec.config.codebook_size, device=fmri_codes.device))
-        return self.fmri_head(states) + self.fmri_autoregression(vectors, codebook, chosen)
+        return codec.embed_codes(torch.arange(codec.config.codebook_size, device=codec.device))
 
 
 __all__ = ["FmriLMLossMixin", "IGNORED"]

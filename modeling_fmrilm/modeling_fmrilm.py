@@ -147,8 +147,11 @@ class FmriLMModel(FmriLMPreTrainedModel):
         return fmri_features
 
     def get_fmri_features(self, scans: torch.Tensor) -> torch.Tensor:
-        """Projected embeddings [valid tokens, hidden] of what `read_scans` gives, scan after scan, no padding."""
-        if self.config.fmri_input == "codes":
+        """
+        Projected embeddings [valid tokens, hidden] of what `read_scans` gives, or of vectors between those of the
+        codebook, scan after scan, no padding.
+        """
+        if not scans.is_floating_point():
             valid = scans >= 0
             vectors = self.codec.embed_codes(scans.clamp(min=0))
         else:

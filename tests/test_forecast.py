@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fmrilm import FmriLMForConditionalGeneration
+from fmrilm.forecast_fmrilm import fading
 from fmrilm.steps_fmrilm import whole_steps
 from scan_rows import LONG, SHORT, expected_code_logits
 
@@ -74,7 +75,38 @@ def test_the_best_guess_decodes_the_expected_vectors(model: Model, scan: tuple) 
     chances = [expected_code_logits(model, hidden[token], context, token).softmax(-1) for token in (4, 5)]
     vectors = torch.cat([codec.embed_codes(torch.tensor(context)), torch.stack(chances) @ codec.quantizer.codebook])
     signal = codec.decode_vectors(vectors[None], coordinates, torch.ones(1, 8, dtype=torch.bool))
-    assert torch.allclose(model.forecast(values, coordinates), signal[..., 12:], atol=1e-5)
+    missed = values - signal[..., :12]
+    expected = signal[..., 12:] + fading(missed, torch.tensor([[12]]), 4)
+    assert torch.allclose(model.forecast(values, coordinates), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_best_guess_reads_on_from_what_it_expects(model: Model, scan: tuple) -> None:
+    codebook, seen = model.codebook(), []
+
+    def follow(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits)
+        return codebook[torch.tensor([[[2, 6], [7, 7]][len(seen) - 1]])]
+
+    rolled = model._roll(torch.tensor([LONG]), 2, follow)
+    assert torch.allclose(rolled[0], codebook[LONG + [2, 6, 7, 7]], atol=1e-6)
+    # the second step is asked for after the codes whose vectors were read
+    codes = LONG + [2, 6]
+    row = torch.tensor([[model.config.fmri_start_token_id] + [model.config.fmri_token_id] * len(codes)])
+    hidden = model.model(row, fmri_codes=torch.tensor([codes])).last_hidden_state[0, 1:]
+    expected = [expected_code_logits(model, hidden[token], codes, token) for token in (8, 9)]
+    assert torch.allclose(seen[1][0], torch.stack(expected), atol=1e-4)
+
+
+def test_what_codes_leave_out_fades_by_its_own_autocorrelation() -> None:
+    missed = torch.zeros(2, 1, 60)
+    missed[0, 0, :40] = 0.8 ** torch.arange(40)
+    missed[1, 0] = (-1.0) ** torch.arange(60)
+    future = fading(missed, torch.tensor([[40], [60]]), 3)
+    expected = missed[0, 0, 39] * 0.8 ** torch.tensor([1.0, 2.0, 3.0])
+    assert torch.allclose(future[0, 0], expected, rtol=1e-3)
+    # what turns around does not last
+    assert (future[1] == 0).all()
 
 
 def test_the_best_guess_of_a_sure_model_decodes_its_codes(llama: Model, scan: tuple) -> None:
@@ -83,8 +115,9 @@ def test_the_best_guess_of_a_sure_model_decodes_its_codes(llama: Model, scan: tu
         for weight in (llama.fmri_head.weight, *llama.fmri_autoregression.parameters()):
             weight.mul_(100)
     codes = llama.forecast_codes(llama.model.get_fmri_codes(values, coordinates), steps=2)
-    decoded = llama.model.codec.decode(codes, coordinates)[..., 12:]
-    assert torch.allclose(llama.forecast(values, coordinates, steps=2), decoded, atol=1e-4)
+    decoded = llama.model.codec.decode(codes, coordinates)
+    rest = fading(values - decoded[..., :12], torch.tensor([[12]]), 8)
+    assert torch.allclose(llama.forecast(values, coordinates, steps=2), decoded[..., 12:] + rest, atol=1e-4)
 
 
 def test_forecast_starts_after_the_last_frame(llama: Model, scan: tuple) -> None:

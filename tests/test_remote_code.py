@@ -39,6 +39,7 @@ CODEC_FILES = {
 }
 MODEL_FILES = {
     *CODEC_FILES,
+    "autoregression_fmrilm.py",
     "backbones_fmrilm.py",
     "forecast_fmrilm.py",
     "generation_fmrilm.py",

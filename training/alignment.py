@@ -107,7 +107,7 @@ def fit_autoregression(model: FmriLMForConditionalGeneration, codes: np.ndarray,
     """
     part, codec = model.fmri_autoregression, model.model.codec
     slots, size = codec.config.tokens_per_step, codec.config.codebook_size
-    codebook = codec.embed_codes(torch.arange(size))
+    codebook = model.codebook()
     codes = torch.from_numpy(codes).unflatten(1, (-1, slots))
     places = codes + size * torch.arange(slots)
     counts = torch.bincount(places.flatten(), minlength=slots * size).view(slots, size) + PSEUDO_COUNT
