@@ -134,10 +134,10 @@ def model_forecasts(model, contexts: np.ndarray, scan: PreparedScan, seed: int) 
     values = torch.from_numpy(contexts).transpose(1, 2)
     coordinates = torch.tensor(scan.atlas.coordinates).expand(len(values), -1, -1)
     generator = torch.Generator().manual_seed(seed)
-    greedy = model.forecast(values, coordinates, steps=HORIZON)
+    guess = model.forecast(values, coordinates, steps=HORIZON)
     draws = [model.forecast(values, coordinates, None, HORIZON, 1.0, generator) for _ in range(SAMPLES)]
     return {
-        "model, most likely codes": greedy.transpose(1, 2).numpy(),
+        "model, best guess": guess.transpose(1, 2).numpy(),
         f"model, mean of {SAMPLES} draws": torch.stack(draws).mean(0).transpose(1, 2).numpy(),
     }
 

@@ -31,8 +31,8 @@ if shown < 1:
     raise SystemExit(f"expected a scan longer than {seconds:g} s, got {len(scan) * options.tr:g} s")
 
 given = {"signal": scan[:shown], "tr": options.tr, "atlas": options.atlas}
+forecast = reader.forecast(given, options.steps)
 draws = np.stack([reader.forecast(given, options.steps, temperature=1.0) for _ in range(options.draws)])
-forecast = draws.mean(0)
 
 # the whole scan at the model's repetition time; correlation does not mind that its unit is another one
 whole = reader.signal({**given, "signal": scan}, window="full")

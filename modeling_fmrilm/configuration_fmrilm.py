@@ -142,6 +142,7 @@ class FmriLMConfig(PreTrainedConfig):
         fmri_input: what the language model reads of a scan: "codes", their codebook vectors, or "features", the
             codec's continuous vectors before quantisation.
         projector_hidden_size: width of the projector's hidden layer.
+        autoregression_rank: rank of the linear map from a step's codes to the next ones.
         fmri_loss_weight: weight of the next-step code prediction beside the text loss (0.1 in the paper).
     """
 
@@ -169,6 +170,7 @@ class FmriLMConfig(PreTrainedConfig):
     descriptor_token_ids: list[int] | None = None
     fmri_input: str = "codes"
     projector_hidden_size: int = 512
+    autoregression_rank: int = 16
     fmri_loss_weight: float | int = 0.1
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False

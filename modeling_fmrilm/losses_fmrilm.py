@@ -14,11 +14,13 @@ IGNORED = -100
 
 
 class FmriLMLossMixin:
-    """For a model with an `lm_head` and an `fmri_head`."""
+    """For a model with a `model` (`FmriLMModel`), an `lm_head`, an `fmri_head` and an `fmri_autoregression`."""
 
     config: FmriLMConfig
+    model: nn.Module
     lm_head: nn.Module
     fmri_head: Any
+    fmri_autoregression: Any
 
     def text_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
@@ -50,7 +52,21 @@ class FmriLMLossMixin:
         # the states are those of all valid codes, scan after scan; a scan's last step has nothing to predict
         per_step = self.config.codec_config.tokens_per_step
         has_next = F.pad(fmri_codes[:, per_step:] >= 0, (0, per_step))
-        return F.cross_entropy(self.fmri_head(states[has_next[fmri_codes >= 0]]).float(), following)
+        vectors = self.model.codec.embed_codes(fmri_codes.clamp(min=0))
+        logits = self.next_code_logits(states[has_next[fmri_codes >= 0]], vectors, has_next)
+        return F.cross_entropy(logits.float(), following)
+
+    def next_code_logits(self, states: torch.Tensor, vectors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """
+        Logits [n, codebook_size] of the codes that follow the tokens chosen, bool [scans, tokens], whole steps of the
+        codes' vectors [scans, tokens, codebook_dim]; states [n, hidden]: the language model's at those tokens.
+        """
+        return self.fmri_head(states) + self.fmri_autoregression(vectors, self.codebook(), chosen)
+
+    def codebook(self) -> torch.Tensor:
+        """Vectors [codebook_size, codebook_dim] of all codes."""
+        codec = self.model.codec
+        return codec.embed_codes(torch.arange(codec.config.codebook_size, device=codec.device))
 
 
 __all__ = ["FmriLMLossMixin", "IGNORED"]

@@ -133,7 +133,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         Signal [batch, rois, time] of codes [batch, tokens] at any coordinates [batch, rois, 3] (MNI mm); in the roi
         layout at those that were encoded.
         """
-        return self._signal(self.embed_codes(codes.clamp(min=0)), roi_coordinates, codes >= 0)
+        return self.decode_vectors(self.embed_codes(codes.clamp(min=0)), roi_coordinates, codes >= 0)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -163,7 +163,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         else:
             vectors = self.quantizer.continuous(vectors)
             codes, commitment_loss = self.quantizer.encode(vectors), vectors.new_zeros(())
-        reconstruction = self._signal(vectors, roi_coordinates, token_mask)[..., : fmri_values.shape[-1]]
+        reconstruction = self.decode_vectors(vectors, roi_coordinates, token_mask)[..., : fmri_values.shape[-1]]
         error = (reconstruction - fmri_values).pow(2)
         reconstruction_loss = error.mean() if fmri_mask is None else error[fmri_mask].mean()
         loss = reconstruction_loss + self.config.commitment_weight * commitment_loss
@@ -230,10 +230,13 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         states = self.encoder(patches, self.coordinates(roi_coordinates), self.encoder_steps[:steps], encoder_mask)
         return self.to_codebook(states), self.encoder.token_mask(roi_mask)
 
-    def _signal(
+    def decode_vectors(
         self, vectors: torch.Tensor, roi_coordinates: torch.Tensor, token_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Signal [batch, rois, time] of vectors [batch, tokens, codebook_dim]."""
+        """
+        As `decode`, of vectors [batch, tokens, codebook_dim], which may lie between those of the codebook; token_mask
+        bool [batch, tokens]: tokens that hold data.
+        """
         states = self.from_codebook(vectors.to(self.dtype))
         patches = self.decoder(states, self.decoder_steps, self.coordinates(roi_coordinates), token_mask)
         return patches.transpose(1, 2).flatten(-2)

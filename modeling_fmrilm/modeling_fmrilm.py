@@ -13,6 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from .autoregression_fmrilm import FmriLMAutoregression
 from .backbones_fmrilm import check_backbone
 from .configuration_fmrilm import FmriLMConfig
 from .descriptors_fmrilm import FmriLMDescriptorTokens, descriptor_places
@@ -71,7 +72,7 @@ class FmriLMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FmriLMProjector):
             init.normal_(module.slots.weight, std=1.0)
-        elif isinstance(module, FmriLMDescriptorTokens):
+        elif isinstance(module, FmriLMAutoregression | FmriLMDescriptorTokens):
             module.init_weights()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
@@ -158,7 +159,10 @@ class FmriLMModel(FmriLMPreTrainedModel):
         return self.codec.describe(*self.scan_vectors(scans))
 
     def get_fmri_features(self, scans: torch.Tensor) -> torch.Tensor:
-        """Projected embeddings [valid tokens, hidden] of what `read_scans` gives, scan after scan, no padding."""
+        """
+        Projected embeddings [valid tokens, hidden] of what `read_scans` gives, or of vectors between those of the
+        codebook, scan after scan, no padding.
+        """
         vectors, valid = self.scan_vectors(scans)
         vectors = vectors.to(self.projector.input_proj.weight.dtype)
         # padding follows the last step, so that no mean before it contains any
@@ -297,8 +301,9 @@ class FmriLMForConditionalGeneration(
     FmriLMPreTrainedModel, FmriLMLossMixin, FmriLMGenerationMixin, FmriLMForecastMixin
 ):
     """
-    Text about scans, and codes of the next step. `lm_head` speaks words; `fmri_head` says at slot k of step t what
-    code slot k of step t+1 will hold.
+    Text about scans, and codes of the next step. `lm_head` speaks words. At slot k of step t, the code that slot k of
+    step t+1 will hold is predicted: by `fmri_autoregression` from the codes, to which `fmri_head` adds what the
+    language model makes of them.
     """
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -310,6 +315,9 @@ class FmriLMForConditionalGeneration(
         self.lm_head = nn.Linear(hidden_size, config.text_config.vocab_size, bias=False)
         codebook_size = config.codec_config.codebook_size
         self.fmri_head = nn.Linear(hidden_size, codebook_size, bias=False) if codebook_size else None
+        self.fmri_autoregression = None
+        if codebook_size:
+            self.fmri_autoregression = FmriLMAutoregression(config).requires_grad_(False)
         if config.tie_word_embeddings:
             embeddings = self.get_input_embeddings()
             name = next(name for name, module in self.model.named_modules() if module is embeddings)

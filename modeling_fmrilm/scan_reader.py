@@ -181,8 +181,8 @@ class ScanReader:
     def forecast(self, scan: Any, steps: int = 1, temperature: float | None = None, **options: Any) -> Any:
         """
         float32 [steps * patch_length, rois]: what follows the last frame of a scan, in the unit of `signal`, NaN where
-        a ROI is missing. The model looks back over one window of its processor. With a `temperature` the codes are
-        drawn. A DataFrame gains `forecast`.
+        a ROI is missing. The model looks back over one window of its processor. The best guess; with a `temperature`
+        a draw. A DataFrame gains `forecast`.
         """
         self._slots()
         context = self.processor.feature_extractor.window_length

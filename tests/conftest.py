@@ -133,7 +133,11 @@ def tiny_model(processor: FmriLMProcessor) -> Callable[..., FmriLMForConditional
 
     def build(backbone: str = "llama", tied: bool = True) -> FmriLMForConditionalGeneration:
         language_model = build_tiny_language_model(backbone, len(processor.tokenizer) - 3, tied)
-        return join(build_tiny_codec(), language_model, processor).eval()
+        model = join(build_tiny_codec(), language_model, processor)
+        # fitted to something: at nothing it could be left out of sums unseen
+        for weight in model.fmri_autoregression.parameters():
+            torch.nn.init.normal_(weight)
+        return model.eval()
 
     return build
 

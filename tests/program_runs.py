@@ -48,8 +48,8 @@ STAGES = {
         "unquantized_steps": 1,
         "held_out_share": 0.34,
     },
-    "alignment": {**CHATS, "window_length": 16, "projector_steps": 2},
-    "sft": {**CHATS, "held_out_share": 0.34, "questions": 2, "gradient_checkpointing": "false"},
+    "alignment": {**CHATS, "window_length": 16, "projector_steps": 2, "autoregression_steps": 2},
+    "sft": {**CHATS, "questions": 2, "gradient_checkpointing": "false"},
 }
 
 

@@ -45,3 +45,14 @@ def choice_scores(model: Model, row: torch.Tensor, scans: torch.Tensor, choices:
         start = row.shape[1] - 1
         totals.append(sum(logits[start + place, token] for place, token in enumerate(choice)))
     return torch.stack(totals)
+
+
+def expected_code_logits(model: Model, state: torch.Tensor, scan: list[int], token: int) -> torch.Tensor:
+    """What follows one token of a scan: the language model's part from its state there, plus the autoregression."""
+    part, step, slot = model.fmri_autoregression, token // 2, token % 2
+    codebook = model.model.codec.quantizer.codebook
+    steps = torch.stack([codebook[scan[start : start + 2]].flatten() for start in range(0, 2 * step + 2, 2)])
+    context = torch.cat([steps[-1], steps.mean(0)])
+    expected = part.output_proj.weight @ (part.input_proj.weight @ context)
+    nearness = codebook @ expected.view(2, -1)[slot] * codebook.shape[1] ** 0.5
+    return model.fmri_head.weight @ state + nearness + part.frequencies[slot]

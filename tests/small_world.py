@@ -22,7 +22,14 @@ CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 # what makes runs of the programs' own configurations short
 SHORT_RUNS = {
     "codec": {"max_steps": 1, "unquantized_steps": 0, "codebook_size": 16, "max_rois": 8, "window_length": 32},
-    "alignment": {"max_steps": 1, "projector_steps": 1, "window_length": 32, "window_stride": 16, "lora_r": 2},
+    "alignment": {
+        "max_steps": 1,
+        "projector_steps": 1,
+        "autoregression_steps": 1,
+        "window_length": 32,
+        "window_stride": 16,
+        "lora_r": 2,
+    },
     "sft": {"max_steps": 1, "window_stride": 16, "lora_r": 2},
 }
 # 6 mm voxels in MNI space; at 8 mm a parcel of Schaefer-400 has none

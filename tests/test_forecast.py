@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from fmrilm import FmriLMForConditionalGeneration
+from fmrilm.forecast_fmrilm import fading
 from fmrilm.steps_fmrilm import whole_steps
-from scan_rows import LONG, SHORT
+from scan_rows import LONG, SHORT, expected_code_logits
 
 
 Model = FmriLMForConditionalGeneration
@@ -24,7 +25,8 @@ def next_codes(model: Model, codes: list[int]) -> list[int]:
     config = model.config
     row = torch.tensor([[config.fmri_start_token_id] + [config.fmri_token_id] * len(codes)])
     hidden = model.model(row, fmri_codes=torch.tensor([codes])).last_hidden_state
-    return model.fmri_head(hidden[0, -2:]).argmax(-1).tolist()
+    tokens = (len(codes) - 2, len(codes) - 1)
+    return [int(expected_code_logits(model, hidden[0, 1 + token], codes, token).argmax()) for token in tokens]
 
 
 @torch.no_grad()
@@ -54,12 +56,68 @@ def test_draws_repeat_with_their_seed_and_follow_the_temperature(llama: Model) -
     assert torch.equal(draw(1e-4, 0), llama.forecast_codes(scans, 1)[:, len(LONG) :])
 
 
-def test_forecast_decodes_the_rolled_codes_after_the_context(model: Model, scan: tuple) -> None:
+def test_a_drawn_forecast_decodes_the_drawn_codes_after_the_context(model: Model, scan: tuple) -> None:
     values, coordinates = scan
-    forecast = model.forecast(values, coordinates, steps=2)
-    codes = model.forecast_codes(model.model.get_fmri_codes(values, coordinates), steps=2)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    forecast = model.forecast(values, coordinates, None, 2, 1.0, generators[0])
+    codes = model.forecast_codes(model.model.get_fmri_codes(values, coordinates), 2, 1.0, generators[1])
     assert torch.allclose(forecast, model.model.codec.decode(codes, coordinates)[..., 12:], atol=1e-6)
     assert forecast.shape == (1, 5, 8)
+
+
+@torch.no_grad()
+def test_the_best_guess_decodes_the_expected_vectors(model: Model, scan: tuple) -> None:
+    values, coordinates = scan
+    codec, config = model.model.codec, model.config
+    context = model.model.get_fmri_codes(values, coordinates)[0].tolist()
+    row = torch.tensor([[config.fmri_start_token_id] + [config.fmri_token_id] * len(context)])
+    hidden = model.model(row, fmri_codes=torch.tensor([context])).last_hidden_state[0, 1:]
+    chances = [expected_code_logits(model, hidden[token], context, token).softmax(-1) for token in (4, 5)]
+    vectors = torch.cat([codec.embed_codes(torch.tensor(context)), torch.stack(chances) @ codec.quantizer.codebook])
+    signal = codec.decode_vectors(vectors[None], coordinates, torch.ones(1, 8, dtype=torch.bool))
+    missed = values - signal[..., :12]
+    expected = signal[..., 12:] + fading(missed, torch.tensor([[12]]), 4)
+    assert torch.allclose(model.forecast(values, coordinates), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_best_guess_reads_on_from_what_it_expects(model: Model, scan: tuple) -> None:
+    codebook, seen = model.codebook(), []
+
+    def follow(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits)
+        return codebook[torch.tensor([[[2, 6], [7, 7]][len(seen) - 1]])]
+
+    rolled = model._roll(torch.tensor([LONG]), 2, follow)
+    assert torch.allclose(rolled[0], codebook[LONG + [2, 6, 7, 7]], atol=1e-6)
+    # the second step is asked for after the codes whose vectors were read
+    codes = LONG + [2, 6]
+    row = torch.tensor([[model.config.fmri_start_token_id] + [model.config.fmri_token_id] * len(codes)])
+    hidden = model.model(row, fmri_codes=torch.tensor([codes])).last_hidden_state[0, 1:]
+    expected = [expected_code_logits(model, hidden[token], codes, token) for token in (8, 9)]
+    assert torch.allclose(seen[1][0], torch.stack(expected), atol=1e-4)
+
+
+def test_what_codes_leave_out_fades_by_its_own_autocorrelation() -> None:
+    missed = torch.zeros(2, 1, 60)
+    missed[0, 0, :40] = 0.8 ** torch.arange(40)
+    missed[1, 0] = (-1.0) ** torch.arange(60)
+    future = fading(missed, torch.tensor([[40], [60]]), 3)
+    expected = missed[0, 0, 39] * 0.8 ** torch.tensor([1.0, 2.0, 3.0])
+    assert torch.allclose(future[0, 0], expected, rtol=1e-3)
+    # what turns around does not last
+    assert (future[1] == 0).all()
+
+
+def test_the_best_guess_of_a_sure_model_decodes_its_codes(llama: Model, scan: tuple) -> None:
+    values, coordinates = scan
+    with torch.no_grad():
+        for weight in (llama.fmri_head.weight, *llama.fmri_autoregression.parameters()):
+            weight.mul_(100)
+    codes = llama.forecast_codes(llama.model.get_fmri_codes(values, coordinates), steps=2)
+    decoded = llama.model.codec.decode(codes, coordinates)
+    rest = fading(values - decoded[..., :12], torch.tensor([[12]]), 8)
+    assert torch.allclose(llama.forecast(values, coordinates, steps=2), decoded[..., 12:] + rest, atol=1e-4)
 
 
 def test_forecast_starts_after_the_last_frame(llama: Model, scan: tuple) -> None:
@@ -119,3 +177,14 @@ def test_impossible_forecasts_are_refused(llama: Model, scan: tuple, changes: di
     values, coordinates = scan
     with pytest.raises(ValueError, match=message):
         llama.forecast(**{"fmri_values": values, "roi_coordinates": coordinates, **changes})
+
+
+def test_a_model_that_reads_features_cannot_read_on_from_codes(llama: Model, scan: tuple) -> None:
+    llama.config.fmri_input = "features"
+    for ask in (
+        lambda: llama.forecast(*scan),
+        lambda: llama.forecast_codes(torch.tensor([LONG]), 1),
+        lambda: llama.surprise(torch.tensor([LONG])),
+    ):
+        with pytest.raises(ValueError, match='expected a model with fmri_input="codes".*got fmri_input="features"'):
+            ask()

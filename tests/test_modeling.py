@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.steps_fmrilm import positions, step_ids
-from scan_rows import BACKBONES, LONG, SHORT, codes, ids, pad
+from scan_rows import BACKBONES, LONG, SHORT, codes, expected_code_logits, ids, pad
 
 
 Model = FmriLMForConditionalGeneration
@@ -203,7 +203,7 @@ def test_next_step_loss_equals_an_explicit_loop(model: Model) -> None:
     for scan in scans:
         for token in range(len(scan)):
             if token + 2 < len(scan):
-                scores = model.fmri_head(states[place]).log_softmax(-1)
+                scores = expected_code_logits(model, states[place], scan, token).log_softmax(-1)
                 losses.append(-scores[scan[token + 2]])
             place += 1
     assert place == len(states) and len(losses) == 6 + 2 + 2
@@ -259,10 +259,11 @@ def test_eager_and_sdpa_attention_agree(model: Model) -> None:
     assert torch.allclose(model(row, fmri_codes=scan).logits, other(row, fmri_codes=scan).logits, atol=1e-5)
 
 
-def test_codec_is_frozen_and_the_rest_learns(llama: Model) -> None:
+def test_codec_and_autoregression_are_frozen_and_the_rest_learns(llama: Model) -> None:
     row = ids(llama, "a", LONG, "b")
     before = copy.deepcopy(llama.model.codec.state_dict())
     llama.train()(row, fmri_codes=codes(LONG), labels=row).loss.backward()
     for name, parameter in llama.named_parameters():
-        assert (parameter.grad is None) == name.startswith("model.codec."), name
+        frozen = name.startswith(("model.codec.", "fmri_autoregression."))
+        assert (parameter.grad is None) == frozen, name
     assert all(torch.equal(value, before[name]) for name, value in llama.model.codec.state_dict().items())

@@ -39,6 +39,7 @@ CODEC_FILES = {
 }
 MODEL_FILES = {
     *CODEC_FILES,
+    "autoregression_fmrilm.py",
     "backbones_fmrilm.py",
     "choices_fmrilm.py",
     "descriptors_fmrilm.py",

@@ -37,6 +37,9 @@ from .trainer import JointTrainer
 
 WARM_UP_BATCH, WARM_UP_RATE = 32, 1e-3
 LEVEL_STEPS, LEVEL_RATE = 200, 2e-2
+FIT_TOKENS, FIT_RATE, FIT_DROPOUT = 1280, 3e-3, 0.5
+# added to how often each slot held each code: people to come will hold others
+PSEUDO_COUNT = 10
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
 LANGUAGE_MODEL = "model.language_model."
@@ -151,6 +154,53 @@ def fit_levels(model: FmriLMForConditionalGeneration, codes: np.ndarray, levels:
         optimizer.step()
         optimizer.zero_grad()
     return float((chances.argmax(-1) == truth)[known].float().mean())
+
+
+def fit_autoregression(model: FmriLMForConditionalGeneration, codes: np.ndarray, steps: int, seed: int) -> float:
+    """
+    Fits what codes say of the next step by themselves: how common each is in its slot, then the map of low rank, by
+    cross-entropy. What the language model adds starts at nothing. Seconds here give what it would take long to reach.
+
+    Args:
+        codes: int [scans, tokens], at least two steps.
+
+    Returns:
+        Perplexity of the next codes in the last batches.
+    """
+    part, codec = model.fmri_autoregression, model.model.codec
+    slots, size = codec.config.tokens_per_step, codec.config.codebook_size
+    codebook = model.codebook()
+    codes = torch.from_numpy(codes).unflatten(1, (-1, slots))
+    places = codes + size * torch.arange(slots)
+    counts = torch.bincount(places.flatten(), minlength=slots * size).view(slots, size) + PSEUDO_COUNT
+    batch = max(FIT_TOKENS // codes[0].numel(), 1)
+    with torch.no_grad():
+        part.frequencies.copy_((counts / counts.sum(-1, keepdim=True)).log())
+        part.output_proj.weight.zero_()
+        model.fmri_head.weight.zero_()
+    projections = [part.input_proj.weight, part.output_proj.weight]
+    for weight in projections:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW(projections, lr=FIT_RATE, weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, steps)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in tqdm(range(steps), desc="autoregression", unit="step"):
+        rows = codes[torch.randint(len(codes), (batch,), generator=generator)]
+        vectors = codec.embed_codes(rows).flatten(1, 2)
+        kept = torch.rand(vectors.shape, generator=generator) > FIT_DROPOUT
+        chosen = torch.ones(rows.shape, dtype=torch.bool)
+        chosen[:, -1] = False
+        logits = part(vectors * kept / (1 - FIT_DROPOUT), codebook, chosen.flatten(1))
+        loss = F.cross_entropy(logits, rows[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    for weight in projections:
+        weight.requires_grad_(False)
+    return float(np.exp(np.mean(losses[-20:])))
 
 
 def add_lora(model: FmriLMForConditionalGeneration, rank: int) -> PeftModel:

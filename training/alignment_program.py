@@ -57,6 +57,9 @@ class AlignmentArguments(ScanArguments):
     projector_steps: int = field(
         default=250, metadata={"help": "Steps of the projector alone on the descriptors, before all else."}
     )
+    autoregression_steps: int = field(
+        default=300, metadata={"help": "Steps of the autoregression alone on the codes, before all else."}
+    )
 
 
 def main(command_line: list[str] | None = None) -> Path:
@@ -101,9 +104,8 @@ def align(
     processor = scan_processor(extractor, tokenizer, codec.config)
     model = join(codec, language_model, processor)
     training, test = encode_both(script_args, training_args, codec, scans, extractor)
-    if last is None and script_args.projector_steps:
-        explained = warm_up(model, training, scans.cohort, script_args.projector_steps, training_args.seed)
-        print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
+    if last is None:
+        warm_up(model, training, scans.cohort, script_args, training_args.seed)
     if model_args.use_peft:
         keep_base(model, training_args, last)
 
@@ -118,28 +120,36 @@ def align(
     return train_and_save(trainer, last, scans.cohort.save)
 
 
-def warm_up(model, scans, cohort, steps: int, seed: int) -> float:
-    """`warm_up_projector` and `fit_levels` on the windows of the most frequent length and their scans' descriptors."""
+def warm_up(model, scans, cohort, script_args: AlignmentArguments, seed: int) -> None:
+    """
+    What is fitted before the language model learns, on the windows of the most frequent length and the descriptors of
+    their scans.
+    """
     from collections import Counter
 
     import numpy as np
 
-    from .alignment import fit_levels, warm_up_projector
+    from .alignment import fit_autoregression, fit_levels, warm_up_projector
 
     length, _ = Counter(len(window) for codes in scans.codes for window in codes).most_common(1)[0]
     chosen = [(scan, window) for scan, window in scans.windows if len(scans.codes[scan][window]) == length]
-    values = [[row["descriptors"][name] for name in cohort.names] for row in scans.rows]
-    z_scores = cohort.z_scores(np.array(values, float))
     codes = np.stack([scans.codes[scan][window] for scan, window in chosen])
+    values = np.array([[row["descriptors"][name] for name in cohort.names] for row in scans.rows], float)
     rows = [scan for scan, _ in chosen]
+    config = model.config.codec_config
     if model.model.descriptors is not None:
-        levels, names = cohort.levels(np.array(values, float))[rows], cohort.names
-        told = np.full((len(rows), len(model.config.codec_config.descriptor_names)), -1)
-        for column, name in enumerate(model.config.codec_config.descriptor_names):
-            if name in names:
-                told[:, column] = levels[:, names.index(name)]
-        fit_levels(model, codes, told)
-    return warm_up_projector(model, codes, z_scores[rows], steps, seed)
+        known = dict(zip(cohort.names, cohort.levels(values)[rows].T, strict=True))
+        levels = [known.get(name, np.full(len(rows), -1)) for name in config.descriptor_names]
+        told = fit_levels(model, codes, np.stack(levels, axis=1))
+        print(f"the codec's head tells {told:.2f} of the training levels from the codes")
+    if script_args.projector_steps:
+        targets = cohort.z_scores(values)[rows]
+        explained = warm_up_projector(model, codes, targets, script_args.projector_steps, seed)
+        print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
+    # windows of one step have no next one
+    if script_args.autoregression_steps and length > config.tokens_per_step:
+        perplexity = fit_autoregression(model, codes, script_args.autoregression_steps, seed)
+        print(f"the codes tell the next ones at a perplexity of {perplexity:.0f}")
 
 
 def make_parser() -> "TrlParser":

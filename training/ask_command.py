@@ -69,7 +69,7 @@ def forecast(
     scan: Scan,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the model to look ahead.")] = 1,
     temperature: Annotated[
-        float | None, typer.Option(help="Draw the codes at this temperature; by default the likeliest are taken.")
+        float | None, typer.Option(help="Draw the codes at this temperature; by default their mean is.")
     ] = None,
     model: Model = DEFAULT_MODEL,
     tr: RepetitionTime = None,

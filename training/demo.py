@@ -19,7 +19,15 @@ from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.processors.descriptors.text import description, question
 
 from . import evaluate
-from .alignment import add_lora, fit_levels, join, scan_processor, train_alignment, warm_up_projector
+from .alignment import (
+    add_lora,
+    fit_autoregression,
+    fit_levels,
+    join,
+    scan_processor,
+    train_alignment,
+    warm_up_projector,
+)
 from .baselines import most_frequent
 from .chats import alignment_dataset, instruction_dataset
 from .code_cache import cached_codes
@@ -56,6 +64,7 @@ class DemoSettings:
     codec_batch: int = 16
     mixtures: int = 1000
     projector_steps: int = 250
+    autoregression_steps: int = 300
     alignment_steps: int = 20
     sft_steps: int = 118
     rows_per_step: int = 4
@@ -73,6 +82,7 @@ class DemoSettings:
             codec_batch=10,
             mixtures=8,
             projector_steps=2,
+            autoregression_steps=2,
             alignment_steps=2,
             sft_steps=2,
             rows_per_step=2,
@@ -210,7 +220,9 @@ class Demo:
         explained = warm_up_projector(model, self.codes, self.z_scores, settings.projector_steps, settings.seed)
         print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
         told = fit_levels(model, self.codes, self.levels)
-        print(f"the codec tells {told:.2f} of the training levels from its codes")
+        print(f"the codec's head tells {told:.2f} of the training levels from the codes")
+        perplexity = fit_autoregression(model, self.codes, settings.autoregression_steps, settings.seed)
+        print(f"the codes tell the next ones at a perplexity of {perplexity:.0f}")
         return train_alignment(add_lora(model, LORA_RANK), dataset, processor, args)
 
     def tune(self, model: PeftModel, processor: FmriLMProcessor) -> PeftModel:
