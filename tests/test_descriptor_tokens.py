@@ -14,9 +14,10 @@ from fmrilm.processors import FmriLMFeatureExtractor, descriptor_token
 from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import fact_sheet
-from fmrilm.training.alignment import add_lora, fit_levels, join, scan_processor
+from fmrilm.training.alignment import add_lora, join, scan_processor
 from fmrilm.training.chats import alignment_dataset, instruction_dataset
 from fmrilm.training.collator import ChatCollator, pad_codes, with_token_counts
+from fmrilm.training.warm_up import fit_levels
 from helpers import random_scans
 
 

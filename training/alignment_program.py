@@ -129,7 +129,7 @@ def warm_up(model, scans, cohort, script_args: AlignmentArguments, seed: int) ->
 
     import numpy as np
 
-    from .alignment import fit_autoregression, fit_levels, warm_up_projector
+    from .warm_up import fit_autoregression, fit_levels, warm_up_projector
 
     length, _ = Counter(len(window) for codes in scans.codes for window in codes).most_common(1)[0]
     chosen = [(scan, window) for scan, window in scans.windows if len(scans.codes[scan][window]) == length]

@@ -19,15 +19,7 @@ from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.processors.descriptors.text import description, question
 
 from . import evaluate
-from .alignment import (
-    add_lora,
-    fit_autoregression,
-    fit_levels,
-    join,
-    scan_processor,
-    train_alignment,
-    warm_up_projector,
-)
+from .alignment import add_lora, join, scan_processor, train_alignment
 from .baselines import most_frequent
 from .chats import alignment_dataset, instruction_dataset
 from .code_cache import cached_codes
@@ -42,6 +34,7 @@ from .report import ReportExample, write_report
 from .run_log import Clock, run_costs
 from .sft import train_sft
 from .trainer import half_precision, training_options
+from .warm_up import fit_autoregression, fit_levels, warm_up_projector
 
 
 ATLASES = ("aal2-94", "schaefer-100-7networks", "schaefer-400-7networks")
