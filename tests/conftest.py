@@ -136,7 +136,7 @@ def tiny_model(processor: FmriLMProcessor) -> Callable[..., FmriLMForConditional
         model = join(build_tiny_codec(), language_model, processor)
         # fitted to something: at nothing it could be left out of sums unseen
         for weight in model.fmri_autoregression.parameters():
-            torch.nn.init.normal_(weight)
+            torch.nn.init.normal_(weight, std=0.3)
         return model.eval()
 
     return build

@@ -68,7 +68,7 @@ def make_folders(
         writer.writerow(["path", "subject", "tr", "handedness"])
         for person in range(PEOPLE):
             np.save(root / f"{person}.npy", prepared(f"p{person}", frames=FRAMES, of=of).signal)
-            writer.writerow([f"{person}.npy", f"p{person}", 2.0, "left" if person % 2 else "right"])
+            writer.writerow([f"{person}.npy", f"p{person}", 2.0, "left" if person % 3 == 1 else "right"])
     arguments = ["prepare", root / "manifest.csv", root / "prepared", "--atlas", root / "net.tsv"]
     assert CliRunner().invoke(app, [str(argument) for argument in arguments]).exit_code == 0
     settings = CorpusSettings(test_share=0.34, statements=1, questions=3)
