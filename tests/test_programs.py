@@ -200,14 +200,6 @@ def test_quantization_without_bitsandbytes_is_refused(program_folders: Path, tmp
         run("sft", program_folders, tmp_path, load_in_4bit="true")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_an_adapter_is_tuned_on_four_bits_and_merged_into_whole_weights(program_folders: Path, tmp_path: Path) -> None:
-    run("sft", program_folders, tmp_path, max_steps=1, save_strategy="no", load_in_4bit="true")
-    before, after = load_file(program_folders / "joint" / "model.safetensors"), weights(tmp_path)
-    assert before.keys() == after.keys() and all(value.dtype == before[name].dtype for name, value in after.items())
-    assert [name for name in after if not torch.equal(after[name], before[name]) and ".codec." not in name]
-
-
 @pytest.mark.parametrize("config", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda config: config.stem)
 def test_accelerate_knows_every_option_of_the_shipped_configurations(config: Path) -> None:
     # raises for a key at the top that it does not know; those below are passed on unseen
