@@ -32,6 +32,10 @@ class FmriLMForecastMixin:
     fmri_head: Any
     if TYPE_CHECKING:
         model: FmriLMModel
+        # of `FmriLMLossMixin`
+        codebook: Callable[[], torch.Tensor]
+        next_codes: Callable[[torch.Tensor], torch.Tensor]
+        next_code_logits: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
     @torch.no_grad()
     def forecast(
@@ -105,7 +109,7 @@ class FmriLMForecastMixin:
         return codes.scatter(1, lengths + torch.arange(following.shape[1], device=codes.device), following)
 
     def _roll(
-        self, fmri_codes: torch.LongTensor, steps: int, follow: Callable[[torch.Tensor], torch.Tensor]
+        self, fmri_codes: torch.Tensor, steps: int, follow: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """
         Vectors [scans, tokens, codebook_dim] of fmri_codes [scans, tokens] and the next `steps` steps, NaN on padding.

@@ -1,6 +1,6 @@
 """How the language model answers: scores of allowed answers, and what transformers' `generate` needs to know."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,8 @@ class FmriLMGenerationMixin(GenerationMixin):
         steps, mask = F.pad(steps, (0, depth)), F.pad(mask, (0, depth), value=1)
         position_ids = positions(steps, mask)[:, -depth:]
         self.model.check_context(position_ids, steps)
-        embeddings = self.get_input_embeddings()(tree.input_ids.expand(len(mask), -1))
-        masks = create_masks_for_generate(
+        embeddings = self.model.get_input_embeddings()(tree.input_ids.expand(len(mask), -1))
+        masks: Any = create_masks_for_generate(
             config=self.config.get_text_config(),
             inputs_embeds=embeddings[:, :depth],
             attention_mask=mask,

@@ -1,6 +1,6 @@
 """What the language model learns from: the words of an answer, and the codes of a scan's next step."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,9 @@ from torch import nn
 
 from .configuration_fmrilm import FmriLMConfig
 
+
+if TYPE_CHECKING:
+    from .modeling_fmrilm import FmriLMModel
 
 # label of what carries no loss
 IGNORED = -100
@@ -17,10 +20,11 @@ class FmriLMLossMixin:
     """For a model with a `model` (`FmriLMModel`), an `lm_head`, an `fmri_head` and an `fmri_autoregression`."""
 
     config: FmriLMConfig
-    model: nn.Module
     lm_head: nn.Module
     fmri_head: Any
     fmri_autoregression: Any
+    if TYPE_CHECKING:
+        model: FmriLMModel
 
     def text_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """

@@ -170,7 +170,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         pooled = self._pool(vectors, token_mask)
         described = descriptor_loss = alignment_loss = domain_loss = scan_embeddings = None
         if self.descriptor_head is not None:
-            described = self._described(pooled)
+            described = self.descriptor_head(pooled.to(self.dtype)).float()
             if descriptors is not None:
                 known = ~descriptors.isnan()
                 # a batch may know none of them
@@ -246,10 +246,9 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         Standardised descriptors float32 [batch, descriptors] of scans as the head reads them from vectors
         [batch, tokens, codebook_dim], of codes or unrounded; token_mask [batch, tokens] is False on padding.
         """
-        return self._described(self._pool(vectors, token_mask))
-
-    def _described(self, pooled: torch.Tensor) -> torch.Tensor:
-        return self.descriptor_head(pooled.to(self.dtype)).float()
+        if self.descriptor_head is None:
+            raise ValueError("expected a codec with descriptor_names, got one that describes nothing")
+        return self.descriptor_head(self._pool(vectors, token_mask).to(self.dtype)).float()
 
     def _pool(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         """One vector a scan, [batch, pooled_slots * codebook_dim]: each slot's mean over the steps that hold data."""

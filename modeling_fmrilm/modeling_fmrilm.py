@@ -186,9 +186,9 @@ class FmriLMModel(FmriLMPreTrainedModel):
             )
         if len(features):
             embeddings = embeddings.masked_scatter(is_fmri[..., None], features.to(embeddings.dtype))
-        if self.descriptors is not None:
+        if self.descriptors is not None and self.config.descriptor_token_ids:
             rows, places, found, names = descriptor_places(input_ids, is_fmri, self.config.descriptor_token_ids)
-            if len(rows):
+            if scans is not None and len(rows):
                 words = self.descriptors(self.describe_scans(scans))[found, names]
                 embeddings = embeddings.index_put((rows, places), words.to(embeddings.dtype))
         return embeddings

@@ -59,24 +59,24 @@ def join(
         with torch.no_grad():
             embeddings[known:] = embeddings[:known].mean(0)
     start, pad, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_END])
-    names = codec.config.descriptor_names if processor.sheet else None
-    described = names and tokenizer.convert_tokens_to_ids([descriptor_token(name) for name in names])
+    names = (codec.config.descriptor_names or []) if processor.sheet else []
+    described = tokenizer.convert_tokens_to_ids([descriptor_token(name) for name in names])
     config = FmriLMConfig(
         codec_config=_without_path(codec.config),
         text_config=_without_path(language_model.config),
         fmri_start_token_id=start,
         fmri_token_id=pad,
         fmri_end_token_id=end,
-        descriptor_token_ids=described,
+        descriptor_token_ids=described or None,
     )
     model = FmriLMForConditionalGeneration.from_parts(codec, language_model, config)
-    if described:
+    if model.model.descriptors is not None:
         words = [tokenizer(f" {level}", add_special_tokens=False)["input_ids"] for level in LEVELS]
         with torch.no_grad():
-            means = [model.get_input_embeddings().weight[ids].mean(0) for ids in words]
+            means = [model.get_input_embeddings().get_parameter("weight")[ids].mean(0) for ids in words]
             model.model.descriptors.levels.weight.copy_(torch.stack(means))
     # a model that speaks placeholders would refer to scans that are not there
-    model.generation_config.suppress_tokens = [start, pad, end, *(described or ())]
+    model.generation_config.suppress_tokens = [start, pad, end, *described]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

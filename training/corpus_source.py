@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
@@ -50,7 +51,8 @@ class Source:
         with tqdm(desc="comparing", unit="scan", total=len(self.subjects)) as progress:
             for config, rows in self.parts.items():
                 digest.update(config.encode())
-                for row in rows.with_format("numpy"):
+                numbers: Any = rows.with_format("numpy")
+                for row in numbers:
                     for name, value in row.items():
                         values = np.asarray(value)
                         digest.update(f"{name} {values.dtype} {values.shape}".encode())

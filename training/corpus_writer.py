@@ -131,7 +131,7 @@ class CorpusWriter:
             columns["rewritten"].append(rewritten[scan])
         new = Dataset.from_dict({name: columns[name] for name in self.features}, features=self.features)
         rows = self.source.parts[shard.config].select([scan - shard.first for scan in scans])
-        table = rows.with_format("arrow")[:]
+        table: Any = rows.with_format("arrow")[:]
         for name in self.features:
             table = table.append_column(name, new.data.column(name))
         # the schema tells `datasets` the features
@@ -168,4 +168,6 @@ class CorpusWriter:
 
     @cached_property
     def _language_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self.settings.rewrite is None:
+            raise ValueError("expected settings with a language model that rewrites, got none")
         return load_language_model(self.settings.rewrite)

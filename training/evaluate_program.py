@@ -261,7 +261,7 @@ def _arms(protocol: Protocol) -> Iterator[Arm]:
 def splits_of(task: Task, scans: LabelledScans, protocol: Protocol) -> list[Split]:
     """Whom the model may learn from and whom it is asked about."""
     if not protocol.new_people:
-        return [hold_out_known(scans.subjects, protocol.test_share)]
+        return [hold_out_known(list(scans.subjects), protocol.test_share)]
     classes = None if task.choices is None or task.per_session else scans.truth
     if protocol.folds is None:
         return [hold_out(scans.subjects, classes, protocol.test_share, protocol.seed)]

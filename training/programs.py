@@ -62,12 +62,12 @@ def begin(script_args: ScanArguments, training_args: "TrainingArguments") -> tup
     """The scans, and the checkpoint to go on from if there is one; seeds what is drawn from now on."""
     from transformers import set_seed
 
-    from .checkpoints import last_checkpoint
+    from .checkpoints import last_checkpoint, output_folder
     from .corpus import load_scans
 
     set_seed(training_args.seed)
     scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share)
-    return scans, last_checkpoint(Path(training_args.output_dir))
+    return scans, last_checkpoint(output_folder(training_args))
 
 
 def quantization(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":

@@ -62,6 +62,8 @@ def fit_levels(model: FmriLMForConditionalGeneration, codes: np.ndarray, levels:
         Share of the levels that are the likeliest ones to the codec.
     """
     tokens = model.model.descriptors
+    if tokens is None:
+        raise ValueError("expected a model whose prompts hold descriptor tokens, got one without")
     with torch.no_grad():
         z_scores = torch.cat([model.model.describe_scans(part) for part in torch.from_numpy(codes).split(256)])
     truth = torch.from_numpy(levels).long()
@@ -90,10 +92,10 @@ def fit_autoregression(model: FmriLMForConditionalGeneration, codes: np.ndarray,
     part, codec = model.fmri_autoregression, model.model.codec
     slots, size = codec.config.tokens_per_step, codec.config.codebook_size
     codebook = model.codebook()
-    codes = torch.from_numpy(codes).unflatten(1, (-1, slots))
-    places = codes + size * torch.arange(slots)
+    in_steps = torch.from_numpy(codes).unflatten(1, (-1, slots))
+    places = in_steps + size * torch.arange(slots)
     counts = torch.bincount(places.flatten(), minlength=slots * size).view(slots, size) + PSEUDO_COUNT
-    batch = max(FIT_TOKENS // codes[0].numel(), 1)
+    batch = max(FIT_TOKENS // in_steps[0].numel(), 1)
     with torch.no_grad():
         part.frequencies.copy_((counts / counts.sum(-1, keepdim=True)).log())
         part.output_proj.weight.zero_()
@@ -106,7 +108,7 @@ def fit_autoregression(model: FmriLMForConditionalGeneration, codes: np.ndarray,
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in tqdm(range(steps), desc="autoregression", unit="step"):
-        rows = codes[torch.randint(len(codes), (batch,), generator=generator)]
+        rows = in_steps[torch.randint(len(in_steps), (batch,), generator=generator)]
         vectors = codec.embed_codes(rows).flatten(1, 2)
         kept = torch.rand(vectors.shape, generator=generator) > FIT_DROPOUT
         chosen = torch.ones(rows.shape, dtype=torch.bool)
