@@ -75,6 +75,19 @@ class FmriLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FmriLMAutoregression | FmriLMDescriptorTokens):
             module.init_weights()
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        # loading makes anew what the constructor had frozen
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def freeze(self) -> None:
+        """Of the codec and of what is fitted to its codes alone, nothing is trained here."""
+        for module in self.modules():
+            if isinstance(module, FmriCodecModel | FmriOriginalEncoder | FmriLMAutoregression):
+                module.requires_grad_(False)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = dict(CUSTOM_PIPELINES)
@@ -88,13 +101,13 @@ class FmriLMModel(FmriLMPreTrainedModel):
         super().__init__(config)
         codec_class, projector_class = CODECS[config.codec_config.model_type]
         self.codec = codec_class._from_config(config.codec_config)
-        self.codec.requires_grad_(False)
         self.projector = projector_class(config)
         self.descriptors = FmriLMDescriptorTokens(config) if config.descriptor_token_ids else None
         # the tokens around a scan: apart from the vocabulary, so that they can be trained where that is frozen
         self.boundaries = nn.Embedding(2, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+        self.freeze()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -315,14 +328,13 @@ class FmriLMForConditionalGeneration(
         self.lm_head = nn.Linear(hidden_size, config.text_config.vocab_size, bias=False)
         codebook_size = config.codec_config.codebook_size
         self.fmri_head = nn.Linear(hidden_size, codebook_size, bias=False) if codebook_size else None
-        self.fmri_autoregression = None
-        if codebook_size:
-            self.fmri_autoregression = FmriLMAutoregression(config).requires_grad_(False)
+        self.fmri_autoregression = FmriLMAutoregression(config) if codebook_size else None
         if config.tie_word_embeddings:
             embeddings = self.get_input_embeddings()
             name = next(name for name, module in self.model.named_modules() if module is embeddings)
             self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
+        self.freeze()
 
     @classmethod
     def from_parts(

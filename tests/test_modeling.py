@@ -230,6 +230,8 @@ def test_saved_model_is_the_same_model(backbone: str, tied: bool, tiny_model, tm
         assert torch.equal(loaded(row, fmri_codes=scan).logits, expected)
         state = model.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+        frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+        assert frozen == {name for name, value in loaded.named_parameters() if not value.requires_grad} != set()
     assert loaded.generation_config.suppress_tokens == model.generation_config.suppress_tokens
 
 

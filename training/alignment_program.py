@@ -77,8 +77,10 @@ def align(
     from fmrilm.processors import FmriLMFeatureExtractor
 
     from .alignment import join, scan_processor
+    from .checkpoints import output_folder
     from .corpus_chats import alignment_rows
     from .language_models import PACKAGED_MODEL, load_language_model
+    from .model_folder import load_model
     from .plain_text import plain_texts
     from .programs import begin, encode_both, keep_base, on_rows, train_and_save, trainable
     from .trainer import JointTrainer
@@ -106,6 +108,9 @@ def align(
     training, test = encode_both(script_args, training_args, codec, scans, extractor)
     if last is None:
         warm_up(model, training, scans.cohort, script_args, training_args.seed)
+    elif model_args.use_peft:
+        # an adapter's checkpoint does not hold what was fitted before
+        model = load_model(str(output_folder(training_args) / "base"), torch.float32, merge=False)
     if model_args.use_peft:
         keep_base(model, training_args, last)
 
