@@ -1,5 +1,7 @@
 """What the regions of a brain do together, as an input of the slots of the latent layout."""
 
+from itertools import combinations_with_replacement
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -24,7 +26,8 @@ class FmriCodecConnectivity(nn.Module):
         self.tokens_per_step = config.tokens_per_step
         self.place_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.assignment = nn.Linear(config.hidden_size, groups, bias=False)
-        self.pairs = torch.triu_indices(groups, groups, device="cpu").tolist()
+        # no tensor: there are none with values where a model is only counted
+        self.pairs = [list(part) for part in zip(*combinations_with_replacement(range(groups), 2), strict=True)]
         size = 2 * (len(self.pairs[0]) + groups)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.output_proj = nn.Linear(size, config.tokens_per_step * config.hidden_size)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModel
 
 from fmrilm import FmriCodecConfig, FmriCodecModel
@@ -370,3 +371,11 @@ def test_attention_weights_are_a_distribution(tiny_codec: FmriCodecModel) -> Non
     only_first[..., 0] = True
     output = attention(states, states, only_first)
     assert torch.allclose(output, output[:, :1].expand_as(output), atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["latent", "roi"])
+def test_codec_is_built_where_tensors_have_no_values(make_codec, layout: str) -> None:
+    # so are operations counted
+    with FakeTensorMode():
+        codec = make_codec(started=False, token_layout=layout)
+    assert all(isinstance(value, FakeTensor) for value in codec.parameters())
