@@ -44,8 +44,8 @@ def write_small_world(folder: Path) -> Path:
     np.save(folder / "scan.npy", slow_series(0, FRAMES, len(Atlas.load(ATLAS))).astype(np.float32))
     nib.save(volume(1, TR), folder / "scan.nii.gz")
     write_scans(folder / "scans")
-    # two of them are held out everywhere, and of the others there are both sexes
-    for number in range(5):
+    # two of them are held out everywhere; of the others, and of a fifth of all, there are both sexes
+    for number in range(PEOPLE):
         write_fmriprep(folder / "derivatives" / "fmriprep", f"{number + 1:02}")
     (folder / "recordings").mkdir()
     for path in (folder / "scans").glob("*.npy"):
