@@ -150,7 +150,8 @@ def load_space(model: Path, scans: list[Path], atlas: str, expected: list, secon
             visitor.predict(handle_file(scans[client]), api_name="/upload")
             visitor.submit(atlas, EXAMPLE_TR, api_name="/read").result(PATIENCE)
             _, label, _, problem = visitor.submit(question, "", api_name="/ask").result(PATIENCE)
-            if label is None:
+            # where there is none, an empty one comes
+            if not label:
                 raise RuntimeError(problem)
             return {entry["label"]: entry["confidence"] for entry in label["confidences"]}
 
