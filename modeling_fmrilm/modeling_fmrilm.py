@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,11 +77,12 @@ class FmriLMPreTrainedModel(PreTrainedModel):
             module.init_weights()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args, **kwargs) -> Self:
         loaded = super().from_pretrained(*args, **kwargs)
-        # loading makes anew what the constructor had frozen
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
-        return loaded
+        # loading makes anew what the constructor had frozen; with output_loading_info, it gives two things
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze()
+        return cast(Self, loaded)
 
     def freeze(self) -> None:
         """Of the codec and of what is fitted to its codes alone, nothing is trained here."""
