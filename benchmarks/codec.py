@@ -292,15 +292,17 @@ def _code_vectors(model: FmriCodecModel, items: list[dict]) -> torch.Tensor:
     return model.embed_codes(codes).unflatten(1, (-1, model.config.tokens_per_step))
 
 
+@torch.no_grad()
 def fresh_retrieval(model: FmriCodecModel, described: list[dict], held_out: list[dict]) -> dict[str, float]:
     """Retrieval by a ridge regression of text embeddings on codes, fitted on described training mixtures."""
     scans, texts = [], []
     for items in (described, held_out):
-        scans.append(_code_vectors(model, items).mean(1).flatten(1).numpy())
+        codes = torch.from_numpy(encode_items(model, items))
+        scans.append(model.pool(model.embed_codes(codes), codes >= 0).numpy())
         texts.append(np.stack([item["text_embedding"] for item in items]))
     scaled = StandardScaler().fit(texts[0])
     texts = [scaled.transform(part) for part in texts]
-    guesses = RidgeCV(np.logspace(0, 4, 9)).fit(scans[0], texts[0]).predict(scans[1])
+    guesses = RidgeCV(np.logspace(-3, 1, 9)).fit(scans[0], texts[0]).predict(scans[1])
     guesses, targets = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (guesses, texts[1]))
     return retrieval_results(guesses, targets)
 

@@ -19,7 +19,8 @@ from fmrilm.training.trainer import training_options
 
 
 FRAMES, STRIDE, PATCH = 160, 136, 16
-LEARNING_RATE = 3e-3
+# the latent layout starts from a fit, which larger steps would undo
+LEARNING_RATES = {"latent": 3e-4, "roi": 3e-3}
 BOOTSTRAPS = 2000
 Windows = dict[tuple[str, str], list[Window]]
 
@@ -43,10 +44,13 @@ def all_data() -> CodecData:
 def arm_trainer(budget: Budget, data: CodecData, seed: int, name: str, **changes) -> CodecTrainer:
     """The trainer of an arm, not trained yet."""
     staging = budget.models / f"{name}-seed{seed}-{budget.steps}x{budget.batch}.partial"
-    options = training_options(staging, budget.steps, budget.batch, LEARNING_RATE, seed)
+    args = CodecArguments(**{"patch_length": PATCH, "described_mixtures": 256, **changes})
+    latent = args.token_layout == "latent"
+    args.commitment_weight = args.commitment_weight if latent else 1.0
+    options = training_options(staging, budget.steps, budget.batch, LEARNING_RATES[args.token_layout], seed)
     return build_trainer(
-        CodecArguments(**{"patch_length": PATCH, "described_mixtures": 256, **changes}),
-        CodecTrainingArguments(**options, unquantized_steps=budget.steps // 8),
+        args,
+        CodecTrainingArguments(**options, unquantized_steps=0 if latent else budget.steps // 8),
         data,
     )
 

@@ -57,7 +57,7 @@ class FmriCodecConfig(PreTrainedConfig):
         num_roi_layers: layers in which the ROIs of one step attend to each other (latent layout).
         num_hidden_layers: encoder layers over all tokens, causal over steps.
         num_decoder_layers: decoder layers over the quantised tokens, causal over steps.
-        functions_per_token: functions of place through which each token of the latent layout reads and writes signals.
+        num_functions: functions of place that signals of the latent layout are sums of.
         num_roi_groups: groups of ROIs whose mean series tell the latent layout, as products, how they are connected.
         num_frequencies: Fourier frequencies for each of the three MNI axes.
         max_steps: longest scan in steps.
@@ -88,7 +88,7 @@ class FmriCodecConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_decoder_layers: int = 12
     num_attention_heads: int = 12
-    functions_per_token: int = 16
+    num_functions: int = 64
     num_roi_groups: int = 24
     num_frequencies: int = 12
     max_steps: int = 256

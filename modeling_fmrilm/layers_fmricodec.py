@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +14,16 @@ from .configuration_fmrilm import FmriCodecConfig
 
 # MNI coordinates are divided by this many mm before the Fourier features: it spans the brain once.
 COORDINATE_SCALE = 100.0
+
+
+class Places(NamedTuple):
+    """
+    What a codec knows of where ROIs are. embedded: [batch, rois, hidden]; functions: the values float32
+    [batch, rois, functions] of its functions of place, which the roi layout does without.
+    """
+
+    embedded: torch.Tensor
+    functions: torch.Tensor
 
 
 def hiding(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -102,20 +113,12 @@ class FmriCodecLayer(GradientCheckpointingLayer):
         return states + self.mlp(self.mlp_norm(states))
 
 
-class FmriCodecBasis(nn.Module):
-    """Functions of place, [..., functions] at embedded places [..., hidden]: weights of either sign for each ROI."""
-
-    def __init__(self, config: FmriCodecConfig):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
-            nn.Linear(config.hidden_size, config.intermediate_size),
-            nn.GELU(),
-            nn.Linear(config.intermediate_size, config.tokens_per_step * config.functions_per_token),
-        )
-
-    def forward(self, places: torch.Tensor) -> torch.Tensor:
-        return self.layers(places)
+def fourier_features(coordinates: torch.Tensor, num_frequencies: int) -> torch.Tensor:
+    """Sines and cosines float32 [..., 6 * num_frequencies] of MNI coordinates [..., 3] in mm."""
+    # half an octave apart, from a wavelength of 400 mm downwards
+    octaves = torch.arange(num_frequencies, device=coordinates.device, dtype=torch.float32) / 2
+    angles = coordinates.float()[..., None] / COORDINATE_SCALE * (0.5 * math.pi * 2**octaves)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 class FmriCodecCoordinates(nn.Module):
@@ -127,11 +130,8 @@ class FmriCodecCoordinates(nn.Module):
         self.projection = nn.Linear(6 * config.num_frequencies, config.hidden_size)
 
     def forward(self, coordinates: torch.Tensor) -> torch.Tensor:
-        # half an octave apart: wavelengths from 400 mm down to the size of a parcel
-        octaves = torch.arange(self.num_frequencies, device=coordinates.device, dtype=torch.float32) / 2
-        angles = coordinates.float()[..., None] / COORDINATE_SCALE * (0.5 * math.pi * 2**octaves)
-        features = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+        features = fourier_features(coordinates, self.num_frequencies)
         return self.projection(features.to(self.projection.weight.dtype))
 
 
-__all__ = ["FmriCodecAttention", "FmriCodecBasis", "FmriCodecCoordinates", "FmriCodecLayer", "hiding"]
+__all__ = ["FmriCodecAttention", "FmriCodecCoordinates", "FmriCodecLayer", "Places", "fourier_features", "hiding"]

@@ -15,8 +15,10 @@ from .alignment_fmricodec import FmriCodecAlignment
 from .configuration_fmrilm import FmriCodecConfig
 from .connectivity_fmricodec import FmriCodecConnectivity
 from .fsq_fmrilm import FiniteScalarQuantizer
+from .functions_fmricodec import FmriCodecFunctions
 from .latent_fmricodec import LatentDecoder, LatentEncoder
-from .layers_fmricodec import FmriCodecCoordinates, FmriCodecLayer, hiding
+from .layers_fmricodec import FmriCodecCoordinates, FmriCodecLayer, Places, hiding
+from .pooling_fmricodec import FmriCodecPooling, pooling_places
 from .quantization_fmrilm import VectorQuantizer
 from .roi_fmricodec import RoiDecoder, RoiEncoder
 
@@ -64,7 +66,7 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
             init.copy_(module.codebook, module.initial_codebook())
             init.zeros_(module.usage)
             init.zeros_(module.started)
-        elif isinstance(module, FmriCodecAlignment | FmriCodecConnectivity):
+        elif isinstance(module, FmriCodecAlignment | FmriCodecConnectivity | FmriCodecFunctions | FmriCodecPooling):
             module.init_weights()
         elif isinstance(module, FmriCodecModel):
             embeddings = [module.encoder_steps, module.decoder_steps]
@@ -85,28 +87,22 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         super().__init__(config)
         latent = config.token_layout == "latent"
         self.coordinates = FmriCodecCoordinates(config)
+        self.functions = FmriCodecFunctions(config) if latent else None
         self.encoder_steps = nn.Parameter(torch.zeros(config.max_steps, config.hidden_size))
         self.encoder = LatentEncoder(config) if latent else RoiEncoder(config)
-        self.to_codebook = nn.Linear(config.hidden_size, config.codebook_dim)
         if config.fsq_levels:
             self.quantizer = FiniteScalarQuantizer(config.fsq_levels)
         else:
             self.quantizer = VectorQuantizer(
                 config.codebook_size, config.codebook_dim, config.ema_decay, config.revival_threshold
             )
-        self.from_codebook = nn.Linear(config.codebook_dim, config.hidden_size)
         self.decoder_steps = nn.Parameter(torch.zeros(config.max_steps, config.hidden_size))
         self.decoder = LatentDecoder(config) if latent else RoiDecoder(config)
-        # slots keep their meaning from scan to scan; ROIs do not, and are averaged where a scan becomes one vector
-        self.pooled_slots = config.tokens_per_step if latent else 1
-        pooled_size = self.pooled_slots * config.codebook_dim
-        self.descriptor_head = None
-        if config.descriptor_names:
-            self.descriptor_head = nn.Sequential(
-                nn.Linear(pooled_size, config.hidden_size),
-                nn.GELU(),
-                nn.Linear(config.hidden_size, len(config.descriptor_names)),
-            )
+        self.pooling = FmriCodecPooling() if latent else None
+        pooled_size = config.codebook_dim if self.pooling is None else self.pooling.size
+        self.descriptor_head = (
+            nn.Linear(pooled_size, len(config.descriptor_names)) if config.descriptor_names else None
+        )
         self.alignment = FmriCodecAlignment(config, pooled_size) if config.text_hidden_size else None
         self.post_init()
 
@@ -167,7 +163,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         error = (reconstruction - fmri_values).pow(2)
         reconstruction_loss = error.mean() if fmri_mask is None else error[fmri_mask].mean()
         loss = reconstruction_loss + self.config.commitment_weight * commitment_loss
-        pooled = self._pool(vectors, token_mask)
+        pooled = self.pool(vectors, token_mask)
         described = descriptor_loss = alignment_loss = domain_loss = scan_embeddings = None
         if self.descriptor_head is not None:
             described = self.descriptor_head(pooled.to(self.dtype)).float()
@@ -227,8 +223,12 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             roi_mask = F.pad(fmri_mask, padding).unflatten(-1, (steps, -1)).any(-1).transpose(1, 2)
             encoder_mask = hiding(roi_mask)
         patches = F.pad(fmri_values, padding).unflatten(-1, (steps, -1)).transpose(1, 2).to(self.dtype)
-        states = self.encoder(patches, self.coordinates(roi_coordinates), self.encoder_steps[:steps], encoder_mask)
-        return self.to_codebook(states), self.encoder.token_mask(roi_mask)
+        vectors = self.encoder(patches, self._places(roi_coordinates), self.encoder_steps[:steps], encoder_mask)
+        return vectors, self.encoder.token_mask(roi_mask)
+
+    def _places(self, roi_coordinates: torch.Tensor) -> Places:
+        embedded = self.coordinates(roi_coordinates)
+        return Places(embedded, embedded[..., :0] if self.functions is None else self.functions(roi_coordinates))
 
     def decode_vectors(
         self, vectors: torch.Tensor, roi_coordinates: torch.Tensor, token_mask: torch.Tensor
@@ -237,8 +237,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         As `decode`, of vectors [batch, tokens, codebook_dim], which may lie between those of the codebook; token_mask
         bool [batch, tokens]: tokens that hold data.
         """
-        states = self.from_codebook(vectors.to(self.dtype))
-        patches = self.decoder(states, self.decoder_steps, self.coordinates(roi_coordinates), token_mask)
+        patches = self.decoder(vectors.to(self.dtype), self.decoder_steps, self._places(roi_coordinates), token_mask)
         return patches.transpose(1, 2).flatten(-2)
 
     def describe(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
@@ -248,14 +247,25 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         """
         if self.descriptor_head is None:
             raise ValueError("expected a codec with descriptor_names, got one that describes nothing")
-        return self.descriptor_head(self._pool(vectors, token_mask).to(self.dtype)).float()
+        return self.descriptor_head(self.pool(vectors, token_mask).to(self.dtype)).float()
 
-    def _pool(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        """One vector a scan, [batch, pooled_slots * codebook_dim]: each slot's mean over the steps that hold data."""
-        weights = token_mask[:, :: self.pooled_slots].to(vectors.dtype)
-        weights = weights / weights.sum(1, keepdim=True)
-        slots = vectors.unflatten(1, (-1, self.pooled_slots))
-        return torch.einsum("bs,bskd->bkd", weights, slots).flatten(1)
+    def pool(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """
+        One vector a scan of vectors [batch, tokens, codebook_dim]: in the latent layout by `FmriCodecPooling`, in the
+        roi layout their mean; token_mask [batch, tokens] is False on padding.
+        """
+        if self.pooling is not None:
+            return self.pooling(*self.decode_at_pooling_places(vectors, token_mask))
+        weights = token_mask.to(vectors.dtype)
+        return torch.einsum("bn,bnd->bd", weights / weights.sum(1, keepdim=True), vectors)
+
+    def decode_at_pooling_places(
+        self, vectors: torch.Tensor, token_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the pooling takes: signals [batch, places, time], and the frames bool [batch, time] that hold data."""
+        places = pooling_places().to(vectors.device).expand(len(vectors), -1, -1)
+        frames = token_mask[:, :: self.config.tokens_per_step].repeat_interleave(self.config.patch_length, dim=1)
+        return self.decode_vectors(vectors, places, token_mask), frames
 
     def encode_features(
         self,

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .configuration_fmrilm import FmriCodecConfig
-from .layers_fmricodec import FmriCodecLayer, hiding
+from .layers_fmricodec import FmriCodecLayer, Places, hiding
 
 
 def key_mask(token_mask: torch.Tensor, steps: int) -> torch.Tensor:
@@ -43,21 +43,23 @@ class RoiEncoder(RoiLayers):
     def __init__(self, config: FmriCodecConfig):
         super().__init__(config, config.num_hidden_layers)
         self.patch_embedding = nn.Linear(config.patch_length, config.hidden_size)
+        self.to_codebook = nn.Linear(config.hidden_size, config.codebook_dim)
 
     def token_mask(self, roi_mask: torch.Tensor) -> torch.Tensor:
         """Tokens that hold data, bool [batch, tokens], by the ROIs that do [batch, steps, rois]."""
         return roi_mask.flatten(1)
 
     def forward(
-        self, patches: torch.Tensor, places: torch.Tensor, times: torch.Tensor, roi_mask: torch.Tensor | None
+        self, patches: torch.Tensor, places: Places, times: torch.Tensor, roi_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """
-        Encoder states [batch, tokens, hidden] of patches [batch, steps, rois, patch_length] at embedded places
-        [batch, rois, hidden]; times [steps, hidden]: embedding of each step; roi_mask bool [batch, steps, rois]: ROIs
-        that hold data, None if all do.
+        What is quantised, [batch, tokens, codebook_dim], of patches [batch, steps, rois, patch_length]; times
+        [steps, hidden]: embedding of each step; roi_mask bool [batch, steps, rois]: ROIs that hold data, None if all
+        do.
         """
-        states = self.patch_embedding(patches) + places[:, None]
-        return super().forward(states, times, None if roi_mask is None else self.token_mask(roi_mask))
+        states = self.patch_embedding(patches) + places.embedded[:, None]
+        states = super().forward(states, times, None if roi_mask is None else self.token_mask(roi_mask))
+        return self.to_codebook(states)
 
 
 class RoiDecoder(RoiLayers):
@@ -65,22 +67,23 @@ class RoiDecoder(RoiLayers):
 
     def __init__(self, config: FmriCodecConfig):
         super().__init__(config, config.num_decoder_layers)
+        self.from_codebook = nn.Linear(config.codebook_dim, config.hidden_size)
         self.to_patch = nn.Linear(config.hidden_size, config.patch_length)
 
     def forward(
-        self, states: torch.Tensor, times: torch.Tensor, places: torch.Tensor, token_mask: torch.Tensor
+        self, vectors: torch.Tensor, times: torch.Tensor, places: Places, token_mask: torch.Tensor
     ) -> torch.Tensor:
         """
-        Patches [batch, steps, rois, patch_length] at embedded places [batch, rois, hidden], of states
-        [batch, tokens, hidden]; times [max_steps, hidden]: embedding of each step.
+        Patches [batch, steps, rois, patch_length] of vectors [batch, tokens, codebook_dim]; times [max_steps, hidden]:
+        embedding of each step.
         """
-        rois = places.shape[1]
-        if states.shape[1] % rois:
+        rois = places.embedded.shape[1]
+        if vectors.shape[1] % rois:
             raise ValueError(
                 f"the roi layout has one token for each ROI and step: expected a multiple of {rois} tokens, got "
-                f"{states.shape[1]}"
+                f"{vectors.shape[1]}"
             )
-        states = states.unflatten(1, (-1, rois)) + places[:, None]
+        states = self.from_codebook(vectors).unflatten(1, (-1, rois)) + places.embedded[:, None]
         states = super().forward(states, times[: states.shape[1]], hiding(token_mask))
         return self.to_patch(states).unflatten(1, (-1, rois))
 

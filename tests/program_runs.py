@@ -45,7 +45,7 @@ STAGES = {
         "codebook_size": 8,
         "codebook_dim": 4,
         "max_rois": 10,
-        "unquantized_steps": 1,
+        "start_steps": 2,
         "held_out_share": 0.34,
     },
     "alignment": {**CHATS, "window_length": 16, "projector_steps": 2, "autoregression_steps": 2},

@@ -21,7 +21,7 @@ PEOPLE = 6
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 # what makes runs of the programs' own configurations short
 SHORT_RUNS = {
-    "codec": {"max_steps": 1, "unquantized_steps": 0, "codebook_size": 16, "max_rois": 8, "window_length": 32},
+    "codec": {"max_steps": 1, "start_steps": 2, "codebook_size": 16, "max_rois": 8, "window_length": 32},
     "alignment": {
         "max_steps": 1,
         "projector_steps": 1,

@@ -320,7 +320,7 @@ def test_muon_steps_the_layers_matrices_alone(tiny_codec: FmriCodecModel) -> Non
     assert sorted(muon + adamw) == sorted(names.values())
     assert "encoder.layers.0.attention.q_proj.weight" in muon and "encoder.roi_layers.0.mlp.0.weight" in muon
     assert all("layers." in name and name.endswith("weight") and "norm" not in name for name in muon)
-    assert {"encoder.queries", "encoder.basis.layers.1.weight", "encoder.layers.0.attention.q_proj.bias"} <= set(adamw)
+    assert {"encoder.queries", "encoder.analysis.weight", "encoder.layers.0.attention.q_proj.bias"} <= set(adamw)
 
 
 def test_optimizer_loaded_from_its_state_goes_on_the_same(tiny_codec: FmriCodecModel) -> None:

@@ -252,7 +252,8 @@ def test_named_sizes_are_those_of_the_paper(size: str, million: float) -> None:
         codec = FmriCodecModel(config)
     # which the paper's codec has not
     encoder = codec.encoder
-    reading = (encoder.roi_layers, encoder.read_layers, encoder.basis, encoder.connectivity, codec.decoder.basis)
+    linear = (encoder.analysis, codec.decoder.synthesis, codec.decoder.to_coefficients, codec.functions)
+    reading = (encoder.roi_layers, encoder.read_layers, encoder.connectivity, *linear)
     count = codec.num_parameters() - sum(value.numel() for part in reading for value in part.parameters())
     assert abs(count / 1e6 - million) < 0.07 * million
     assert config.patch_length == 32 and FmriCodecConfig.from_size("base").to_dict() == FmriCodecConfig().to_dict()

@@ -79,7 +79,7 @@ def run_chain(inputs: Path, outputs: Path, processor: FmriLMProcessor, language_
 
     steps = ["--max_steps", "2", "--save_steps", "1", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
     layout = ["--window_length", "16", "--window_stride", "16", "--patch_length", "4", "--codebook_size", "16"]
-    layout += ["--codebook_dim", "8", "--tokens_per_step", "2", "--unquantized_steps", "0", "--held_out_share", "0.34"]
+    layout += ["--codebook_dim", "8", "--tokens_per_step", "2", "--start_steps", "2", "--held_out_share", "0.34"]
     where = ["--data", str(outputs / "scans"), "--output_dir", str(outputs / "codec")]
     codec_program([*where, *steps, *layout, "--report_to", "none", "--use_cpu"])
     codec = FmriCodecModel.from_pretrained(outputs / "codec" / "model").eval()

@@ -155,7 +155,7 @@ def test_folder_of_broken_shards_alone_is_refused(copied: Path) -> None:
 def options(folder: Path, output: Path) -> list[str]:
     command = f"--data {folder} --streaming --output_dir {output} --max_steps 6 --save_steps 2 --logging_steps 1"
     command += " --per_device_train_batch_size 4 --window_length 24 --window_stride 24 --patch_length 4"
-    command += " --codebook_size 16 --codebook_dim 8 --tokens_per_step 2 --unquantized_steps 2 --report_to none"
+    command += " --codebook_size 16 --codebook_dim 8 --tokens_per_step 2 --start_steps 2 --report_to none"
     return f"{command} --use_cpu --dataloader_num_workers 1 --held_out_share 0.2".split()
 
 

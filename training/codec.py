@@ -16,6 +16,7 @@ from fmrilm.alignment_fmricodec import reversal_strength
 from fmrilm.modeling_fmricodec import FmriCodecModel
 
 from .codec_metrics import codebook_results, fc_correlation, r_squared, retrieval_results
+from .codec_start import fit_descriptor_head
 from .data import Window, collate_signals
 from .optimizers import MuonWithAdamW
 from .trainer import LossPartsTrainer
@@ -26,8 +27,8 @@ class CodecTrainingArguments(TrainingArguments):
     """TrainingArguments with what stage 1 adds."""
 
     unquantized_steps: int = field(
-        default=60,
-        metadata={"help": "First steps without rounding to codes: the k-means start then sees trained vectors."},
+        default=0,
+        metadata={"help": "First steps without rounding to codes: a k-means start then sees trained vectors."},
     )
     words_per_step: int = field(
         default=512, metadata={"help": "Word embeddings that the domain classifier sees beside a batch's tokens."}
@@ -50,10 +51,25 @@ class CodecTrainer(LossPartsTrainer):
         "perplexity",
     )
 
-    def __init__(self, *args, word_embeddings: torch.Tensor | None = None, **kwargs):
-        """word_embeddings: [vocabulary, text_hidden_size] of the frozen language model, for the domain loss."""
+    def __init__(self, *args, word_embeddings: torch.Tensor | None = None, head_items: int = 0, **kwargs):
+        """
+        word_embeddings: [vocabulary, text_hidden_size] of the frozen language model, for the domain loss. head_items:
+        training items that the descriptor head is fitted to before and after training; 0: it is trained instead.
+        """
         super().__init__(*args, **kwargs)
         self.word_embeddings = word_embeddings
+        self.head_items = head_items
+
+    def train(self, *args, **kwargs):
+        self._fit_head()
+        output = super().train(*args, **kwargs)
+        self._fit_head()
+        return output
+
+    def _fit_head(self) -> None:
+        dataset: Any = self.train_dataset
+        if self.head_items:
+            fit_descriptor_head(self.model, [dataset[index] for index in range(self.head_items)])
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         self.optimizer = MuonWithAdamW.for_layers(self.model, self.args.learning_rate, self.args.weight_decay)
@@ -79,8 +95,12 @@ class CodecTrainer(LossPartsTrainer):
         return metrics
 
 
-def train_codec(model: FmriCodecModel, dataset: Dataset, args: CodecTrainingArguments) -> FmriCodecModel:
-    CodecTrainer(model=model, args=args, train_dataset=dataset, data_collator=collate_signals).train()
+def train_codec(
+    model: FmriCodecModel, dataset: Dataset, args: CodecTrainingArguments, head_items: int = 0
+) -> FmriCodecModel:
+    CodecTrainer(
+        model=model, args=args, train_dataset=dataset, data_collator=collate_signals, head_items=head_items
+    ).train()
     return model.eval()
 
 

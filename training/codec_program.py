@@ -17,6 +17,7 @@ from fmrilm.processors.descriptors.text import description
 
 from .checkpoints import last_checkpoint
 from .codec import CodecTrainer, CodecTrainingArguments, window_items
+from .codec_start import HEAD_ITEMS, fit_start
 from .data import (
     MixedWindows,
     PreparedScan,
@@ -67,8 +68,16 @@ class CodecArguments:
     fsq_levels: list[int] | None = None
     initializer_range: float = 0.08
     ema_decay: float = 0.95
+    start_steps: int = field(
+        default=400,
+        metadata={"help": "Updates of the functions of place in the fit that training starts from; 0: no such fit."},
+    )
     language_model: str | None = field(
         default=None, metadata={"help": "Frozen language model of the alignment losses: a folder or any Hub id."}
+    )
+    commitment_weight: float = field(
+        default=100.0,
+        metadata={"help": "Of the distance to the codebook; vectors that keep their length lie close to each other."},
     )
     descriptor_weight: float = field(default=1.0, metadata={"help": "Of the descriptors' regression."})
     alignment_weight: float = 1.0
@@ -187,6 +196,7 @@ def codec_config(args: CodecArguments, text_hidden_size: int | None) -> FmriCode
         max_steps=max(32, -(-args.window_length // args.patch_length)),
         descriptor_names=list(CORE_NAMES),
         text_hidden_size=text_hidden_size,
+        commitment_weight=args.commitment_weight,
         descriptor_weight=args.descriptor_weight,
         alignment_weight=args.alignment_weight,
         domain_weight=args.domain_weight,
@@ -199,6 +209,10 @@ def build_trainer(args: CodecArguments, training_args: CodecTrainingArguments, d
     texts = TextEmbeddings(*load_text_encoder(args.language_model)) if args.language_model else None
     text_hidden_size = None if texts is None else texts.word_embeddings.shape[1]
     model = FmriCodecModel(codec_config(args, text_hidden_size))
+    fitted = args.start_steps > 0 and args.token_layout == "latent"
+    if fitted:
+        kept = fit_start(model, data.training, args.start_steps, training_args.seed)
+        print(f"before training, codes keep {kept:.2f} of the training scans' variance on functions of place")
     size = training_args.max_steps * training_args.train_batch_size * training_args.world_size
     size *= training_args.gradient_accumulation_steps
     if size <= 0:
@@ -225,6 +239,7 @@ def build_trainer(args: CodecArguments, training_args: CodecTrainingArguments, d
         eval_dataset=items,
         data_collator=collate_signals,
         word_embeddings=words,
+        head_items=min(HEAD_ITEMS, size) if fitted and (args.descriptor_weight or texts) else 0,
     )
 
 

@@ -22,6 +22,10 @@ from fmrilm.processors.descriptors.networks import membership
 from .open_data import Scan
 
 
+# of the items of `MixedWindows`: scans as they are
+PLAIN_SHARE = 0.3
+
+
 class DamagedShard(ValueError):
     """A Parquet file that cannot be read."""
 
@@ -119,8 +123,9 @@ def cut_windows(scans: Sequence[PreparedScan], length: int, stride: int) -> list
 class MixedWindows(Dataset):
     """
     An endless supply of new connectivity patterns from few subjects: item i is sqrt(a) x one random window plus
-    sqrt(1-a) x another of the same atlas plus white noise of random size in each ROI, with the descriptors computed
-    from the mixture. At most `max_rois` ROIs of it, drawn at random, are given. Items depend on (seed, i) alone.
+    sqrt(1-a) x another of the same atlas plus white noise of random size in each ROI, or now and then a window as it
+    is, with the descriptors computed from the result. At most `max_rois` ROIs of it, drawn at random, are given. Items
+    depend on (seed, i) alone.
     """
 
     def __init__(
@@ -151,12 +156,7 @@ class MixedWindows(Dataset):
 
     def mix(self, scan: PreparedScan, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """An item whose first part is of this scan."""
-        group = self.groups[scan.atlas.name]
-        share = rng.uniform() if rng.uniform() < 0.75 else 1.0
-        mixed = np.sqrt(share) * self._window(scan, rng)
-        mixed += np.sqrt(1 - share) * self._window(group[rng.integers(len(group))], rng)
-        mixed += self._sources(scan, rng)
-        mixed += rng.uniform(0, 0.5) * rng.uniform(0, 1, mixed.shape[1]) * rng.standard_normal(mixed.shape)
+        mixed = self._window(scan, rng) if rng.uniform() < PLAIN_SHARE else self._mixture(scan, rng)
         mixed = mixed / mixed.std(0)
         chosen = np.sort(rng.permutation(mixed.shape[1])[: self.max_rois])
         return {
@@ -164,6 +164,14 @@ class MixedWindows(Dataset):
             "coordinates": scan.atlas.coordinates[chosen],
             "descriptors": self.cohort.z_scores(self.cohort.describe(mixed, scan.atlas)).astype(np.float32),
         }
+
+    def _mixture(self, scan: PreparedScan, rng: np.random.Generator) -> np.ndarray:
+        group = self.groups[scan.atlas.name]
+        share = rng.uniform() if rng.uniform() < 0.75 else 1.0
+        mixed = np.sqrt(share) * self._window(scan, rng)
+        mixed += np.sqrt(1 - share) * self._window(group[rng.integers(len(group))], rng)
+        mixed += self._sources(scan, rng)
+        return mixed + rng.uniform(0, 0.5) * rng.uniform(0, 1, mixed.shape[1]) * rng.standard_normal(mixed.shape)
 
     def _sources(self, scan: PreparedScan, rng: np.random.Generator) -> np.ndarray:
         """Zero to three series of other scans' ROIs, shared by the networks at random: [window_length, rois]."""

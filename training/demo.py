@@ -25,6 +25,7 @@ from .chats import alignment_dataset, instruction_dataset
 from .code_cache import cached_codes
 from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
 from .codec_metrics import codebook_results
+from .codec_start import HEAD_ITEMS, fit_start
 from .data import MixedWindows, PreparedScan, Window, cut_windows, prepare_scans, split_subjects
 from .language_models import PACKAGED_MODEL_CARD, load_language_model
 from .model_card import fill_card, subject_hashes
@@ -53,6 +54,7 @@ HELD_OUT = {"hcp": 2, "greifswald": 2, "hcp-schaefer": 1}
 class DemoSettings:
     """What the demo spends; `quick()` is the same chain in about a minute, and learns next to nothing."""
 
+    codec_start_steps: int = 400
     codec_steps: int = 380
     codec_batch: int = 16
     mixtures: int = 1000
@@ -71,6 +73,7 @@ class DemoSettings:
     @classmethod
     def quick(cls) -> "DemoSettings":
         return cls(
+            codec_start_steps=20,
             codec_steps=8,
             codec_batch=10,
             mixtures=8,
@@ -104,6 +107,7 @@ def codec_config(quick: bool) -> FmriCodecConfig:
         max_steps=32,
         initializer_range=0.08,
         ema_decay=0.95,
+        commitment_weight=100.0,
         descriptor_names=list(CORE_NAMES),
     )
 
@@ -159,8 +163,7 @@ class Demo:
         settings = self.settings
         transformers.set_seed(settings.seed)
         args = CodecTrainingArguments(
-            **training_options(self.output, settings.codec_steps, settings.codec_batch, 3e-3, settings.seed),
-            unquantized_steps=settings.codec_steps // 8,
+            **training_options(self.output, settings.codec_steps, settings.codec_batch, 3e-4, settings.seed)
         )
         mixtures = MixedWindows(
             self.training,
@@ -170,7 +173,10 @@ class Demo:
             size=settings.codec_steps * settings.codec_batch,
             seed=settings.seed,
         )
-        return train_codec(FmriCodecModel(codec_config(self.quick)), mixtures, args)
+        codec = FmriCodecModel(codec_config(self.quick))
+        kept = fit_start(codec, self.training, settings.codec_start_steps, settings.seed)
+        print(f"before training, codes keep {kept:.2f} of the training scans' variance on functions of place")
+        return train_codec(codec, mixtures, args, min(HEAD_ITEMS, len(mixtures)))
 
     def join(self, codec: FmriCodecModel) -> tuple[FmriLMProcessor, FmriLMForConditionalGeneration]:
         """Also encodes what stages 2 and 3 learn from, once: windows of the training scans, and mixtures of them."""
