@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from helpers import atlas, prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from fmrilm.training.codec import encode_items
 from fmrilm.training.codec_metrics import r_squared
 from fmrilm.training.codec_start import fit_descriptor_head, fit_start
 from fmrilm.training.data import PreparedScan
+from helpers import atlas, prepared
 
 
 ROIS, FRAMES = 24, 160
@@ -24,7 +24,7 @@ def waves(seed: int) -> PreparedScan:
     of = atlas("waves", ROIS)
     rng = np.random.default_rng(seed)
     time, places = np.arange(FRAMES)[:, None], of.coordinates
-    signal = sum(np.sin(0.3 * time + places @ rng.normal(0, 0.02, 3) + rng.uniform(0, 6)) for _ in range(3))
+    signal = sum(np.sin(0.3 * time + places @ rng.normal(0, 0.012, 3) + rng.uniform(0, 6)) for _ in range(3))
     signal = signal + 0.1 * rng.standard_normal(signal.shape)
     return PreparedScan((signal / signal.std(0)).astype(np.float32), of, "waves", str(seed), "")
 
@@ -46,7 +46,7 @@ def make(**changes) -> FmriCodecModel:
 
 @pytest.fixture(scope="module")
 def scans() -> list[PreparedScan]:
-    return [waves(seed) for seed in range(8)]
+    return [waves(seed) for seed in range(20)]
 
 
 def decoded(model: FmriCodecModel, scans: list[PreparedScan]) -> list[np.ndarray]:
@@ -90,11 +90,11 @@ def test_likelihood_is_the_gaussian_one() -> None:
 def test_start_decodes_people_it_never_saw(quantizer: str, scans: list[PreparedScan]) -> None:
     model = make(quantizer=quantizer, fsq_levels=[8, 8, 8] if quantizer == "fsq" else None)
     torch.manual_seed(1)
-    kept = fit_start(model, scans[:6], steps=60, seed=0)
-    signals = [scan.signal for scan in scans[6:]]
-    found = r_squared(signals, decoded(model, scans[6:]))
+    kept = fit_start(model, scans[:18], steps=100, seed=0)
+    signals = [scan.signal for scan in scans[18:]]
+    found = r_squared(signals, decoded(model, scans[18:]))
     assert 0.5 < found < 1 and abs(found - kept) < 0.3
-    assert r_squared(signals, decoded(make(**model_kind(quantizer)), scans[6:])) < 0.1
+    assert r_squared(signals, decoded(make(**model_kind(quantizer)), scans[18:])) < 0.1
 
 
 def model_kind(quantizer: str) -> dict:
@@ -103,9 +103,9 @@ def model_kind(quantizer: str) -> dict:
 
 def test_regions_that_were_not_measured_are_decoded_from_the_others(scans: list[PreparedScan]) -> None:
     model = make(codebook_size=128)
-    fit_start(model, scans[:6], steps=60, seed=0)
-    coordinates = torch.tensor(scans[6].atlas.coordinates, dtype=torch.float32)[None]
-    signal = torch.tensor(scans[6].signal.T)[None]
+    fit_start(model, scans[:18], steps=100, seed=0)
+    coordinates = torch.tensor(scans[18].atlas.coordinates, dtype=torch.float32)[None]
+    signal = torch.tensor(scans[18].signal.T)[None]
     with torch.no_grad():
         guess = model.decode(model.encode(signal[:, :18], coordinates[:, :18]), coordinates[:, 18:])
     assert r_squared([signal[0, 18:].T.numpy()], [guess[0].T.numpy()]) > 0.3
@@ -119,7 +119,7 @@ def test_start_with_fewer_vectors_than_codes_leaves_the_codebook_to_training(sca
 
 def test_descriptor_head_tells_what_regions_do_together(scans: list[PreparedScan]) -> None:
     model = make(codebook_size=128)
-    fit_start(model, scans, steps=60, seed=0)
+    fit_start(model, scans, steps=100, seed=0)
 
     def described(seeds: range) -> list[dict[str, np.ndarray]]:
         made = [waves(seed) for seed in seeds]
