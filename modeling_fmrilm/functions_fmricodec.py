@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_fmrilm import FmriCodecConfig
 from .layers_fmricodec import fourier_features
@@ -32,7 +33,7 @@ class FmriCodecFunctions(nn.Module):
 
     def forward(self, coordinates: torch.Tensor) -> torch.Tensor:
         """Functions float32 [..., num_functions] at coordinates [..., 3] in mm."""
-        with torch.autocast(coordinates.device.type, enabled=False):
+        with maybe_autocast(coordinates.device.type, enabled=False):
             features = fourier_features(coordinates, FREQUENCIES)
             return self.layers(features.to(self.layers[0].weight.dtype)).float()
 
@@ -43,7 +44,7 @@ class FmriCodecFunctions(nn.Module):
         zero where there are no data, under functions [batch, rois, functions]; roi_mask bool [batch, steps, rois]:
         ROIs that hold data, None if all do.
         """
-        with torch.autocast(patches.device.type, enabled=False):
+        with maybe_autocast(patches.device.type, enabled=False):
             functions = functions[:, None]
             if roi_mask is not None:
                 functions = functions * roi_mask[..., None]
