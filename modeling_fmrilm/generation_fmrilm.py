@@ -10,7 +10,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .choices_fmrilm import ChoiceTree
 from .configuration_fmrilm import FmriLMConfig
-from .steps_fmrilm import positions
+from .steps_fmrilm import check_context, positions
 
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class FmriLMGenerationMixin(GenerationMixin):
         depth = int(tree.depths.max()) + 1
         steps, mask = F.pad(steps, (0, depth)), F.pad(mask, (0, depth), value=1)
         position_ids = positions(steps, mask)[:, -depth:]
-        self.model.check_context(position_ids, steps)
+        check_context(self.config.get_text_config(), position_ids, steps)
         embeddings = self.model.get_input_embeddings()(tree.input_ids.expand(len(mask), -1))
         masks: Any = create_masks_for_generate(
             config=self.config.get_text_config(),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput, merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .alignment_fmricodec import FmriCodecAlignment
@@ -247,7 +247,9 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         """
         if self.descriptor_head is None:
             raise ValueError("expected a codec with descriptor_names, got one that describes nothing")
-        return self.descriptor_head(self.pool(vectors, token_mask).to(self.dtype)).float()
+        # correlations in half precision are half as good
+        with maybe_autocast(vectors.device.type, enabled=False):
+            return self.descriptor_head(self.pool(vectors, token_mask).to(self.dtype)).float()
 
     def pool(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
         """

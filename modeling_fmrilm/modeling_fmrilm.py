@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
@@ -25,7 +24,7 @@ from .modeling_fmricodec import FmriCodecModel
 from .modeling_original_fmrilm import FmriOriginalEncoder, FmriOriginalProjector
 from .pipeline_fmrilm import CUSTOM_PIPELINES
 from .projector_fmrilm import FmriLMProjector
-from .steps_fmrilm import positions, step_ids
+from .steps_fmrilm import attention_masks, check_context, positions, step_ids
 
 
 # what a saved folder can be opened with; register_for_auto_class alone writes one Auto class per class
@@ -265,9 +264,10 @@ class FmriLMModel(FmriLMPreTrainedModel):
                 attention_mask = mm_token_type_ids.new_ones(len(mm_token_type_ids), cached + length)
             if position_ids is None:
                 position_ids = positions(mm_token_type_ids, attention_mask)[:, -length:]
-            self.check_context(position_ids, mm_token_type_ids)
-            attention_mask = self.create_masks(
-                inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids
+            text_config = self.config.get_text_config()
+            check_context(text_config, position_ids, mm_token_type_ids)
+            attention_mask = attention_masks(
+                text_config, inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids
             )
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -275,40 +275,6 @@ class FmriLMModel(FmriLMPreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
-        )
-
-    def check_context(self, position_ids: torch.Tensor, steps: torch.Tensor) -> None:
-        """ValueError if scans and text take more positions than the language model has."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        # few sequences have as many tokens; only then is it worth looking at the positions themselves
-        if limit is None or steps.shape[1] <= limit:
-            return
-        taken = int(position_ids.max()) + 1
-        if taken > limit and (steps > 0).any():
-            raise ValueError(
-                f"expected at most {limit} positions, the language model's context, got {taken}: cut the scan into "
-                "windows (the processor's window='sliding') or ask less at a time"
-            )
-
-    def create_masks(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor | None,
-        steps: torch.Tensor,
-    ) -> torch.Tensor | dict | None:
-        """Causal over text and steps, bidirectional inside a step: what the language model's layers expect."""
-        # where no scan is read now, the backbone's own fast path (no mask at all) applies; blocks are looked up by
-        # places in the whole sequence, what is cached included
-        blocks = steps - 1 if bool((steps[:, -inputs_embeds.shape[1] :] > 0).any()) else None
-        return create_masks_for_generate(
-            config=self.config.get_text_config(),
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            block_sequence_ids=blocks,
         )
 
 

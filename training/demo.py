@@ -26,10 +26,11 @@ from .code_cache import cached_codes
 from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
 from .codec_metrics import codebook_results
 from .codec_start import HEAD_ITEMS, fit_start
-from .data import MixedWindows, PreparedScan, Window, cut_windows, prepare_scans, split_subjects
+from .data import MixedWindows, cut_windows, prepare_scans, split_subjects
 from .language_models import PACKAGED_MODEL_CARD, load_language_model
 from .model_card import fill_card, subject_hashes
 from .open_data import TERMS, open_scans
+from .people import dataset_counts, first_windows, pseudonyms, subject, subjects
 from .plain_text import plain_texts
 from .report import ReportExample, write_report
 from .run_log import Clock, run_costs
@@ -154,10 +155,10 @@ class Demo:
             "the demo's training subjects",
             CORE_MEASURES,
             descriptors,
-            subjects=len(_subjects(self.training)),
+            subjects=len(subjects(self.training)),
             atlases=[scan.atlas for scan in self.training],
         )
-        self.names = _pseudonyms(self.held_out)
+        self.names = pseudonyms(self.held_out)
 
     def train_codec(self) -> FmriCodecModel:
         settings = self.settings
@@ -265,7 +266,7 @@ class Demo:
             )
         answers = self.answers(scored)
         print_answers(answers)
-        first = _first_windows(self.windows)
+        first = first_windows(self.windows)
         texts = {
             name: evaluate.describe_windows(model, processor, list(codes[name][first]), settings.description_tokens)
             for name in ("right", "swapped")
@@ -277,11 +278,11 @@ class Demo:
         results = {
             "model": PACKAGED_MODEL_CARD,
             "data": {
-                "training_subjects": len(_subjects(self.training)),
+                "training_subjects": len(subjects(self.training)),
                 "held_out_subjects": len(self.names),
                 "training_windows": len(self.training_windows),
                 "held_out_windows": len(self.windows),
-                "datasets": _dataset_counts(self.training, self.held_out),
+                "datasets": dataset_counts(self.training, self.held_out),
                 "people": dict(zip(("training", "held_out"), people, strict=True)),
                 "terms": TERMS,
                 "atlases": list(ATLASES),
@@ -295,7 +296,7 @@ class Demo:
             "descriptions": {
                 "examples": [
                     {
-                        "subject": self.names[_subject(self.windows[row].scan)],
+                        "subject": self.names[subject(self.windows[row].scan)],
                         "generated": text,
                         "truth": description(levels[row], _known(levels[row], evaluate.mentioned(text))),
                     }
@@ -309,7 +310,7 @@ class Demo:
         }
         window = self.windows[0]
         return results, ReportExample(
-            title=self.names[_subject(window.scan)],
+            title=self.names[subject(window.scan)],
             signal=window.signal,
             reconstruction=evaluate.reconstruct(codec, [window])[0],
             repetition_time=self.extractor.repetition_time,
@@ -321,7 +322,7 @@ class Demo:
     def answers(self, scored: list[evaluate.Scored]) -> list[dict]:
         """The first questions of each family about the first window of each held-out subject."""
         rows = []
-        for row in _first_windows(self.windows):
+        for row in first_windows(self.windows):
             item = scored[row]
             names = [CORE_NAMES[index] for index in item.asked]
             families = [name.partition("/")[0] for name in names]
@@ -330,7 +331,7 @@ class Demo:
                 probabilities = np.exp(scores - np.logaddexp.reduce(scores))
                 rows.append(
                     {
-                        "subject": self.names[_subject(item.window.scan)],
+                        "subject": self.names[subject(item.window.scan)],
                         "window_start_seconds": item.window.start * self.extractor.repetition_time,
                         "question": question(names[place]),
                         "truth": LEVELS[item.truth[place]],
@@ -355,39 +356,6 @@ def print_answers(answers: list[dict]) -> None:
 
 def _known(levels: np.ndarray, chosen: list[int]) -> list[int]:
     return [index for index in chosen if levels[index] >= 0]
-
-
-def _subject(scan: PreparedScan) -> tuple[str, str]:
-    return scan.dataset, scan.subject
-
-
-def _subjects(scans: list[PreparedScan]) -> list[tuple[str, str]]:
-    return sorted({_subject(scan) for scan in scans})
-
-
-def _pseudonyms(scans: list[PreparedScan]) -> dict[tuple[str, str], str]:
-    """Names for reports: no identifier of a person leaves the run."""
-    counts, names = {}, {}
-    for subject in _subjects(scans):
-        counts[subject[0]] = counts.get(subject[0], 0) + 1
-        names[subject] = f"{subject[0]} {counts[subject[0]]}"
-    return names
-
-
-def _dataset_counts(training: list[PreparedScan], held_out: list[PreparedScan]) -> dict[str, dict[str, int]]:
-    counts = {}
-    for part, scans in (("training", training), ("held_out", held_out)):
-        for dataset, _ in _subjects(scans):
-            counts.setdefault(dataset, {"training": 0, "held_out": 0})[part] += 1
-    return counts
-
-
-def _first_windows(windows: list[Window]) -> list[int]:
-    """Row of the first window of each subject."""
-    rows = {}
-    for row, window in enumerate(windows):
-        rows.setdefault(_subject(window.scan), row)
-    return list(rows.values())
 
 
 def run_demo(output: Path, quick: bool = False) -> dict:
