@@ -61,9 +61,9 @@ def fit_start(model: FmriCodecModel, scans: Sequence[PreparedScan], steps: int, 
     vectors = torch.zeros(*values.shape[:2], config.codebook_dim)
     scale = 1 / values.pow(2).sum(-1).mean().sqrt() if learned else FSQ_DEVIATION / values.std(0)
     vectors[..., :width] = values * scale
-    there = torch.einsum("swt,ksw->swkt", cosines[frequency], maps[:, component]).flatten(2)
+    analysis = torch.einsum("swt,ksw->swkt", cosines[frequency], maps[:, component]).flatten(2)
     encoder.analysis.weight.zero_().unflatten(0, (-1, config.codebook_dim))[:, :width] = (
-        there * (scale if learned else scale[..., None])
+        analysis * (scale if learned else scale[..., None])
     )
     encoder.analysis.bias.zero_()
     if learned:
@@ -73,9 +73,9 @@ def fit_start(model: FmriCodecModel, scans: Sequence[PreparedScan], steps: int, 
     codes = model.quantizer.embed(model.quantizer.encode(vectors))[..., : width + learned]
     back = torch.linalg.lstsq(codes.transpose(0, 1), values.transpose(0, 1)).solution
     inverse = torch.linalg.inv(maps)[component]
-    here = torch.einsum("swt,swk->swkt", cosines[frequency], inverse).flatten(2)
+    synthesis = torch.einsum("swt,swk->swkt", cosines[frequency], inverse).flatten(2)
     decoder.synthesis.weight.zero_().unflatten(1, (-1, config.codebook_dim))[..., : width + learned] = torch.einsum(
-        "sow,swc->cso", back, here
+        "sow,swc->cso", back, synthesis
     )
     for layer in (encoder.to_codebook, decoder.to_coefficients):
         layer.weight.zero_()
