@@ -21,6 +21,8 @@ from fmrilm.training.trainer import training_options
 FRAMES, STRIDE, PATCH = 160, 136, 16
 # the latent layout starts from a fit, which larger steps would undo
 LEARNING_RATES = {"latent": 3e-4, "roi": 3e-3}
+# nine bits; three dimensions of eight levels keep less
+FSQ_LEVELS = [8, 4, 4, 4]
 BOOTSTRAPS = 2000
 Windows = dict[tuple[str, str], list[Window]]
 
@@ -85,7 +87,7 @@ def rate_arm(
         patch_length=patch,
         quantizer=quantizer,
         codebook_size=2**bits,
-        fsq_levels=[8] * (bits // 3),
+        fsq_levels=FSQ_LEVELS,
         descriptor_weight=0.0,
     )
 
