@@ -1,7 +1,7 @@
 """
-What the codes themselves hold: the codec's own head reads the levels of held-out people from them, without the
-language model. Beside it the scans of other people of the dataset, as in the demo's evaluation, and the right ones
-before they are rounded to codes.
+What a scan's sheet says: the likeliest level of each descriptor, which the codec's head tells from the codes of
+held-out people, without the language model. Beside it the scans of other people of the dataset, as in the demo's
+evaluation, and the right ones before they are rounded to codes.
 
     python benchmarks/reading.py runs/demo/model     # writes results/reading.csv
 """
@@ -17,8 +17,7 @@ import torch
 import typer
 
 from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.modeling_fmricodec import FmriCodecModel
-from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
+from fmrilm.modeling_fmrilm import FmriLMModel
 from fmrilm.training import evaluate
 from fmrilm.training.baselines import most_frequent
 from fmrilm.training.codec import window_items
@@ -30,19 +29,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @torch.no_grad()
-def told(
-    codec: FmriCodecModel, cohort: Cohort, items: list[dict[str, np.ndarray]], quantize: bool = True
-) -> np.ndarray:
+def told(model: FmriLMModel, items: list[dict[str, np.ndarray]], quantize: bool = True) -> np.ndarray:
     """
-    Levels [items, descriptors, levels] that the head tells from the codes of each item, as certainties; without
-    `quantize` from the vectors that are rounded to codes.
+    Probabilities [items, descriptors, levels] on the sheet of each item; without `quantize` told from the vectors
+    that are rounded to codes.
     """
     z_scores = []
     for item in items:
         batch = collate_signals([item])
         inputs = (batch[name] for name in ("fmri_values", "roi_coordinates", "fmri_mask"))
-        z_scores.append(codec(*inputs, quantize=quantize).descriptors[0])
-    return np.eye(len(LEVELS))[cohort.levels(cohort.from_z_scores(torch.stack(z_scores).numpy()))]
+        z_scores.append(model.codec(*inputs, quantize=quantize).descriptors[0])
+    return model.descriptors.probabilities(torch.stack(z_scores)).numpy()
 
 
 def main(
@@ -52,14 +49,14 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         demo = Demo(DemoSettings(), quick=False, output=Path(folder))
         demo.prepare()
-    codec = FmriLMForConditionalGeneration.from_pretrained(model).eval().model.codec
+    reader = FmriLMForConditionalGeneration.from_pretrained(model).eval().model
     windows = demo.windows
     stand_ins = cut_windows(demo.training, demo.extractor.window_length, stride=2 * demo.settings.window_stride)
     pool = [*windows, *stand_ins]
-    answers = told(codec, demo.cohort, window_items(pool))
-    noise = told(codec, demo.cohort, evaluate.noise_items(windows, demo.settings.seed))
+    answers = told(reader, window_items(pool))
+    noise = told(reader, evaluate.noise_items(windows, demo.settings.seed))
     truths = demo.cohort.levels(np.stack([window.descriptors for window in windows]))
-    unrounded = told(codec, demo.cohort, window_items(windows), quantize=False)
+    unrounded = told(reader, window_items(windows), quantize=False)
     scored, continuous = [], []
     for row, (window, truth) in enumerate(zip(windows, truths, strict=True)):
         asked = np.flatnonzero(truth >= 0)
