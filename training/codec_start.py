@@ -71,7 +71,7 @@ def fit_start(model: FmriCodecModel, scans: Sequence[PreparedScan], steps: int, 
         encoder.analysis.bias.unflatten(0, (-1, config.codebook_dim))[:, width] = LIFT
         _start_codebook(model.quantizer, vectors.flatten(0, 1))
     codes = model.quantizer.embed(model.quantizer.encode(vectors))[..., : width + learned]
-    back = torch.linalg.lstsq(codes.transpose(0, 1), values.transpose(0, 1)).solution
+    back = _least_squares(codes.transpose(0, 1), values.transpose(0, 1))
     inverse = torch.linalg.inv(maps)[component]
     synthesis = torch.einsum("swt,swk->swkt", cosines[frequency], inverse).flatten(2)
     decoder.synthesis.weight.zero_().unflatten(1, (-1, config.codebook_dim))[..., : width + learned] = torch.einsum(
@@ -171,6 +171,15 @@ def _shared_out(variances: np.ndarray, slots: int, width: int) -> np.ndarray:
         chosen[slot].append(int(index))
         held[slot] += logs[index]
     return np.array(chosen)
+
+
+def _least_squares(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Weights [slots, in, out] from inputs [slots, n, in] to outputs [slots, n, out]."""
+    # `lstsq` gives other last bits from run to run
+    inputs = inputs.double()
+    gram = inputs.mT @ inputs
+    gram = gram + 1e-6 * gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(gram.shape[1])
+    return torch.linalg.solve(gram, inputs.mT @ outputs.double()).to(outputs.dtype)
 
 
 def _start_codebook(quantizer: VectorQuantizer, vectors: torch.Tensor) -> None:
