@@ -184,6 +184,11 @@ def test_packing_is_refused_with_the_reason(option: str, program_folders: Path, 
         ("sft", {"corpus": "no such folder"}, "fmrilm describe"),
         ("sft", {"tasks": "shoe_size"}, "handedness"),
         ("sft", {"tasks": "sex"}, "no column 'sex'"),
+        ("sft", {"corpus": None}, "expected tasks or a corpus to take questions from"),
+        ("sft", {"corpus": None, "data": None, "tasks": "handedness"}, "expected data, a folder that"),
+        ("sft", {"model_name_or_path": None}, "expected model_name_or_path"),
+        ("alignment", {"codec": None}, "expected codec, a trained one"),
+        ("codec", {"data": None, "streaming": "true"}, "a prepared folder, to stream from; got none"),
     ],
 )
 def test_bad_options_are_refused(stage: str, changes: dict, reason: str, program_folders, tmp_path) -> None:
