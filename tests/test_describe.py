@@ -5,7 +5,6 @@ import filecmp
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -205,11 +204,10 @@ def test_rewrites_that_say_something_else_leave_the_text(
     module_tokenizer.chat_template = "{{ messages[0].content }}\n"
     for part in (make_language_model("llama", len(module_tokenizer)), module_tokenizer):
         part.save_pretrained(tmp_path / "model")
-    plain = replace(SETTINGS, statements=1)
-    describe_dataset(load_source(str(scans)), tmp_path / "plain", plain)
-    worded = replace(plain, rewrite=str(tmp_path / "model"))
-    outcome = describe_dataset(load_source(str(scans)), tmp_path / "corpus", worded)
-    assert outcome.rejection_rate == 1
+    options = ("--statements", 1, "--test-share", 0.34)
+    command("describe", scans, tmp_path / "plain", *options)
+    said = command("describe", scans, tmp_path / "corpus", *options, "--rewrite", tmp_path / "model")
+    assert "100% of the rewrites were refused, their template text kept" in said
     expected = rows_of(tmp_path / "plain")
     for scan, row in rows_of(tmp_path / "corpus").items():
         assert row["rewritten"] and not any(row["rewritten"])
