@@ -42,11 +42,10 @@ from fmrilm.training.space import EXAMPLE_TR, QUESTIONS, synthetic_scan
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 CHOICES = ["low", "typical", "high"]
-ASKED = QUESTIONS[:3]
 TOLERANCE = 1e-3
 STARTING_SECONDS = 180
 # of one request; whoever waits longer counts as an error
-PATIENCE = 300
+PATIENCE = 900
 
 # an answer to the n-th question of a client: its probabilities
 Visit = Callable[[int, str], dict[str, float]]
@@ -78,9 +77,9 @@ def measure(
     target: str, visit: Visit, expected: list[dict[str, dict[str, float]]], seconds: float, process: psutil.Process
 ) -> dict:
     """Lets as many clients as `expected` has entries ask for so many seconds; expected: by client and question."""
-    clients, tally, peak = len(expected), Tally(), 0
+    clients, asked, tally, peak = len(expected), list(expected[0]), Tally(), 0
     with ThreadPoolExecutor(clients) as pool, tqdm(desc=target, unit="answer") as progress:
-        for _ in pool.map(lambda client: visit(client, ASKED[0]), range(clients)):
+        for _ in pool.map(lambda client: visit(client, asked[0]), range(clients)):
             progress.update()
         before = process.memory_info().rss
         start = time.perf_counter()
@@ -88,7 +87,7 @@ def measure(
         def ask_on(client: int) -> None:
             number = client
             while time.perf_counter() - start < seconds:
-                question = ASKED[number % len(ASKED)]
+                question = asked[number % len(asked)]
                 begun = time.perf_counter()
                 try:
                     got = visit(client, question)
@@ -111,6 +110,7 @@ def measure(
     return {
         "target": target,
         "clients": clients,
+        "questions": len(asked),
         "seconds": elapsed,
         "answers": len(latencies),
         "errors": len(tally.errors),
@@ -181,16 +181,17 @@ def main(
     model: Annotated[Path, typer.Argument(help="A model and its processor, as `fmrilm demo` saves them.")],
     seconds: Annotated[float, typer.Option(help="Of each of the two.")] = 120,
     clients: int = 8,
+    questions: Annotated[int, typer.Option(min=1, max=3, help="That each client asks in turn.")] = 3,
     results: Annotated[Path, typer.Option(help="Folder of the CSV file.")] = RESULTS,
 ) -> None:
-    reader = load(model)
+    reader, asked = load(model), QUESTIONS[:questions]
     atlas = reader.processor.feature_extractor.atlases[0]["name"]
     with tempfile.TemporaryDirectory() as folder:
         scans = [Path(folder, f"scan-{client}.npy") for client in range(clients)]
         for seed, path in enumerate(scans):
             np.save(path, synthetic_scan(reader.processor.feature_extractor.atlas(atlas), shared=0.5, seed=seed))
         expected = [
-            {text: reader.ask(path, text, CHOICES, tr=EXAMPLE_TR, atlas=atlas)["probabilities"] for text in ASKED}
+            {text: reader.ask(path, text, CHOICES, tr=EXAMPLE_TR, atlas=atlas)["probabilities"] for text in asked}
             for path in tqdm(scans, desc="single answers", unit="client")
         ]
         temporary = Path(folder, "space")
