@@ -7,6 +7,9 @@ Each client has a scan of its own (a random process) and asks about it without a
 the scan anew for each. An answer counts as different where it is another one than a single client gets, or its
 probabilities are off by more than `TOLERANCE`. Memory is that of the process that answers, after one request of each
 client (before), at its highest, and at the end. Writes results/load.csv.
+
+It takes longer than twice the seconds: every client's answers are first computed one by one, and each of the two is
+warmed up by a request of each client. Answers share the cores, so that a wait is about the clients times one answer.
 """
 
 import contextlib
@@ -29,6 +32,7 @@ import pandas as pd
 import psutil
 import typer
 from gradio_client import Client, handle_file
+from tqdm import tqdm
 from transformers import pipeline
 
 from fmrilm import ScanReader, load
@@ -38,11 +42,10 @@ from fmrilm.training.space import EXAMPLE_TR, QUESTIONS, synthetic_scan
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 CHOICES = ["low", "typical", "high"]
-ASKED = QUESTIONS[:3]
 TOLERANCE = 1e-3
 STARTING_SECONDS = 180
 # of one request; whoever waits longer counts as an error
-PATIENCE = 300
+PATIENCE = 900
 
 # an answer to the n-th question of a client: its probabilities
 Visit = Callable[[int, str], dict[str, float]]
@@ -71,19 +74,20 @@ class Tally:
 
 
 def measure(
-    visit: Visit, expected: list[dict[str, dict[str, float]]], seconds: float, process: psutil.Process
+    target: str, visit: Visit, expected: list[dict[str, dict[str, float]]], seconds: float, process: psutil.Process
 ) -> dict:
     """Lets as many clients as `expected` has entries ask for so many seconds; expected: by client and question."""
-    clients, tally, peak = len(expected), Tally(), 0
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(lambda client: visit(client, ASKED[0]), range(clients)))
+    clients, asked, tally, peak = len(expected), list(expected[0]), Tally(), 0
+    with ThreadPoolExecutor(clients) as pool, tqdm(desc=target, unit="answer") as progress:
+        for _ in pool.map(lambda client: visit(client, asked[0]), range(clients)):
+            progress.update()
         before = process.memory_info().rss
         start = time.perf_counter()
 
         def ask_on(client: int) -> None:
             number = client
             while time.perf_counter() - start < seconds:
-                question = ASKED[number % len(ASKED)]
+                question = asked[number % len(asked)]
                 begun = time.perf_counter()
                 try:
                     got = visit(client, question)
@@ -95,6 +99,7 @@ def measure(
         running = [pool.submit(ask_on, client) for client in range(clients)]
         while not all(task.done() for task in running):
             peak = max(peak, process.memory_info().rss)
+            progress.update(clients + len(tally.latencies) - progress.n)
             time.sleep(0.5)
         for task in running:
             task.result()
@@ -103,7 +108,9 @@ def measure(
     after = process.memory_info().rss
     latencies = np.array(tally.latencies)
     return {
+        "target": target,
         "clients": clients,
+        "questions": len(asked),
         "seconds": elapsed,
         "answers": len(latencies),
         "errors": len(tally.errors),
@@ -155,9 +162,9 @@ def load_space(model: Path, scans: list[Path], atlas: str, expected: list, secon
                 raise RuntimeError(problem)
             return {entry["label"]: entry["confidence"] for entry in label["confidences"]}
 
-        row = measure(visit, expected, seconds, process)
+        row = measure("space", visit, expected, seconds, process)
     left = [path for path in temporary.rglob("*") if path.is_file() and path.name != "log"]
-    return {"target": "space", **row, "files_left": len(left)}
+    return {**row, "files_left": len(left)}
 
 
 def load_pipeline(reader: ScanReader, scans: list[Path], atlas: str, expected: list, seconds: float) -> dict:
@@ -167,24 +174,25 @@ def load_pipeline(reader: ScanReader, scans: list[Path], atlas: str, expected: l
         answer: dict[str, Any] = pipe(str(scans[client]), question, choices=CHOICES, tr=EXAMPLE_TR, atlas=atlas)
         return answer["probabilities"]
 
-    return {"target": "pipeline", **measure(visit, expected, seconds, psutil.Process())}
+    return measure("pipeline", visit, expected, seconds, psutil.Process())
 
 
 def main(
     model: Annotated[Path, typer.Argument(help="A model and its processor, as `fmrilm demo` saves them.")],
     seconds: Annotated[float, typer.Option(help="Of each of the two.")] = 120,
     clients: int = 8,
+    questions: Annotated[int, typer.Option(min=1, max=3, help="That each client asks in turn.")] = 3,
     results: Annotated[Path, typer.Option(help="Folder of the CSV file.")] = RESULTS,
 ) -> None:
-    reader = load(model)
+    reader, asked = load(model), QUESTIONS[:questions]
     atlas = reader.processor.feature_extractor.atlases[0]["name"]
     with tempfile.TemporaryDirectory() as folder:
         scans = [Path(folder, f"scan-{client}.npy") for client in range(clients)]
         for seed, path in enumerate(scans):
             np.save(path, synthetic_scan(reader.processor.feature_extractor.atlas(atlas), shared=0.5, seed=seed))
         expected = [
-            {text: reader.ask(path, text, CHOICES, tr=EXAMPLE_TR, atlas=atlas)["probabilities"] for text in ASKED}
-            for path in scans
+            {text: reader.ask(path, text, CHOICES, tr=EXAMPLE_TR, atlas=atlas)["probabilities"] for text in asked}
+            for path in tqdm(scans, desc="single answers", unit="client")
         ]
         temporary = Path(folder, "space")
         temporary.mkdir()

@@ -3,11 +3,10 @@ Codec training on more scans than memory should hold: memory, throughput, and ho
 
     python benchmarks/scale.py FOLDER --scans 100000
 
-Writes planted people (made-up scans) to FOLDER/planted-scale once and repeats their Parquet files there by hard links
-until there are `--scans` rows: reading and preparing is done for each row anew, but the disk holds, and the page cache
-may hold, the people alone. All rows go through the loader once (results/scale_loader.csv: a line for each thousand,
-memory of the main process and of its worker). Then the tiny codec is trained from the same loader
-(results/scale_training.csv; the first steps, in which the worker starts, are left out).
+Writes so many planted people, a scan each, to FOLDER/planted-scale (7 GB for 100,000). The tiny codec is trained from
+them for some steps (results/scale_training.csv; the first, in which the worker starts, are left out). Then the loader
+alone gives as many mixtures as there are scans (results/scale_loader.csv: a line for each thousand, resident memory of
+the main process and of its worker): one of each scan that is not held out, and the rest of the next epoch's.
 """
 
 import os
@@ -33,20 +32,6 @@ from fmrilm.training.trainer import training_options
 RESULTS = Path(__file__).parent / "results"
 LINE = 1000
 WARM_UP_STEPS = 5
-
-
-def planted_folder(folder: Path, scans: int, people: int) -> Path:
-    """A prepared folder of so many rows, of so many people."""
-    folder = folder / "planted-scale"
-    cohort = PlantedCohort(training_scans("aal2-94"), people)
-    write_planted(folder, cohort)
-    shards = sorted((folder / cohort.atlas.name).glob("part-?????.parquet"))
-    for copy in range(1, -(-scans // people)):
-        for shard in shards:
-            link = shard.with_name(f"{shard.stem}-{copy:04d}.parquet")
-            if not link.exists():
-                os.link(shard, link)
-    return folder
 
 
 def resident_mib(process: psutil.Process) -> float:
@@ -117,21 +102,21 @@ def measure_training(data: CodecData, arguments: CodecArguments, steps: int, bat
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Where the planted scans are written; reused if they are there.")],
-    scans: Annotated[int, typer.Option(help="Rows that pass the loader.")] = 100_000,
-    people: Annotated[int, typer.Option(help="Different planted people among them.")] = 2000,
+    scans: Annotated[int, typer.Option(help="That are written, and pass the loader.")] = 100_000,
     steps: Annotated[int, typer.Option(help="Of training.")] = 100,
     batch: Annotated[int, typer.Option(help="Scans of a step.")] = 16,
     workers: Annotated[int, typer.Option(help="Processes that load.")] = 1,
     results: Annotated[Path, typer.Option(help="Folder of the tables.")] = RESULTS,
 ) -> None:
-    arguments = CodecArguments(str(planted_folder(folder, scans, people)), streaming=True, held_out_share=0.01)
+    folder = folder / "planted-scale"
+    write_planted(folder, PlantedCohort(training_scans("aal2-94"), scans))
+    arguments = CodecArguments(str(folder), streaming=True, held_out_share=0.01)
     data = prepare(arguments)
     results.mkdir(parents=True, exist_ok=True)
     training = measure_training(data, arguments, steps, batch, workers)
-    pd.DataFrame([training]).to_csv(results / "scale_training.csv", index=False)
+    pd.DataFrame([{"scans_on_disk": scans, **training}]).to_csv(results / "scale_training.csv", index=False)
     print(training)
-    rows = sum(len(shard.rows) for shard in data.streamed.training)
-    loaded = measure_loader(data.mixtures(rows, None, seed=0), batch, workers)
+    loaded = measure_loader(data.mixtures(scans, None, seed=0), batch, workers)
     loaded.to_csv(results / "scale_loader.csv", index=False)
     print(loaded.iloc[[0, len(loaded) // 2, -1]])
 

@@ -30,6 +30,12 @@ def test_backbone_that_cannot_see_a_step_as_a_whole_is_refused(config: PreTraine
         FmriLMForConditionalGeneration.from_parts(make_codec(), language_model, config=None)
 
 
+def test_model_without_a_head_is_refused(make_language_model, make_codec) -> None:
+    headless = make_language_model("llama", 64).model
+    with pytest.raises(ValueError, match="expected a causal language model, got LlamaModel, without a head"):
+        FmriLMForConditionalGeneration.from_parts(make_codec(), headless, config=None)
+
+
 def test_scan_beyond_the_context_is_refused_with_both_lengths(tiny_model: Callable) -> None:
     model = tiny_model("gpt2")
     config = model.config

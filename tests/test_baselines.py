@@ -96,6 +96,23 @@ def test_few_training_subjects_are_enough_for_a_baseline() -> None:
             assert found.shape == (10, 2) and np.isfinite(found).all()
 
 
+@pytest.mark.parametrize(("subjects", "classes"), [("aabbc", [0, 0, 1, 0, 1]), ("aaabbc", [0, 1, 0, 0, 0, 1])])
+def test_folds_that_leave_no_row_of_a_class_are_left_out(subjects: str, classes: list[int]) -> None:
+    features = np.random.default_rng(0).standard_normal((len(subjects), 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = logistic_regression(features, np.array(classes), list(subjects), 2, features)
+    np.testing.assert_allclose(found.sum(1), 1)
+
+
+def test_two_subjects_are_enough_for_ridge_regression() -> None:
+    features = np.array([[1.0, 0.0], [3.0, 1.0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = ridge_regression(features, np.array([20.0, 40.0]), ["a", "b"], np.array([[2.0, 0.5]]))
+    np.testing.assert_allclose(found, [30])
+
+
 def test_a_class_that_was_never_seen_has_probability_zero() -> None:
     features, classes, subjects = people(16, 5)
     found = logistic_regression(features, 2 * classes, subjects, 4, features)

@@ -176,6 +176,12 @@ def test_file_that_names_anything_else_is_refused(content, named: str, tmp_path:
         torch.load("namespace.pt", weights_only=True)
 
 
+def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(1)], tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt: expected a dict of tensors, got list"):
+        load_checkpoint(tmp_path / "model.pt")
+
+
 def test_settings_are_read_as_plain_data(tmp_path: Path) -> None:
     values = {"lm_name": "some/model", "lora": {"lora_alpha": 2.0, "on": True, "targets": ["q", "k"]}, "none": None}
     for args in (OmegaConf.create(values), argparse.Namespace(**values), values):
@@ -209,6 +215,8 @@ def test_missing_and_misshapen_tensors_are_named(backbone_folder, tiny_atlas, tm
     ):
         with pytest.raises(ValueError, match=name):
             convert(without(name))
+    with pytest.raises(ValueError, match="a multiple of 64 and patches that divide 160 frames, got 100 and"):
+        convert({**whole, "tokenizer.encoder.pos_embed": torch.ones(1, ROIS, 100)})
     with pytest.raises(ValueError, match="expected one LoRA adapter, got 0"):
         convert(without(prefix + "model.layers.1.self_attn.q_proj.lora_A.default.weight"))
     with pytest.raises(ValueError, match=r"one tensor llm.\*model.embed_tokens.weight, got 0"):

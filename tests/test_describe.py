@@ -2,6 +2,7 @@
 
 import csv
 import filecmp
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from fmrilm.processors.descriptors.text import parse
 from fmrilm.training import describe
 from fmrilm.training.cli import app
 from fmrilm.training.collator import with_token_counts
+from fmrilm.training.corpus import load_scans
 from fmrilm.training.corpus_source import load_source
 from fmrilm.training.describe import CorpusSettings, describe_dataset
 from helpers import atlas, prepared
@@ -185,6 +187,34 @@ def test_scan_that_cannot_be_described_is_left_out_with_its_reason(tmp_path, spo
     assert not any("p1" in rows["subject"] for rows in load_dataset(str(tmp_path / "corpus")).values())
 
 
+def test_folder_of_which_no_scan_can_be_described_is_refused(corpus: Path, tmp_path) -> None:
+    of = atlas("net", 24)
+    rows = {"signal": [[[1.0] * 24] * 60] * 3, "tr": [2.0] * 3, "atlas": ["net"] * 3, "subject": ["a", "b", "c"]}
+    source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, {"c"})
+    settings = CorpusSettings(test_share=0)
+    with pytest.raises(ValueError, match="no training scan could be described; the first: 24 of 24 ROIs are constant"):
+        describe_dataset(source, tmp_path / "fitted", settings)
+    with pytest.raises(ValueError, match="no scan could be described; the first: 24 of 24 ROIs are constant"):
+        describe_dataset(source, tmp_path / "known", settings, Cohort.load(corpus / "cohort"))
+
+
+def test_rewrites_that_say_something_else_leave_the_text(
+    scans: Path, tmp_path, make_language_model, module_tokenizer
+) -> None:
+    module_tokenizer.chat_template = "{{ messages[0].content }}\n"
+    for part in (make_language_model("llama", len(module_tokenizer)), module_tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    options = ("--statements", 1, "--test-share", 0.34)
+    command("describe", scans, tmp_path / "plain", *options)
+    said = command("describe", scans, tmp_path / "corpus", *options, "--rewrite", tmp_path / "model")
+    assert "100% of the rewrites were refused, their template text kept" in said
+    expected = rows_of(tmp_path / "plain")
+    for scan, row in rows_of(tmp_path / "corpus").items():
+        assert row["rewritten"] and not any(row["rewritten"])
+        assert row["description"] == expected[scan]["description"]
+    assert "100% of its texts did not and were refused" in (tmp_path / "corpus" / "README.md").read_text()
+
+
 def test_end_before_the_corpus_is_in_its_place_loses_nothing(scans: Path, corpus: Path, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(Path, "rename", Mock(side_effect=OSError("no space")))
@@ -227,16 +257,47 @@ def test_folder_that_exists_and_cohort_of_another_atlas_are_refused(scans: Path,
     source = load_source(str(scans))
     with pytest.raises(ValueError, match="exists"):
         describe_dataset(source, corpus, SETTINGS)
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="mine.partial holds something else"):
+        describe_dataset(source, tmp_path / "mine", SETTINGS)
+    everyone = describe.Source(source.name, source.parts, source.atlases, set(source.subjects))
+    with pytest.raises(ValueError, match="no training subject left: 6 of 6 subjects are test subjects"):
+        describe_dataset(everyone, tmp_path / "corpus", SETTINGS)
     other = describe.Source(source.name, source.parts, {"net": atlas("net", 9)}, set())
     with pytest.raises(ValueError, match="was fitted on scans of"):
         describe_dataset(other, tmp_path / "corpus", SETTINGS, Cohort.load(corpus / "cohort"))
 
 
-def test_missing_columns_are_named(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"tr": None, "atlas": None}, "missing tr, atlas"),
+        ({"questions": ["Why?"]}, "the columns questions are there already, and would be written"),
+        ({"atlas": [None]}, "expected a value of atlas in every row, got none in 1"),
+    ],
+)
+def test_columns_that_do_not_fit_are_named(columns: dict, message: str, tmp_path) -> None:
+    row = {"signal": [[[1.0]]], "tr": [2.0], "atlas": ["net"], "subject": ["a"], **columns}
     (tmp_path / "data").mkdir()
-    Dataset.from_dict({"signal": [[1.0]], "subject": ["a"]}).to_parquet(tmp_path / "data" / "train.parquet")
-    with pytest.raises(ValueError, match="missing tr, atlas"):
+    rows = Dataset.from_dict({name: value for name, value in row.items() if value is not None})
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(ValueError, match=message):
         load_source(str(tmp_path / "data"))
+
+
+def test_folder_that_is_no_corpus_is_refused(scans: Path, corpus: Path, tmp_path) -> None:
+    with pytest.raises(ValueError, match="expected a folder of Parquet files or a Hub dataset, got '.*none'"):
+        load_source(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="got one without questions"):
+        load_scans(None, str(scans), 0.2)
+    tests = shutil.copytree(corpus, tmp_path / "tests")
+    for path in tests.rglob("*train*.parquet"):
+        path.unlink()
+    card = (tests / "README.md").read_text()
+    (tests / "README.md").write_text(re.sub(r"  - split: train\n    path: .*\n", "", card))
+    with pytest.raises(ValueError, match="expected training scans in .*, got test scans alone"):
+        load_scans(None, str(tests), 0.2)
 
 
 def test_folders_of_one_name_are_not_taken_for_each_other(tmp_path) -> None:

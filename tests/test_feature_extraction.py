@@ -266,6 +266,9 @@ def test_table_without_all_rois_is_refused(extractor, tiny_atlas, tmp_path) -> N
     path.write_text("\t".join([*tiny_atlas.rois[:4], "other"]) + "\n1\t2\t3\t4\t5\n")
     with pytest.raises(ValueError, match="tiny_4; columns that the atlas does not have: other"):
         extractor(path, tr=2.0)
+    path.write_text("\t".join([*tiny_atlas.rois, "tiny_0"]) + "\n1\t2\t3\t4\t5\t6\n")
+    with pytest.raises(ValueError, match="expected 6 different column names, got 5"):
+        extractor(path, tr=2.0)
 
 
 def test_atlas_must_be_named_when_several_or_none_are_known() -> None:
@@ -283,6 +286,8 @@ def test_atlas_must_be_named_when_several_or_none_are_known() -> None:
         ({"window_length": 8}, "got 16 and 8"),
         ({"repetition_time": 2000}, "got 2000"),
         ({"clip": 0}, "clip > 0"),
+        ({"median": 1000.0}, "median and iqr > 0 together or neither, got 1000.0 and None"),
+        ({"median": 1000.0, "iqr": 0.0}, "got 1000.0 and 0.0"),
         ({"atlases": [ATLASES[0], ATLASES[0]]}, "different names"),
         ({"atlases": [{"name": "x"}]}, "missing rois"),
     ],

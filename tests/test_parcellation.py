@@ -149,6 +149,23 @@ def test_images_that_do_not_fit_are_refused(volume, labels) -> None:
             means(broken, image_of(labels))
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({}, "a label volume or surface labels, got neither"),
+        ({"volume": np.ones(SHAPE, int)}, "a volume with its affine"),
+        ({"left": np.ones(3, int)}, "labels of both hemispheres"),
+        ({"left": np.ones(3, int), "right": np.ones((3, 1), int)}, "right labels as 1D numbers, got int64"),
+        ({"left": np.ones(3, int), "right": np.array(["a"])}, "right labels as 1D numbers, got <U1"),
+        ({"left": np.ones(3, int), "right": np.array([2**31])}, "right labels from 0 to 2147483647, got 2147483648"),
+        ({"left": np.ones(3, int), "right": np.zeros(0, int)}, "right labels from 0 to 2147483647, got none"),
+    ],
+)
+def test_arrays_that_are_no_parcels_are_refused(arrays: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Parcels(**arrays)
+
+
 def test_parcels_survive_saving_and_damage_is_told(labels, tmp_path: Path) -> None:
     parcels = Parcels(labels, AFFINE, left=np.arange(4), right=np.arange(4))
     parcels.save(tmp_path / "p.npz")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,15 @@ def test_batches_equal_single_scans(pipe: Pipeline, scans: list[dict], batch_siz
     batch = pipe(scans, QUESTION, choices=CHOICES, batch_size=batch_size)
     for one, other in zip(scored, batch, strict=True):
         assert np.allclose(list(one.values()), list(other["probabilities"].values()), rtol=1e-3)
+
+
+def test_callers_at_once_get_the_answers_of_single_ones(pipe: Pipeline, scans: list[dict]) -> None:
+    def answers(scan: dict) -> list[dict]:
+        return [pipe(scan, QUESTION, **GREEDY), pipe(scan, QUESTION, choices=CHOICES)]
+
+    expected = [answers(scan) for scan in scans]
+    with ThreadPoolExecutor(8) as callers:
+        assert list(callers.map(answers, scans * 8)) == expected * 8
 
 
 def test_every_form_of_a_scan_is_answered_alike(pipe: Pipeline, scans: list[dict], tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import typer
 from datasets import load_dataset
 from scipy import signal
 from scipy.stats import spearmanr
 
 from fmrilm import Atlas, FmriLMFeatureExtractor
+from fmrilm.training import planted
 from fmrilm.training.data import load_prepared
 from fmrilm.training.planted import AGES, PlantedCohort, training_scans, write_planted
 from fmrilm.training.tasks import labels_of, load_task
@@ -221,6 +223,14 @@ def test_stopped_cohort_goes_on_and_others_are_refused(scans, tmp_path) -> None:
 def test_cohort_that_cannot_be_planted_is_refused(scans, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         PlantedCohort(scans, 4, **options)
+
+
+def test_program_says_what_cannot_be_planted(tmp_path, capsys) -> None:
+    with pytest.raises(typer.Exit) as end:
+        planted.main(tmp_path / "planted", subjects=2, effect=40.0)
+    assert end.value.exit_code == 1
+    assert "error: expected an effect that moves correlations of 'Default' by up to" in capsys.readouterr().err
+    assert not (tmp_path / "planted").exists()
 
 
 def test_scans_of_two_atlases_are_refused(scans) -> None:

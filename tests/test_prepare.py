@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,24 @@ def test_unfit_call_is_refused(arguments: Callable, message: str, tmp_path) -> N
     result = CliRunner().invoke(app, ["prepare", *map(str, arguments(tmp_path))])
     assert result.exit_code == 1 and message in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_atlas_named_as_the_folder_of_atlases_is_refused(table, tmp_path) -> None:
+    own = shutil.copy(table, tmp_path / "atlases.tsv")
+    with pytest.raises(ValueError, match="expected an atlas name of .*, got 'atlases'"):
+        run(study(tmp_path / "study", 1), tmp_path / "out", own)
+
+
+def test_two_atlases_of_one_name_are_refused(table, tmp_path) -> None:
+    manifest = study(tmp_path, 2)
+    lines = manifest.read_text().splitlines()
+    rows = [f"{lines[0]},atlas"]
+    for folder, line in zip(("a", "b"), lines[1:], strict=True):
+        (tmp_path / folder).mkdir()
+        rows.append(f"{line},{shutil.copy(table, tmp_path / folder)}")
+    manifest.write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="two atlases of one name among"):
+        run(manifest, tmp_path / "out", table)
 
 
 def test_cluster_that_does_not_answer_is_told(table, tmp_path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers import TrainingArguments
 
-from fmrilm import FmriCodecModel, FmriLMFeatureExtractor
+from fmrilm import FmriCodecModel, FmriLMFeatureExtractor, ScanReader
 from fmrilm.processors import Atlas, FmriLMProcessor, Parcels
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES
@@ -29,6 +29,7 @@ from fmrilm.training.data import cut_windows, load_prepared
 from fmrilm.training.describe import CorpusSettings, describe_dataset
 from fmrilm.training.model_card import fill_card
 from fmrilm.training.prepare import Preparation, prepare
+from fmrilm.training.scan_report import write_scan_report
 from fmrilm.training.scan_sources import find_scans
 from helpers import atlas, prepared
 
@@ -101,10 +102,13 @@ def run_chain(inputs: Path, outputs: Path, processor: FmriLMProcessor, language_
     args = TrainingArguments(outputs / "alignment", remove_unused_columns=False, **options)
     train_alignment(model, rows, processor, args)
     # a scan that was read leaves nothing in what is saved afterwards
-    scan = {"type": "fmri", "fmri": str(inputs / DATE / f"{PERSON}0.nii"), "atlas": of.name}
+    image = inputs / DATE / f"{PERSON}0.nii"
+    scan = {"type": "fmri", "fmri": str(image), "atlas": of.name}
     chat = [{"role": "user", "content": [scan, {"type": "text", "text": "Is it high?"}]}]
     with torch.no_grad():
         model.eval().generate(**processor.apply_chat_template(chat, add_generation_prompt=True), max_new_tokens=2)
+    asked = {"Is it high?": ("yes", "no")}
+    write_scan_report(outputs / "report.html", ScanReader(model, processor), image, asked, "One scan", atlas=of.name)
     for part in (model, processor, cohort):
         (part.save if part is cohort else part.save_pretrained)(outputs / "model")
     fill_card(outputs / "model").save(outputs / "model" / "README.md")
@@ -143,6 +147,7 @@ def test_the_chain_left_every_kind_of_output(outputs: Path) -> None:
     assert {"scans/README.md", "scans/failures.csv", "scans/ledger.jsonl", "corpus/README.md"} <= names
     assert {"codec/checkpoint-1/trainer_state.json", "codec/model/model.safetensors"} <= names
     assert {"alignment/checkpoint-2/model.safetensors", "model/README.md", "model/cohort.json"} <= names
+    assert "report.html" in names
     assert any(name.startswith("codes/") and name.endswith(".arrow") for name in names)
     assert "loss" in (outputs / "said.log").read_text()
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -184,11 +185,23 @@ def test_packing_is_refused_with_the_reason(option: str, program_folders: Path, 
         ("sft", {"corpus": "no such folder"}, "fmrilm describe"),
         ("sft", {"tasks": "shoe_size"}, "handedness"),
         ("sft", {"tasks": "sex"}, "no column 'sex'"),
+        ("sft", {"corpus": None}, "expected tasks or a corpus to take questions from"),
+        ("sft", {"corpus": None, "data": None, "tasks": "handedness"}, "expected data, a folder that"),
+        ("sft", {"model_name_or_path": None}, "expected model_name_or_path"),
+        ("alignment", {"codec": None}, "expected codec, a trained one"),
+        ("codec", {"data": None, "streaming": "true"}, "a prepared folder, to stream from; got none"),
     ],
 )
 def test_bad_options_are_refused(stage: str, changes: dict, reason: str, program_folders, tmp_path) -> None:
     with pytest.raises(ValueError, match=reason):
         run(stage, program_folders, tmp_path, **changes)
+
+
+def test_corpus_without_its_cohort_is_refused(program_folders: Path, tmp_path: Path) -> None:
+    corpus = shutil.copytree(program_folders / "corpus", tmp_path / "corpus")
+    shutil.rmtree(corpus / "cohort")
+    with pytest.raises(ValueError, match="expected a corpus with its cohort in .*corpus, got one without"):
+        run("alignment", program_folders, tmp_path / "run", corpus=corpus)
 
 
 def test_quantization_without_bitsandbytes_is_refused(program_folders: Path, tmp_path: Path, monkeypatch) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
+from fmrilm.training import publish
 from fmrilm.training.alignment import add_lora, join, train_alignment
 from fmrilm.training.cli import app
 from fmrilm.training.model_card import UNKNOWN_REPO, fill_card, read_card, subject_hashes
@@ -163,6 +164,12 @@ def test_all_problems_are_named_at_once(folder: Path) -> None:
     (folder / "more.pkl").touch()
     forget_atlas(folder)
     assert len(list(find_problems(folder))) == 3
+
+
+def test_folder_of_too_many_files_is_refused(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(publish, "MAX_FILES", 3)
+    with pytest.raises(ValueError, match=r"expected at most 3 files, got \d+"):
+        push(folder, "me/tiny", dry_run=True)
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:

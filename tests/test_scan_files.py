@@ -165,13 +165,33 @@ def test_label_files_give_parcels(tmp_path: Path) -> None:
     parcels = read_parcels(tmp_path / "a.dlabel.nii")
     assert parcels.left.tolist() == [1, 0, 2, 0, 3] and parcels.right.tolist() == [0, 4, 0, 5, 0]
     assert parcels.volume[1, 1, 1] == 6 and parcels.volume.sum() == 13
+    assert read_parcels(dlabel).checksum == parcels.checksum
     colors = np.array([[0, 0, 0, 0, 0], [1, 1, 1, 0, 1], [2, 2, 2, 0, 2]])
     for mark in ("L", "R"):
         write_gifti(tmp_path / f"x.{mark}.label.gii", np.array([[0, 1, 2]], np.int32), "NIFTI_INTENT_LABEL")
         nib.freesurfer.write_annot(tmp_path / f"{mark.lower()}h.annot", np.array([0, 1, 2]), colors, list("?ab"))
-    for path in ("x.R.label.gii", "lh.annot"):
-        parcels = read_parcels(tmp_path / path)
+    pair = (tmp_path / "lh.annot", tmp_path / "x.R.label.gii")
+    for source in (tmp_path / "x.R.label.gii", tmp_path / "lh.annot", pair):
+        parcels = read_parcels(source)
         assert parcels.left.tolist() == parcels.right.tolist() == [0, 1, 2]
+
+
+def test_volume_labels_alone_leave_the_surface_out_and_surface_labels_the_volume() -> None:
+    scan = read_scan(cifti_image(brain_model()))
+    values = scan.values
+    in_volume = parcellate(scan, Parcels(np.ones(SHAPE, int), AFFINE), (1,))
+    np.testing.assert_allclose(in_volume[:, 0], values[:, 5:].mean(1), rtol=1e-6)
+    on_surface = parcellate(scan, Parcels(left=np.ones(5, int), right=np.ones(5, int)), (1,))
+    np.testing.assert_allclose(on_surface[:, 0], values[:, :5].mean(1), rtol=1e-6)
+
+
+def test_scaled_label_image_holds_the_scaled_labels(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.ones(SHAPE, np.int16), AFFINE)
+    nib.save(image, tmp_path / "labels.nii")
+    content = bytearray((tmp_path / "labels.nii").read_bytes())
+    struct.pack_into("<2f", content, 112, 3, 2)
+    (tmp_path / "labels.nii").write_bytes(content)
+    assert (read_parcels(tmp_path / "labels.nii").volume == 5).all()
 
 
 @pytest.mark.parametrize("form", ["gii", "mgz"])
@@ -227,6 +247,7 @@ def packed(content: bytes) -> bytes:
         (changed(108, "f", 0), "values to start at byte 352 or later, got 0.0"),
         (changed(108, "f", 10), "values to start at byte"),
         (changed(112, "ff", 1, np.inf), "finite scl_inter"),
+        (changed(252, "hh3f", 1, 0, 1, 1, 1), "expected a unit quaternion"),
         (changed(344, "4s", b"xxxx"), "expected a NIfTI-1 or NIfTI-2 file"),
         (changed(0, "i", 100), "expected a NIfTI-1 or NIfTI-2 file"),
         (changed(0, "i", 348, data=200), "needs 592 bytes, but the file has 552"),
@@ -288,12 +309,34 @@ def test_broken_file_is_refused(tmp_path: Path, name: str, content: str, message
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.npy"):
         read_scan(tmp_path / "none.npy")
+    with pytest.raises(FileNotFoundError, match=r"no label image at .*none\.nii"):
+        read_parcels(tmp_path / "none.nii")
+    with pytest.raises(FileNotFoundError, match=r"none\.npz"):
+        Parcels.load(tmp_path / "none.npz")
 
 
 def test_cifti_of_other_axes_is_refused() -> None:
     scalars = nib.Cifti2Image(noise(1, 7), (nib.cifti2.ScalarAxis(["x"]), brain_model()))
     with pytest.raises(ValueError, match="axes ScalarAxis and BrainModelAxis"):
         read_scan(scalars)
+    with pytest.raises(ValueError, match=r"expected a label file \(.dlabel.nii\), got a ScalarAxis"):
+        read_parcels(scalars)
+
+
+def test_cifti_without_a_file_of_its_own_is_refused(tmp_path: Path) -> None:
+    nib.save(cifti_image(brain_model()), tmp_path / "a.dtseries.nii")
+    with pytest.raises(ValueError, match="CIFTI files are read from a path, got bytes"):
+        read_scan({"path": None, "bytes": (tmp_path / "a.dtseries.nii").read_bytes()})
+
+
+def test_hemispheres_of_two_scans_are_refused(tmp_path: Path) -> None:
+    for mark, frames in (("lh", FRAMES), ("rh", FRAMES + 1)):
+        write_gifti(tmp_path / f"{mark}.func.gii", noise(frames, 4), "NIFTI_INTENT_TIME_SERIES", TimeStep="2000.0")
+    with pytest.raises(ValueError, match="hemispheres of one scan, got 5 frames at TR 2.0 and 6 at 2.0"):
+        read_scan(tmp_path / "lh.func.gii")
+    write_gifti(tmp_path / "rh.func.gii", noise(FRAMES, 4, 3), "NIFTI_INTENT_TIME_SERIES")
+    with pytest.raises(ValueError, match=r"expected a series \[time, vertices\], got shape"):
+        read_scan(tmp_path / "lh.func.gii")
 
 
 # --- fuzz: bytes of real files flipped, cut out and cut off

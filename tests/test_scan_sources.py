@@ -133,6 +133,9 @@ OTHERS = (
     "sub-02_task-rest_space-MNI152NLin2009cAsym_res-2_boldref.nii.gz",
     "sub-02_task-rest_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.json",
     "sub-02_task-rest_desc-confounds_timeseries.tsv",
+    "sub-02_task-rest_bold.nii.gz",
+    "sub-02__desc-preproc_bold.nii.gz",
+    "sub-02_task-rest_space-MNI152NLin2009cAsym_res-2_desc-preproc_bold.nii.gz.part",
     "sub-02_task-rest_space-fsLR_den-91k_bold.dtseries.nii",
 )
 
@@ -194,6 +197,11 @@ def test_labels_are_joined_by_session(tmp_path) -> None:
 def test_unfit_labels_are_refused(text: str, message: str, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
         find_scans(three(tmp_path), write(tmp_path / "l.csv", text))
+
+
+def test_missing_table_of_labels_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no table at .*none.csv"):
+        find_scans(three(tmp_path), tmp_path / "none.csv")
 
 
 def test_labels_of_manifest_and_table_must_not_clash(tmp_path) -> None:

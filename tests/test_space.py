@@ -1,17 +1,22 @@
 """The Space in headless Chromium: a scan in, an answer out, and nothing left behind."""
 
 import gzip
+import json
+import os
 import re
 import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import nibabel
 import numpy as np
 import pytest
 import yaml
 from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
+from gradio_client import Client, handle_file
 from playwright.sync_api import Browser, Page
 
 from fmrilm import Atlas, FmriLMFeatureExtractor, FmriLMProcessor, load
@@ -165,6 +170,44 @@ def test_names_and_questions_are_text_and_not_markup(page: Page, tmp_path: Path)
     ask(page, "<img src=x onerror=window.hit=1> low, typical or high?")
     assert page.locator("#chat").get_by_text("<img src=x").count() == 1
     assert page.evaluate("window.hit") is None
+
+
+def test_visitors_at_once_get_the_answers_of_single_ones(
+    running: tuple[str, Path], model_folder: Path, tmp_path: Path
+) -> None:
+    paths = [tmp_path / f"{number}.npy" for number in range(8)]
+    for seed, path in enumerate(paths):
+        np.save(path, array(seed=seed))
+
+    def visit(path: Path) -> list[dict[str, float]]:
+        client = Client(running[0], verbose=False, download_files=False)
+        answers = []
+        for _ in range(2):
+            client.predict(handle_file(path), api_name="/upload")
+            client.predict("tiny", 2.0, api_name="/read")
+            label = client.predict(QUESTION, "", api_name="/ask")[1]
+            answers.append({entry["label"]: entry["confidence"] for entry in label["confidences"]})
+        return answers
+
+    with ThreadPoolExecutor(len(paths)) as visitors:
+        found = list(visitors.map(visit, paths))
+    reader = load(model_folder)
+    for path, answers in zip(paths, found, strict=True):
+        expected = reader.ask(path, QUESTION, ["low", "typical", "high"], tr=2.0, atlas="tiny")["probabilities"]
+        assert answers == [pytest.approx(expected, abs=1e-5)] * 2
+    assert not {path.name for path in paths} & {file.name for file in uploads(running[1])}
+
+
+def test_files_that_nobody_uploaded_stay_where_they_are(running: tuple[str, Path], tmp_path: Path) -> None:
+    address, temporary = running
+    path = tmp_path / "private.npy"
+    np.save(path, array())
+    for name in (path, f"{temporary}/{os.path.relpath(path, temporary)}"):
+        data = json.dumps({"data": [{"path": str(name), "meta": {"_type": "gradio.FileData"}}]}).encode()
+        call = Request(f"{address}/gradio_api/call/upload", data, {"Content-Type": "application/json"})
+        event = json.load(urlopen(call))["event_id"]
+        assert "event: error" in urlopen(f"{address}/gradio_api/call/upload/{event}").read().decode()
+    assert path.exists() and path.name not in [file.name for file in uploads(temporary)]
 
 
 @needs_browser

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrilm.training.splits import Split, check_disjoint, hold_out, k_fold, k_shot
+from fmrilm.training.splits import Split, check_disjoint, hold_out, hold_out_known, k_fold, k_shot
 
 
 def cohort(people: int, sessions: int = 2, classes: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +65,8 @@ def test_impossible_splits_are_refused() -> None:
         list(k_fold(subjects, labels, 5, 0))
     with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
         hold_out(subjects, labels, 1.5, 0)
+    with pytest.raises(ValueError, match="to learn from and to test, got 0 to test of 4 with a share of 0"):
+        hold_out_known(subjects, 0)
     with pytest.raises(ValueError, match="at least 2 subjects"):
         hold_out(["a", "a"], None, 0.5, 0)
     with pytest.raises(ValueError, match="one label for each subject, got different ones in rows 0 and 1"):

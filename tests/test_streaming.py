@@ -165,6 +165,13 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def test_scans_shorter_than_a_window_are_refused(folder: Path) -> None:
+    dataset = mixtures(opened(folder))
+    dataset.window_length = FRAMES + 1
+    with pytest.raises(ValueError, match="expected scans of at least 41 frames to train on, got none"):
+        dataset[0]
+
+
 def test_stopped_run_goes_on_at_the_right_scan(folder: Path, tmp_path: Path, monkeypatch) -> None:
     codec_program.main(options(folder, tmp_path / "straight"))
     with monkeypatch.context() as patch:

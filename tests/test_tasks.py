@@ -75,6 +75,11 @@ def test_labels_are_answered(name: str, value, answer: str, statement: str) -> N
     assert task.statement(value) == statement
 
 
+def test_people_without_a_label_have_no_answer() -> None:
+    with pytest.raises(ValueError, match="task 'sex' has no answer where there is no label, got None"):
+        SEX.answer(None)
+
+
 def test_people_whose_label_is_left_out_are_not_asked() -> None:
     labels = labels_of(load_task("ad"), people(ad=["CN", "MCI", "AD", None, float("nan"), ""]))
     assert labels == ["CN", None, "AD", None, None, None]

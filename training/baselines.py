@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import BaseCrossValidator, GroupKFold, StratifiedGroupKFold
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -21,6 +21,9 @@ PENALTIES = tuple(10.0**power for power in range(5, -3, -1))
 INNER_FOLDS = 5
 # correlations of 1, such as those of a network with one ROI, have no Fisher z
 LARGEST_CORRELATION = 0.999
+
+# rows to train and to test on
+Fold = tuple[np.ndarray, np.ndarray]
 
 
 def majority(classes: np.ndarray, choices: int, rows: int) -> np.ndarray:
@@ -65,11 +68,16 @@ def logistic_regression(
 ) -> np.ndarray:
     """
     Probabilities [test rows, choices] by L2-penalised logistic regression. The penalty is chosen, and features are
-    standardised, on training subjects alone: inside each fold of a cross-validation over them. A class that has no
-    training row has probability 0.
+    standardised, on training subjects alone: inside each fold of a cross-validation over them, without folds that
+    leave no row of a class to train on. A class that has no training row has probability 0.
     """
-    fewest = min(len(set(np.asarray(subjects)[classes == label])) for label in np.unique(classes))
-    folds = StratifiedGroupKFold(min(INNER_FOLDS, fewest), shuffle=True, random_state=0) if fewest > 1 else None
+    known = np.unique(classes)
+    fewest = min(len(set(np.asarray(subjects)[classes == label])) for label in known)
+    folds: list[Fold] = []
+    if fewest > 1:
+        splitter = StratifiedGroupKFold(min(INNER_FOLDS, fewest), shuffle=True, random_state=0)
+        split = splitter.split(features, classes, subjects)
+        folds = [fold for fold in split if np.isin(known, classes[fold[0]]).all()]
 
     def build(penalty: float) -> LogisticRegression:
         return LogisticRegression(C=1 / penalty, max_iter=2000)
@@ -78,7 +86,7 @@ def logistic_regression(
         chosen = model.predict_proba(rows)[np.arange(len(truth)), np.searchsorted(model.classes_, truth)]
         return -np.log(chosen.clip(1e-12)).sum()
 
-    model = _fit(build, loss, folds, features, classes, subjects)
+    model = _fit(build, loss, folds, features, classes)
     probabilities = np.zeros((len(test), choices))
     probabilities[:, model[-1].classes_] = model.predict_proba(test)
     return probabilities
@@ -89,28 +97,31 @@ def ridge_regression(
 ) -> np.ndarray:
     """Values [test rows] by ridge regression, penalty and standardisation as in `logistic_regression`."""
     people = len(set(subjects))
-    folds = GroupKFold(min(INNER_FOLDS, people), shuffle=True, random_state=0) if people > 1 else None
+    folds: list[Fold] = []
+    if people > 1:
+        splitter = GroupKFold(min(INNER_FOLDS, people), shuffle=True, random_state=0)
+        # one row has no spread, and is its own principal component
+        folds = [fold for fold in splitter.split(features, values, subjects) if len(fold[0]) > 1]
 
     def loss(model: Ridge, rows: np.ndarray, truth: np.ndarray) -> float:
         return ((model.predict(rows) - truth) ** 2).sum()
 
-    return _fit(lambda penalty: Ridge(alpha=penalty), loss, folds, features, values, subjects).predict(test)
+    return _fit(lambda penalty: Ridge(alpha=penalty), loss, folds, features, values).predict(test)
 
 
 def _fit(
     build: Callable[[float], Any],
     loss: Callable[[Any, np.ndarray, np.ndarray], float],
-    folds: BaseCrossValidator | None,
+    folds: Sequence[Fold],
     features: np.ndarray,
     labels: np.ndarray,
-    subjects: Sequence[str] | np.ndarray,
 ) -> Pipeline:
     """
     Fitted with the penalty of the least loss over the folds, of equal ones the strongest; without folds, as for one
     subject of a class, who cannot be both trained and tested on, with the strongest of all.
     """
     losses = np.zeros(len(PENALTIES))
-    for training, test in folds.split(features, labels, subjects) if folds else ():
+    for training, test in folds:
         reduce = _reduction().fit(features[training])
         known, asked = reduce.transform(features[training]), reduce.transform(features[test])
         for place, penalty in enumerate(PENALTIES):

@@ -83,20 +83,18 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
     """The pages of the Space. reader: of `fmrilm.load`; uploads: an empty folder that is Gradio's own, too."""
     atlases = {atlas["name"]: len(atlas["rois"]) for atlas in reader.processor.feature_extractor.atlases}
 
-    def keep(file: str, request: gr.Request) -> tuple[Path | None, str]:
+    def keep(uploaded: dict[str, Any], request: gr.Request) -> tuple[Path | None, str]:
         leave(request)
-        own = session_folder(request) / Path(file).name
+        # Gradio has seen to it that this is a file in its folder
+        file = Path(uploaded["path"])
+        own = session_folder(request) / file.name
         own.parent.mkdir(exist_ok=True)
         try:
             os.replace(file, own)
         except FileNotFoundError:
             # somebody else uploaded the same bytes in the same moment, and took them away
             return None, _status("The upload was lost. Please upload the file again.", error=True)
-        shutil.rmtree(Path(file).parent, ignore_errors=True)
-        # Gradio leaves an empty file of its own beside each upload
-        for empty in uploads.glob("tmp*"):
-            if empty.is_file():
-                empty.unlink(missing_ok=True)
+        shutil.rmtree(file.parent, ignore_errors=True)
         return own, _status(f"{own.name} is here. Check the atlas and the repetition time, then read the scan.")
 
     def read(file: Path | None, atlas: str, tr: float) -> tuple[Any, ...]:
@@ -204,7 +202,8 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
         plots = gr.HTML(elem_id="plots")
         opening = [session, chat, probabilities, plots, status]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
-        file.upload(keep, file, [upload, status], api_name="upload")
+        # preprocessing would leave an empty file beside each upload, named as those that still arrive
+        file.upload(keep, file, [upload, status], api_name="upload", preprocess=False)
         space.unload(leave)
         file.clear(discard, upload, None, api_visibility="private")
         button.click(read, [upload, atlas, tr], [*opening, file], api_name="read", **one_at_a_time)
