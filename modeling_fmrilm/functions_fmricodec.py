@@ -28,14 +28,15 @@ class FmriCodecFunctions(nn.Module):
         )
 
     def init_weights(self) -> None:
-        for layer in (self.layers[0], self.layers[2]):
-            init.normal_(layer.weight, std=layer.in_features**-0.5)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                init.normal_(layer.weight, std=layer.in_features**-0.5)
 
     def forward(self, coordinates: torch.Tensor) -> torch.Tensor:
         """Functions float32 [..., num_functions] at coordinates [..., 3] in mm."""
         with maybe_autocast(coordinates.device.type, enabled=False):
             features = fourier_features(coordinates, FREQUENCIES)
-            return self.layers(features.to(self.layers[0].weight.dtype)).float()
+            return self.layers(features.to(next(self.parameters()).dtype)).float()
 
     @staticmethod
     def coefficients(functions: torch.Tensor, patches: torch.Tensor, roi_mask: torch.Tensor | None) -> torch.Tensor:

@@ -47,7 +47,10 @@ class FmriCodecPooling(nn.Module):
 
     def forward(self, signal: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
         """Float32 [batch, size] of signals [batch, places, time]; frame_mask bool [batch, time]: frames with data."""
-        return (self.correlations(signal, frame_mask) - self.mean) / (self.deviation * math.sqrt(self.size))
+        return self.standardised(self.correlations(signal, frame_mask))
+
+    def standardised(self, correlations: torch.Tensor) -> torch.Tensor:
+        return (correlations - self.mean) / (self.deviation * math.sqrt(self.size))
 
     @staticmethod
     def correlations(signal: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:

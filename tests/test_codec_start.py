@@ -161,3 +161,10 @@ def test_pooling_places_are_points_in_a_brain_far_from_each_other() -> None:
 def test_scans_shorter_than_the_windows_of_the_fit_are_used_whole() -> None:
     model = make(patch_length=4)
     assert 0 < fit_start(model, [prepared("a", frames=20)], steps=2, seed=0) <= 1
+
+
+def test_a_token_for_each_region_has_no_such_start(scans: list[PreparedScan]) -> None:
+    with pytest.raises(ValueError, match="expected a codec with token_layout 'latent', got 'roi'"):
+        fit_start(make(token_layout="roi"), scans, steps=2, seed=0)
+    with pytest.raises(ValueError, match="'latent' and descriptor_names"):
+        fit_descriptor_head(make(token_layout="roi"), items(scans))

@@ -67,9 +67,10 @@ class CodecTrainer(LossPartsTrainer):
         return output
 
     def _fit_head(self) -> None:
+        model: Any = self.model
         dataset: Any = self.train_dataset
         if self.head_items:
-            fit_descriptor_head(self.model, [dataset[index] for index in range(self.head_items)])
+            fit_descriptor_head(model, [dataset[index] for index in range(self.head_items)])
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         self.optimizer = MuonWithAdamW.for_layers(self.model, self.args.learning_rate, self.args.weight_decay)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from fmrilm.functions_fmricodec import FmriCodecFunctions
+from fmrilm.latent_fmricodec import LatentDecoder, LatentEncoder
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.quantization_fmrilm import VectorQuantizer
 
@@ -43,16 +44,18 @@ def fit_start(model: FmriCodecModel, scans: Sequence[PreparedScan], steps: int, 
     Returns:
         Share of the variance in the scans' coefficients that the codes keep.
     """
-    config, encoder, decoder = model.config, model.encoder, model.decoder
+    config, encoder, decoder, quantizer = model.config, model.encoder, model.decoder, model.quantizer
+    if model.functions is None or not isinstance(encoder, LatentEncoder) or not isinstance(decoder, LatentDecoder):
+        raise ValueError(f"expected a codec with token_layout 'latent', got {config.token_layout!r}")
     rng = np.random.default_rng(seed)
     fit_functions(model.functions, scans, steps, rng)
-    coefficients, gram = _coefficients(model, scans, rng)
+    coefficients, gram = _coefficients(model.functions, scans, config.patch_length, rng)
     # maps on which a coefficient's square is the signal's variance, as principal components
     root = torch.linalg.cholesky(gram)
     maps = root @ torch.linalg.eigh((coefficients @ root).flatten(0, 1).T.cov()).eigenvectors.flip(1)
     cosines = torch.from_numpy(dct(np.eye(config.patch_length), norm="ortho", axis=0)).float()
     parts = torch.einsum("ft,ntk,km->nfm", cosines, coefficients, maps)
-    learned = isinstance(model.quantizer, VectorQuantizer)
+    learned = isinstance(quantizer, VectorQuantizer)
     width = min(SLOT_COEFFICIENTS, config.codebook_dim - 1) if learned else config.codebook_dim
     chosen = _shared_out(parts.var(0).flatten().numpy(), config.tokens_per_step, width)
     values = parts.flatten(1)[:, chosen]
@@ -69,8 +72,8 @@ def fit_start(model: FmriCodecModel, scans: Sequence[PreparedScan], steps: int, 
     if learned:
         vectors[..., width] = LIFT
         encoder.analysis.bias.unflatten(0, (-1, config.codebook_dim))[:, width] = LIFT
-        _start_codebook(model.quantizer, vectors.flatten(0, 1))
-    codes = model.quantizer.embed(model.quantizer.encode(vectors))[..., : width + learned]
+        _start_codebook(quantizer, vectors.flatten(0, 1))
+    codes = quantizer.embed(quantizer.encode(vectors))[..., : width + learned]
     back = _least_squares(codes.transpose(0, 1), values.transpose(0, 1))
     inverse = torch.linalg.inv(maps)[component]
     synthesis = torch.einsum("swt,swk->swkt", cosines[frequency], inverse).flatten(2)
@@ -90,7 +93,9 @@ def fit_descriptor_head(model: FmriCodecModel, items: Sequence[dict[str, np.ndar
     Ridge regression of the descriptors of items, as `collate_signals` takes them, on what their codes tell. The head
     is not trained any more: its gradient trains the rest, and it is fitted again afterwards.
     """
-    training = model.training
+    pooling, head, training = model.pooling, model.descriptor_head, model.training
+    if pooling is None or head is None:
+        raise ValueError("expected a codec with token_layout 'latent' and descriptor_names")
     model.eval()
     found = []
     for start in range(0, len(items), batch_size):
@@ -98,12 +103,12 @@ def fit_descriptor_head(model: FmriCodecModel, items: Sequence[dict[str, np.ndar
         inputs = (batch[name].to(model.device) for name in ("fmri_values", "roi_coordinates", "fmri_mask"))
         codes = model.encode(*inputs)
         decoded = model.decode_at_pooling_places(model.embed_codes(codes.clamp(min=0)), codes >= 0)
-        found.append(model.pooling.correlations(*decoded))
+        found.append(pooling.correlations(*decoded))
     correlations = torch.cat(found)
-    model.pooling.fit(correlations)
-    pooled = ((correlations - model.pooling.mean) / model.pooling.deviation).cpu().numpy() / model.pooling.size**0.5
+    pooling.fit(correlations)
+    pooled = pooling.standardised(correlations).cpu().numpy()
     targets = np.stack([item["descriptors"] for item in items])
-    head, known = model.descriptor_head, ~np.isnan(targets)
+    known = ~np.isnan(targets)
     # descriptors that the same items have are solved for together
     for pattern in np.unique(known, axis=1).T:
         if pattern.any():
@@ -138,17 +143,16 @@ def fit_functions(
 
 
 def _coefficients(
-    model: FmriCodecModel, scans: Sequence[PreparedScan], rng: np.random.Generator
+    functions: FmriCodecFunctions, scans: Sequence[PreparedScan], patch_length: int, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of patches of scans in random order [patches, patch_length, functions], and the atlases' mean Gram matrix."""
-    length, count = model.config.patch_length, 0
-    found, grams = [], {}
+    found, grams, count = [], {}, 0
     for index in rng.permutation(len(scans)):
         signal, atlas = torch.from_numpy(scans[index].signal), scans[index].atlas
-        functions = model.functions(torch.tensor(atlas.coordinates))
-        grams[atlas.name] = functions.T @ functions / len(functions)
-        patches = signal.unfold(0, length, STRIDE)
-        found.append(model.functions.coefficients(functions[None], patches[None], None)[0].mT)
+        values = functions(torch.tensor(atlas.coordinates))
+        grams[atlas.name] = values.T @ values / len(values)
+        patches = signal.unfold(0, patch_length, STRIDE)
+        found.append(functions.coefficients(values[None], patches[None], None)[0].mT)
         count += len(patches)
         if count >= PATCHES:
             break
