@@ -252,12 +252,16 @@ def code_table(model, training: list[PreparedScan], held_out: list[PreparedScan]
         accuracy = (values.argmax(-1) == following).mean()
         rows.append({"method": name, "accuracy": accuracy, "perplexity": np.exp(loss)})
     flat = torch.from_numpy(test.reshape(len(test), -1))
-    chosen = [
-        model.forecast_codes(flat[:, : step * slots], 1)[:, -slots:].numpy() for step in range(CONTEXT, 10)
-    ]
-    loss = model.surprise(flat)[:, CONTEXT:].mean().item()
-    accuracy = (np.stack(chosen, 1) == following).mean()
-    rows.append({"method": "model", "accuracy": accuracy, "perplexity": np.exp(loss)})
+    learned = model.fmri_head.weight.clone()
+    for name, weight in (("autoregression alone", torch.zeros_like(learned)), ("model", learned)):
+        # what the language model adds goes through its head
+        model.fmri_head.weight.copy_(weight)
+        chosen = [
+            model.forecast_codes(flat[:, : step * slots], 1)[:, -slots:].numpy() for step in range(CONTEXT, 10)
+        ]
+        loss = model.surprise(flat)[:, CONTEXT:].mean().item()
+        accuracy = (np.stack(chosen, 1) == following).mean()
+        rows.append({"method": name, "accuracy": accuracy, "perplexity": np.exp(loss)})
     return pd.DataFrame(rows)
 
 
