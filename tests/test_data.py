@@ -52,7 +52,7 @@ def mixtures(max_rois: int = 100, seed: int = 0) -> MixedWindows:
     return MixedWindows(scans, cohort, 16, max_rois, size=20, seed=seed)
 
 
-def test_mixtures_depend_on_seed_and_index_alone() -> None:
+def test_mixtures_depend_on_seed_and_index_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = mixtures(), mixtures()
     expected = [first[index] for index in range(20)]
     np.random.seed(5)
@@ -60,8 +60,11 @@ def test_mixtures_depend_on_seed_and_index_alone() -> None:
         found = second[index]
         assert all(np.array_equal(expected[index][name], found[name], equal_nan=True) for name in found)
     signals = [item["signal"] for item in [*expected, *(mixtures(seed=1)[index] for index in range(20))]]
-    # windows as they are can come twice
+    # windows as they are can come twice, mixtures cannot
     assert len({signal.tobytes() for signal in signals}) > 30
+    monkeypatch.setattr("fmrilm.training.data.PLAIN_SHARE", 0.0)
+    mixed = [mixtures(seed=seed)[index]["signal"].tobytes() for seed in (0, 1) for index in range(20)]
+    assert len(set(mixed)) == 40
 
 
 def test_mixtures_come_with_their_own_descriptors() -> None:

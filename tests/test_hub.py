@@ -302,8 +302,8 @@ def test_broken_connection_is_overcome_and_leaves_one_commit(hub: Hub, said: dic
     repository = hub.repositories["models", "tester/model"]
     assert list(repository.titles.values()) == ["initial commit", "Upload model", "Other weights"]
     uploads = [line for line in hub.requests if line.startswith("PUT /objects/")]
-    # killed, broken off, repeated by the client itself (on a slow machine more than once)
-    assert uploads[0] == uploads[1] == uploads[2]
+    # killed, broken off, repeated by the client itself, which on a slow machine may repeat one more
+    assert uploads[0] == uploads[1] == uploads[2] and len(uploads) - len(set(uploads)) in (2, 3)
 
 
 def test_push_answers_with_the_commit_of_the_branch_it_made(hub: Hub, said: dict) -> None:
