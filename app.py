@@ -2,7 +2,7 @@
 
 import argparse
 
-from fmrilm.training.command_options import DEFAULT_MODEL, MODEL_VARIABLE
+from fmrilm.training.cli.options import DEFAULT_MODEL, MODEL_VARIABLE
 from fmrilm.training.space import main
 
 

@@ -27,15 +27,15 @@ from transformers import TrainingArguments, set_seed
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMForConditionalGeneration, FmriLMProcessor
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.text import REQUESTS, description
-from fmrilm.training.alignment import add_lora, join, train_alignment
-from fmrilm.training.chats import alignment_dataset, assistant, scan_block, text_block, user
-from fmrilm.training.codec import encode_items, window_items
-from fmrilm.training.collator import ChatCollator
-from fmrilm.training.data import cut_windows, prepare_scans, split_subjects
+from fmrilm.training.alignment.chats import alignment_dataset, assistant, scan_block, text_block, user
+from fmrilm.training.alignment.joint import add_lora, join, train_alignment
+from fmrilm.training.alignment.language_models import load_language_model
+from fmrilm.training.alignment.plain_text import perplexity, plain_texts
+from fmrilm.training.codec.trainer import encode_items, window_items
+from fmrilm.training.data.collator import ChatCollator
+from fmrilm.training.data.dataset import cut_windows, prepare_scans, split_subjects
+from fmrilm.training.data.open_data import open_scans
 from fmrilm.training.demo import ATLASES, HELD_OUT
-from fmrilm.training.language_models import load_language_model
-from fmrilm.training.open_data import open_scans
-from fmrilm.training.plain_text import perplexity, plain_texts
 from fmrilm.training.trainer import half_precision, training_options
 
 

@@ -45,11 +45,11 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from fmrilm import FmriCodecModel
-from fmrilm.training.codec import encode_items, evaluate_items, window_items
-from fmrilm.training.codec_metrics import codebook_results, retrieval_results
-from fmrilm.training.codec_program import CodecData, codec_data
-from fmrilm.training.data import Window, cut_windows
-from fmrilm.training.language_models import PACKAGED_MODEL, load_text_encoder
+from fmrilm.training.alignment.language_models import PACKAGED_MODEL, load_text_encoder
+from fmrilm.training.codec.metrics import codebook_results, retrieval_results
+from fmrilm.training.codec.program import CodecData, codec_data
+from fmrilm.training.codec.trainer import encode_items, evaluate_items, window_items
+from fmrilm.training.data.dataset import Window, cut_windows
 
 
 RESULTS = Path(__file__).parent / "results"

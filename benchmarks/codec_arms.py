@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from fmrilm import Atlas, FmriCodecModel, FmriLMFeatureExtractor
-from fmrilm.training.codec import CodecTrainer, CodecTrainingArguments, encode_items, window_items
-from fmrilm.training.codec_metrics import fc_correlation, r_squared
-from fmrilm.training.codec_program import CodecArguments, CodecData, build_trainer, codec_data
-from fmrilm.training.data import PreparedScan, Window, cut_windows, prepare_scans, split_subjects
+from fmrilm.training.codec.metrics import fc_correlation, r_squared
+from fmrilm.training.codec.program import CodecArguments, CodecData, build_trainer, codec_data
+from fmrilm.training.codec.trainer import CodecTrainer, CodecTrainingArguments, encode_items, window_items
+from fmrilm.training.data.dataset import PreparedScan, Window, cut_windows, prepare_scans, split_subjects
+from fmrilm.training.data.open_data import open_scans
 from fmrilm.training.demo import ATLASES, HELD_OUT
-from fmrilm.training.open_data import open_scans
 from fmrilm.training.trainer import training_options
 
 

@@ -34,8 +34,8 @@ from fmrilm.processors.descriptors import gradients, graph, networks  # noqa: E4
 from fmrilm.processors.descriptors.cohort import Cohort  # noqa: E402
 from fmrilm.processors.descriptors.gradients import fit_references  # noqa: E402
 from fmrilm.processors.descriptors.measures import FAMILIES, MEASURES, describe, descriptor_names  # noqa: E402
-from fmrilm.training.data import PreparedScan, prepare_scans  # noqa: E402
-from fmrilm.training.open_data import open_scans, package_folder  # noqa: E402
+from fmrilm.training.data.dataset import PreparedScan, prepare_scans  # noqa: E402
+from fmrilm.training.data.open_data import open_scans, package_folder  # noqa: E402
 
 
 FRAMES, TR = 160, 2.0

@@ -23,12 +23,12 @@ from transformers import TrainingArguments, set_seed
 
 from fmrilm import FmriLMForConditionalGeneration, FmriLMProcessor
 from fmrilm.processors.signal_fmrilm import NORMAL_IQR, interquartile_range
-from fmrilm.training.alignment import add_lora, train_alignment
-from fmrilm.training.chats import chat_dataset
-from fmrilm.training.codec import encode_items
-from fmrilm.training.data import PreparedScan, prepare_scans, split_subjects
+from fmrilm.training.alignment.chats import chat_dataset
+from fmrilm.training.alignment.joint import add_lora, train_alignment
+from fmrilm.training.codec.trainer import encode_items
+from fmrilm.training.data.dataset import PreparedScan, prepare_scans, split_subjects
+from fmrilm.training.data.open_data import open_scans
 from fmrilm.training.demo import HELD_OUT
-from fmrilm.training.open_data import open_scans
 from fmrilm.training.trainer import half_precision, training_options
 
 

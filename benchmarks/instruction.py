@@ -1,5 +1,5 @@
 """
-What instruction tuning gives: on a cohort with a planted effect (made-up people, see `fmrilm.training.planted`), and
+What instruction tuning gives on a cohort with a planted effect (made-up people, `training/data/synthetic.py`), and
 what it costs.
 
     python benchmarks/instruction.py planted runs/demo/model    # 4 and 10 shots and all of 200 people, beside FC
@@ -26,17 +26,17 @@ import typer
 
 from fmrilm import FmriLMForConditionalGeneration, FmriLMProcessor
 from fmrilm.processors.descriptors.networks import NETWORKS
-from fmrilm.training.adapt import Tuning, tune
-from fmrilm.training.alignment import add_lora
-from fmrilm.training.ask import answer_scans, parse_answer, score_scans
-from fmrilm.training.evaluate_program import FULL, Protocol, evaluate
-from fmrilm.training.evaluation_report import table
-from fmrilm.training.labelled_scans import load_labelled
-from fmrilm.training.metrics import Answers, bootstrap, statistics
-from fmrilm.training.planted import PlantedCohort, training_scans, write_planted
-from fmrilm.training.shards import write_whole
-from fmrilm.training.splits import hold_out
-from fmrilm.training.tasks import Task, load_task
+from fmrilm.training.alignment.joint import add_lora
+from fmrilm.training.data.shards import write_whole
+from fmrilm.training.data.splits import hold_out
+from fmrilm.training.data.synthetic import PlantedCohort, training_scans, write_planted
+from fmrilm.training.data.tasks import Task, load_task
+from fmrilm.training.evaluation.adapt import Tuning, tune
+from fmrilm.training.evaluation.ask import answer_scans, parse_answer, score_scans
+from fmrilm.training.evaluation.labelled_scans import load_labelled
+from fmrilm.training.evaluation.metrics import Answers, bootstrap, statistics
+from fmrilm.training.evaluation.program import FULL, Protocol, evaluate
+from fmrilm.training.evaluation.report import table
 from fmrilm.training.trainer import half_precision
 
 

@@ -18,11 +18,11 @@ import typer
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.modeling_fmrilm import FmriLMModel
-from fmrilm.training import evaluate
-from fmrilm.training.baselines import most_frequent
-from fmrilm.training.codec import window_items
-from fmrilm.training.data import collate_signals, cut_windows
+from fmrilm.training.codec.trainer import window_items
+from fmrilm.training.data.dataset import collate_signals, cut_windows
 from fmrilm.training.demo import Demo, DemoSettings
+from fmrilm.training.evaluation import levels as evaluate
+from fmrilm.training.evaluation.baselines import most_frequent
 
 
 RESULTS = Path(__file__).parent / "results"

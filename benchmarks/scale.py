@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fmrilm import FmriCodecModel
-from fmrilm.training.codec import CodecTrainer, CodecTrainingArguments
-from fmrilm.training.codec_program import CodecArguments, CodecData, codec_config, prepare
-from fmrilm.training.data import collate_signals
-from fmrilm.training.planted import PlantedCohort, training_scans, write_planted
+from fmrilm.training.codec.program import CodecArguments, CodecData, codec_config, prepare
+from fmrilm.training.codec.trainer import CodecTrainer, CodecTrainingArguments
+from fmrilm.training.data.dataset import collate_signals
+from fmrilm.training.data.synthetic import PlantedCohort, training_scans, write_planted
 from fmrilm.training.trainer import training_options
 
 

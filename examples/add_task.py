@@ -10,9 +10,9 @@ What the model knows of it without learning stands beside the commonest answer a
 import argparse
 from pathlib import Path
 
-from fmrilm.training.evaluate_program import Protocol, evaluate
-from fmrilm.training.evaluation_report import table
-from fmrilm.training.tasks import load_task
+from fmrilm.training.data.tasks import load_task
+from fmrilm.training.evaluation.program import Protocol, evaluate
+from fmrilm.training.evaluation.report import table
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from distributed import LocalCluster
 
-from fmrilm.training.corpus_source import load_source
-from fmrilm.training.describe import CorpusSettings, describe_dataset
-from fmrilm.training.prepare import Preparation, prepare
-from fmrilm.training.scan_sources import find_scans
+from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
+from fmrilm.training.corpus.source import load_source
+from fmrilm.training.data.prepare import Preparation, prepare
+from fmrilm.training.data.scan_sources import find_scans
 
 
 CONFIGS = Path("training/configs")
@@ -43,7 +43,7 @@ def main() -> None:
             print(f"{described.scans} described")
 
     # a process for each GPU, weights sharded over them
-    launch = ["accelerate", "launch", "--config_file", str(options.accelerate), "-m", "fmrilm.training.codec"]
+    launch = ["accelerate", "launch", "--config_file", str(options.accelerate), "-m", "fmrilm.training.codec.program"]
     run = ["--config", str(options.config), "--data", str(prepared), "--output_dir", str(options.output / "codec")]
     subprocess.run([*launch, *run], check=True)
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 
 import fmrilm
-from fmrilm.training.adapt import Tuning, tune
-from fmrilm.training.ask import score_scans
-from fmrilm.training.labelled_scans import load_labelled
-from fmrilm.training.prepare import Preparation, prepare
-from fmrilm.training.scan_sources import find_scans
-from fmrilm.training.splits import hold_out
-from fmrilm.training.tasks import load_task
+from fmrilm.training.data.prepare import Preparation, prepare
+from fmrilm.training.data.scan_sources import find_scans
+from fmrilm.training.data.splits import hold_out
+from fmrilm.training.data.tasks import load_task
+from fmrilm.training.evaluation.adapt import Tuning, tune
+from fmrilm.training.evaluation.ask import score_scans
+from fmrilm.training.evaluation.labelled_scans import load_labelled
 
 
 parser = argparse.ArgumentParser()

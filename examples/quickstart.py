@@ -13,7 +13,7 @@ import argparse
 import numpy as np
 
 import fmrilm
-from fmrilm.training.open_data import open_scans
+from fmrilm.training.data.open_data import open_scans
 
 
 parser = argparse.ArgumentParser()

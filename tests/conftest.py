@@ -20,7 +20,7 @@ from transformers import (
 
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMForConditionalGeneration
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
-from fmrilm.training.alignment import join
+from fmrilm.training.alignment.joint import join
 from scan_rows import BACKBONES
 
 

@@ -19,7 +19,7 @@ from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
-from fmrilm.training import cli
+from fmrilm.training.cli import main as cli
 
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ from packaging.requirements import Requirement
 
 from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.measures import CORE_NAMES
-from fmrilm.training.chats import instruction_dataset
-from fmrilm.training.data import PreparedScan
+from fmrilm.training.alignment.chats import instruction_dataset
+from fmrilm.training.data.dataset import PreparedScan
 
 
 def atlas(name: str = "small", rois: int = 9) -> Atlas:

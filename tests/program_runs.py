@@ -15,10 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from fmrilm import FmriCodecModel
-from fmrilm.training import alignment_program, codec_program, sft_program
-from fmrilm.training.cli import app
-from fmrilm.training.corpus_source import load_source
-from fmrilm.training.describe import CorpusSettings, describe_dataset
+from fmrilm.training.alignment import program as alignment_program
+from fmrilm.training.cli.main import app
+from fmrilm.training.codec import program as codec_program
+from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
+from fmrilm.training.corpus.source import load_source
+from fmrilm.training.sft import program as sft_program
 from helpers import atlas, prepared
 
 

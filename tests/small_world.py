@@ -11,7 +11,7 @@ import yaml
 from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
-from fmrilm.training.alignment import join
+from fmrilm.training.alignment.joint import join
 from helpers import confounds_table, slow_series
 from official_checkpoint import WIDTH, brain_tensors, language_tensors
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.training.warm_up import fit_autoregression
+from fmrilm.training.alignment.start import fit_autoregression
 from scan_rows import codes, ids
 
 

@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from fmrilm.training import baselines
-from fmrilm.training.baselines import (
+from fmrilm.training.evaluation import baselines
+from fmrilm.training.evaluation.baselines import (
     connectivity_features,
     logistic_regression,
     majority,

@@ -6,7 +6,7 @@ import torch
 from brainmarks.models.registry import create_model, list_models
 from torch.utils.data import default_collate
 
-from fmrilm.training.adapt import embed_scans
+from fmrilm.training.evaluation.adapt import embed_scans
 
 
 @pytest.fixture

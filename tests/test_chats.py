@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import QUESTIONS, REQUESTS, parse, question
-from fmrilm.training.chats import alignment_dataset, instruction_dataset, scan_block, text_block, user
-from fmrilm.training.collator import ChatCollator
-from fmrilm.training.data import collate_signals
+from fmrilm.training.alignment.chats import alignment_dataset, instruction_dataset, scan_block, text_block, user
+from fmrilm.training.data.collator import ChatCollator
+from fmrilm.training.data.dataset import collate_signals
 from helpers import chats, random_scans
 
 

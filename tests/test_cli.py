@@ -16,8 +16,10 @@ from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 import fmrilm
-from fmrilm.training import alignment_program, codec_program, sft_program
-from fmrilm.training.cli import app
+from fmrilm.training.alignment import program as alignment_program
+from fmrilm.training.cli.main import app
+from fmrilm.training.codec import program as codec_program
+from fmrilm.training.sft import program as sft_program
 
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
@@ -145,7 +147,7 @@ def test_info_tells_versions_devices_and_caches(tmp_path: Path, monkeypatch) -> 
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "blob").write_bytes(bytes(3_000_000))
     (tmp_path / "link").symlink_to(tmp_path / "hub" / "blob")
-    monkeypatch.setattr("fmrilm.training.info_command.CACHE", tmp_path)
+    monkeypatch.setattr("fmrilm.training.cli.info.CACHE", tmp_path)
     found = json.loads(run("info", "--json").stdout)
     assert found["packages"]["torch"].startswith("2.") and "fmri-lm" not in found["packages"]
     assert found["program"]["python"] == ".".join(map(str, sys.version_info[:3])) and "cpu" in found["devices"]

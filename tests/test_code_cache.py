@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fmrilm.training import code_cache
-from fmrilm.training.code_cache import cached_codes
-from fmrilm.training.codec import encode_items
+from fmrilm.training.codec.trainer import encode_items
+from fmrilm.training.data import code_cache
+from fmrilm.training.data.code_cache import cached_codes
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModel
 
 from fmrilm import FmriCodecConfig, FmriCodecModel
 from fmrilm.layers_fmricodec import FmriCodecAttention
-from fmrilm.training.codec import CodecTrainer, CodecTrainingArguments, encode_items
-from fmrilm.training.data import collate_signals
-from fmrilm.training.optimizers import MuonWithAdamW
+from fmrilm.training.codec.optimizers import MuonWithAdamW
+from fmrilm.training.codec.trainer import CodecTrainer, CodecTrainingArguments, encode_items
+from fmrilm.training.data.dataset import collate_signals
 
 
 MakeCodec = Callable[..., FmriCodecModel]

@@ -12,13 +12,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fmrilm import FmriCodecModel
 from fmrilm.processors import FmriLMFeatureExtractor
-from fmrilm.training import text_embeddings
-from fmrilm.training.codec import CodecTrainer, CodecTrainingArguments
-from fmrilm.training.codec_program import CodecArguments, CodecData, build_trainer, codec_data, main
-from fmrilm.training.codec_program import prepare as prepare_data
-from fmrilm.training.data import load_prepared
-from fmrilm.training.prepare import Preparation, prepare
-from fmrilm.training.scan_sources import find_scans
+from fmrilm.training.codec import text_embeddings
+from fmrilm.training.codec.program import CodecArguments, CodecData, build_trainer, codec_data, main
+from fmrilm.training.codec.program import prepare as prepare_data
+from fmrilm.training.codec.trainer import CodecTrainer, CodecTrainingArguments
+from fmrilm.training.data.dataset import load_prepared
+from fmrilm.training.data.prepare import Preparation, prepare
+from fmrilm.training.data.scan_sources import find_scans
 from helpers import atlas, slow_series
 from helpers import prepared as prepared_scan
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from fmrilm import FmriCodecConfig, FmriCodecModel
 from fmrilm.functions_fmricodec import FmriCodecFunctions
 from fmrilm.pooling_fmricodec import FmriCodecPooling, pooling_places
-from fmrilm.training.codec import encode_items
-from fmrilm.training.codec_metrics import r_squared
-from fmrilm.training.codec_start import fit_descriptor_head, fit_start
-from fmrilm.training.data import PreparedScan
+from fmrilm.training.codec.fit import fit_descriptor_head, fit_start
+from fmrilm.training.codec.metrics import r_squared
+from fmrilm.training.codec.trainer import encode_items
+from fmrilm.training.data.dataset import PreparedScan
 from helpers import atlas, prepared
 
 

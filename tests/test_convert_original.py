@@ -15,8 +15,8 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedMode
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import Atlas
-from fmrilm.training.convert_original import Conversion, convert_original, official_atlas
-from fmrilm.training.original_checkpoint import load_checkpoint
+from fmrilm.training.hub.convert_original import Conversion, convert_original, official_atlas
+from fmrilm.training.hub.original_checkpoint import load_checkpoint
 from official_checkpoint import (
     CODE_DIM,
     ROIS,

@@ -17,8 +17,8 @@ from fmrilm.processors import Atlas, FmriLMFeatureExtractor, Parcels, limits_fmr
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES
 from fmrilm.processors.scan_files_fmrilm import read_scan
-from fmrilm.training.data import cut_windows
-from fmrilm.training.scan_sources import find_scans, read_manifest
+from fmrilm.training.data.dataset import cut_windows
+from fmrilm.training.data.scan_sources import find_scans, read_manifest
 from helpers import atlas, prepared
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
-from fmrilm.training.data import MixedWindows, PreparedScan, cut_windows, split_subjects
+from fmrilm.training.data.dataset import MixedWindows, PreparedScan, cut_windows, split_subjects
 from helpers import atlas, prepared
 
 
@@ -62,7 +62,7 @@ def test_mixtures_depend_on_seed_and_index_alone(monkeypatch: pytest.MonkeyPatch
     signals = [item["signal"] for item in [*expected, *(mixtures(seed=1)[index] for index in range(20))]]
     # windows as they are can come twice, mixtures cannot
     assert len({signal.tobytes() for signal in signals}) > 30
-    monkeypatch.setattr("fmrilm.training.data.PLAIN_SHARE", 0.0)
+    monkeypatch.setattr("fmrilm.training.data.dataset.PLAIN_SHARE", 0.0)
     mixed = [mixtures(seed=seed)[index]["signal"].tobytes() for seed in (0, 1) for index in range(20)]
     assert len(set(mixed)) == 40
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from fmrilm.training.data.open_data import open_scans
 from fmrilm.training.demo import HELD_OUT, run_demo
-from fmrilm.training.model_card import read_card
-from fmrilm.training.open_data import open_scans
-from fmrilm.training.publish import find_problems
+from fmrilm.training.hub.model_card import read_card
+from fmrilm.training.hub.push import find_problems
 
 
 ROOT = Path(__file__).parents[1]

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.text import parse
-from fmrilm.training import describe
-from fmrilm.training.cli import app
-from fmrilm.training.collator import with_token_counts
-from fmrilm.training.corpus import load_scans
-from fmrilm.training.corpus_source import load_source
-from fmrilm.training.describe import CorpusSettings, describe_dataset
+from fmrilm.training.cli.main import app
+from fmrilm.training.corpus import describe
+from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
+from fmrilm.training.corpus.scans import load_scans
+from fmrilm.training.corpus.source import load_source
+from fmrilm.training.data.collator import with_token_counts
 from helpers import atlas, prepared
 
 

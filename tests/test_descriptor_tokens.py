@@ -14,10 +14,10 @@ from fmrilm.processors import FmriLMFeatureExtractor, descriptor_token
 from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import fact_sheet
-from fmrilm.training.alignment import add_lora, join, scan_processor
-from fmrilm.training.chats import alignment_dataset, instruction_dataset
-from fmrilm.training.collator import ChatCollator, pad_codes, with_token_counts
-from fmrilm.training.warm_up import fit_levels
+from fmrilm.training.alignment.chats import alignment_dataset, instruction_dataset
+from fmrilm.training.alignment.joint import add_lora, join, scan_processor
+from fmrilm.training.alignment.start import fit_levels
+from fmrilm.training.data.collator import ChatCollator, pad_codes, with_token_counts
 from helpers import random_scans
 
 

@@ -10,12 +10,12 @@ from fmrilm.processors import FMRI_END, FMRI_START
 from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import description, family, question
-from fmrilm.training import evaluate
-from fmrilm.training.baselines import most_frequent
-from fmrilm.training.chats import scan_block, text_block, user
-from fmrilm.training.codec_metrics import codebook_results
-from fmrilm.training.collator import pad_codes, with_token_counts
-from fmrilm.training.data import Window, cut_windows
+from fmrilm.training.alignment.chats import scan_block, text_block, user
+from fmrilm.training.codec.metrics import codebook_results
+from fmrilm.training.data.collator import pad_codes, with_token_counts
+from fmrilm.training.data.dataset import Window, cut_windows
+from fmrilm.training.evaluation import levels as evaluate
+from fmrilm.training.evaluation.baselines import most_frequent
 from helpers import atlas, prepared, random_scans
 
 

@@ -11,18 +11,18 @@ import yaml
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from fmrilm.training import evaluate_program
-from fmrilm.training.adapt import Tuning, embed_scans, task_rows, tune
-from fmrilm.training.ask import Example, answer_scans, calibrated, parse_answer, score_scans
-from fmrilm.training.chats import assistant, scan_block, text_block, user
-from fmrilm.training.cli import app
-from fmrilm.training.collator import pad_codes, with_token_counts
-from fmrilm.training.evaluate_program import FULL, Protocol, evaluate
-from fmrilm.training.evaluation_report import add_to_card
-from fmrilm.training.held_out import held_out_people
-from fmrilm.training.labelled_scans import load_labelled
-from fmrilm.training.planted import PlantedCohort, write_planted
-from fmrilm.training.tasks import Task, load_task
+from fmrilm.training.alignment.chats import assistant, scan_block, text_block, user
+from fmrilm.training.cli.main import app
+from fmrilm.training.data.collator import pad_codes, with_token_counts
+from fmrilm.training.data.held_out import held_out_people
+from fmrilm.training.data.synthetic import PlantedCohort, write_planted
+from fmrilm.training.data.tasks import Task, load_task
+from fmrilm.training.evaluation import program as evaluate_program
+from fmrilm.training.evaluation.adapt import Tuning, embed_scans, task_rows, tune
+from fmrilm.training.evaluation.ask import Example, answer_scans, calibrated, parse_answer, score_scans
+from fmrilm.training.evaluation.labelled_scans import load_labelled
+from fmrilm.training.evaluation.program import FULL, Protocol, evaluate
+from fmrilm.training.evaluation.report import add_to_card
 from helpers import labelled_atlas, prepared
 
 

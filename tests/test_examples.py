@@ -11,12 +11,13 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from distributed import LocalCluster
 
-from fmrilm.training import codec_program
-from fmrilm.training.prepare import Preparation, prepare
-from fmrilm.training.scan_sources import find_scans
+from fmrilm.training.codec import program as codec_program
+from fmrilm.training.data.prepare import Preparation, prepare
+from fmrilm.training.data.scan_sources import find_scans
 from small_world import write_parcels
 
 
+PROGRAM = "fmrilm.training.codec.program"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ACCELERATE = EXAMPLES.parent / "training" / "configs" / "accelerate"
 MODEL = "runs/demo/model"
@@ -89,7 +90,7 @@ def test_cluster_prepares_and_launches_a_training_that_runs(run, monkeypatch: py
         )  # fmt: skip
     assert "6 prepared, 0 done before, 0 failed" in said and "6 described" in said
     [command] = launched
-    assert command[:3] == ["accelerate", "launch", "--config_file"] and command[4:6] == ["-m", "fmrilm.training.codec"]
+    assert command[:3] == ["accelerate", "launch", "--config_file"] and command[4:6] == ["-m", PROGRAM]
     assert load_config_from_file(command[3]).distributed_type == "FSDP"
     codec_program.main(command[6:])
     assert Path("work/codec/model/model.safetensors").exists()

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from fmrilm.training.cli import app
-from fmrilm.training.export import plain_backbone, plain_inputs, served_difference
+from fmrilm.training.cli.main import app
+from fmrilm.training.hub.export import plain_backbone, plain_inputs, served_difference
 
 
 def prompts(processor, *questions: str) -> dict[str, torch.Tensor]:

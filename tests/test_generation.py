@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Lfm2Config, PreTrainedConfig, Qwen3Config
 
 from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.training.alignment import join
+from fmrilm.training.alignment.joint import join
 from scan_rows import LONG, SHORT, choice_scores, codes, ids, pad
 
 

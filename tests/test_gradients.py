@@ -16,7 +16,7 @@ from fmrilm.processors.descriptors.gradients import (
 )
 from fmrilm.processors.descriptors.measures import describe, descriptor_names
 from fmrilm.processors.descriptors.networks import NETWORKS, correlation, membership, standardize
-from fmrilm.training.open_data import package_folder
+from fmrilm.training.data.open_data import package_folder
 from helpers import labelled_atlas, slow_series
 
 

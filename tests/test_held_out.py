@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmrilm import FmriLMForConditionalGeneration, FmriLMProcessor
-from fmrilm.training import codec_program, scan_windows
-from fmrilm.training.corpus_source import Source, held_out_subjects
-from fmrilm.training.evaluate_program import Protocol, splits_of
-from fmrilm.training.held_out import held_out_people
-from fmrilm.training.labelled_scans import load_labelled
-from fmrilm.training.tasks import load_task
+from fmrilm.training.codec import program as codec_program
+from fmrilm.training.corpus.source import Source, held_out_subjects
+from fmrilm.training.data import scan_windows
+from fmrilm.training.data.held_out import held_out_people
+from fmrilm.training.data.tasks import load_task
+from fmrilm.training.evaluation.labelled_scans import load_labelled
+from fmrilm.training.evaluation.program import Protocol, splits_of
 from program_runs import run
 
 

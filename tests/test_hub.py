@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from fmrilm.processors import FmriLMProcessor
-from fmrilm.training.alignment import join
+from fmrilm.training.alignment.joint import join
 from helpers import chats, linked_site
 from hub_server import TOKEN, USER, Hub, running_hub
 
@@ -53,9 +53,9 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from typer.testing import CliRunner
 
 import fmrilm
-from fmrilm.training.alignment import add_lora
-from fmrilm.training.cli import app
-from fmrilm.training.sft import train_sft
+from fmrilm.training.alignment.joint import add_lora
+from fmrilm.training.cli.main import app
+from fmrilm.training.sft.trainer import train_sft
 from helpers import chats
 
 

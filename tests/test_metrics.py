@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
-from fmrilm.training import metrics
-from fmrilm.training.metrics import UNPARSED, Answers, bootstrap
+from fmrilm.training.evaluation import metrics
+from fmrilm.training.evaluation.metrics import UNPARSED, Answers, bootstrap
 
 
 def answers_of(seed: int, rows: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from transformers import Pipeline, pipeline
 
 from fmrilm import FmriLMFeatureExtractor, FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
-from fmrilm.training.convert_original import convert_original
+from fmrilm.training.hub.convert_original import convert_original
 from helpers import linked_site
 from official_checkpoint import ROIS, WIDTH, brain_tensors, language_tensors
 

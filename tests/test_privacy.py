@@ -19,18 +19,18 @@ from fmrilm import FmriCodecModel, FmriLMFeatureExtractor, ScanReader
 from fmrilm.processors import Atlas, FmriLMProcessor, Parcels
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES
-from fmrilm.training.alignment import join, train_alignment
-from fmrilm.training.chats import alignment_dataset
-from fmrilm.training.code_cache import cached_codes
-from fmrilm.training.codec import window_items
-from fmrilm.training.codec_program import main as codec_program
-from fmrilm.training.corpus_source import load_source
-from fmrilm.training.data import cut_windows, load_prepared
-from fmrilm.training.describe import CorpusSettings, describe_dataset
-from fmrilm.training.model_card import fill_card
-from fmrilm.training.prepare import Preparation, prepare
-from fmrilm.training.scan_report import write_scan_report
-from fmrilm.training.scan_sources import find_scans
+from fmrilm.training.alignment.chats import alignment_dataset
+from fmrilm.training.alignment.joint import join, train_alignment
+from fmrilm.training.codec.program import main as codec_program
+from fmrilm.training.codec.trainer import window_items
+from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
+from fmrilm.training.corpus.source import load_source
+from fmrilm.training.data.code_cache import cached_codes
+from fmrilm.training.data.dataset import cut_windows, load_prepared
+from fmrilm.training.data.prepare import Preparation, prepare
+from fmrilm.training.data.scan_sources import find_scans
+from fmrilm.training.hub.model_card import fill_card
+from fmrilm.training.report.scan_report import write_scan_report
 from helpers import atlas, prepared
 
 

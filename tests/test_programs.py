@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from fmrilm.processors.descriptors.cohort import Cohort
-from fmrilm.training import programs
-from fmrilm.training.alignment_program import AlignmentArguments
-from fmrilm.training.codec import encode_items
-from fmrilm.training.collator import ChatCollator, RowCollator, encode_dataset
-from fmrilm.training.corpus import load_scans
-from fmrilm.training.corpus_chats import alignment_rows, described_windows
-from fmrilm.training.length_buckets import LengthBuckets
-from fmrilm.training.scan_windows import EncodedScans, encode_scans
-from fmrilm.training.sft_program import make_parser
+from fmrilm.training import program as programs
+from fmrilm.training.alignment.corpus_chats import alignment_rows, described_windows
+from fmrilm.training.alignment.program import AlignmentArguments
+from fmrilm.training.codec.trainer import encode_items
+from fmrilm.training.corpus.scans import load_scans
+from fmrilm.training.data.collator import ChatCollator, RowCollator, encode_dataset
+from fmrilm.training.data.length_buckets import LengthBuckets
+from fmrilm.training.data.scan_windows import EncodedScans, encode_scans
+from fmrilm.training.sft.program import make_parser
 from helpers import chats
 from program_runs import checkpoints, run, weights
 
@@ -227,7 +227,7 @@ def test_shipped_configurations_are_read(tmp_path: Path) -> None:
         ["--config", str(CONFIGS / "sft.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true", "--rows", "7"]
     )
     assert (script.rows, script.questions, model.lora_r) == (7, 6, 8) and training.max_length is None
-    from fmrilm.training.alignment_program import make_parser as alignment_parser
+    from fmrilm.training.alignment.program import make_parser as alignment_parser
 
     script, training, model = alignment_parser().parse_args_and_config(
         ["--config", str(CONFIGS / "alignment.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true"]

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
-from fmrilm.training import publish
-from fmrilm.training.alignment import add_lora, join, train_alignment
-from fmrilm.training.cli import app
-from fmrilm.training.model_card import UNKNOWN_REPO, fill_card, read_card, subject_hashes
-from fmrilm.training.publish import find_problems, push
+from fmrilm.training.alignment.joint import add_lora, join, train_alignment
+from fmrilm.training.cli.main import app
+from fmrilm.training.hub import push as publish
+from fmrilm.training.hub.model_card import UNKNOWN_REPO, fill_card, read_card, subject_hashes
+from fmrilm.training.hub.push import find_problems, push
 from helpers import chats
 
 

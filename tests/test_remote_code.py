@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from fmrilm import FmriLMModel
 from fmrilm.processors import FmriLMFeatureExtractor, Parcels
-from fmrilm.training.alignment import add_lora
+from fmrilm.training.alignment.joint import add_lora
 from helpers import linked_site
 
 

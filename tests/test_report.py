@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fmrilm.training.report import ReportExample, write_report
+from fmrilm.training.report.report import ReportExample, write_report
 
 
 EVIL = "<script>alert(1)</script>"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from fmrilm.processors.descriptors.text import Statement, parse, sentence
-from fmrilm.training import rewrite as module
-from fmrilm.training.rewrite import rejection_rate, rewrite
+from fmrilm.training.corpus import rewrite as module
+from fmrilm.training.corpus.rewrite import rejection_rate, rewrite
 
 
 STATEMENTS = [

@@ -11,16 +11,16 @@ from typer.testing import CliRunner
 
 from fmrilm import ScanReader
 from fmrilm.processors import FmriLMProcessor
-from fmrilm.training import cli
-from fmrilm.training.report_command import QUESTIONS
-from fmrilm.training.scan_measures import (
+from fmrilm.training.cli import main as cli
+from fmrilm.training.cli.report import QUESTIONS
+from fmrilm.training.report.scan_measures import (
     code_places,
     network_surprise,
     read_scan,
     token_contributions,
     view_scan,
 )
-from fmrilm.training.scan_report import write_scan_report
+from fmrilm.training.report.scan_report import write_scan_report
 
 
 CHOICES = ["yes", "no", "maybe so"]
@@ -126,7 +126,7 @@ def test_the_command_writes_the_page_and_names_no_file(
     np.save(tmp_path / "sub-Q7marker.npy", signal)
     monkeypatch.setattr("fmrilm.load", lambda path: reader)
     for drawn in ("carpet", "traces", "connectivity", "token_map", "glass_brain"):
-        monkeypatch.setattr(f"fmrilm.training.scan_report.{drawn}", lambda *arguments: "")
+        monkeypatch.setattr(f"fmrilm.training.report.scan_report.{drawn}", lambda *arguments: "")
     arguments = ["report", str(tmp_path / "sub-Q7marker.npy"), "--model", "x", "--output", str(tmp_path / "page.html")]
     result = CliRunner().invoke(cli.app, [*arguments, "--tr", "2.0", "--question", QUESTIONS[0]])
     assert result.exit_code == 0, result.output

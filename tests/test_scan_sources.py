@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmrilm.training.scan_sources import ScanSource, find_scans, parse_bids_name
+from fmrilm.training.data.scan_sources import ScanSource, find_scans, parse_bids_name
 
 
 def write(path: Path, text: str = "") -> Path:

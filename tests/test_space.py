@@ -23,7 +23,7 @@ from fmrilm import Atlas, FmriLMFeatureExtractor, FmriLMProcessor, load
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import level_answers, question
 from fmrilm.training import space
-from fmrilm.training.alignment import join
+from fmrilm.training.alignment.joint import join
 from space_browser import CHROMIUM, PATIENCE, ROOT, ask, headless_browser, open_page, served
 
 

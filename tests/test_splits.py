@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrilm.training.splits import Split, check_disjoint, hold_out, hold_out_known, k_fold, k_shot
+from fmrilm.training.data.splits import Split, check_disjoint, hold_out, hold_out_known, k_fold, k_shot
 
 
 def cohort(people: int, sessions: int = 2, classes: int = 2) -> tuple[np.ndarray, np.ndarray]:

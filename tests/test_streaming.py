@@ -14,12 +14,12 @@ from fmrilm import FmriLMFeatureExtractor
 from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES
-from fmrilm.training import codec_program
-from fmrilm.training.codec import CodecTrainer
-from fmrilm.training.data import cut_windows
-from fmrilm.training.prepare import row_features
-from fmrilm.training.shards import ShardStore
-from fmrilm.training.streaming import ShardedScans, StreamedMixtures
+from fmrilm.training.codec import program as codec_program
+from fmrilm.training.codec.trainer import CodecTrainer
+from fmrilm.training.data.dataset import cut_windows
+from fmrilm.training.data.prepare import row_features
+from fmrilm.training.data.shards import ShardStore
+from fmrilm.training.data.streaming import ShardedScans, StreamedMixtures
 from helpers import atlas, prepared
 
 

@@ -7,10 +7,10 @@ import pytest
 from datasets import Dataset
 
 from fmrilm.processors.descriptors.text import REQUESTS as SCAN_REQUESTS
-from fmrilm.training.chats import assistant, scan_block, text_block, user
-from fmrilm.training.collator import ChatCollator
-from fmrilm.training.task_chats import REQUESTS, Turn, conversation, task_dataset, task_turn
-from fmrilm.training.tasks import load_task, task_names
+from fmrilm.training.alignment.chats import assistant, scan_block, text_block, user
+from fmrilm.training.data.collator import ChatCollator
+from fmrilm.training.data.tasks import load_task, task_names
+from fmrilm.training.sft.task_chats import REQUESTS, Turn, conversation, task_dataset, task_turn
 
 
 TASKS = {name: load_task(name) for name in task_names()}

@@ -13,12 +13,12 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmrilm.training import tasks
-from fmrilm.training.collator import ChatCollator
-from fmrilm.training.prepare import Preparation, prepare
-from fmrilm.training.scan_sources import find_scans
-from fmrilm.training.task_chats import task_dataset
-from fmrilm.training.tasks import Task, check_splits, labels_of, load_task, task_names
+from fmrilm.training.data import tasks
+from fmrilm.training.data.collator import ChatCollator
+from fmrilm.training.data.prepare import Preparation, prepare
+from fmrilm.training.data.scan_sources import find_scans
+from fmrilm.training.data.tasks import Task, check_splits, labels_of, load_task, task_names
+from fmrilm.training.sft.task_chats import task_dataset
 
 
 SEX = load_task("sex")

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 from trl import SFTTrainer
 
+from fmrilm.training.alignment.chats import chat_dataset
 from fmrilm.training.arguments import AlignmentTrainingArguments, FmriLMSFTConfig
-from fmrilm.training.chats import chat_dataset
 from fmrilm.training.checkpoints import is_whole, last_checkpoint
-from fmrilm.training.collator import ChatCollator, RowCollator, encode_dataset
-from fmrilm.training.sft import FmriLMSFTTrainer
+from fmrilm.training.data.collator import ChatCollator, RowCollator, encode_dataset
+from fmrilm.training.sft.trainer import FmriLMSFTTrainer
 from fmrilm.training.trainer import JointTrainer
 from helpers import chats
 from program_runs import checkpoints

@@ -9,10 +9,10 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.training.alignment import add_lora, train_alignment
-from fmrilm.training.chats import alignment_dataset, chat_dataset
-from fmrilm.training.collator import ChatCollator
-from fmrilm.training.sft import train_sft
+from fmrilm.training.alignment.chats import alignment_dataset, chat_dataset
+from fmrilm.training.alignment.joint import add_lora, train_alignment
+from fmrilm.training.data.collator import ChatCollator
+from fmrilm.training.sft.trainer import train_sft
 from fmrilm.training.trainer import JointTrainer
 from helpers import chats, random_scans
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .shards import write_whole
+from .data.shards import write_whole
 
 
 if TYPE_CHECKING:

@@ -18,25 +18,25 @@ from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.processors.descriptors.text import description, question
 
-from . import evaluate
-from .alignment import add_lora, join, scan_processor, train_alignment
-from .baselines import most_frequent
-from .chats import alignment_dataset, instruction_dataset
-from .code_cache import cached_codes
-from .codec import CodecTrainingArguments, encode_items, train_codec, window_items
-from .codec_metrics import codebook_results
-from .codec_start import HEAD_ITEMS, fit_start
-from .data import MixedWindows, cut_windows, prepare_scans, split_subjects
-from .language_models import PACKAGED_MODEL_CARD, load_language_model
-from .model_card import fill_card, subject_hashes
-from .open_data import TERMS, open_scans
-from .people import dataset_counts, first_windows, pseudonyms, subject, subjects
-from .plain_text import plain_texts
-from .report import ReportExample, write_report
+from .alignment.chats import alignment_dataset, instruction_dataset
+from .alignment.joint import add_lora, join, scan_processor, train_alignment
+from .alignment.language_models import PACKAGED_MODEL_CARD, load_language_model
+from .alignment.plain_text import plain_texts
+from .alignment.start import fit_autoregression, fit_levels, warm_up_projector
+from .codec.fit import HEAD_ITEMS, fit_start
+from .codec.metrics import codebook_results
+from .codec.trainer import CodecTrainingArguments, encode_items, train_codec, window_items
+from .data.code_cache import cached_codes
+from .data.dataset import MixedWindows, cut_windows, prepare_scans, split_subjects
+from .data.open_data import TERMS, open_scans
+from .data.people import dataset_counts, first_windows, pseudonyms, subject, subjects
+from .evaluation import levels as evaluate
+from .evaluation.baselines import most_frequent
+from .hub.model_card import fill_card, subject_hashes
+from .report.report import ReportExample, write_report
 from .run_log import Clock, run_costs
-from .sft import train_sft
+from .sft.trainer import train_sft
 from .trainer import half_precision, training_options
-from .warm_up import fit_autoregression, fit_levels, warm_up_projector
 
 
 ATLASES = ("aal2-94", "schaefer-100-7networks", "schaefer-400-7networks")

@@ -27,9 +27,9 @@ from fmrilm import Atlas, load
 from fmrilm.processors.descriptors.text import level_answers
 from fmrilm.processors.nifti_fmrilm import read_nifti
 
-from .command_options import DEFAULT_MODEL, MODEL_VARIABLE
-from .scan_figures import carpet, token_map
-from .scan_measures import code_places, read_scan, view_scan
+from .cli.options import DEFAULT_MODEL, MODEL_VARIABLE
+from .report.scan_figures import carpet, token_map
+from .report.scan_measures import code_places, read_scan, view_scan
 
 
 # uploads: images stream from disk, tables and arrays are read into memory

@@ -13,7 +13,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .checkpoints import output_folder, remove_broken, seal
-from .length_buckets import LengthBuckets
+from .data.length_buckets import LengthBuckets
 
 
 class LossPartsTrainer(Trainer):

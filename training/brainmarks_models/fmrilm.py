@@ -20,7 +20,7 @@ from brainmarks.models.base import Embeddings, ModelTransform, ModelWrapper
 from brainmarks.models.registry import register_model
 
 from fmrilm import Atlas, FmriLMFeatureExtractor, FmriLMForConditionalGeneration, FmriLMProcessor
-from fmrilm.training.adapt import scan_states
+from fmrilm.training.evaluation.adapt import scan_states
 
 
 PARCELS = 400

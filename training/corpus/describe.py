@@ -1,0 +1,269 @@
+"""From a dataset of scans to a corpus: descriptors, descriptions and questions, split by subject; resumable."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor
+from fmrilm.processors.descriptors.cohort import Cohort
+from fmrilm.processors.descriptors.gradients import fit_references
+from fmrilm.processors.descriptors.measures import FAMILIES, describe, descriptor_names
+from fmrilm.processors.descriptors.networks import standardize
+from fmrilm.processors.descriptors.questions import Questioner
+
+from ..data.parallel import run_parallel
+from ..data.shards import content_version, write_whole
+from .card import corpus_card
+from .source import Source, held_out_subjects
+from .writer import CorpusSettings, CorpusWriter, Shard, plan_shards
+
+
+COHORT = "cohort"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """scans: how many were written. left_out: why others were not, by their number. rejection_rate: of rewrites."""
+
+    scans: int
+    left_out: dict[int, str]
+    rejection_rate: float | None
+
+
+def describe_dataset(
+    source: Source,
+    output: Path,
+    settings: CorpusSettings,
+    cohort: Cohort | None = None,
+    jobs: int = 1,
+    scheduler: str | None = None,
+) -> Outcome:
+    """
+    Write the corpus to `output`, a new folder. Until it is complete, all is in `output`.partial, where the same call
+    goes on after an end of any kind.
+
+    cohort: fitted before; without one, it is fitted on the training subjects. jobs, scheduler: see `run_parallel`.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists: expected a new folder")
+    held_out = held_out_subjects(source, settings.test_share)
+    if cohort is not None:
+        _check_cohort(cohort, source.atlases)
+    shards = plan_shards(source, held_out, settings.shard_size)
+    work = output.with_name(f"{output.name}.partial")
+    _begin(work, {**asdict(settings), "scans": source.fingerprint, "cohort": cohort and cohort.name})
+    fitted = cohort is None
+    cohort, values, left_out = _measure(source, shards, work, cohort, jobs, scheduler)
+    asked = _ask(source, shards, cohort, values, settings)
+    writer = CorpusWriter(source, cohort, values, asked, settings)
+    corpus = work / "corpus"
+    # `datasets` cannot read a file without rows
+    shards = [shard for shard in shards if not left_out.keys() >= set(shard.scans)]
+    if not shards:
+        raise ValueError(f"no scan could be described; the first: {next(iter(left_out.values()))}")
+    for shard in tqdm(shards, desc="writing", unit="shard"):
+        if not (corpus / shard.file).exists():
+            table = writer.table(shard, [scan for scan in shard.scans if scan not in left_out])
+            write_whole(corpus / shard.file, lambda path, table=table: pq.write_table(table, path))
+    rejection_rate = _rejection_rate(corpus, shards) if settings.rewrite else None
+    outcome = Outcome(len(values) - len(left_out), left_out, rejection_rate)
+    cohort.save(corpus / COHORT)
+    write_whole(corpus / "README.md", _card(source, shards, corpus, cohort, fitted, outcome, settings))
+    # what a run goes on from lasts until the corpus is in its place
+    corpus.rename(output)
+    shutil.rmtree(work)
+    return outcome
+
+
+# One scan as it goes to a worker: signal [time, rois], tr in s, name of its atlas.
+RawScan = tuple[np.ndarray, float, str]
+
+
+def prepare_shard(scans: Sequence[RawScan], atlases: dict[str, Atlas]) -> list[np.ndarray | str]:
+    """Signals as the models see them, float32 [time, rois]; in place of one without data in each ROI, the reason."""
+    extractor = FmriLMFeatureExtractor(atlases=list(atlases.values()))
+    prepared: list[np.ndarray | str] = []
+    for signal, tr, atlas in scans:
+        try:
+            ready = extractor.prepare_signal(signal, tr=tr, atlas=atlas)[0]
+            # a ROI outside the field of view has no connectivity
+            standardize(ready)
+            prepared.append(ready)
+        except ValueError as error:
+            prepared.append(str(error))
+    return prepared
+
+
+def describe_shard(
+    scans: Sequence[RawScan], atlases: dict[str, Atlas], measures: list[str], references: dict[str, np.ndarray]
+) -> tuple[np.ndarray, list[str]]:
+    """Descriptors float64 [scans, names], NaN for a scan that cannot be described, and of each why it cannot ("")."""
+    repetition_time = FmriLMFeatureExtractor().repetition_time
+    values = np.full((len(scans), len(descriptor_names(measures))), np.nan)
+    reasons = []
+    for row, ((_, _, atlas), signal) in enumerate(zip(scans, prepare_shard(scans, atlases), strict=True)):
+        if isinstance(signal, str):
+            reasons.append(signal)
+            continue
+        try:
+            values[row] = describe(signal, atlases[atlas], measures, repetition_time, references)
+            reasons.append("")
+        except ValueError as error:
+            reasons.append(str(error))
+    return values, reasons
+
+
+def _measure(
+    source: Source, shards: Sequence[Shard], work: Path, cohort: Cohort | None, jobs: int, scheduler: str | None
+) -> tuple[Cohort, np.ndarray, dict[int, str]]:
+    """The cohort, the descriptors [scans, names] of all scans, and why some have none, by their number."""
+    measures = list(FAMILIES) if cohort is None else cohort.measures
+    training = [shard for shard in shards if shard.split == "train"]
+    if cohort is None:
+        path = work / "references.safetensors"
+        if not path.exists():
+            found = fit_references(_prepared(source, training, jobs, scheduler))
+            write_whole(path, lambda path: save_file(found, path))
+        references = load_file(path)
+    else:
+        references = cohort.references
+    todo = [shard for shard in shards if not _descriptor_file(work, shard).exists()]
+    calls = ((_scans(source, shard), source.atlases, measures, references) for shard in todo)
+    results = run_parallel(describe_shard, calls, jobs, scheduler)
+    with tqdm(desc="descriptors", unit="scan", total=sum(len(shard.rows) for shard in todo)) as progress:
+        for shard, (values, reasons) in zip(todo, results, strict=True):
+            arrays = {"values": values, "reasons": np.array(reasons)}
+            write_whole(_descriptor_file(work, shard), lambda path, arrays=arrays: _save_arrays(path, arrays))
+            progress.update(len(shard.rows))
+    descriptors = np.full((len(source.subjects), len(descriptor_names(measures))), np.nan)
+    left_out = {}
+    for shard in shards:
+        with np.load(_descriptor_file(work, shard), allow_pickle=False) as arrays:
+            descriptors[shard.scans] = arrays["values"]
+            left_out |= {scan: str(why) for scan, why in zip(shard.scans, arrays["reasons"], strict=True) if why}
+    if cohort is None:
+        fitted = [scan for shard in training for scan in shard.scans if scan not in left_out]
+        if not fitted:
+            raise ValueError(f"no training scan could be described; the first: {next(iter(left_out.values()))}")
+        people = {source.subjects[scan] for scan in fitted}
+        if len(people) < 2:
+            raise ValueError(f"expected at least 2 training subjects to fit a cohort on, got {len(people)}")
+        atlases = source.atlases.values()
+        cohort = Cohort.fit(source.name, measures, descriptors[fitted], len(people), atlases, references)
+    return cohort, descriptors, left_out
+
+
+def _prepared(
+    source: Source, shards: Sequence[Shard], jobs: int, scheduler: str | None
+) -> Iterator[tuple[np.ndarray, Atlas]]:
+    """Signals of the shards' scans that can be read, each with its atlas."""
+    calls = ((_scans(source, shard), source.atlases) for shard in shards)
+    with tqdm(desc="references", unit="scan", total=sum(len(shard.rows) for shard in shards)) as progress:
+        for shard, signals in zip(shards, run_parallel(prepare_shard, calls, jobs, scheduler), strict=True):
+            for scan, signal in zip(shard.scans, signals, strict=True):
+                if not isinstance(signal, str):
+                    yield signal, source.atlases[source.of_atlas[scan]]
+            progress.update(len(shard.rows))
+
+
+def _ask(
+    source: Source, shards: Sequence[Shard], cohort: Cohort, values: np.ndarray, settings: CorpusSettings
+) -> dict[int, list[dict[str, Any]]]:
+    """Questions by number of the scan; scans are compared within their split and atlas."""
+    asked = {}
+    for number, split in enumerate(("train", "test")):
+        scans = [scan for shard in shards if shard.split == split for scan in shard.scans]
+        if scans:
+            groups = [source.of_atlas[scan] for scan in scans]
+            seed = [settings.seed, number]
+            questioner = Questioner(values[scans], groups, cohort, seed, settings.minimum_margin)
+            for row, scan in enumerate(scans):
+                asked[scan] = [
+                    {**asdict(question), "scans": [scans[place] for place in question.scans]}
+                    for question in questioner.ask(row, settings.questions)
+                ]
+    return asked
+
+
+def _scans(source: Source, shard: Shard) -> list[RawScan]:
+    rows: Any = source.parts[shard.config].select(shard.rows).select_columns(["signal", "tr", "atlas"])
+    rows = rows.with_format("numpy")
+    return [(np.asarray(row["signal"], np.float32), float(row["tr"]), str(row["atlas"])) for row in rows]
+
+
+def _descriptor_file(work: Path, shard: Shard) -> Path:
+    return (work / "descriptors" / shard.file).with_suffix(".npz")
+
+
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    # to an open file, because numpy adds an ending to a path
+    with open(path, "wb") as handle:
+        np.savez(handle, **arrays)
+
+
+def _begin(work: Path, settings: dict[str, Any]) -> None:
+    """A new folder to work in, or the one of a run of the same settings that did not end."""
+    path = work / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in settings if before.get(name) != settings[name]]:
+            raise ValueError(
+                f"{work} was begun with other settings ("
+                + ", ".join(f"{name} {before.get(name)} instead of {settings[name]}" for name in changed)
+                + "): delete it, or choose another folder"
+            )
+    elif work.exists() and any(work.iterdir()):
+        raise ValueError(f"{work} holds something else: expected no such folder, or one that was begun before")
+    write_whole(path, json.dumps(settings) + "\n")
+
+
+def _check_cohort(cohort: Cohort, atlases: dict[str, Atlas]) -> None:
+    for name, atlas in atlases.items():
+        if cohort.atlases.get(name) != atlas.checksum:
+            known = ", ".join(f"{name!r} ({checksum})" for name, checksum in cohort.atlases.items())
+            raise ValueError(
+                f"cohort {cohort.name!r} was fitted on scans of {known}: expected one of {name!r} ({atlas.checksum})"
+            )
+
+
+def _rejection_rate(corpus: Path, shards: Sequence[Shard]) -> float:
+    """Share of the paragraphs whose rewrite was refused, over all shards, also those of a run before."""
+    tables = (pq.read_table(corpus / shard.file, columns=["rewritten"]) for shard in shards)
+    accepted = [value for table in tables for row in table["rewritten"].to_pylist() for value in row]
+    return 1 - sum(accepted) / len(accepted)
+
+
+def _card(
+    source: Source,
+    shards: Sequence[Shard],
+    corpus: Path,
+    cohort: Cohort,
+    fitted: bool,
+    outcome: Outcome,
+    settings: CorpusSettings,
+) -> str:
+    members: dict[tuple[str, str], list[str]] = {}
+    for shard in shards:
+        written = [scan for scan in shard.scans if scan not in outcome.left_out]
+        members.setdefault((shard.config, shard.split), []).extend(source.subjects[scan] for scan in written)
+    counts = {key: (len(subjects), len(set(subjects))) for key, subjects in members.items()}
+    rewriting = ""
+    if outcome.rejection_rate is not None:
+        rewriting = (
+            f"Worded by {settings.rewrite} where its text says the same (`rewritten`, by paragraph); "
+            f"{outcome.rejection_rate:.0%} of its texts did not and were refused."
+        )
+    families = list(dict.fromkeys(FAMILIES[measure] for measure in cohort.measures))
+    versions = {
+        config: content_version([corpus / shard.file for shard in shards if shard.config == config])
+        for config in source.parts
+    }
+    return corpus_card(source.name, cohort, fitted, counts, versions, families, len(outcome.left_out), rewriting)

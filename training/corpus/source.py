@@ -1,0 +1,124 @@
+"""The scans that a corpus is made of: a `datasets` folder or a Hub dataset, its atlases, and the split by subject."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
+from tqdm import tqdm
+
+from fmrilm.processors import Atlas
+
+from ..data.held_out import held_out_people
+
+
+COLUMNS = ("signal", "tr", "atlas", "subject")
+ADDED_COLUMNS = ("scan", "descriptors", "description", "messages", "questions", "rewritten")
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    Scans in rows of `COLUMNS` and others.
+
+    name: Hub id, or a folder's own name. parts: rows by configuration; a scan's number counts through all of them.
+    atlases: by name. test_subjects: who is in a test split already.
+    """
+
+    name: str
+    parts: dict[str, Dataset]
+    atlases: dict[str, Atlas]
+    test_subjects: set[str]
+
+    @cached_property
+    def subjects(self) -> list[str]:
+        """Of each scan."""
+        return self._column("subject")
+
+    @cached_property
+    def of_atlas(self) -> list[str]:
+        """Name of the atlas of each scan."""
+        return self._column("atlas")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any value of any scan, signals and labels included, and with the order of the scans."""
+        digest = hashlib.sha256()
+        with tqdm(desc="comparing", unit="scan", total=len(self.subjects)) as progress:
+            for config, rows in self.parts.items():
+                digest.update(config.encode())
+                numbers: Any = rows.with_format("numpy")
+                for row in numbers:
+                    for name, value in row.items():
+                        values = np.asarray(value)
+                        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+                        # missing ones, and structs
+                        is_object = values.dtype == object
+                        digest.update(repr(values.tolist()).encode() if is_object else values.tobytes())
+                    progress.update()
+        return digest.hexdigest()[:16]
+
+    def _column(self, name: str) -> list:
+        return [value for part in self.parts.values() for value in part[name][:]]
+
+
+def load_source(dataset: str, atlases: dict[str, Atlas] | None = None) -> Source:
+    """
+    All rows of all configurations and splits of a folder or Hub dataset.
+
+    atlases: by name, beside those that are packaged and those in the folder's own `atlases/`.
+    """
+    folder = Path(dataset)
+    known = dict(atlases or {})
+    for path in sorted((folder / "atlases").glob("*.json")):
+        atlas = Atlas.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        known.setdefault(atlas.name, atlas)
+    try:
+        loaded = {config: load_dataset(dataset, config) for config in get_dataset_config_names(dataset)}
+    except FileNotFoundError as error:
+        raise ValueError(f"expected a folder of Parquet files or a Hub dataset, got {dataset!r}: {error}") from error
+    parts = {config: concatenate_datasets(list(splits.values())) for config, splits in loaded.items()}
+    for rows in parts.values():
+        _check(rows, dataset)
+    used = {name for part in parts.values() for name in part.unique("atlas")}
+    return Source(
+        name=folder.resolve().name if folder.exists() else dataset,
+        parts=parts,
+        atlases={name: known[name] if name in known else Atlas.load(name) for name in sorted(used)},
+        test_subjects=_test_subjects(loaded),
+    )
+
+
+def held_out_subjects(source: Source, share: float) -> set[str]:
+    """
+    The subjects of the test split: those of the source's own one, if it has one, and always those of
+    `held_out_people`, whom other programs test. A name that stands at several sites counts as one subject, so nobody
+    can be on both sides.
+    """
+    subjects = set(source.subjects)
+    held_out = held_out_people(subjects, share) | source.test_subjects
+    if len(held_out) >= len(subjects):
+        raise ValueError(f"no training subject left: {len(held_out)} of {len(subjects)} subjects are test subjects")
+    return held_out
+
+
+def _check(rows: Dataset, dataset: str) -> None:
+    if missing := [name for name in COLUMNS if name not in rows.column_names]:
+        raise ValueError(
+            f"{dataset}: expected the columns {', '.join(COLUMNS)}; missing {', '.join(missing)}, "
+            f"got {', '.join(rows.column_names)}"
+        )
+    if taken := [name for name in ADDED_COLUMNS if name in rows.column_names]:
+        raise ValueError(f"{dataset}: the columns {', '.join(taken)} are there already, and would be written")
+    for name in COLUMNS[1:]:
+        if empty := sum(value is None for value in rows[name][:]):
+            raise ValueError(f"{dataset}: expected a value of {name} in every row, got none in {empty}")
+
+
+def _test_subjects(loaded: dict[str, DatasetDict]) -> set[str]:
+    tests = [splits["test"] for splits in loaded.values() if "test" in splits and len(splits) > 1]
+    return {subject for rows in tests for subject in rows.unique("subject")}
