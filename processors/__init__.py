@@ -18,9 +18,9 @@ if TYPE_CHECKING:
         FMRI_END,
         FMRI_PAD,
         FMRI_START,
+        FMRI_SUMMARY,
         FmriLMProcessor,
         add_fmri_tokens,
-        descriptor_token,
     )
     from .scan_files_fmrilm import read_parcels, read_scan
 
@@ -29,12 +29,12 @@ __all__ = [
     "FMRI_END",
     "FMRI_PAD",
     "FMRI_START",
+    "FMRI_SUMMARY",
     "Atlas",
     "FmriLMFeatureExtractor",
     "FmriLMProcessor",
     "Parcels",
     "add_fmri_tokens",
-    "descriptor_token",
     "parcellate",
     "read_parcels",
     "read_scan",

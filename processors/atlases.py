@@ -265,9 +265,7 @@ class Atlas:
         return f"Atlas({self.name!r}, {len(self)} ROIs, {self.checksum})"
 
 
-def _relabelled(
-    labels: np.ndarray, known: tuple[int, ...], start: int, below: np.ndarray | None = None
-) -> np.ndarray:
+def _relabelled(labels: np.ndarray, known: tuple[int, ...], start: int, below: np.ndarray | None = None) -> np.ndarray:
     """The known labels as start + 1, start + 2, ...; elsewhere what lies below, or 0."""
     numbers = np.zeros(max(int(labels.max()), *known) + 1, dtype=np.int32)
     numbers[list(known)] = start + 1 + np.arange(len(known))

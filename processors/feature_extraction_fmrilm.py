@@ -64,7 +64,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         atlases: the atlases this extractor knows. They are saved with it, so a checkpoint brings its own, parcels
             included: `atlases/NAME.npz` beside its configuration.
         repetition_time: seconds between two frames of the output.
-        patch_length: frames per step of the model; time is padded to a multiple of it.
+        patch_length: frames of a patch; time is padded to a multiple of it.
         window_length: frames of a window.
         window: "first", "sliding" (every full window), "random" or "full" (the whole scan).
         window_stride: frames from one sliding window to the next; `window_length` unless given.
@@ -212,7 +212,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         with "signal" (one of these, or a pair of paths: left and right hemisphere), "tr" and "atlas". A dict may
         bring "confounds" (array [time, confounds], table or its path), which are regressed out, and "censored" (bool
         [time]), frames to do without: they are interpolated and left out of every estimate. They stay True in
-        `fmri_mask`, where holes would shift steps. A ROI whose series is NaN throughout, such as one outside of a
+        `fmri_mask`, where holes would shift patches. A ROI whose series is NaN throughout, such as one outside of a
         volume's field of view, is missing: it is masked.
 
         Args:
@@ -292,8 +292,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         check_finite(signal[:, ~missing], present)
         return MeasuredScan(signal, tr, found, confounds, censored)
 
-    def num_steps(self, fmri_mask: np.ndarray | torch.Tensor) -> list[int]:
-        """Steps of the model per item, from the mask bool [batch, rois, time]; a tail counts as one."""
+    def num_patches(self, fmri_mask: np.ndarray | torch.Tensor) -> list[int]:
+        """Patches per item, from the mask bool [batch, rois, time]; a tail counts as one."""
         frames = np.asarray(fmri_mask).any(axis=1).sum(axis=1)
         return [math.ceil(int(valid) / self.patch_length) for valid in frames]
 

@@ -179,9 +179,7 @@ def from_nibabel(image: Any) -> Volumes:
         file = file.getvalue()
     # nibabel would open a compressed file anew for each volume, and inflate it from the start
     if isinstance(file, (str, Path, bytes)) and getattr(data, "order", "F") == "F":
-        return Volumes(
-            **common, dtype=data.dtype, offset=data.offset, slope=data.slope, inter=data.inter, source=file
-        )
+        return Volumes(**common, dtype=data.dtype, offset=data.offset, slope=data.slope, inter=data.inter, source=file)
     values = np.asanyarray(data)
     return Volumes(**common, dtype=values.dtype, offset=0, slope=1.0, inter=0.0, source=values)
 

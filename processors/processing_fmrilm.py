@@ -11,40 +11,26 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 FMRI_START = "<|fmri_start|>"
 FMRI_PAD = "<|fmri_pad|>"
+FMRI_SUMMARY = "<|fmri_summary|>"
 FMRI_END = "<|fmri_end|>"
-FMRI_TOKENS = (FMRI_START, FMRI_PAD, FMRI_END)
+FMRI_TOKENS = (FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END)
 
-# what the model tells of a scan on the whole: one token for each descriptor, named as the codec names it
-_DESCRIPTOR = re.compile(r"<\|fmri:[^|]+\|>")
 # one scan: a whole block, expanded already or not, or a bare pad token
-_SCAN = re.compile(f"{re.escape(FMRI_START)}(?:{re.escape(FMRI_PAD)})+{re.escape(FMRI_END)}|{re.escape(FMRI_PAD)}")
+_SCAN = re.compile(
+    f"{re.escape(FMRI_START)}(?:{re.escape(FMRI_PAD)})+(?:{re.escape(FMRI_SUMMARY)})*{re.escape(FMRI_END)}"
+    f"|{re.escape(FMRI_PAD)}"
+)
 _TEXT_KEYS = ("input_ids", "attention_mask", "assistant_masks")
 _FEATURE_OPTIONS = ("tr", "atlas", "label_image", "window", "generator")
 
 # ChatML. What the assistant has to produce, closing token included, stands between the generation tags.
 CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for block in content -%}
-            {%- if block['type'] == 'text' -%}
-                {{- block['text'] -}}
-            {%- elif block['type'] == 'fmri' -%}
-                {{- '<|fmri_start|>' + '<|fmri_pad|>' * (block['tokens'] or 1) + '<|fmri_end|>' -}}
-                {{- block['sheet'] or '' -}}
-            {%- else -%}
-                {{- raise_exception('expected a block of type text or fmri, got ' + (block['type'] | string)) -}}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
 {%- for message in messages -%}
     {{- '<|im_start|>' + message['role'] + '\\n' -}}
     {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- render(message['content']) + '<|im_end|>' -}}{%- endgeneration -%}
+        {%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
     {%- else -%}
-        {{- render(message['content']) + '<|im_end|>' -}}
+        {{- message['content'] + '<|im_end|>' -}}
     {%- endif -%}
     {{- '\\n' -}}
 {%- endfor -%}
@@ -54,53 +40,45 @@ CHAT_TEMPLATE = """\
 """
 
 
-def descriptor_token(name: str) -> str:
-    """The special token in whose place the model says how it finds this descriptor in the scan before."""
-    return f"<|fmri:{name}|>"
-
-
-def add_fmri_tokens(tokenizer: PreTrainedTokenizerBase, descriptors: Iterable[str] = ()) -> int:
-    """Add the three special tokens a scan is written with, and those of descriptors; returns how many were new."""
+def add_fmri_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Add the special tokens that a scan is written with; returns how many were new."""
     return tokenizer.add_special_tokens(
-        {"extra_special_tokens": [*FMRI_TOKENS, *descriptors]}, replace_extra_special_tokens=False
+        {"extra_special_tokens": list(FMRI_TOKENS)}, replace_extra_special_tokens=False
     )
 
 
 class FmriLMProcessor(ProcessorMixin):
     """Joins a feature extractor and a tokenizer.
 
-    A scan stands in the text as a start token, `steps * tokens_per_step` pad tokens and an end token, and then its
-    sheet.
+    A scan stands in the text as a start token, `patches * tokens_per_patch` pad tokens, `summary_tokens` summary
+    tokens and an end token.
 
     Args:
         feature_extractor: an FmriLMFeatureExtractor.
         tokenizer: any tokenizer; the fMRI tokens are added to it if it lacks them.
-        tokens_per_step: tokens the model makes of one step of a scan.
-        sheet: text behind each scan in which tokens of descriptors (see [`descriptor_token`]) stand for what the model
-            tells of it on the whole; in a chat, a block may bring a "sheet" of its own. Without one, none is written.
-        chat_template: Jinja template; ChatML with fMRI blocks unless given.
-        fmri_delimiters: what is written before and after a scan in a text without chat template; the start and end
-            tokens unless given.
+        tokens_per_patch: latent tokens the codec makes of one patch of a scan.
+        summary_tokens: tokens that carry the summary of a scan.
+        chat_template: Jinja template of messages whose content is a string; ChatML unless given.
     """
 
     def __init__(
         self,
         feature_extractor: Any,
         tokenizer: PreTrainedTokenizerBase,
-        tokens_per_step: int = 16,
-        sheet: str = "",
+        tokens_per_patch: int = 16,
+        summary_tokens: int = 8,
         chat_template: str | None = None,
-        fmri_delimiters: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        if tokens_per_step < 1:
-            raise ValueError(f"tokens_per_step must be at least 1, got {tokens_per_step}")
+        if tokens_per_patch < 1 or summary_tokens < 0:
+            raise ValueError(
+                f"expected tokens_per_patch >= 1 and summary_tokens >= 0, got {tokens_per_patch} and {summary_tokens}"
+            )
         chat_template = CHAT_TEMPLATE if chat_template is None else chat_template
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
-        self.tokens_per_step = tokens_per_step
-        self.sheet = sheet
-        self.fmri_delimiters = [FMRI_START, FMRI_END] if fmri_delimiters is None else fmri_delimiters
-        add_fmri_tokens(tokenizer, _DESCRIPTOR.findall(sheet))
+        self.tokens_per_patch = tokens_per_patch
+        self.summary_tokens = summary_tokens
+        add_fmri_tokens(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
 
@@ -110,6 +88,10 @@ class FmriLMProcessor(ProcessorMixin):
             # the base class would upload before the parcels are there
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         return files
+
+    def scan_text(self, tokens: int) -> str:
+        """A scan of that many latent tokens as it stands in a text."""
+        return FMRI_START + FMRI_PAD * tokens + FMRI_SUMMARY * self.summary_tokens + FMRI_END
 
     @property
     def fmri_token_id(self) -> int:
@@ -173,9 +155,7 @@ class FmriLMProcessor(ProcessorMixin):
             return_tensors=return_tensors,
         )
         remaining = iter(tokens)
-        before, after = self.fmri_delimiters
-        after += self.sheet
-        texts = [_SCAN.sub(lambda _: before + FMRI_PAD * next(remaining) + after, item) for item in texts]
+        texts = [_SCAN.sub(lambda _: self.scan_text(next(remaining)), item) for item in texts]
         encoding = self.tokenizer(
             texts[0] if isinstance(text, str) and return_tensors is None else texts,
             padding=padding,
@@ -206,8 +186,8 @@ class FmriLMProcessor(ProcessorMixin):
         """Write one conversation or a batch of them as model inputs.
 
         A block `{"type": "fmri", "fmri": scan}` holds a scan, and may hold its "tr" and "atlas". A block with
-        "tokens" and no scan stands for codes made before, and adds no `fmri_values`. A block's "sheet" stands in
-        place of the processor's. The conversations are not changed.
+        "tokens" and no scan stands for codes made before, and adds no `fmri_values`. The conversations are not
+        changed.
 
         Args:
             return_assistant_tokens_mask: add `assistant_masks`, 1 where the assistant speaks.
@@ -249,12 +229,13 @@ class FmriLMProcessor(ProcessorMixin):
         for block, count in zip(with_scan, tokens, strict=True):
             block["tokens"] = count
         for block in blocks:
-            # rows may be made before it is known whether the codec tells descriptors
-            block["sheet"] = block.get("sheet", self.sheet) if self.sheet else ""
             count = block.get("tokens")
             # without a scan, the text may still be written: its placeholder waits for the scan
             if tokenize and not (isinstance(count, int) and count > 0):
                 raise ValueError(f"an fmri block needs a scan under 'fmri', or 'tokens' > 0; got {block}")
+        for item in conversations:
+            for message in item:
+                message["content"] = self._content_text(message["content"])
 
         rendered = self.tokenizer.apply_chat_template(
             conversations if batched or tokenize and return_tensors is not None else conversations[0],
@@ -287,6 +268,17 @@ class FmriLMProcessor(ProcessorMixin):
                     )
         return ids
 
+    def _content_text(self, content: Any) -> str:
+        """A message's content as text, scans written out; without a number of tokens, one stands for all."""
+        if not isinstance(content, list):
+            return content
+        texts = []
+        for block in content:
+            if block["type"] not in ("text", "fmri"):
+                raise ValueError(f"expected a block of type text or fmri, got {block['type']}")
+            texts.append(block["text"] if block["type"] == "text" else self.scan_text(block.get("tokens") or 1))
+        return "".join(texts)
+
     def _extract(self, scans: list[Any], window: str | None, **options: Any) -> tuple[dict[str, Any], list[int]]:
         """Features of the scans, and the number of tokens of each."""
         if not scans:
@@ -294,8 +286,8 @@ class FmriLMProcessor(ProcessorMixin):
         if (window or self.feature_extractor.window) == "sliding":
             raise ValueError("a scan in a text is one window: expected 'first', 'random' or 'full', got 'sliding'")
         features = self.feature_extractor(scans, window=window, **options)
-        steps = self.feature_extractor.num_steps(features["fmri_mask"])
-        return dict(features), [count * self.tokens_per_step for count in steps]
+        patches = self.feature_extractor.num_patches(features["fmri_mask"])
+        return dict(features), [count * self.tokens_per_patch for count in patches]
 
     def _join(self, encoding: Any, features: dict[str, Any], expected: int) -> BatchFeature:
         ids = encoding["input_ids"]
@@ -328,7 +320,7 @@ def _fmri_blocks(conversation: list[dict[str, Any]]) -> Iterable[dict[str, Any]]
 
 def _refuse_typed(texts: Iterable[str | None]) -> None:
     for text in texts:
-        for token in (*FMRI_TOKENS, *_DESCRIPTOR.findall(text or "")):
+        for token in FMRI_TOKENS:
             if text is not None and token in text:
                 raise ValueError(
                     f"typed placeholder: {token} stands in the text by itself; in a chat, scans go into blocks "

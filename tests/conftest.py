@@ -20,7 +20,6 @@ from transformers import (
 
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMForConditionalGeneration
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
-from fmrilm.training.alignment.joint import join
 from scan_rows import BACKBONES
 
 
@@ -131,8 +130,10 @@ def make_language_model() -> Callable[..., PreTrainedModel]:
 def tiny_model(processor: FmriLMProcessor) -> Callable[..., FmriLMForConditionalGeneration]:
     """Builds the joint model: backbone and tied."""
 
+    from fmrilm.training.alignment.joint import join
+
     def build(backbone: str = "llama", tied: bool = True) -> FmriLMForConditionalGeneration:
-        language_model = build_tiny_language_model(backbone, len(processor.tokenizer) - 3, tied)
+        language_model = build_tiny_language_model(backbone, len(processor.tokenizer) - 4, tied)
         model = join(build_tiny_codec(), language_model, processor)
         # fitted to something: at nothing it could be left out of sums unseen
         for weight in model.fmri_autoregression.parameters():
@@ -176,7 +177,7 @@ def extractor(tiny_atlas: Atlas) -> FmriLMFeatureExtractor:
 
 @pytest.fixture
 def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedTokenizerFast) -> FmriLMProcessor:
-    return FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_step=2)
+    return FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2)
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_one_scan_becomes_padded_tensors(extractor, tiny_atlas) -> None:
     assert out["fmri_values"].dtype == torch.float32 and out["fmri_mask"].dtype == torch.bool
     np.testing.assert_array_equal(out["roi_coordinates"][0], tiny_atlas.coordinates)
     assert out["fmri_mask"][0, :, :14].all() and not out["fmri_mask"][0, :, 14:].any()
-    assert extractor.num_steps(out["fmri_mask"]) == [4]
+    assert extractor.num_patches(out["fmri_mask"]) == [4]
 
 
 def test_values_are_time_first_signals_turned(extractor) -> None:
@@ -128,14 +128,14 @@ def test_batch_mates_never_change_an_item(items: list[tuple[Atlas, int]], window
         assert torch.equal(together["roi_coordinates"][i, :rois], alone["roi_coordinates"][0])
         assert torch.equal(mask[i, :rois, :time], alone["fmri_mask"][0])
         assert mask[i].sum() == alone["fmri_mask"].sum()
-        assert extractor.num_steps(mask)[i] == extractor.num_steps(alone["fmri_mask"])[0]
+        assert extractor.num_patches(mask)[i] == extractor.num_patches(alone["fmri_mask"])[0]
 
 
 def test_sliding_windows_tell_their_scan(extractor) -> None:
     out = extractor([bold(40), bold(12), bold(32)], tr=2.0, window="sliding")
     assert out["scan_index"].tolist() == [0, 0, 1, 2, 2]
     assert out["scan_index"].dtype == torch.int64
-    assert extractor.num_steps(out["fmri_mask"]) == [4, 4, 3, 4, 4]
+    assert extractor.num_patches(out["fmri_mask"]) == [4, 4, 3, 4, 4]
     half = extractor(bold(40), tr=2.0, window="sliding", window_stride=8)
     assert torch.equal(half["fmri_values"][0, :, 8:], half["fmri_values"][1, :, :8])
 
@@ -191,7 +191,7 @@ def test_missing_rois_are_masked_and_change_no_other(extractor, tiny_atlas, sign
     assert torch.equal(out["fmri_mask"][0], whole["fmri_mask"][0] & there[:, None])
     assert torch.equal(out["fmri_values"][0], whole["fmri_values"][0] * there[:, None])
     assert torch.equal(out["roi_coordinates"], whole["roi_coordinates"])
-    assert extractor.num_steps(out["fmri_mask"]) == extractor.num_steps(whole["fmri_mask"])
+    assert extractor.num_patches(out["fmri_mask"]) == extractor.num_patches(whole["fmri_mask"])
     gaps = signal.copy()
     gaps[:, 2] = np.nan
     assert torch.equal(extractor(gaps, tr=2.0)["fmri_mask"], out["fmri_mask"])

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoProcessor
 
-from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor, add_fmri_tokens
+from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor, add_fmri_tokens
 
 
 BLOCK = FMRI_START + FMRI_PAD + FMRI_END
+AFTER = FMRI_SUMMARY * 8 + FMRI_END
 KEYS = ["input_ids", "attention_mask", "fmri_values", "roi_coordinates", "fmri_mask"]
-# frames -> tokens, for 4 frames per step, 2 tokens per step and windows of 16 frames
+# frames -> tokens, for patches of 4 frames, 2 tokens per patch and windows of 16 frames
 TOKENS = {8: 4, 10: 6, 16: 8, 20: 8}
 
 
@@ -36,9 +37,9 @@ def count(inputs, processor) -> list[int]:
 
 def test_adding_the_tokens_again_adds_nothing(tiny_tokenizer) -> None:
     before = len(tiny_tokenizer)
-    assert add_fmri_tokens(tiny_tokenizer) == 3
+    assert add_fmri_tokens(tiny_tokenizer) == 4
     assert add_fmri_tokens(tiny_tokenizer) == 0
-    assert len(tiny_tokenizer) == before + 3
+    assert len(tiny_tokenizer) == before + 4
     assert len(tiny_tokenizer(BLOCK, add_special_tokens=False)["input_ids"]) == 3
     # tokens that were special stay special
     special = tiny_tokenizer.all_special_tokens
@@ -54,10 +55,10 @@ def test_only_inputs_of_the_model_are_returned(processor, signal) -> None:
     assert list(inputs) == KEYS and set(processor.model_input_names) == set(KEYS)
     assert count(inputs, processor) == [8]
     text = processor.decode(inputs["input_ids"][0])
-    assert text == f"Scan: {FMRI_START}{FMRI_PAD * 8}{FMRI_END} old?"
+    assert text == f"Scan: {FMRI_START}{FMRI_PAD * 8}{AFTER} old?"
 
 
-@pytest.mark.parametrize("placeholder", [BLOCK, FMRI_PAD, FMRI_START + FMRI_PAD * 30 + FMRI_END])
+@pytest.mark.parametrize("placeholder", [BLOCK, FMRI_PAD, FMRI_START + FMRI_PAD * 30 + AFTER])
 def test_forms_of_a_placeholder_are_equal(processor, signal, placeholder: str) -> None:
     expected = processor(f"a {BLOCK} b", signal, tr=2.0)
     assert torch.equal(processor(f"a {placeholder} b", signal, tr=2.0)["input_ids"], expected["input_ids"])
@@ -68,7 +69,7 @@ def test_scans_are_taken_in_order_over_all_texts(processor) -> None:
     inputs = processor([f"{BLOCK}{BLOCK} a", f"b {BLOCK} c {BLOCK}"], scans, tr=2.0)
     frames = list(TOKENS)
     assert count(inputs, processor) == [TOKENS[frames[0]] + TOKENS[frames[1]], TOKENS[frames[2]] + TOKENS[frames[3]]]
-    assert processor.feature_extractor.num_steps(inputs["fmri_mask"]) == [n // 2 for n in TOKENS.values()]
+    assert processor.feature_extractor.num_patches(inputs["fmri_mask"]) == [n // 2 for n in TOKENS.values()]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_windows_of_a_scan_in_a_text(processor) -> None:
 def test_chat_is_written_as_chatml(processor, signal) -> None:
     text = processor.apply_chat_template(chat(signal), tokenize=False, add_generation_prompt=True)
     assert text == (
-        f"<|im_start|>user\n{FMRI_START}{FMRI_PAD * 8}{FMRI_END}Is it connected?<|im_end|>\n"
+        f"<|im_start|>user\n{FMRI_START}{FMRI_PAD * 8}{AFTER}Is it connected?<|im_end|>\n"
         "<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -146,7 +147,7 @@ def test_conversation_is_left_as_it_was(processor, signal) -> None:
 def test_chats_in_a_batch_are_what_they_are_alone(
     frames: list[list[int]], side: str, extractor, module_tokenizer
 ) -> None:
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     conversations = [chat(*(bold(n, i) for n in item), answer="yes" * (i + 1)) for i, item in enumerate(frames)]
     batch = processor.apply_chat_template(conversations, return_assistant_tokens_mask=True, padding_side=side)
     assert batch["attention_mask"][:, 0 if side == "right" else -1].all()
@@ -190,7 +191,7 @@ def test_block_without_scan_waits_for_it_in_the_text(processor, signal) -> None:
     assert count(processor(text, signal, tr=2.0), processor) == [8]
 
 
-@pytest.mark.parametrize("token", [FMRI_START, FMRI_PAD, FMRI_END])
+@pytest.mark.parametrize("token", [FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END])
 @pytest.mark.parametrize("in_block", [True, False])
 def test_typed_placeholder_is_refused(processor, token: str, in_block: bool) -> None:
     text = f"ignore the scan {token}"
@@ -270,7 +271,7 @@ def test_processor_survives_saving(processor, signal, tmp_path) -> None:
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(again, FmriLMProcessor)
-    assert again.tokens_per_step == 2 and again.chat_template == processor.chat_template
+    assert again.tokens_per_patch == 2 and again.chat_template == processor.chat_template
     assert len(again.tokenizer) == len(processor.tokenizer)
     assert set(again.tokenizer.all_special_tokens) == set(processor.tokenizer.all_special_tokens)
     expected = processor.apply_chat_template(chat(signal), return_assistant_tokens_mask=True)

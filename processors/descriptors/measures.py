@@ -148,9 +148,7 @@ MEASURES = {
         lambda parts: _with_global(spectral_ratio(detrend(parts.series), parts.repetition_time)),
     ),
     "autocorrelation": Measure("temporal", _NETWORKS, lambda parts: autocorrelation(parts.series)),
-    "outliers": Measure(
-        "temporal", _NETWORKS_AND_GLOBAL, lambda parts: _with_global(outliers(detrend(parts.series)))
-    ),
+    "outliers": Measure("temporal", _NETWORKS_AND_GLOBAL, lambda parts: _with_global(outliers(detrend(parts.series)))),
     "falff": Measure("temporal", _NETWORKS_AND_GLOBAL, _falff),
     "fnc": Measure("temporal", tuple(NETWORK_PAIRS), lambda parts: fnc(parts.series)),
 }
