@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 
 FMRI_START = "<|fmri_start|>"
@@ -22,22 +23,34 @@ _SCAN = re.compile(
 )
 _TEXT_KEYS = ("input_ids", "attention_mask", "assistant_masks")
 _FEATURE_OPTIONS = ("tr", "atlas", "label_image", "window", "generator")
+_TOKENIZER_OPTIONS = (
+    "padding",
+    "padding_side",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "sanitize_control_tokens",
+)
 
-# ChatML. What the assistant has to produce, closing token included, stands between the generation tags.
-CHAT_TEMPLATE = """\
+# What the assistant has to produce, end token included, stands between the generation tags, which TRL looks for.
+_MESSAGES = """\
 {%- for message in messages -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {{- start + message['role'] + '\\n' -}}
     {%- if message['role'] == 'assistant' -%}
-        {%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+        {%- generation -%}{{- message['content'] + end -}}{%- endgeneration -%}
     {%- else -%}
-        {{- message['content'] + '<|im_end|>' -}}
+        {{- message['content'] + end -}}
     {%- endif -%}
     {{- '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
+    {{- start + 'assistant\\n' -}}
 {%- endif -%}
 """
+CHAT_TEMPLATE = "{%- set start, end = '<|im_start|>', '<|im_end|>' -%}\n" + _MESSAGES
+# for tokenizers that know no chat: their own end of a text ends each message
+PLAIN_CHAT_TEMPLATE = "{%- set start, end = '### ', eos_token -%}\n" + _MESSAGES
+CHAT_END = "<|im_end|>"
 
 
 def add_fmri_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -58,7 +71,8 @@ class FmriLMProcessor(ProcessorMixin):
         tokenizer: any tokenizer; the fMRI tokens are added to it if it lacks them.
         tokens_per_patch: latent tokens the codec makes of one patch of a scan.
         summary_tokens: tokens that carry the summary of a scan.
-        chat_template: Jinja template of messages whose content is a string; ChatML unless given.
+        chat_template: Jinja template of messages whose content is a string. Unless given: ChatML for a tokenizer that
+            knows its end token, else the tokenizer's own template, else one whose end token is the tokenizer's.
     """
 
     def __init__(
@@ -74,7 +88,7 @@ class FmriLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"expected tokens_per_patch >= 1 and summary_tokens >= 0, got {tokens_per_patch} and {summary_tokens}"
             )
-        chat_template = CHAT_TEMPLATE if chat_template is None else chat_template
+        chat_template = _chat_template(tokenizer) if chat_template is None else chat_template
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
         self.tokens_per_patch = tokens_per_patch
         self.summary_tokens = summary_tokens
@@ -97,6 +111,16 @@ class FmriLMProcessor(ProcessorMixin):
     def fmri_token_id(self) -> int:
         """Id of the pad token in whose place the model puts a scan's embeddings."""
         return self.tokenizer.convert_tokens_to_ids(FMRI_PAD)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Ids at which generation of an answer ends: what the chat template writes behind one, and the end of text."""
+        text = self._render([{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}])
+        ids = self.tokenizer(text.rpartition("answer")[2].strip(), add_special_tokens=False)["input_ids"]
+        if not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
+            raise ValueError(f"expected a chat template that ends an answer with a special token, got {text!r}")
+        end_of_text = self.tokenizer.eos_token_id
+        return list(dict.fromkeys([ids[0], *([] if end_of_text is None else [end_of_text])]))
 
     @property
     def model_input_names(self) -> list[str]:
@@ -175,6 +199,7 @@ class FmriLMProcessor(ProcessorMixin):
         return_assistant_tokens_mask: bool = False,
         padding: bool | str = True,
         padding_side: str | None = None,
+        sanitize_control_tokens: bool = False,
         tr: float | None = None,
         atlas: Any = None,
         label_image: Any = None,
@@ -190,11 +215,12 @@ class FmriLMProcessor(ProcessorMixin):
         changed.
 
         Args:
-            return_assistant_tokens_mask: add `assistant_masks`, 1 where the assistant speaks.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 on the assistant's messages and their end tokens.
             tr, atlas, label_image, window, generator: as in the feature extractor, for all scans.
             padding_side: "left" or "right"; the tokenizer's own unless given.
+            sanitize_control_tokens: read special tokens that stand in a message as plain text.
             processor_kwargs: any of the options above, in the form in which pipelines pass them.
-            kwargs: further options of the tokenizer's method of the same name, and variables of the template.
+            kwargs: `truncation` and `max_length` of the tokenizer, and variables of the template.
 
         Returns:
             As `__call__`; without `return_dict` the ids, without `tokenize` the text, placeholders written out.
@@ -210,11 +236,13 @@ class FmriLMProcessor(ProcessorMixin):
             "padding": padding,
             "padding_side": padding_side,
             "return_tensors": return_tensors,
+            "sanitize_control_tokens": sanitize_control_tokens,
             **kwargs,
             **(processor_kwargs or {}),
         }
         feature_options = {name: options.pop(name) for name in _FEATURE_OPTIONS}
-        return_tensors, padding_side = options["return_tensors"], options.pop("padding_side")
+        tokenizer_options = {name: options.pop(name) for name in _TOKENIZER_OPTIONS if name in options}
+        return_tensors, sanitize = tokenizer_options["return_tensors"], tokenizer_options["sanitize_control_tokens"]
 
         batched = isinstance(conversation[0], (list, tuple))
         listed: Any = conversation if batched else [conversation]
@@ -233,24 +261,60 @@ class FmriLMProcessor(ProcessorMixin):
             # without a scan, the text may still be written: its placeholder waits for the scan
             if tokenize and not (isinstance(count, int) and count > 0):
                 raise ValueError(f"an fmri block needs a scan under 'fmri', or 'tokens' > 0; got {block}")
+        if sanitize and return_assistant_tokens_mask:
+            raise ValueError("sanitize_control_tokens and return_assistant_tokens_mask exclude each other")
+
+        special = re.compile("|".join(map(re.escape, sorted(self.tokenizer.added_tokens_encoder, reverse=True))))
         for item in conversations:
             for message in item:
-                message["content"] = self._content_text(message["content"])
-
-        rendered = self.tokenizer.apply_chat_template(
-            conversations if batched or tokenize and return_tensors is not None else conversations[0],
-            chat_template=self.chat_template if chat_template is None else chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=tokenize,
-            return_dict=tokenize,
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            tokenizer_kwargs=None if padding_side is None else {"padding_side": padding_side},
-            **options,
-        )
+                message["content"] = self._content_text(message["content"], special if sanitize else None)
+        options |= {"chat_template": chat_template}
+        texts = [self._render(item, add_generation_prompt, **options) for item in conversations]
         if not tokenize:
-            return rendered
-        inputs = self._join(rendered, features, sum(block["tokens"] for block in blocks))
+            return texts if batched else texts[0]
+        encoding = self.tokenizer(
+            texts if batched or return_tensors is not None else texts[0],
+            # templates write those of their own
+            add_special_tokens=False,
+            return_offsets_mapping=return_assistant_tokens_mask,
+            **tokenizer_options,
+        )
+        if return_assistant_tokens_mask:
+            offsets = encoding.pop("offset_mapping")
+            masks = [
+                _mask(row, self._answers(item, text, **options))
+                for row, item, text in zip(
+                    offsets if batched or return_tensors is not None else [offsets], conversations, texts, strict=True
+                )
+            ]
+            encoding["assistant_masks"] = masks if batched or return_tensors is not None else masks[0]
+            encoding.convert_to_tensors(return_tensors)
+        inputs = self._join(encoding, features, sum(block["tokens"] for block in blocks))
         return inputs if return_dict else inputs["input_ids"]
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, **options: Any) -> str:
+        """A chat whose contents are strings, as text."""
+        if options.get("chat_template") is None:
+            options["chat_template"] = self.chat_template
+        text: Any = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+        )
+        return text
+
+    def _answers(self, messages: list[dict[str, Any]], text: str, **options: Any) -> list[tuple[int, int]]:
+        """First and one-past-last character of each assistant's message in the text of the chat, its end included."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._render(messages[:number], add_generation_prompt=True, **options) if number else ""
+                through = self._render(messages[: number + 1], **options)
+                if not before or not text.startswith(through) or not through.startswith(before):
+                    raise ValueError(
+                        "where do the assistant's messages lie? Expected a chat that begins with a user's, and a chat "
+                        "template that writes a message alike whatever follows it; give chat_template=CHAT_TEMPLATE"
+                    )
+                spans.append((len(before), len(through.rstrip())))
+        return spans
 
     def encode_choices(self, choices: list[str]) -> list[list[int]]:
         """Token ids of each allowed answer, without special tokens; no answer may begin with another one."""
@@ -268,15 +332,17 @@ class FmriLMProcessor(ProcessorMixin):
                     )
         return ids
 
-    def _content_text(self, content: Any) -> str:
-        """A message's content as text, scans written out; without a number of tokens, one stands for all."""
-        if not isinstance(content, list):
-            return content
+    def _content_text(self, content: Any, special: re.Pattern | None) -> str:
+        """A message's content as text, scans written out, special tokens in the text of the user marked as text."""
         texts = []
-        for block in content:
-            if block["type"] not in ("text", "fmri"):
+        for block in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            if block["type"] == "fmri":
+                # without a number of tokens, one stands for all
+                texts.append(self.scan_text(block.get("tokens") or 1))
+            elif block["type"] == "text":
+                texts.append(block["text"] if special is None else mark_control_tokens(block["text"], special))
+            else:
                 raise ValueError(f"expected a block of type text or fmri, got {block['type']}")
-            texts.append(block["text"] if block["type"] == "text" else self.scan_text(block.get("tokens") or 1))
         return "".join(texts)
 
     def _extract(self, scans: list[Any], window: str | None, **options: Any) -> tuple[dict[str, Any], list[int]]:
@@ -296,6 +362,24 @@ class FmriLMProcessor(ProcessorMixin):
         if found != expected:
             raise ValueError(f"expected {expected} tokens {FMRI_PAD}, got {found}: was the text truncated in a scan?")
         return BatchFeature({**{key: encoding[key] for key in _TEXT_KEYS if key in encoding}, **features})
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of a tokenizer's chats, one whose end of an answer is a token."""
+    if CHAT_END not in tokenizer.get_vocab():
+        if tokenizer.chat_template is not None:
+            return tokenizer.get_chat_template()
+        if tokenizer.eos_token is not None:
+            return PLAIN_CHAT_TEMPLATE
+        tokenizer.add_special_tokens({"eos_token": CHAT_END})
+    return CHAT_TEMPLATE
+
+
+def _mask(offsets: Any, spans: list[tuple[int, int]]) -> list[int]:
+    """1 for each token, given its first and one-past-last character, that lies in a span of characters."""
+    first, last = np.asarray(offsets).T
+    inside = [(first >= start) & (last <= stop) & (first < last) for start, stop in spans]
+    return np.any([np.zeros(len(first), bool), *inside], axis=0).astype(int).tolist()
 
 
 def _copied(conversation: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,9 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoProcessor
+from tokenizers import Tokenizer
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor, add_fmri_tokens
+from conftest import build_tiny_tokenizer
+from fmrilm.processors import (
+    CHAT_TEMPLATE,
+    FMRI_END,
+    FMRI_PAD,
+    FMRI_START,
+    FMRI_SUMMARY,
+    FmriLMProcessor,
+    add_fmri_tokens,
+)
 
 
 BLOCK = FMRI_START + FMRI_PAD + FMRI_END
@@ -240,6 +250,54 @@ def test_control_tokens_of_a_user_can_be_disarmed(processor, signal) -> None:
 def test_empty_conversation_is_refused(processor, conversation: list) -> None:
     with pytest.raises(ValueError, match="at least one message"):
         processor.apply_chat_template(conversation)
+
+
+LLAMA = """{{ bos_token }}{% for message in messages %}\
+{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+
+
+def plain_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer without ChatML: of other special tokens."""
+    backend = Tokenizer.from_str(build_tiny_tokenizer().backend_tokenizer.to_str().replace("<|im_", "<|no_"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+
+
+@pytest.mark.parametrize("kind", ["its own template", "an end of text alone", "nothing"])
+def test_answer_ends_with_a_token_of_tokenizers_without_chatml(kind: str, extractor, signal) -> None:
+    tokenizer = plain_tokenizer(**({} if kind == "nothing" else {"eos_token": "<|endoftext|>"}))
+    if kind == "its own template":
+        tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>", "extra_special_tokens": ["<|eot_id|>"]})
+        tokenizer.chat_template = LLAMA
+    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2)
+    end = {"its own template": "<|eot_id|>", "nothing": "<|im_end|>"}.get(kind, "<|endoftext|>")
+    assert processor.eos_token_ids == list(
+        dict.fromkeys([tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id])
+    )
+    text = processor.apply_chat_template(chat(signal), tokenize=False)
+    assert f"{FMRI_START}{FMRI_PAD * 8}{AFTER}Is it connected?{end}" in text
+    if kind == "its own template":
+        assert text.startswith("<|begin_of_text|><|start_header_id|>user") and text.endswith(f"yes{end}")
+    conversation = [*chat(bold(8)), *chat(bold(10, 1), answer="no, older")]
+    inputs = processor.apply_chat_template([conversation, chat()], return_assistant_tokens_mask=True)
+    answers = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["assistant_masks"], strict=True)]
+    assert processor.batch_decode(answers) == [f"yes{end}no, older{end}", f"yes{end}"]
+    # a prompt and the answer are the chat that was trained on
+    prompt = processor.apply_chat_template(chat(signal, answer=None), add_generation_prompt=True)["input_ids"][0]
+    whole = processor.apply_chat_template(chat(signal))["input_ids"][0]
+    assert torch.equal(whole[: len(prompt)], prompt)
+
+
+def test_template_that_does_not_end_answers_is_refused(processor) -> None:
+    processor.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    with pytest.raises(ValueError, match="ends an answer with a special token, got 'question answer '"):
+        _ = processor.eos_token_ids
+
+
+def test_template_that_rewrites_earlier_answers_has_no_mask(processor) -> None:
+    template = CHAT_TEMPLATE.replace("message['content'] + end", "('' if not loop.last else message['content']) + end")
+    with pytest.raises(ValueError, match="where do the assistant's messages lie"):
+        processor.apply_chat_template([*chat(), *chat()], template, return_assistant_tokens_mask=True)
 
 
 # --- choices
