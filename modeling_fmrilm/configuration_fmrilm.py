@@ -136,14 +136,12 @@ class FmriLMConfig(PreTrainedConfig):
 
     Args:
         codec_config, text_config: the two parts; any causal language model of the Auto classes is a `text_config`.
-        fmri_start_token_id, fmri_token_id, fmri_end_token_id: the added special tokens around and of a scan.
-        descriptor_token_ids: special tokens in whose place stands how the codec's descriptor head finds each of its
-            `descriptor_names` in the scan before (none: the prompt cannot ask for it).
-        fmri_input: what the language model reads of a scan: "codes", their codebook vectors, or "features", the
-            codec's continuous vectors before quantisation.
+        fmri_start_token_id, fmri_token_id, fmri_summary_token_id, fmri_end_token_id: the added special tokens around
+            and of a scan.
+        num_summary_tokens: tokens after a scan's latent tokens that carry its scores (0 without `score_names`).
+        score_names: descriptors and labels that are read out of a scan's codes for the summary tokens.
         projector_hidden_size: width of the projector's hidden layer.
-        autoregression_rank: rank of the linear map from a step's codes to the next ones.
-        fmri_loss_weight: weight of the next-step code prediction beside the text loss (0.1 in the paper).
+        fmri_loss_weight: weight of the next-code prediction beside the text loss (0.1 in the paper).
     """
 
     model_type = "fmrilm"
@@ -157,39 +155,35 @@ class FmriLMConfig(PreTrainedConfig):
         # whatever is given, `__post_init__` makes configurations of it
         codec_config: PreTrainedConfig
         text_config: PreTrainedConfig
+        score_names: list[str]
         # only a configuration of nothing but defaults is without them
         fmri_start_token_id: int
         fmri_token_id: int
+        fmri_summary_token_id: int
         fmri_end_token_id: int
     else:
         codec_config: dict | PreTrainedConfig | None = None
         text_config: dict | PreTrainedConfig | None = None
+        score_names: list[str] | None = None
         fmri_start_token_id: int | None = None
         fmri_token_id: int | None = None
+        fmri_summary_token_id: int | None = None
         fmri_end_token_id: int | None = None
-    descriptor_token_ids: list[int] | None = None
-    fmri_input: str = "codes"
+    num_summary_tokens: int = 8
     projector_hidden_size: int = 512
-    autoregression_rank: int = 16
     fmri_loss_weight: float | int = 0.1
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.codec_config, dict) and self.codec_config.get("model_type") == "fmri_original":
-            self.codec_config = FmriOriginalConfig(**self.codec_config)
         super().__post_init__(**kwargs)
-        if self.fmri_input not in ("codes", "features"):
-            raise ValueError(f'expected fmri_input "codes" or "features", got {self.fmri_input!r}')
-        if self.fmri_input == "codes" and not self.codec_config.codebook_size:
-            kind = self.codec_config.model_type
-            raise ValueError(f'{kind} makes no codes: expected fmri_input "features", got "codes"')
-        described = len(getattr(self.codec_config, "descriptor_names", None) or ())
-        if self.descriptor_token_ids is not None and len(self.descriptor_token_ids) != described:
+        self.score_names = list(self.score_names or ())
+        if self.score_names and self.num_summary_tokens < 1:
             raise ValueError(
-                f"expected descriptor_token_ids for the {described} descriptors of the codec, got "
-                f"{len(self.descriptor_token_ids)}"
+                f"expected num_summary_tokens >= 1 for {len(self.score_names)} scores, got {self.num_summary_tokens}"
             )
+        if not self.score_names:
+            self.num_summary_tokens = 0
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
 
