@@ -190,7 +190,8 @@ class FmriLMModel(FmriLMPreTrainedModel):
     def get_fmri_features(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """Projected embeddings [valid tokens, hidden] of codes [scans, tokens, levels], scan after scan."""
         valid = fmri_codes[..., 0] >= 0
-        places = torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % self.config.codec_config.tokens_per_patch
+        per_patch = self.config.codec_config.tokens_per_patch
+        places = torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % per_patch
         return self.projector(self.codec.embed_codes(fmri_codes[valid]), places.expand(valid.shape)[valid])
 
     def embed(
@@ -424,9 +425,9 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         self, hidden: torch.Tensor, input_ids: torch.Tensor, fmri_codes: torch.Tensor
     ) -> torch.Tensor:
         """
-        Cross-entropy [predicted tokens, levels] of each token's codes given the state at the token before (paper Eq. 5,
-        token by token); the first token of a scan is not predicted. hidden: [batch, length, hidden]; fmri_codes:
-        [scans, tokens, levels].
+        Cross-entropy [predicted tokens, levels] of each token's codes given the state at the token before (paper
+        Eq. 5, token by token); the first token of a scan is not predicted. hidden: [batch, length, hidden];
+        fmri_codes: [scans, tokens, levels].
         """
         following = fmri_codes[:, 1:]
         predicted = following[..., 0] >= 0
@@ -585,7 +586,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         codec, config = self.model.codec, self.config.codec_config
         frames = math.ceil(seconds / config.repetition_time - 1e-6)
         if frames < 1:
-            raise ValueError(f"expected a horizon of at least one frame of {config.repetition_time} s, got {seconds} s")
+            raise ValueError(f"expected a horizon of at least one frame, {config.repetition_time} s, got {seconds} s")
         if num_samples is not None and (num_samples < 1 or temperature <= 0):
             raise ValueError(f"expected num_samples >= 1 and temperature > 0, got {num_samples} and {temperature}")
         values, mask = whole_patches(fmri_values, fmri_mask, config.patch_length)
@@ -726,7 +727,7 @@ def check_backbone(language_model: PreTrainedModel) -> None:
         )
     if not torch.equal(states, outputs.hidden_states[-1]):
         raise ValueError(
-            f"{name} cannot be the backbone: expected its last hidden state among output_hidden_states, got another one"
+            f"{name} cannot be the backbone: expected output_hidden_states to end with the last hidden state"
         )
 
 
