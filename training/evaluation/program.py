@@ -21,9 +21,8 @@ import torch
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
 
-from ..data.held_out import HELD_OUT_SHARE
 from ..data.shards import write_whole
-from ..data.splits import Split, hold_out, hold_out_known, k_fold, k_shot
+from ..data.splits import HELD_OUT_SHARE, Split, hold_out, hold_out_known, k_fold, k_shot
 from ..data.tasks import Task, load_task
 from ..trainer import half_precision
 from .adapt import Tuning, as_examples, embed_scans, tune
@@ -50,7 +49,7 @@ class Protocol:
     the model as it is, tuned on the shots, shown the shots in the prompt, logistic or ridge regression on its hidden
     states, and the baselines. new_people: the model was trained on nobody in the data. Then the test subjects are
     drawn from all of them: `test_share`, or everyone once in a cross-validation with `folds`. Otherwise they are those
-    whom no program trains on, see `held_out_people`. open_ended: answers in words in place of choices; tasks about
+    whom no program trains on, see `held_out_subjects`. open_ended: answers in words in place of choices; tasks about
     numbers always are.
     """
 
