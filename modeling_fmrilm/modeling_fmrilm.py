@@ -1,5 +1,6 @@
 """The language model that reads fMRI: a frozen codec, a projector and any causal language model (stages 2 and 3)."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -7,26 +8,20 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from .autoregression_fmrilm import FmriLMAutoregression
-from .backbones_fmrilm import check_backbone
 from .configuration_fmrilm import FmriLMConfig
-from .descriptors_fmrilm import FmriLMDescriptorTokens, descriptor_places
-from .forecast_fmrilm import FmriLMForecastMixin
-from .generation_fmrilm import FmriLMGenerationMixin
-from .losses_fmrilm import IGNORED, FmriLMLossMixin
 from .modeling_fmricodec import FmriCodecModel
-from .modeling_original_fmrilm import FmriOriginalEncoder, FmriOriginalProjector
 from .pipeline_fmrilm import CUSTOM_PIPELINES
-from .projector_fmrilm import FmriLMProjector
-from .steps_fmrilm import attention_masks, check_context, positions, step_ids
 
 
+# label of what carries no loss
+IGNORED = -100
+# what a forward pass may hold beside text, one entry a scan
+SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes", "fmri_scores")
 # what a saved folder can be opened with; register_for_auto_class alone writes one Auto class per class
 AUTO_MAP = {
     "AutoConfig": "configuration_fmrilm.FmriLMConfig",
@@ -40,23 +35,74 @@ AUTO_MAP = {
 class FmriLMOutput(ModelOutput):
     """
     loss: text_loss + fmri_loss_weight * fmri_loss, of those that have labels. text_loss: mean cross-entropy of the
-    labelled text. fmri_loss: mean cross-entropy of the next step's codes. logits: [batch, length, vocabulary].
+    labelled text. fmri_loss: mean cross-entropy of the next codes over tokens and levels; fmri_level_losses: the same
+    for each level [levels]. logits: [batch, length, vocabulary].
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     text_loss: torch.Tensor | None = None
     fmri_loss: torch.Tensor | None = None
+    fmri_level_losses: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-# what reads a scan, and what carries it to the language model, by the model type of `codec_config`
-CODECS = {
-    "fmri_codec": (FmriCodecModel, FmriLMProjector),
-    "fmri_original": (FmriOriginalEncoder, FmriOriginalProjector),
-}
+class FmriLMProjector(nn.Module):
+    """
+    Codebook vectors [..., codebook_dim] of latent tokens to token embeddings [..., hidden], at the size of a word's
+    embedding. A learned vector marks the place of a token in its patch.
+    """
+
+    def __init__(self, config: FmriLMConfig):
+        super().__init__()
+        codec = config.codec_config
+        self.input_proj = nn.Linear(codec.codebook_dim, config.projector_hidden_size)
+        self.places = nn.Embedding(codec.tokens_per_patch, config.projector_hidden_size)
+        self.output_proj = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size)
+        self.output_norm = nn.LayerNorm(config.text_config.hidden_size)
+
+    def forward(self, vectors: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """places: int64 [...], index of each token in its patch."""
+        states = self.input_proj(vectors.to(self.input_proj.weight.dtype)) + self.places(places)
+        return self.output_norm(self.output_proj(F.gelu(states)))
+
+
+class FmriLMSummary(nn.Module):
+    """
+    A scan's scores as a few token embeddings. The scores are descriptors and labels, read out of the features of the
+    codes (`FmriCodecModel.scan_features`) by a linear map in closed form, in standard deviations of training subjects.
+    """
+
+    def __init__(self, config: FmriLMConfig):
+        super().__init__()
+        self.tokens = config.num_summary_tokens
+        self.readout = nn.Linear(config.codec_config.num_scan_features, len(config.score_names))
+        self.output_proj = nn.Linear(len(config.score_names), self.tokens * config.text_config.hidden_size)
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        """Embeddings [scans, num_summary_tokens, hidden] of scores [scans, scores]."""
+        return self.output_proj(scores.to(self.output_proj.weight.dtype)).unflatten(-1, (self.tokens, -1))
+
+
+class FmriLMHead(nn.Module):
+    """
+    Logits [..., levels, codebook_size] of the codes of the next latent token: how frequent each code is at that place
+    of a patch, and a linear map of the language model's state, which starts at zero.
+    """
+
+    def __init__(self, config: FmriLMConfig):
+        super().__init__()
+        codec = config.codec_config
+        self.levels = codec.num_quantizers
+        self.frequencies = nn.Parameter(torch.zeros(codec.tokens_per_patch, self.levels, codec.codebook_size))
+        self.proj = nn.Linear(config.text_config.hidden_size, self.levels * codec.codebook_size, bias=False)
+
+    def forward(self, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """states [..., hidden]; places int64 [...]: index in its patch of the token that is predicted."""
+        logits = self.proj(states.to(self.proj.weight.dtype)).unflatten(-1, (self.levels, -1))
+        return logits.float() + self.frequencies[places].float()
 
 
 class FmriLMPreTrainedModel(PreTrainedModel):
@@ -65,15 +111,20 @@ class FmriLMPreTrainedModel(PreTrainedModel):
     input_modalities = ["text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _skip_keys_device_placement = ["past_key_values"]
+    # codes and scores in half precision are other codes and scores
+    _keep_in_fp32_modules_strict = ["codec", "readout"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, FmriLMProjector):
-            init.normal_(module.slots.weight, std=1.0)
-        elif isinstance(module, FmriLMAutoregression | FmriLMDescriptorTokens):
-            module.init_weights()
+            init.normal_(module.places.weight, std=1.0)
+        elif isinstance(module, FmriLMHead):
+            init.zeros_(module.frequencies)
+            init.zeros_(module.proj.weight)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:
@@ -84,10 +135,12 @@ class FmriLMPreTrainedModel(PreTrainedModel):
         return cast(Self, loaded)
 
     def freeze(self) -> None:
-        """Of the codec and of what is fitted to its codes alone, nothing is trained here."""
+        """The codec and the readout of the scores are fitted before; nothing of them is trained here."""
         for module in self.modules():
-            if isinstance(module, FmriCodecModel | FmriOriginalEncoder | FmriLMAutoregression):
+            if isinstance(module, FmriCodecModel):
                 module.requires_grad_(False)
+            elif isinstance(module, FmriLMSummary):
+                module.readout.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         self.config.auto_map = dict(AUTO_MAP)
@@ -96,126 +149,112 @@ class FmriLMPreTrainedModel(PreTrainedModel):
 
 
 class FmriLMModel(FmriLMPreTrainedModel):
-    """Text and scans to hidden states. The codec is frozen here: its output is input, not something to train."""
+    """
+    Text and scans to hidden states. The codec is frozen: its output is input, not something to train. The language
+    model is whole and unchanged, its own head included.
+    """
 
     def __init__(self, config: FmriLMConfig):
         super().__init__(config)
-        codec_class, projector_class = CODECS[config.codec_config.model_type]
-        self.codec = codec_class._from_config(config.codec_config)
-        self.projector = projector_class(config)
-        self.descriptors = FmriLMDescriptorTokens(config) if config.descriptor_token_ids else None
-        # the tokens around a scan: apart from the vocabulary, so that they can be trained where that is frozen
+        self.codec = FmriCodecModel._from_config(config.codec_config)
+        self.projector = FmriLMProjector(config)
+        self.summary = FmriLMSummary(config) if config.score_names else None
+        # start and end embeddings: apart from the vocabulary, so that they can be trained where that is frozen
         self.boundaries = nn.Embedding(2, config.text_config.hidden_size)
-        self.language_model = AutoModel.from_config(config.text_config)
+        # not "language_model": transformers renames the keys of a `language_model.model` when it loads
+        self.causal_lm = AutoModelForCausalLM.from_config(config.text_config)
+        self.fmri_head = FmriLMHead(config)
         self.post_init()
         self.freeze()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+        return self.causal_lm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+        self.causal_lm.set_input_embeddings(value)
 
     @torch.no_grad()
     def get_fmri_codes(
         self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor | None, fmri_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Codes int64 [scans, tokens], -1 on padding, of the scans (see [`FmriCodecModel.encode`])."""
-        codes = self.codec.encode(fmri_values, roi_coordinates, fmri_mask)
-        config = self.config.codec_config
-        if config.token_layout == "roi":
-            # the language model knows a ROI by its slot
-            rois = (codes >= 0).unflatten(1, (-1, fmri_values.shape[1])).sum(-1)
-            if ((rois > 0) & (rois != config.tokens_per_step)).any() or fmri_values.shape[1] != config.tokens_per_step:
-                raise ValueError(
-                    "the roi layout takes scans of one parcellation: expected tokens_per_step="
-                    f"{config.tokens_per_step} ROIs with data in each step, got between {int(rois[rois > 0].min())} "
-                    f"and {int(rois.max())} of {fmri_values.shape[1]}"
-                )
-        return codes
+        """Codes int64 [scans, tokens, levels], -1 on padding, of the scans (see [`FmriCodecModel.encode`])."""
+        return self.codec.encode(fmri_values, roi_coordinates, fmri_mask)
 
     @torch.no_grad()
-    def read_scans(
+    def get_fmri_scores(self, fmri_codes: torch.Tensor) -> torch.Tensor:
+        """Scores float32 [scans, score_names] read out of codes [scans, tokens, levels]."""
+        if self.summary is None:
+            raise ValueError("expected a model with score_names, got one without")
+        return self.summary.readout(self.codec.scan_features(fmri_codes).to(self.summary.readout.weight.dtype)).float()
+
+    def get_fmri_features(self, fmri_codes: torch.Tensor) -> torch.Tensor:
+        """Projected embeddings [valid tokens, hidden] of codes [scans, tokens, levels], scan after scan."""
+        valid = fmri_codes[..., 0] >= 0
+        per_patch = self.config.codec_config.tokens_per_patch
+        places = torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % per_patch
+        return self.projector(self.codec.embed_codes(fmri_codes[valid]), places.expand(valid.shape)[valid])
+
+    def embed(
         self,
+        input_ids: torch.Tensor,
         fmri_values: torch.Tensor | None = None,
         roi_coordinates: torch.Tensor | None = None,
         fmri_mask: torch.Tensor | None = None,
         fmri_codes: torch.Tensor | None = None,
-        fmri_features: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        """
-        What `fmri_input` says the language model reads of the scans: codes [scans, tokens], -1 on padding, or
-        features [scans, tokens, dim], NaN on padding; None without a scan.
-        """
-        if self.config.fmri_input == "codes":
-            if fmri_features is not None:
-                raise ValueError('expected scans or codes of a model with fmri_input="codes", got fmri_features')
-            if fmri_codes is None and fmri_values is not None:
-                return self.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
-            return fmri_codes
-        if fmri_features is None and fmri_values is not None:
-            features, valid = self.codec.encode_features(fmri_values, roi_coordinates, fmri_mask)
-            return features.masked_fill(~valid[..., None], float("nan"))
-        if fmri_features is None and fmri_codes is not None:
-            raise ValueError(
-                'expected fmri_values or fmri_features, which a model with fmri_input="features" reads, got fmri_codes'
-            )
-        return fmri_features
-
-    def scan_vectors(self, scans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Vectors [scans, tokens, dim] of codes or features, and where there is no padding [scans, tokens]."""
-        if scans.is_floating_point():
-            return scans.nan_to_num(), ~scans.isnan().any(-1)
-        return self.codec.embed_codes(scans.clamp(min=0)), scans >= 0
-
-    def describe_scans(self, scans: torch.Tensor) -> torch.Tensor:
-        """Standardised descriptors [scans, descriptors] that the codec tells from what `read_scans` gives."""
-        return self.codec.describe(*self.scan_vectors(scans))
-
-    def get_fmri_features(self, scans: torch.Tensor) -> torch.Tensor:
-        """
-        Projected embeddings [valid tokens, hidden] of what `read_scans` gives, or of vectors between those of the
-        codebook, scan after scan, no padding.
-        """
-        vectors, valid = self.scan_vectors(scans)
-        vectors = vectors.to(self.projector.input_proj.weight.dtype)
-        # padding follows the last step, so that no mean before it contains any
-        steps = vectors.unflatten(1, (-1, self.config.codec_config.tokens_per_step))
-        return self.projector(steps).flatten(1, 2)[valid]
-
-    def embed(self, input_ids: torch.Tensor, scans: torch.Tensor | None) -> torch.Tensor:
-        """
-        Embeddings [batch, length, hidden] of text, at the placeholders of what `read_scans` gives, and at descriptor
-        tokens of what the codec tells of the scan before them.
-        """
-        is_fmri = input_ids == self.config.fmri_token_id
-        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_fmri, 0))
-        boundaries = (self.config.fmri_start_token_id, self.config.fmri_end_token_id)
-        for token, embedding in zip(boundaries, self.boundaries.weight, strict=True):
+        fmri_scores: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings [batch, length, hidden] of text and of the scans in it; arguments as in `forward`."""
+        config, embeddings = self.config, self.get_input_embeddings()(input_ids)
+        for token, embedding in zip(
+            (config.fmri_start_token_id, config.fmri_end_token_id), self.boundaries.weight, strict=True
+        ):
             embeddings = torch.where((input_ids == token)[..., None], embedding.to(embeddings.dtype), embeddings)
-        features = embeddings.new_zeros(0, 1) if scans is None else self.get_fmri_features(scans)
-        if len(features) != is_fmri.sum():
-            raise ValueError(
-                f"expected {len(features)} fMRI placeholder tokens for the scans, got {int(is_fmri.sum())}"
-            )
-        if len(features):
-            embeddings = embeddings.masked_scatter(is_fmri[..., None], features.to(embeddings.dtype))
-        if self.descriptors is not None and self.config.descriptor_token_ids:
-            rows, places, found, names = descriptor_places(input_ids, is_fmri, self.config.descriptor_token_ids)
-            if scans is not None and len(rows):
-                words = self.descriptors(self.describe_scans(scans))[found, names]
-                embeddings = embeddings.index_put((rows, places), words.to(embeddings.dtype))
+        if fmri_codes is None and fmri_values is not None:
+            fmri_codes = self.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
+        tokens, summaries = embeddings.new_zeros(0, 1), embeddings.new_zeros(0, 1)
+        if fmri_codes is not None:
+            tokens = self.get_fmri_features(fmri_codes)
+            if self.summary is not None:
+                scores = self.get_fmri_scores(fmri_codes) if fmri_scores is None else fmri_scores
+                summaries = self.summary(scores).flatten(0, 1)
+        for name, token, found in (
+            ("fMRI placeholder tokens", config.fmri_token_id, tokens),
+            ("summary tokens", config.fmri_summary_token_id, summaries),
+        ):
+            places = input_ids == token
+            if len(found) != places.sum():
+                raise ValueError(f"expected {len(found)} {name} for the scans, got {int(places.sum())}")
+            if len(found):
+                embeddings = embeddings.masked_scatter(places[..., None], found.to(embeddings.dtype))
         return embeddings
 
-    def step_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """See [`step_ids`]."""
-        return step_ids(input_ids, self.config.fmri_token_id, self.config.codec_config.tokens_per_step)
+    def inputs_embeds(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, **scans: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The embeddings given, or those of input_ids and scans."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
+        if inputs_embeds is None:
+            return self.embed(cast(torch.Tensor, input_ids), **scans)
+        if any(value is not None for value in scans.values()):
+            raise ValueError("expected inputs_embeds with the scans in them, got inputs_embeds and scans")
+        return inputs_embeds
+
+    def check_context(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> None:
+        """ValueError if scans and text take more positions than the language model has."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        length = inputs_embeds.shape[1] + (0 if past_key_values is None else int(past_key_values.get_seq_length()))
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"expected at most {limit} positions, the language model's context, got {length}: cut the scan into "
+                "windows (the processor's window='sliding') or ask less at a time"
+            )
 
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | dict | None = None,
+        attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -223,53 +262,28 @@ class FmriLMModel(FmriLMPreTrainedModel):
         roi_coordinates: torch.Tensor | None = None,
         fmri_mask: torch.Tensor | None = None,
         fmri_codes: torch.Tensor | None = None,
-        fmri_features: torch.Tensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
+        fmri_scores: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
         Args:
-            input_ids: [batch, length] with one placeholder for each code.
-            attention_mask: [batch, cached + length], or masks made already.
+            input_ids: [batch, length] with one placeholder for each latent token and summary token.
             fmri_values, roi_coordinates, fmri_mask: the scans in order of appearance, [scans, rois, time],
-                [scans, rois, 3], [scans, rois, time]; or what `read_scans` makes of them in their place: fmri_codes
-                [scans, tokens], or with `fmri_input="features"` fmri_features [scans, tokens, dim].
+                [scans, rois, 3], [scans, rois, time]; or in their place fmri_codes [scans, tokens, levels].
+            fmri_scores: [scans, score_names]; read out of the codes unless given.
             inputs_embeds: [batch, length, hidden] in place of input_ids, scans and all.
-            mm_token_type_ids: step ids of the cached and the given tokens; derived from input_ids when absent, which
-                takes position_ids where something is cached.
         """
-        if input_ids is not None and inputs_embeds is None:
-            scans = self.read_scans(fmri_values, roi_coordinates, fmri_mask, fmri_codes, fmri_features)
-            inputs_embeds = self.embed(input_ids, scans)
-        elif input_ids is not None or inputs_embeds is None:
-            raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
-        elif any(scans is not None for scans in (fmri_values, fmri_codes, fmri_features)):
-            raise ValueError("expected inputs_embeds with the scans in them, got inputs_embeds and scans")
-        length = inputs_embeds.shape[1]
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if mm_token_type_ids is None:
-            if cached and position_ids is None:
-                raise ValueError(
-                    f"expected mm_token_type_ids of the {cached} cached and the {length} given tokens, or "
-                    "position_ids: the cache does not tell which tokens share a position"
-                )
-            if input_ids is None:
-                mm_token_type_ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
-            else:
-                mm_token_type_ids = self.step_ids(input_ids)
-            mm_token_type_ids = F.pad(mm_token_type_ids, (cached, 0))
-        if not isinstance(attention_mask, dict) and (attention_mask is None or attention_mask.ndim == 2):
-            if attention_mask is None:
-                # generation hands over the step ids of the new tokens alone, and no mask where all would be ones
-                attention_mask = mm_token_type_ids.new_ones(len(mm_token_type_ids), cached + length)
-            if position_ids is None:
-                position_ids = positions(mm_token_type_ids, attention_mask)[:, -length:]
-            text_config = self.config.get_text_config()
-            check_context(text_config, position_ids, mm_token_type_ids)
-            attention_mask = attention_masks(
-                text_config, inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids
-            )
-        return self.language_model(
+        inputs_embeds = self.inputs_embeds(
+            input_ids,
+            inputs_embeds,
+            fmri_values=fmri_values,
+            roi_coordinates=roi_coordinates,
+            fmri_mask=fmri_mask,
+            fmri_codes=fmri_codes,
+            fmri_scores=fmri_scores,
+        )
+        self.check_context(inputs_embeds, past_key_values)
+        return self.causal_lm.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -278,29 +292,12 @@ class FmriLMModel(FmriLMPreTrainedModel):
         )
 
 
-class FmriLMForConditionalGeneration(
-    FmriLMPreTrainedModel, FmriLMLossMixin, FmriLMGenerationMixin, FmriLMForecastMixin
-):
-    """
-    Text about scans, and codes of the next step. `lm_head` speaks words. At slot k of step t, the code that slot k of
-    step t+1 will hold is predicted: by `fmri_autoregression` from the codes, to which `fmri_head` adds what the
-    language model makes of them.
-    """
-
-    _tp_plan = {"lm_head": "colwise_gather_output"}
+class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
+    """Text about scans, by the language model's own head, and the codes of each next latent token, by `fmri_head`."""
 
     def __init__(self, config: FmriLMConfig):
         super().__init__(config)
         self.model = FmriLMModel(config)
-        hidden_size = config.text_config.hidden_size
-        self.lm_head = nn.Linear(hidden_size, config.text_config.vocab_size, bias=False)
-        codebook_size = config.codec_config.codebook_size
-        self.fmri_head = nn.Linear(hidden_size, codebook_size, bias=False) if codebook_size else None
-        self.fmri_autoregression = FmriLMAutoregression(config) if codebook_size else None
-        if config.tie_word_embeddings:
-            embeddings = self.get_input_embeddings()
-            name = next(name for name, module in self.model.named_modules() if module is embeddings)
-            self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
         self.freeze()
 
@@ -313,20 +310,28 @@ class FmriLMForConditionalGeneration(
         a language model that cannot read scans.
         """
         check_backbone(language_model)
-        head = language_model.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"expected a causal language model, got {type(language_model).__name__}, without a head")
         joint = cls(config)
         joint.model.codec.load_state_dict(codec.state_dict())
-        joint.model.language_model.load_state_dict(language_model.base_model.state_dict())
-        joint.lm_head.load_state_dict(head.state_dict())
+        joint.model.causal_lm.load_state_dict(language_model.state_dict())
         joint.tie_weights()
-        # what a scan brings enters at the size of word embeddings
-        words = joint.get_input_embeddings().get_parameter("weight").detach()
-        with torch.no_grad():
-            joint.model.projector.output_norm.weight.fill_(words.pow(2).mean().sqrt())
-            joint.model.boundaries.weight.copy_(words.mean(0))
+        joint.start_at_word_size()
         return joint
+
+    @torch.no_grad()
+    def start_at_word_size(self) -> None:
+        """What a scan brings enters at the size of word embeddings, as the embedding module returns them."""
+        embedding = self.get_input_embeddings()
+        # Gemma's module multiplies: its weights alone are not what the layers see
+        words = embedding(torch.arange(embedding.get_parameter("weight").shape[0], device=self.device)).float()
+        size = words.pow(2).mean().sqrt()
+        self.model.projector.output_norm.weight.fill_(size)
+        self.model.boundaries.weight.copy_(words.mean(0))
+        if self.model.summary is not None:
+            weight = self.model.summary.output_proj.weight
+            generator = torch.Generator().manual_seed(0)
+            directions = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1])
+            weight.copy_(size * directions)
+            self.model.summary.output_proj.bias.zero_()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -335,70 +340,394 @@ class FmriLMForConditionalGeneration(
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        return self.model.causal_lm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.causal_lm.set_output_embeddings(new_embeddings)
 
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | dict | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         fmri_values: torch.Tensor | None = None,
         roi_coordinates: torch.Tensor | None = None,
         fmri_mask: torch.Tensor | None = None,
         fmri_codes: torch.Tensor | None = None,
-        fmri_features: torch.Tensor | None = None,
+        fmri_scores: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         num_fmri_items_in_batch: torch.Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> FmriLMOutput:
         """
-        labels: [batch, length], -100 where text carries no loss. The codes of the next step are predicted whenever
-        labels are given with a scan or its codes. num_items_in_batch, num_fmri_items_in_batch: labels of text and of
-        next codes in the whole of an accumulated batch, of which this is a part; without the second, the first one's
-        share goes for both. The other arguments are those of [`FmriLMModel.forward`]. In training mode with labels
-        there are no logits: only labelled positions meet the vocabulary, most of the head's work is saved.
+        labels: [batch, length], -100 where text carries no loss; shift_labels: the same, one token ahead already. The
+        next codes are predicted whenever labels are given with a scan in input_ids. num_items_in_batch,
+        num_fmri_items_in_batch: labels of text and predicted tokens in the whole of an accumulated batch, of which
+        this is a part; without the second, the first one's share goes for both. The other arguments are those of
+        [`FmriLMModel.forward`].
         """
-        predicts_codes = labels is not None and self.fmri_head is not None
-        if predicts_codes and fmri_codes is None and fmri_values is not None:
+        if labels is not None and fmri_codes is None and fmri_values is not None:
             fmri_codes = self.model.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
-        outputs = self.model(
-            input_ids,
+        predicts = labels is not None and fmri_codes is not None and input_ids is not None
+        scans = {"fmri_codes": fmri_codes, "fmri_scores": fmri_scores}
+        if fmri_codes is None:
+            scans = {"fmri_values": fmri_values, "roi_coordinates": roi_coordinates, "fmri_mask": fmri_mask}
+        embeddings = self.model.inputs_embeds(input_ids, inputs_embeds, **scans)
+        self.model.check_context(embeddings, past_key_values)
+        outputs = self.model.causal_lm(
+            inputs_embeds=embeddings,
             attention_mask=attention_mask,
-            fmri_values=fmri_values,
-            roi_coordinates=roi_coordinates,
-            fmri_mask=fmri_mask,
-            fmri_codes=fmri_codes,
-            fmri_features=fmri_features,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            output_hidden_states=predicts or output_hidden_states,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
-        loss = text_loss = fmri_loss = logits = None
-        if labels is not None:
-            text_loss = self.text_loss(hidden, labels)
+        loss = text_loss = fmri_loss = level_losses = None
+        if labels is not None or shift_labels is not None:
+            if shift_labels is None:
+                shift_labels = F.pad(cast(torch.Tensor, labels)[:, 1:], (0, 1), value=IGNORED)
+            count = (shift_labels != IGNORED).sum()
+            text_loss = F.cross_entropy(
+                outputs.logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            ) / count.clamp(min=1)
             # a part's share of an accumulated batch: the shares sum to one
             share = fmri_share = 1.0
             if num_items_in_batch is not None and num_items_in_batch > 0:
-                share = fmri_share = (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
+                share = fmri_share = count / num_items_in_batch
             loss = share * text_loss
-            # scans come with input_ids: `FmriLMModel` has seen to it
-            if predicts_codes and fmri_codes is not None and input_ids is not None:
-                fmri_loss = self.next_step_loss(hidden, input_ids, fmri_codes)
+            if predicts:
+                losses = self.next_code_losses(outputs.hidden_states[-1], input_ids, fmri_codes)
+                level_losses = losses.sum(0) / max(len(losses), 1)
+                fmri_loss = level_losses.mean()
                 if num_fmri_items_in_batch is not None:
-                    fmri_share = self.next_codes(fmri_codes).numel() / num_fmri_items_in_batch
+                    fmri_share = len(losses) / num_fmri_items_in_batch
                 loss = loss + self.config.fmri_loss_weight * fmri_share * fmri_loss
-        if labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept, :])
         return FmriLMOutput(
             loss=loss,
-            logits=logits,
+            logits=outputs.logits,
             text_loss=text_loss,
             fmri_loss=fmri_loss,
+            fmri_level_losses=None if level_losses is None else level_losses.detach(),
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
             attentions=outputs.attentions,
+        )
+
+    def next_code_losses(
+        self, hidden: torch.Tensor, input_ids: torch.Tensor, fmri_codes: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        Cross-entropy [predicted tokens, levels] of each token's codes given the state at the token before (paper
+        Eq. 5, token by token); the first token of a scan is not predicted. hidden: [batch, length, hidden];
+        fmri_codes: [scans, tokens, levels].
+        """
+        following = fmri_codes[:, 1:]
+        predicted = following[..., 0] >= 0
+        # the states are those of all valid tokens, scan after scan; a scan's last token has nothing to predict
+        states = hidden[input_ids == self.config.fmri_token_id]
+        states = states[F.pad(predicted, (0, 1))[fmri_codes[..., 0] >= 0]]
+        places = torch.arange(1, fmri_codes.shape[1], device=fmri_codes.device)
+        places = (places % self.config.codec_config.tokens_per_patch).expand(predicted.shape)[predicted]
+        logits = self.model.fmri_head(states, places)
+        return F.cross_entropy(logits.mT, following[predicted], reduction="none")
+
+    @torch.no_grad()
+    def score_choices(self, inputs: dict[str, Any], choices: list[list[int]]) -> torch.Tensor:
+        """
+        Log-likelihood [batch, choices] of each allowed answer (token ids) after the prompts in `inputs`, which run
+        once; softmax over the last axis gives the probability of each choice. With a `past_key_values` (used up
+        here), `attention_mask` covers the cached tokens, too.
+        """
+        inputs = dict(inputs)
+        length, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
+        mask = inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        # prompts may be padded on either side
+        last = (torch.arange(length, device=device) * mask[:, -length:]).argmax(-1)
+        kept, row_of = last.unique(return_inverse=True)
+        outputs = self(**inputs, position_ids=positions[:, -length:], use_cache=True, logits_to_keep=kept)
+        first = outputs.logits[torch.arange(len(last), device=device), row_of].float().log_softmax(-1)
+        totals = first[:, [choice[0] for choice in choices]]
+        depth = max(map(len, choices)) - 1
+        if not depth:
+            return totals
+        padded = [[*choice, *[choice[-1]] * (depth + 1 - len(choice))] for choice in choices]
+        tokens = torch.tensor(padded, device=device).repeat(len(mask), 1)
+        scored = torch.tensor([[place < len(choice) for place in range(1, depth + 1)] for choice in choices])
+        cache, count = outputs.past_key_values, len(choices)
+        cache.batch_repeat_interleave(count)
+        steps = torch.arange(1, depth + 1, device=device)
+        logits = self.model.causal_lm(
+            input_ids=tokens[:, :-1],
+            attention_mask=F.pad(mask, (0, depth), value=1).repeat_interleave(count, 0),
+            position_ids=(positions.amax(-1, keepdim=True) + steps).repeat_interleave(count, 0),
+            past_key_values=cache,
+        ).logits
+        found = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].unflatten(0, (-1, count))
+        return totals + (found * scored.to(device)).sum(-1)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs,
+    ) -> dict:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        ids = inputs.get("input_ids")
+        # scans stand in the prompt: where it is cached, or embedded, they are read already
+        if ids is None or not (ids == self.config.fmri_token_id).any():
+            inputs = {name: value for name, value in inputs.items() if name not in SCAN_INPUTS}
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
+    ):
+        """Repeats rows for beams; a row's scans are repeated as a block: A, B, A, B for two scans and two beams."""
+        scans = {name: kwargs.pop(name) for name in SCAN_INPUTS if kwargs.get(name) is not None}
+        if scans and expand_size > 1 and input_ids is not None:
+            is_fmri = input_ids == self.config.fmri_token_id
+            # a scan begins where its placeholders do: not every prompt has start tokens
+            counts = (is_fmri & ~F.pad(is_fmri[:, :-1], (1, 0))).sum(-1).tolist()
+            blocks = torch.arange(sum(counts), device=input_ids.device).split(counts)
+            order = torch.cat([block.repeat(expand_size) for block in blocks])
+            scans = {name: value[order] for name, value in scans.items()}
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, {**kwargs, **scans}
+
+    def _scan_alone(
+        self, fmri_codes: torch.Tensor, use_cache: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Cache | None]:
+        """
+        Scans without text, padded on the left so that all end together: their start embeddings and tokens, read by the
+        language model. Returns hidden states [scans, 1 + tokens, hidden], valid bool [scans, 1 + tokens], the codes
+        [scans, tokens, levels] in that order (-1 on padding), and the cache.
+        """
+        lengths = (fmri_codes[..., 0] >= 0).sum(-1)
+        tokens = int(lengths.max())
+        source = torch.arange(tokens, device=fmri_codes.device) - (tokens - lengths)[:, None]
+        codes = fmri_codes.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, fmri_codes.shape[-1]))
+        valid = F.pad(source >= 0, (1, 0), value=False)
+        codes = codes.masked_fill(source[..., None] < 0, -1)
+        valid[torch.arange(len(valid), device=valid.device), tokens - lengths] = True
+        start = self.model.boundaries.weight[0]
+        embeddings = start.expand(*valid.shape, -1).clone()
+        places = source % self.config.codec_config.tokens_per_patch
+        vectors = self.model.codec.embed_codes(codes.clamp(min=0))
+        embeddings[:, 1:] = torch.where(
+            (source >= 0)[..., None], self.model.projector(vectors, places).to(start.dtype), start
+        )
+        outputs = self.model(
+            inputs_embeds=embeddings.to(self.get_input_embeddings().get_parameter("weight").dtype),
+            attention_mask=valid.long(),
+            position_ids=(valid.long().cumsum(-1) - 1).clamp(min=0),
+            use_cache=use_cache,
+        )
+        return outputs.last_hidden_state, valid, codes, outputs.past_key_values
+
+    @torch.no_grad()
+    def surprise(self, fmri_codes: torch.Tensor) -> torch.Tensor:
+        """
+        Next-code negative log-likelihood float32 [scans, patches, levels] of codes [scans, tokens, levels] given all
+        tokens before, in nats a code, mean over the tokens of a patch; NaN on padding. The first token of a scan is
+        not predicted and does not count.
+        """
+        hidden, _, codes, _ = self._scan_alone(fmri_codes, use_cache=False)
+        per_patch = self.config.codec_config.tokens_per_patch
+        valid = codes[..., 0] >= 0
+        first = F.pad(valid, (1, 0))[:, :-1].logical_not() & valid
+        places = (valid.long().cumsum(-1) - 1).clamp(min=0) % per_patch
+        logits = self.model.fmri_head(hidden[:, :-1], places)
+        losses = F.cross_entropy(logits.movedim(-1, 1), codes.clamp(min=0), reduction="none")
+        losses = losses.masked_fill((~valid | first)[..., None], float("nan"))
+        # back to scans that begin together
+        lengths = valid.sum(-1, keepdim=True)
+        source = torch.arange(fmri_codes.shape[1], device=codes.device) + codes.shape[1] - lengths
+        inside = (source < codes.shape[1])[..., None]
+        index = source.clamp(max=codes.shape[1] - 1)[..., None].expand(-1, -1, losses.shape[-1])
+        losses = losses.gather(1, index).masked_fill(~inside, float("nan"))
+        return losses.unflatten(1, (-1, per_patch)).nanmean(2)
+
+    @torch.no_grad()
+    def forecast(
+        self,
+        fmri_values: torch.Tensor,
+        roi_coordinates: torch.Tensor,
+        fmri_mask: torch.Tensor | None = None,
+        seconds: float = 32.0,
+        num_samples: int | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """
+        Signal [batch, rois, frames] of the `seconds` that follow the scans' last frames, in the unit of fmri_values:
+        robust z-scores of the context, so that nothing of the future enters. It is the expected signal: each token is
+        the mean of the codebook weighted by the codes' probabilities, and what the codes left out of the context's
+        last frame fades (`fading`). With `num_samples`, [num_samples, batch, rois, frames] signals of sampled codes.
+        Frames before the first whole patch, counted from the end, are left out.
+        """
+        codec, config = self.model.codec, self.config.codec_config
+        frames = math.ceil(seconds / config.repetition_time - 1e-6)
+        if frames < 1:
+            raise ValueError(f"expected a horizon of at least one frame, {config.repetition_time} s, got {seconds} s")
+        if num_samples is not None and (num_samples < 1 or temperature <= 0):
+            raise ValueError(f"expected num_samples >= 1 and temperature > 0, got {num_samples} and {temperature}")
+        values, mask = whole_patches(fmri_values, fmri_mask, config.patch_length)
+        codes = self.model.get_fmri_codes(values, roi_coordinates, mask)
+        vectors = self._continued(codes, math.ceil(frames / config.patch_length), num_samples, temperature, generator)
+        count = num_samples or 1
+        repeated = codes.repeat_interleave(count, 0)
+        context = codec.embed_codes(repeated.clamp(min=0))
+        lengths = (repeated[..., 0] >= 0).sum(-1, keepdim=True)
+        # the decoder looks back as the encoder does, so it is given the context, too
+        places = lengths + torch.arange(vectors.shape[1], device=codes.device)
+        whole = F.pad(context, (0, 0, 0, vectors.shape[1]))
+        whole = whole.scatter(1, places[..., None].expand_as(vectors), vectors.to(whole.dtype))
+        valid = torch.arange(whole.shape[1], device=codes.device) < lengths + vectors.shape[1]
+        signal = codec.decode_vectors(whole, roi_coordinates.repeat_interleave(count, 0), valid)
+        first = lengths // config.tokens_per_patch * config.patch_length
+        ahead = (first + torch.arange(frames, device=codes.device))[:, None].expand(-1, signal.shape[1], -1)
+        future = signal.gather(-1, ahead)
+        if num_samples is not None:
+            return future.unflatten(0, (-1, count)).transpose(0, 1)
+        missed = (values - signal[..., : values.shape[-1]]).masked_fill(~mask, 0)
+        return future + fading(missed, first, frames)
+
+    def _continued(
+        self,
+        codes: torch.Tensor,
+        patches: int,
+        num_samples: int | None,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """Vectors [scans * samples, tokens, codebook_dim] of the tokens of the next patches, one token at a time."""
+        codec, config = self.model.codec, self.config.codec_config
+        per_patch = config.tokens_per_patch
+        known = int((codes[..., 0] >= 0).sum(-1).max()) // per_patch
+        if known + patches > config.max_patches:
+            raise ValueError(
+                f"expected a context and a forecast of at most max_patches={config.max_patches} patches together, got "
+                f"{known} and {patches}"
+            )
+        hidden, valid, _, cache = self._scan_alone(codes, use_cache=True)
+        hidden, mask = hidden[:, -1:], valid.long()
+        if num_samples is not None and num_samples > 1:
+            cast(Cache, cache).batch_repeat_interleave(num_samples)
+            hidden, mask = hidden.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0)
+        codebooks = codec.codebooks()
+        found = []
+        for token in range(patches * per_patch):
+            place = torch.full(hidden.shape[:2], token % per_patch, device=hidden.device)
+            chances = (self.model.fmri_head(hidden, place) / temperature).softmax(-1)
+            if num_samples is None:
+                vector = torch.einsum("btlc,lcd->btd", chances, codebooks)
+            else:
+                drawn = torch.multinomial(chances.flatten(0, -2), 1, generator=generator)
+                vector = codec.embed_codes(drawn.view(chances.shape[:-1]))
+            found.append(vector)
+            if token + 1 == patches * per_patch:
+                break
+            mask = F.pad(mask, (0, 1), value=1)
+            outputs = self.model(
+                inputs_embeds=self.model.projector(vector, place).to(hidden.dtype),
+                attention_mask=mask,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            hidden, cache = outputs.last_hidden_state, outputs.past_key_values
+        return torch.cat(found, dim=1)
+
+
+def whole_patches(
+    fmri_values: torch.Tensor, fmri_mask: torch.Tensor | None, patch_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Scans [batch, rois, time] and their masks without the frames before the first whole patch counted from the end, so
+    that the last patch ends with the last frame; ValueError for a scan of less than one patch.
+    """
+    if fmri_mask is None:
+        fmri_mask = torch.ones_like(fmri_values, dtype=torch.bool)
+    frames = fmri_mask.any(1).sum(-1)
+    kept = frames // patch_length * patch_length
+    if not kept.all():
+        raise ValueError(f"expected scans of at least one patch of {patch_length} frames, got {int(frames.min())}")
+    index = torch.arange(int(kept.max()), device=fmri_values.device)
+    source = (index + (frames - kept)[:, None]).clamp(max=fmri_values.shape[-1] - 1)
+    source = source[:, None].expand(-1, fmri_values.shape[1], -1)
+    inside = (index < kept[:, None])[:, None]
+    return fmri_values.gather(-1, source), fmri_mask.gather(-1, source) & inside
+
+
+def fading(missed: torch.Tensor, length: torch.Tensor, frames: int) -> torch.Tensor:
+    """
+    Forecast [batch, rois, frames] of what codes leave out of a signal: missed [batch, rois, time] in its first
+    `length` [batch, 1] frames, zero after them. The last frame, times powers of the scan's lag-1 autocorrelation.
+    """
+    strength = (missed[..., 1:] * missed[..., :-1]).sum((1, 2)) / missed.pow(2).sum((1, 2)).clamp(min=1e-12)
+    last = missed.gather(-1, (length - 1)[:, None].expand(-1, missed.shape[1], -1))
+    ahead = torch.arange(1, frames + 1, device=missed.device)
+    return last * strength.clamp(min=0)[:, None, None] ** ahead
+
+
+@torch.no_grad()
+def check_backbone(language_model: PreTrainedModel) -> None:
+    """
+    ValueError unless the language model can read scans: it takes `inputs_embeds` and gives for those of words, bit for
+    bit, what it gives for the words; its last hidden state is what its own head reads.
+    """
+    name = type(language_model).__name__
+    head = language_model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"expected a causal language model, got {name}, without a head")
+    training = language_model.training
+    language_model.eval()
+    embedding = language_model.get_input_embeddings()
+    ids = torch.arange(3, 8, device=embedding.get_parameter("weight").device)[None]
+    embeddings = embedding(ids)
+    try:
+        of_words = language_model(input_ids=ids).logits
+        outputs = language_model(inputs_embeds=embeddings, output_hidden_states=True)
+        states = language_model.base_model(inputs_embeds=embeddings).last_hidden_state
+    # whatever a foreign model raises here, it is no backbone
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be the backbone: expected it to take inputs_embeds, got {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        language_model.train(training)
+    if not torch.equal(of_words, outputs.logits):
+        raise ValueError(
+            f"{name} cannot be the backbone: expected the same logits from words and from their embeddings, got a "
+            f"difference of {(of_words - outputs.logits).abs().max():.2g}"
+        )
+    width = language_model.config.get_text_config().hidden_size
+    if embeddings.shape[-1] != width or states.shape[-1] != width:
+        raise ValueError(
+            f"{name} cannot be the backbone: expected embeddings and states of hidden_size={width}, got "
+            f"{embeddings.shape[-1]} and {states.shape[-1]}"
+        )
+    if not torch.equal(states, outputs.hidden_states[-1]):
+        raise ValueError(
+            f"{name} cannot be the backbone: expected output_hidden_states to end with the last hidden state"
         )
 
 

@@ -7,70 +7,168 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data.held_out import HELD_OUT_SHARE
+from transformers import TrainingArguments
+from trl import ModelConfig, SFTConfig
+
+from .data.splits import SplitArguments
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
-    from trl import ModelConfig
+    from transformers import BitsAndBytesConfig, Trainer
 
     from fmrilm.modeling_fmricodec import FmriCodecModel
     from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
     from fmrilm.processors import FmriLMFeatureExtractor, FmriLMProcessor
+    from fmrilm.processors.descriptors.cohort import Cohort
 
-    from .corpus.scans import Scans
-    from .data.scan_windows import EncodedScans
+    from .alignment.examples import Examples
+    from .data.dataset import Scans
+
+
+NO_PACKING = (
+    "expected rows of one chat each, got packing or padding-free batches: a row's scans are counted by its own "
+    "placeholders. Batches of rows of similar length (train_sampling_strategy: group_by_length, the default) waste "
+    "little padding"
+)
+BUCKETS_HELP = "group_by_length: rows of similar length in each step; random; or sequential."
 
 
 @dataclass
-class ScanArguments:
+class ScanArguments(SplitArguments):
     """Which scans are learned from."""
 
-    corpus: str | None = field(
-        default=None,
-        metadata={"help": "Folder that `fmrilm describe` wrote: scans with texts and labels, split by subject."},
-    )
     data: str | None = field(
         default=None,
         metadata={
-            "help": "Folder that `fmrilm prepare` wrote: scans and labels where there is no corpus; beside one, the "
-            "atlases that are not packaged."
+            "help": "Folder that `fmrilm prepare` wrote, or `fmrilm describe` (a corpus: its texts are learned, too)."
         },
     )
-    held_out_share: float = field(
-        default=HELD_OUT_SHARE,
-        metadata={"help": "Share of the subjects that no row is about, where there is no corpus."},
-    )
     window_stride: int = field(default=80, metadata={"help": "Frames from one window of a scan to the next."})
+    mixtures: int = field(
+        default=0, metadata={"help": "Mixtures of windows to learn from beside the windows, where subjects are few."}
+    )
     rows: int | None = field(
         default=None, metadata={"help": "Rows to draw; by default one for each window of the training scans."}
     )
     evaluation_rows: int = field(
         default=64, metadata={"help": "Rows about held-out subjects, for the loss on them (eval_strategy)."}
     )
+    questions: int = field(default=8, metadata={"help": "Questions in one conversation, at most."})
+    statements: int = field(default=8, metadata={"help": "Statements in a description by levels."})
     paragraphs: int | None = field(
-        default=2, metadata={"help": "Paragraphs of a description in a row; null for all of it."}
+        default=2, metadata={"help": "Paragraphs of a corpus' description in a row; null for all of it."}
     )
     code_cache: str | None = field(
         default=None, metadata={"help": "Folder of the scans' codes, for several runs; by default OUTPUT_DIR/codes."}
     )
 
 
-def begin(script_args: ScanArguments, training_args: "TrainingArguments") -> tuple["Scans", Path | None]:
-    """The scans, and the checkpoint to go on from if there is one; seeds what is drawn from now on."""
-    from transformers import set_seed
+@dataclass
+class AlignmentTrainingArguments(TrainingArguments):
+    """TrainingArguments with the defaults of stage 2."""
 
-    from .checkpoints import last_checkpoint, output_folder
-    from .corpus.scans import load_scans
+    train_sampling_strategy: str = field(default="group_by_length", metadata={"help": BUCKETS_HELP})
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 arithmetic; by default, where it is fast."})
 
-    set_seed(training_args.seed)
-    scans = load_scans(script_args.data, script_args.corpus, script_args.held_out_share)
-    return scans, last_checkpoint(output_folder(training_args))
+    def __post_init__(self) -> None:
+        _fit(self)
+        super().__post_init__()
 
 
-def quantization(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
+@dataclass
+class FmriLMSFTConfig(SFTConfig):
+    """TRL's SFTConfig for rows that the collator prepares: TRL's own preparation knows neither scans nor codes."""
+
+    train_sampling_strategy: str = field(default="group_by_length", metadata={"help": BUCKETS_HELP})
+
+    def __post_init__(self) -> None:
+        if self.packing or self.eval_packing or self.padding_free:
+            raise ValueError(NO_PACKING)
+        # rows are tokenised before, whole: a scan is never cut
+        self.max_length = None
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
+        _fit(self)
+        super().__post_init__()
+
+
+def _fit(args: TrainingArguments) -> None:
+    import torch
+
+    from .trainer import half_precision
+
+    # transformers takes bfloat16 on a CPU only where the CPU is asked for
+    args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
+    # the collator reads columns that no model's signature names
+    args.remove_unused_columns = False
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and half_precision()
+
+
+def read_scans(script_args: ScanArguments, extractor: "FmriLMFeatureExtractor") -> tuple["Scans", "Scans"]:
+    """Training and held-out scans; extractor: that of the codec."""
+    from .data.dataset import load_scans
+    from .data.splits import split_scans
+
+    if script_args.data is None:
+        raise ValueError("expected data, a folder that `fmrilm prepare` or `fmrilm describe` wrote, got none")
+    return split_scans(load_scans(script_args.data, extractor), script_args)
+
+
+def fit_cohort(scans: "Scans", window_length: int, stride: int) -> "Cohort":
+    """Means and terciles of the core descriptors over the windows of training scans."""
+    from fmrilm.processors.descriptors.cohort import Cohort
+    from fmrilm.processors.descriptors.measures import CORE_MEASURES
+
+    from .data.dataset import cut_windows
+
+    windows = cut_windows(scans, window_length, stride)
+    return Cohort.fit(
+        "the model's training subjects",
+        CORE_MEASURES,
+        windows.descriptors(),
+        subjects=scans.table["subject"].nunique(),
+        atlases=list(scans.atlases.values()),
+    )
+
+
+def make_examples(
+    codec: "FmriCodecModel",
+    scans: "Scans",
+    cohort: "Cohort",
+    window_length: int,
+    stride: int,
+    cache: Path,
+    mixtures: int = 0,
+    seed: int = 0,
+) -> "Examples":
+    """Windows of the scans and mixtures of them, encoded once (see [`Examples`]); without scores."""
+    import numpy as np
+
+    from .alignment.examples import Examples
+    from .data.dataset import MixedWindows, cut_windows, encode_windows
+
+    windows = cut_windows(scans, window_length, stride)
+    encoded = encode_windows(codec, windows, cache)
+    descriptors = windows.descriptors()
+    known = scans.table.to_dict("records")
+    rows = [{**known[window.scan], "scan": known[window.scan].get("scan", window.scan)} for window in windows]
+    codes, features, z_scores = list(encoded.codes), encoded.features, cohort.z_scores(descriptors)
+    levels = cohort.levels(descriptors)
+    if mixtures:
+        mixed = MixedWindows(windows, cohort, mixtures, seed)
+        more = encode_windows(codec, mixed, cache)
+        z_mixed = np.stack([mixed[index]["descriptors"] for index in range(mixtures)])
+        codes += list(more.codes)
+        features = np.concatenate([features, more.features])
+        z_scores = np.concatenate([z_scores, z_mixed])
+        levels = np.concatenate([levels, cohort.levels(cohort.from_z_scores(z_mixed))])
+        rows += [{"subject": mixed[index]["subject"]} for index in range(mixtures)]
+    return Examples(codes, features, z_scores, levels, rows, np.zeros((len(codes), 0), np.float32))
+
+
+def quantization(model_args: ModelConfig) -> "BitsAndBytesConfig | None":
     """How the language model's matrices are stored, for QLoRA."""
     from trl import get_quantization_config
 
@@ -84,20 +182,12 @@ def quantization(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
         raise ValueError("expected use_peft with load_in_4bit or load_in_8bit: stored like that, weights do not learn")
     config: Any = get_quantization_config(model_args)
     # what a scan passes through is small, and is trained whole
-    config.llm_int8_skip_modules = [
-        "codec",
-        "projector",
-        "descriptors",
-        "boundaries",
-        "fmri_head",
-        "fmri_autoregression",
-        "lm_head",
-    ]
+    config.llm_int8_skip_modules = ["codec", "projector", "summary", "boundaries", "fmri_head", "lm_head"]
     return config
 
 
 def trainable(
-    model: "FmriLMForConditionalGeneration | PeftModel", model_args: "ModelConfig"
+    model: "FmriLMForConditionalGeneration | PeftModel", model_args: ModelConfig
 ) -> "FmriLMForConditionalGeneration | PeftModel":
     """The model as it is trained: whole, or through a new adapter if `use_peft`, or through the one that it has."""
     from peft import PeftModel
@@ -110,7 +200,7 @@ def trainable(
 
 
 def keep_base(
-    model: "FmriLMForConditionalGeneration | PeftModel", args: "TrainingArguments", last: Path | None
+    model: "FmriLMForConditionalGeneration | PeftModel", args: TrainingArguments, last: Path | None
 ) -> None:
     """Writes a model that is nowhere else to `base/` of a run that begins, for the run's adapters to name."""
     from .checkpoints import output_folder
@@ -158,48 +248,23 @@ def train_and_save(trainer: "Trainer", last: Path | None, write_more: Callable[[
     return output / "model"
 
 
-def encode_both(
-    script_args: ScanArguments,
-    training_args: "TrainingArguments",
-    codec: "FmriCodecModel",
-    scans: "Scans",
-    extractor: "FmriLMFeatureExtractor",
-) -> tuple["EncodedScans", "EncodedScans | None"]:
-    """Codes of the training scans and, if there are any and the loss on them is asked for, of the test scans."""
-    from .checkpoints import output_folder
-    from .data.scan_windows import encode_scans
-
-    cache = Path(script_args.code_cache or output_folder(training_args) / "codes")
-
-    def encode(parts: list["Dataset"]) -> "EncodedScans":
-        return encode_scans(codec, parts, scans.atlases, extractor, script_args.window_stride, cache)
-
-    # the others read what the first process has put into the cache
-    with training_args.main_process_first(desc="codes"):
-        training = encode(scans.training)
-        wanted = scans.test and training_args.eval_strategy != "no" and script_args.evaluation_rows
-        return training, encode(scans.test) if wanted else None
-
-
 def on_rows(
     script_args: ScanArguments,
-    training_args: "TrainingArguments",
+    training_args: TrainingArguments,
     processor: "FmriLMProcessor",
-    training: "EncodedScans",
-    test: "EncodedScans | None",
-    draw: "Callable[[EncodedScans, int, int], Dataset]",
+    training: "Examples",
+    test: "Examples | None",
+    draw: "Callable[[Examples, int, int], Dataset]",
 ) -> dict[str, Any]:
-    """
-    What a Trainer needs beside its model. draw: chats about windows of the scans, so many of them, by a seed.
-    """
+    """What a Trainer needs beside its model. draw: chats about windows of the examples, so many of them, by a seed."""
     from .data.collator import RowCollator, encode_dataset
 
-    def rows(scans: "EncodedScans", count: int, seed: int) -> "Dataset":
-        return encode_dataset(draw(scans, count, seed), processor)
+    def rows(examples: "Examples", count: int, seed: int) -> "Dataset":
+        return encode_dataset(draw(examples, count, seed), processor)
 
     return {
         "args": training_args,
-        "train_dataset": rows(training, script_args.rows or len(training.windows), training_args.seed),
+        "train_dataset": rows(training, script_args.rows or len(training), training_args.seed),
         "eval_dataset": None if test is None else rows(test, script_args.evaluation_rows, training_args.seed + 1),
         "data_collator": RowCollator(processor.tokenizer.pad_token_id),
         "processing_class": processor,

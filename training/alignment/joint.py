@@ -1,95 +1,88 @@
-"""Stage 2: a pretrained language model learns to read and to predict the codec's codes."""
+"""Stage 2: a trained codec and a pretrained language model become one model, whole or with an adapter."""
 
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from fmrilm.configuration_fmrilm import FmriCodecConfig, FmriLMConfig
+from fmrilm.configuration_fmrilm import FmriLMConfig
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
-from fmrilm.processors import (
-    FMRI_END,
-    FMRI_PAD,
-    FMRI_START,
-    FmriLMFeatureExtractor,
-    FmriLMProcessor,
-    descriptor_token,
-)
-from fmrilm.processors.descriptors.cohort import LEVELS
-from fmrilm.processors.descriptors.text import fact_sheet
-
-from ..data.collator import ChatCollator
-from ..trainer import JointTrainer
+from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor
 
 
 # anchored at the language model: the codec has projections of the same names
-LORA_TARGETS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
-LANGUAGE_MODEL = "model.language_model."
-Trained = TypeVar("Trained", bound=PeftModel | PreTrainedModel)
-
-SCAN_MODULES = ("projector", "descriptors", "boundaries", "fmri_head")
-
-
-def scan_processor(
-    extractor: FmriLMFeatureExtractor, tokenizer: PreTrainedTokenizerBase, config: FmriCodecConfig
-) -> FmriLMProcessor:
-    """The processor of a model that reads this codec: behind a scan stands what the codec's head tells of it."""
-    names = config.descriptor_names or ()
-    sheet = fact_sheet(names, [descriptor_token(name) for name in names]) if names else ""
-    return FmriLMProcessor(extractor, tokenizer, tokens_per_step=config.tokens_per_step, sheet=sheet)
+LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
+LANGUAGE_MODEL = "model.causal_lm."
+# what a scan enters and leaves through, trained whole beside an adapter
+SCAN_MODULES = ("projector", "summary.output_proj", "boundaries", "fmri_head")
 
 
 def join(
-    codec: FmriCodecModel, language_model: PreTrainedModel, processor: FmriLMProcessor
+    codec: FmriCodecModel, language_model: PreTrainedModel, processor: FmriLMProcessor, score_names: Sequence[str]
 ) -> FmriLMForConditionalGeneration:
     """The untrained joint model: vocabulary grown by the fMRI tokens, new embeddings at the old ones' mean."""
     tokenizer = processor.tokenizer
-    known = language_model.config.vocab_size
+    known = language_model.config.get_text_config().vocab_size
     if len(tokenizer) > known:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         embeddings = language_model.get_input_embeddings().get_parameter("weight")
         with torch.no_grad():
             embeddings[known:] = embeddings[:known].mean(0)
-    start, pad, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_END])
-    names = (codec.config.descriptor_names or []) if processor.sheet else []
-    described = tokenizer.convert_tokens_to_ids([descriptor_token(name) for name in names])
+    start, pad, summary, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END])
     config = FmriLMConfig(
         codec_config=_without_path(codec.config),
         text_config=_without_path(language_model.config),
         fmri_start_token_id=start,
         fmri_token_id=pad,
+        fmri_summary_token_id=summary,
         fmri_end_token_id=end,
-        descriptor_token_ids=described or None,
+        num_summary_tokens=processor.summary_tokens,
+        score_names=list(score_names),
     )
     model = FmriLMForConditionalGeneration.from_parts(codec, language_model, config)
-    if model.model.descriptors is not None:
-        words = [tokenizer(f" {level}", add_special_tokens=False)["input_ids"] for level in LEVELS]
-        with torch.no_grad():
-            means = [model.get_input_embeddings().get_parameter("weight")[ids].mean(0) for ids in words]
-            model.model.descriptors.levels.weight.copy_(torch.stack(means))
-    # a model that speaks placeholders would refer to scans that are not there
-    model.generation_config.suppress_tokens = [start, pad, end, *described]
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config = language_model.generation_config or model.generation_config
+    # a model that generates placeholders would refer to scans that are not there
+    model.generation_config.suppress_tokens = [start, pad, summary, end]
+    ends = model.generation_config.eos_token_id or []
+    ends = [ends] if isinstance(ends, int) else list(ends)
+    model.generation_config.eos_token_id = sorted({*ends, tokenizer.eos_token_id})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+@torch.no_grad()
+def with_score_names(
+    model: FmriLMForConditionalGeneration, score_names: Sequence[str]
+) -> FmriLMForConditionalGeneration:
+    """A copy of the model that reads these scores; those that it read before keep their place in the embeddings."""
+    config = FmriLMConfig.from_dict({**model.config.to_dict(), "score_names": list(score_names)})
+    wider = FmriLMForConditionalGeneration(config)
+    old, new = model.state_dict(), wider.state_dict()
+    kept = {name: old[name] for name in new if name in old and old[name].shape == new[name].shape}
+    wider.load_state_dict(kept, strict=False)
+    wider.tie_weights()
+    wider.generation_config = model.generation_config
+    source, target = model.model.summary, wider.model.summary
+    if source is None or target is None:
+        raise ValueError("expected models with score_names, got one without")
+    size = source.output_proj.weight.std()
+    generator = torch.Generator().manual_seed(len(score_names))
+    target.output_proj.weight.copy_(size * torch.randn(target.output_proj.weight.shape, generator=generator))
+    before = model.config.score_names
+    for place, name in enumerate(score_names):
+        if name in before:
+            target.output_proj.weight[:, place] = source.output_proj.weight[:, before.index(name)]
+            target.readout.weight[place] = source.readout.weight[before.index(name)]
+            target.readout.bias[place] = source.readout.bias[before.index(name)]
+    return wider.eval()
 
 
 def _without_path(config: PreTrainedConfig) -> Any:
     """As a dict, of which `FmriLMConfig` makes a configuration again."""
     return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
-
-
-def add_lora(model: FmriLMForConditionalGeneration, rank: int) -> PeftModel:
-    """LoRA as `add_adapter` places it. A model without it has its whole language model tuned."""
-    return add_adapter(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"))
 
 
 def add_adapter(model: FmriLMForConditionalGeneration, config: LoraConfig) -> PeftModel:
@@ -111,16 +104,6 @@ def add_adapter(model: FmriLMForConditionalGeneration, config: LoraConfig) -> Pe
     return adapted
 
 
-def train_alignment(
-    model: Trained, dataset: Dataset, processor: FmriLMProcessor, args: TrainingArguments
-) -> Trained:
-    """On rows {"messages", "codes", "text"}; the codec stays as it is."""
-    trainer = JointTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=ChatCollator(processor),
-        processing_class=processor,
-    )
-    trainer.train()
-    return model
+def add_lora(model: FmriLMForConditionalGeneration, rank: int) -> PeftModel:
+    """LoRA as `add_adapter` places it."""
+    return add_adapter(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"))

@@ -4,11 +4,10 @@ Stage 2 as a program: a pretrained language model learns to read and to predict 
 # LoRA on the language model
 ```bash
 accelerate launch -m fmrilm.training.alignment.program \\
-    --config training/configs/alignment.yaml \\
+    --config training/configs/demo/alignment.yaml \\
     --codec runs/codec/model \\
     --model_name_or_path Qwen/Qwen3-0.6B \\
-    --corpus data/corpus \\
-    --data data/prepared \\
+    --data data/corpus \\
     --use_peft \\
     --lora_r 16 \\
     --learning_rate 1.0e-3 \\
@@ -18,11 +17,10 @@ accelerate launch -m fmrilm.training.alignment.program \\
 # Full tuning
 ```bash
 accelerate launch -m fmrilm.training.alignment.program \\
-    --config training/configs/alignment.yaml \\
+    --config training/configs/demo/alignment.yaml \\
     --codec runs/codec/model \\
     --model_name_or_path Qwen/Qwen3-0.6B \\
-    --corpus data/corpus \\
-    --data data/prepared \\
+    --data data/corpus \\
     --use_peft false \\
     --learning_rate 2.0e-5 \\
     --output_dir runs/alignment
@@ -35,13 +33,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..program import ScanArguments
+from ..program import AlignmentTrainingArguments, ScanArguments
 
 
 if TYPE_CHECKING:
     from trl import ModelConfig, TrlParser
-
-    from ..arguments import AlignmentTrainingArguments
 
 
 @dataclass
@@ -49,16 +45,13 @@ class AlignmentArguments(ScanArguments):
     """What is joined, and what the joint model learns from."""
 
     codec: str | None = field(default=None, metadata={"help": "Trained codec: a folder or Hub id."})
-    window_length: int = field(default=160, metadata={"help": "Frames of a window, also of the finished processor."})
+    summary_tokens: int = field(default=8, metadata={"help": "Tokens of a scan that carry its scores."})
     row_weights: list[float] = field(
-        default_factory=lambda: [0.8, 0.1, 0.1],
-        metadata={"help": "Of rows of a scan and its description, of a scan alone, and of plain text."},
-    )
-    projector_steps: int = field(
-        default=250, metadata={"help": "Steps of the projector alone on the descriptors, before all else."}
-    )
-    autoregression_steps: int = field(
-        default=300, metadata={"help": "Steps of the autoregression alone on the codes, before all else."}
+        default_factory=lambda: [0.4, 0.4, 0.1, 0.1],
+        metadata={
+            "help": "Of rows of a scan and its description, of a scan and questions about its descriptors, of a scan "
+            "alone, and of plain text."
+        },
     )
 
 
@@ -68,99 +61,81 @@ def main(command_line: list[str] | None = None) -> Path:
 
 
 def align(
-    script_args: AlignmentArguments, training_args: "AlignmentTrainingArguments", model_args: "ModelConfig"
+    script_args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: "ModelConfig"
 ) -> Path:
-    """Trains and writes the joint model's folder, which is returned. Rows are about the corpus' training subjects."""
+    """Trains and writes the joint model's folder, which is returned. Rows are about training subjects alone."""
     import torch
+    from transformers import AutoFeatureExtractor, set_seed
 
     from fmrilm.modeling_fmricodec import FmriCodecModel
-    from fmrilm.processors import FmriLMFeatureExtractor
+    from fmrilm.processors import FmriLMProcessor
 
-    from ..checkpoints import output_folder
+    from ..checkpoints import last_checkpoint, output_folder
     from ..hub.model_folder import load_model
-    from ..program import begin, encode_both, keep_base, on_rows, train_and_save, trainable
-    from ..trainer import JointTrainer
-    from .corpus_chats import alignment_rows
-    from .joint import join, scan_processor
+    from ..program import fit_cohort, keep_base, make_examples, on_rows, read_scans, train_and_save, trainable
+    from ..trainer import AlignmentTrainer
+    from .chats import alignment_rows
+    from .examples import fit_frequencies, fit_scores, read_scores, score_targets
+    from .joint import join
     from .language_models import PACKAGED_MODEL, load_language_model
     from .plain_text import plain_texts
 
-    if script_args.codec is None or script_args.corpus is None:
-        raise ValueError(
-            "expected codec, a trained one, and corpus, a folder that `fmrilm describe` wrote, got "
-            f"codec={script_args.codec} and corpus={script_args.corpus}"
-        )
+    if script_args.codec is None:
+        raise ValueError("expected codec, a folder or Hub id of a trained one, got none")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("expected stage 2 in full precision: QLoRA is for stage 3, got load_in_4bit or load_in_8bit")
-    scans, last = begin(script_args, training_args)
+    set_seed(training_args.seed)
+    last = last_checkpoint(output_folder(training_args))
     codec = FmriCodecModel.from_pretrained(script_args.codec, dtype=torch.float32).eval()
-    extractor = FmriLMFeatureExtractor(
-        atlases=list(scans.atlases.values()),
-        repetition_time=codec.config.repetition_time,
-        patch_length=codec.config.patch_length,
-        window_length=script_args.window_length,
-    )
-    if scans.cohort is None:
-        raise ValueError(f"expected a corpus with its cohort in {script_args.corpus}, got one without")
+    extractor = AutoFeatureExtractor.from_pretrained(script_args.codec)
+    training, test = read_scans(script_args, extractor)
+    length, stride = extractor.window_length, script_args.window_stride
+    cohort = fit_cohort(training, length, stride)
+    cache = Path(script_args.code_cache or output_folder(training_args) / "codes")
+    wanted = len(test) and training_args.eval_strategy != "no" and script_args.evaluation_rows
+    # the others read what the first process has put into the cache
+    with training_args.main_process_first(desc="codes"):
+        examples = make_examples(
+            codec, training, cohort, length, stride, cache, script_args.mixtures, training_args.seed
+        )
+        held_out = make_examples(codec, test, cohort, length, stride, cache) if wanted else None
+    names, targets = score_targets(examples, cohort.names, [])
     language_model, tokenizer = load_language_model(model_args.model_name_or_path or PACKAGED_MODEL)
-    processor = scan_processor(extractor, tokenizer, codec.config)
-    model = join(codec, language_model, processor)
-    training, test = encode_both(script_args, training_args, codec, scans, extractor)
-    if last is None:
-        warm_up(model, training, scans.cohort, script_args, training_args.seed)
-    elif model_args.use_peft:
-        # an adapter's checkpoint does not hold what was fitted before
+    processor = FmriLMProcessor(
+        extractor, tokenizer, tokens_per_patch=codec.config.tokens_per_patch, summary_tokens=script_args.summary_tokens
+    )
+    model = join(codec, language_model, processor, names)
+    examples, r_squared = fit_scores(model, examples, names, targets, training_args.seed)
+    fit_frequencies(model, examples.codes)
+    print(f"scores of {len(names)} descriptors: mean R2 {r_squared.mean():.2f} on subjects left out of each fold")
+    if held_out is not None:
+        held_out = read_scores(model, held_out)
+    if last is not None and model_args.use_peft:
+        # an adapter's checkpoint does not hold what it was trained on
         model = load_model(str(output_folder(training_args) / "base"), torch.float32, merge=False)
     if model_args.use_peft:
         keep_base(model, training_args, last)
-
     texts, held_out_texts = plain_texts()
 
     def draw(of, count, seed):
-        about = held_out_texts if of is test else texts
-        return alignment_rows(of, about, count, script_args.row_weights, script_args.paragraphs, seed)
+        return alignment_rows(
+            of,
+            held_out_texts if of is held_out else texts,
+            count,
+            script_args.row_weights,
+            script_args.questions,
+            script_args.statements,
+            script_args.paragraphs,
+            seed,
+        )
 
-    inputs = on_rows(script_args, training_args, processor, training, test, draw)
-    trainer = JointTrainer(model=trainable(model, model_args), **inputs)
-    return train_and_save(trainer, last, scans.cohort.save)
-
-
-def warm_up(model, scans, cohort, script_args: AlignmentArguments, seed: int) -> None:
-    """
-    What is fitted before the language model learns, on the windows of the most frequent length and the descriptors of
-    their scans.
-    """
-    from collections import Counter
-
-    import numpy as np
-
-    from .start import fit_autoregression, fit_levels, warm_up_projector
-
-    length, _ = Counter(len(window) for codes in scans.codes for window in codes).most_common(1)[0]
-    chosen = [(scan, window) for scan, window in scans.windows if len(scans.codes[scan][window]) == length]
-    codes = np.stack([scans.codes[scan][window] for scan, window in chosen])
-    values = np.array([[row["descriptors"][name] for name in cohort.names] for row in scans.rows], float)
-    rows = [scan for scan, _ in chosen]
-    config = model.config.codec_config
-    if model.model.descriptors is not None:
-        known = dict(zip(cohort.names, cohort.levels(values)[rows].T, strict=True))
-        levels = [known.get(name, np.full(len(rows), -1)) for name in config.descriptor_names]
-        told = fit_levels(model, codes, np.stack(levels, axis=1))
-        print(f"the codec's head tells {told:.2f} of the training levels from the codes")
-    if script_args.projector_steps:
-        targets = cohort.z_scores(values)[rows]
-        explained = warm_up_projector(model, codes, targets, script_args.projector_steps, seed)
-        print(f"the projected codes explain {explained:.2f} of the training descriptors' variance")
-    # windows of one step have no next one
-    if script_args.autoregression_steps and length > config.tokens_per_step:
-        perplexity = fit_autoregression(model, codes, script_args.autoregression_steps, seed)
-        print(f"the codes tell the next ones at a perplexity of {perplexity:.0f}")
+    inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
+    trainer = AlignmentTrainer(model=trainable(model, model_args), **inputs)
+    return train_and_save(trainer, last, cohort.save)
 
 
 def make_parser() -> "TrlParser":
     from trl import ModelConfig, TrlParser
-
-    from ..arguments import AlignmentTrainingArguments
 
     # declared for a type of its own, which dataclasses are not
     return TrlParser((AlignmentArguments, AlignmentTrainingArguments, ModelConfig))  # pyright: ignore[reportArgumentType]

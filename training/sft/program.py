@@ -4,10 +4,9 @@ Stage 3 as a program: instruction tuning of a joint model on questions about sca
 # LoRA, on top of a model of stage 2 (or going on with the adapter in a folder)
 ```bash
 accelerate launch -m fmrilm.training.sft.program \\
-    --config training/configs/sft.yaml \\
+    --config training/configs/demo/sft.yaml \\
     --model_name_or_path runs/alignment/model \\
-    --corpus data/corpus \\
-    --data data/prepared \\
+    --data data/corpus \\
     --use_peft \\
     --lora_r 16 \\
     --learning_rate 1.0e-3 \\
@@ -17,10 +16,10 @@ accelerate launch -m fmrilm.training.sft.program \\
 # A new adapter after merging the one in a folder
 ```bash
 accelerate launch -m fmrilm.training.sft.program \\
-    --config training/configs/sft.yaml \\
+    --config training/configs/demo/sft.yaml \\
     --model_name_or_path runs/alignment/adapter \\
     --merge_adapter \\
-    --corpus data/corpus \\
+    --data data/corpus \\
     --use_peft \\
     --output_dir runs/sft
 ```
@@ -28,7 +27,7 @@ accelerate launch -m fmrilm.training.sft.program \\
 # Questions about labels alone, of packaged tasks or a YAML file of your own
 ```bash
 accelerate launch -m fmrilm.training.sft.program \\
-    --config training/configs/sft.yaml \\
+    --config training/configs/demo/sft.yaml \\
     --model_name_or_path runs/alignment/model \\
     --data data/prepared \\
     --tasks sex age_group mytask.yaml \\
@@ -39,9 +38,9 @@ accelerate launch -m fmrilm.training.sft.program \\
 # Full tuning
 ```bash
 accelerate launch -m fmrilm.training.sft.program \\
-    --config training/configs/sft.yaml \\
+    --config training/configs/demo/sft.yaml \\
     --model_name_or_path runs/alignment/model \\
-    --corpus data/corpus \\
+    --data data/corpus \\
     --use_peft false \\
     --learning_rate 2.0e-5 \\
     --output_dir runs/sft
@@ -54,13 +53,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..program import ScanArguments
+from ..program import FmriLMSFTConfig, ScanArguments
 
 
 if TYPE_CHECKING:
     from trl import ModelConfig, TrlParser
-
-    from ..arguments import FmriLMSFTConfig
 
 
 @dataclass
@@ -78,12 +75,17 @@ class SftArguments(ScanArguments):
         default_factory=lambda: [0.1, 0.8, 0.1],
         metadata={"help": "Of one question, several questions in one conversation, and an open-ended request."},
     )
-    questions: int = field(default=6, metadata={"help": "Questions in one conversation, at most."})
+    label_share: float = field(
+        default=0.5, metadata={"help": "Of the chats about scans with labels, those that ask for the labels."}
+    )
     source_share: float = field(
         default=0.0, metadata={"help": "Of the chats that begin with what is known of the study (Task.about)."}
     )
+    covariate_share: float = field(
+        default=0.0, metadata={"help": "Of the chats about labels that begin with labels of the other tasks."}
+    )
     description_share: float = field(
-        default=0.0, metadata={"help": "Of the chats about labels that begin with the scan's description."}
+        default=0.0, metadata={"help": "Of the chats about labels that begin with the scan's description in a corpus."}
     )
 
 
@@ -92,69 +94,91 @@ def main(command_line: list[str] | None = None) -> Path:
     return tune(script_args, training_args, model_args)
 
 
-def tune(script_args: SftArguments, training_args: "FmriLMSFTConfig", model_args: "ModelConfig") -> Path:
+def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: "ModelConfig") -> Path:
     """Trains and writes the tuned model's folder, which is returned. Rows are about training subjects alone."""
     from peft import PeftModel
+    from transformers import set_seed
 
     from fmrilm.processors import FmriLMProcessor
-    from fmrilm.processors.descriptors.cohort import JSON_FILE, Cohort
+    from fmrilm.processors.descriptors.cohort import Cohort
 
-    from ..alignment.corpus_chats import described_windows
+    from ..alignment.examples import fit_scores, read_scores, score_targets
+    from ..alignment.joint import with_score_names
+    from ..checkpoints import last_checkpoint, output_folder
     from ..data.tasks import load_task
     from ..hub.model_folder import base_of, load_model
-    from ..program import begin, encode_both, keep_base, on_rows, quantization, train_and_save, trainable
-    from .task_chats import task_dataset
-    from .trainer import FmriLMSFTTrainer
+    from ..program import (
+        keep_base,
+        make_examples,
+        on_rows,
+        quantization,
+        read_scans,
+        train_and_save,
+        trainable,
+    )
+    from ..trainer import FmriLMSFTTrainer
+    from .chats import Mixture, instruction_rows
 
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("expected model_name_or_path, a folder or Hub id of a joint model or an adapter, got none")
-    if script_args.corpus is None and not script_args.tasks:
-        raise ValueError("expected tasks or a corpus to take questions from, got neither")
+    set_seed(training_args.seed)
+    last = last_checkpoint(output_folder(training_args))
     tasks = [load_task(task) for task in script_args.tasks]
-    scans, last = begin(script_args, training_args)
     processor = FmriLMProcessor.from_pretrained(name)
     extractor = processor.feature_extractor
+    training, test = read_scans(script_args, extractor)
     known = {atlas["name"] for atlas in extractor.atlases}
-    extractor.atlases += [atlas.to_dict() for name, atlas in scans.atlases.items() if name not in known]
+    extractor.atlases += [atlas.to_dict() for atlas in training.atlases.values() if atlas.name not in known]
+    cohort = Cohort.load(base_of(name) or name)
     model = load_model(name, model_args.dtype, script_args.merge_adapter, quantization(model_args))
     joint: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    training, test = encode_both(script_args, training_args, joint.model.codec, scans, extractor)
-    if model_args.use_peft and script_args.merge_adapter and base_of(name):
+    length, stride = extractor.window_length, script_args.window_stride
+    cache = Path(script_args.code_cache or output_folder(training_args) / "codes")
+    wanted = len(test) and training_args.eval_strategy != "no" and script_args.evaluation_rows
+    with training_args.main_process_first(desc="codes"):
+        examples = make_examples(
+            joint.model.codec, training, cohort, length, stride, cache, script_args.mixtures, training_args.seed
+        )
+        held_out = make_examples(joint.model.codec, test, cohort, length, stride, cache) if wanted else None
+    names, targets = score_targets(examples, cohort.names, tasks)
+    widened = set(names) - set(joint.config.score_names)
+    if widened:
+        if isinstance(model, PeftModel) or model_args.load_in_4bit or model_args.load_in_8bit:
+            raise ValueError(
+                f"expected a whole model in full precision to learn new scores ({', '.join(sorted(widened))}): merge "
+                "the adapter first (--merge_adapter)"
+            )
+        model = joint = with_score_names(joint, [*joint.config.score_names, *(n for n in names if n in widened)])
+    examples, r_squared = fit_scores(joint, examples, names, targets, training_args.seed)
+    for one, value in zip(names, r_squared, strict=True):
+        if one not in cohort.names:
+            print(f"score {one}: R2 {value:.2f} on subjects left out of each fold")
+    if held_out is not None:
+        held_out = read_scores(joint, held_out)
+    if model_args.use_peft and (widened or script_args.merge_adapter):
         keep_base(model, training_args, last)
+    mixture = Mixture(
+        script_args.row_weights,
+        script_args.questions,
+        script_args.label_share,
+        script_args.source_share,
+        script_args.covariate_share,
+        script_args.description_share,
+        script_args.statements,
+        script_args.paragraphs,
+    )
 
     def draw(of, count, seed):
-        about, codes = described_windows(of, script_args.paragraphs, seed)
-        return task_dataset(
-            about,
-            codes,
-            tasks,
-            count,
-            script_args.questions,
-            script_args.row_weights,
-            seed,
-            script_args.source_share,
-            script_args.description_share,
-        )
+        return instruction_rows(of, tasks, count, mixture, seed)
 
-    inputs = on_rows(script_args, training_args, processor, training, test, draw)
+    inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
     trainer = FmriLMSFTTrainer(model=trainable(model, model_args), **inputs)
-
-    def write_cohort(folder: Path) -> None:
-        """What the model's descriptions refer to: the corpus' cohort, or the one that came with the model."""
-        cohort = scans.cohort
-        if cohort is None and Path(name, JSON_FILE).exists():
-            cohort = Cohort.load(name)
-        if cohort is not None:
-            cohort.save(folder)
-
-    return train_and_save(trainer, last, write_cohort)
+    return train_and_save(trainer, last, cohort.save)
 
 
 def make_parser() -> "TrlParser":
     from trl import ModelConfig, TrlParser
-
-    from ..arguments import FmriLMSFTConfig
 
     # declared for a type of its own, which dataclasses are not
     return TrlParser((SftArguments, FmriLMSFTConfig, ModelConfig))  # pyright: ignore[reportArgumentType]

@@ -14,7 +14,20 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..alignment.chats import assistant, chat_dataset, draw_rounds, scan_block, text_block, user
+from fmrilm.processors.descriptors.measures import CORE_NAMES
+
+from ..alignment.chats import (
+    assistant,
+    chat_dataset,
+    description_chat,
+    descriptor_question,
+    draw_rounds,
+    row_of,
+    scan_block,
+    text_block,
+    user,
+)
+from ..alignment.examples import Examples
 from ..data.tasks import Label, Rows, Task, column_names, column_of, labels_of, load_task
 
 
@@ -23,8 +36,6 @@ REQUESTS = (
     "What can be said about the person who was scanned?",
     "Who was scanned?",
 )
-# columns of a corpus that are read where they are there
-CORPUS_COLUMNS = ("scan", "questions", "messages", "description")
 
 
 @dataclass(frozen=True)
@@ -88,132 +99,130 @@ def conversation(turns: Sequence[Turn], said: Sequence[str] = (), description: s
     return messages
 
 
-def task_dataset(
-    rows: Rows,
-    codes: Sequence[np.ndarray],
-    tasks: Sequence[Task],
-    size: int,
-    questions: int,
-    weights: Sequence[float],
-    seed: int,
-    source_share: float = 0.0,
-    description_share: float = 0.0,
-) -> Dataset:
+@dataclass(frozen=True)
+class Mixture:
     """
-    Stage 3 from labels: `size` chats, each with one question, several of them, or an open-ended request, drawn with
-    `weights` in that order. Every scan comes once before any comes again; one about which nothing is known never does.
+    What chats of stage 3 are about.
 
-    Args:
-        rows: prepared scans, or rows of a corpus, whose questions, comparisons and descriptions are then among what is
-            asked (a row without labels gets several of those in place of an open-ended request without an answer).
-        codes: int [tokens] of each row's scan.
-        questions: most of them in one chat.
-        source_share: of the chats that begin with what is known of the study: its name (the row's site), the range of
-            its people's ages, what the task says itself (`Task.about`); without that which would tell an answer.
-        description_share: of the chats about people that begin with the scan's description, where the rows have one
-            that tells no answer.
+    weights: of one question, several of them, and an open-ended request. questions: most of them in one chat.
+    label_share: of the chats of scans with labels that ask for these; the others ask about descriptors alone.
+    source_share: of the chats that begin with what is known of the study: its name (the row's site), the range of its
+    subjects' ages, what the task says itself (`Task.about`); without that which would tell an answer.
+    covariate_share: of the chats about labels that begin with known labels of other tasks ("The person's sex is
+    female."). description_share: of those that begin with the scan's description, where a corpus has one that tells
+    no answer. statements, paragraphs: of descriptions.
     """
-    chats = TaskChats(rows, codes, tasks, questions, source_share, description_share)
+
+    weights: Sequence[float] = (0.1, 0.8, 0.1)
+    questions: int = 6
+    label_share: float = 0.5
+    source_share: float = 0.0
+    covariate_share: float = 0.0
+    description_share: float = 0.0
+    statements: int = 8
+    paragraphs: int | None = 2
+
+
+def instruction_rows(
+    examples: Examples, tasks: Sequence[Task], rows: int, mixture: Mixture, seed: int
+) -> Dataset:
+    """Stage 3: `rows` chats. Every window comes once before any comes again; one without a question never does."""
+    chats = ScanChats(examples, tasks, mixture)
     if not len(chats.known):
-        raise ValueError(f"expected a row with a label or a question, got none among {len(codes)}")
+        raise ValueError(f"expected a window with a label or a question, got none among {len(examples)}")
     rng = np.random.default_rng(seed)
     made = []
-    for place in draw_rounds(len(chats.known), size, rng):
-        paradigm = rng.choice(3, p=weights)
+    for place in draw_rounds(len(chats.known), rows, rng):
+        paradigm = rng.choice(3, p=mixture.weights)
         made.append(chats.chat(chats.known[place], paradigm, rng))
     return chat_dataset(made)
 
 
-class TaskChats:
-    """What is known of each scan, and chats about it. Arguments: see `task_dataset`."""
+class ScanChats:
+    """What is known of each window's scan, and chats about it."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        codes: Sequence[np.ndarray],
-        tasks: Sequence[Task],
-        questions: int,
-        source_share: float,
-        description_share: float,
-    ):
-        if len(codes) != len(rows):
-            raise ValueError(f"expected codes for each of the {len(rows)} rows, got {len(codes)}")
-        self.codes = codes
-        self.questions = questions
-        self.source_share = source_share
-        self.description_share = description_share
-        labels = [labels_of(task, rows) for task in tasks]
+    def __init__(self, examples: Examples, tasks: Sequence[Task], mixture: Mixture):
+        self.examples, self.mixture = examples, mixture
+        labels = [labels_of(task, examples.rows) for task in tasks]
         self.labels = [
             [(task, values[row]) for task, values in zip(tasks, labels, strict=True) if values[row] is not None]
-            for row in range(len(codes))
+            for row in range(len(examples))
         ]
-        present = column_names(rows)
-        self.corpus = {name: column_of(rows, name) for name in CORPUS_COLUMNS if name in present}
         self.places = defaultdict(list)
-        for row, scan in enumerate(self.corpus.get("scan", ())):
-            self.places[scan].append(row)
-        self.asked = [self._answerable(row) for row in range(len(codes))]
-        self.sources = _Sources(rows, tasks, labels) if source_share else None
-        if description_share:
-            column_of(rows, "description")
-        self.known = [row for row in range(len(codes)) if self.labels[row] or self.asked[row]]
+        for place, row in enumerate(examples.rows):
+            if "scan" in row:
+                self.places[row["scan"]].append(place)
+        self.sources = _Sources(examples.rows, tasks, labels) if mixture.source_share else None
+        self.known = [row for row in range(len(examples)) if self.labels[row] or (examples.levels[row] >= 0).any()]
 
     def chat(self, row: int, paradigm: int, rng: np.random.Generator) -> dict[str, Any]:
         """A row of `FEATURES`. paradigm: 0 for one question, 1 for several, 2 for an open-ended request."""
-        turns = self._open_ended(row, rng) if paradigm == 2 else None
-        if turns is None:
-            turns = self._questions(row, 1 if paradigm == 0 else self.questions, rng)
+        mixture = self.mixture
+        levels = self.examples.levels[row]
+        about_labels = bool(self.labels[row]) and (rng.random() < mixture.label_share or not (levels >= 0).any())
+        if paradigm == 2:
+            turns = [self._open_ended(row, about_labels, rng)]
+        else:
+            turns = self._questions(row, 1 if paradigm == 0 else mixture.questions, about_labels, rng)
         said, description = [], None
-        if rng.uniform() < self.source_share and self.sources is not None:
+        if rng.random() < mixture.source_share and self.sources is not None:
             said = self.sources.sentences(row, turns)
-        if rng.uniform() < self.description_share and all(turn.labels for turn in turns):
-            text = self.corpus["description"][row]
+        if about_labels and rng.random() < mixture.covariate_share:
+            said += self._covariates(row, turns)
+        text = self.examples.rows[row].get("description")
+        if text and rng.random() < mixture.description_share and all(turn.labels for turn in turns):
             description = None if tells(text, turns) else text
-        scans = [row] if not turns[0].scans else []
-        scans += [scan for turn in turns for scan in turn.scans]
-        return {
-            "messages": conversation(turns, said, description),
-            "codes": [np.asarray(self.codes[scan]).tolist() for scan in scans],
-        }
+        windows = [] if turns[0].scans else [row]
+        windows += [window for turn in turns for window in turn.scans]
+        return row_of(self.examples, windows, conversation(turns, said, description))
 
-    def _answerable(self, row: int) -> list[dict[str, Any]]:
-        """Questions of the corpus about scans that are among the rows."""
-        asked = self.corpus["questions"][row] if "questions" in self.corpus else []
-        return [question for question in asked if all(scan in self.places for scan in question["scans"])]
-
-    def _questions(self, row: int, most: int, rng: np.random.Generator) -> list[Turn]:
-        """Different ones in random order, of each column one; one that brings its own scans comes last."""
-        pool = [*self.labels[row], *self.asked[row]]
-        turns, comparison, columns = [], [], set()
-        for place in rng.permutation(len(pool)):
-            if len(turns) + len(comparison) == most:
-                break
-            if isinstance(pool[place], tuple):
-                task, label = pool[place]
-                if task.column not in columns:
+    def _questions(self, row: int, most: int, about_labels: bool, rng: np.random.Generator) -> list[Turn]:
+        """Different ones in random order: labels, of each column one, then descriptors; a corpus' own comes last."""
+        turns, columns = [], set()
+        if about_labels:
+            for place in rng.permutation(len(self.labels[row])):
+                task, label = self.labels[row][place]
+                if task.column not in columns and len(turns) < most:
                     columns.add(task.column)
                     turns.append(task_turn(task, label, rng))
-            elif len(pool[place]["scans"]) == 1:
-                turns.append(Turn(pool[place]["text"], pool[place]["answer"]))
-            elif not comparison:
-                scans = [self.places[scan] for scan in pool[place]["scans"]]
-                drawn = tuple(int(rows[rng.integers(len(rows))]) for rows in scans)
-                comparison.append(Turn(pool[place]["text"], pool[place]["answer"], scans=drawn))
-        return turns + comparison
+        levels = self.examples.levels[row]
+        for index in rng.permutation(np.flatnonzero(levels >= 0))[: most - len(turns)]:
+            turns.append(Turn(*descriptor_question(CORE_NAMES[index], levels[index], rng)))
+        turns = [turns[place] for place in rng.permutation(len(turns))]
+        of_corpus = [
+            asked
+            for asked in self.examples.rows[row].get("questions") or ()
+            if all(scan in self.places for scan in asked["scans"])
+        ]
+        if of_corpus and len(turns) > 1:
+            asked = of_corpus[rng.integers(len(of_corpus))]
+            scans = [self.places[scan] for scan in asked["scans"]]
+            drawn = tuple(int(windows[rng.integers(len(windows))]) for windows in scans) if len(scans) > 1 else ()
+            turns[-1] = Turn(asked["text"], asked["answer"], scans=drawn)
+        return turns
 
-    def _open_ended(self, row: int, rng: np.random.Generator) -> list[Turn] | None:
-        """What the labels say of the person, or what the corpus says of the scan, as likely where there are both."""
-        by_column = defaultdict(list)
-        for task, label in self.labels[row]:
-            by_column[task.column].append((task, label))
-        turns = []
-        if by_column:
-            pairs = [same[rng.integers(len(same))] for same in by_column.values()]
-            turns.append(person_turn(pairs, rng))
-        if "messages" in self.corpus:
-            request, answer = self.corpus["messages"][row]
-            turns.append(Turn(request["content"][-1]["text"], answer["content"][-1]["text"]))
-        return [turns[rng.integers(len(turns))]] if turns else None
+    def _open_ended(self, row: int, about_labels: bool, rng: np.random.Generator) -> Turn:
+        """What the labels say of the person, or what the levels or a corpus say of the scan."""
+        if about_labels:
+            by_column = defaultdict(list)
+            for task, label in self.labels[row]:
+                by_column[task.column].append((task, label))
+            return person_turn([same[rng.integers(len(same))] for same in by_column.values()], rng)
+        mixture = self.mixture
+        request, answer = description_chat(self.examples, row, mixture.statements, mixture.paragraphs, rng)
+        return Turn(request["content"][-1]["text"], answer["content"][-1]["text"])
+
+    def _covariates(self, row: int, turns: Sequence[Turn]) -> list[str]:
+        """Sentences of labels that are not asked for and give no answer away."""
+        asked = {task.column for turn in turns for task, _ in turn.labels}
+        texts = [covariate(task, label) for task, label in self.labels[row] if task.column not in asked]
+        return [text for text in texts if not tells(text, turns)]
+
+
+def covariate(task: Task, label: Label) -> str:
+    """A label as what a chat says before its question."""
+    statement = task.statement(label)
+    return f"{statement[0].upper()}{statement[1:]}."
 
 
 class _Sources:

@@ -1,0 +1,99 @@
+"""Ridge regression of many targets at once, with penalties chosen, and predictions made, out of fold by subject."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+PENALTIES = tuple(10.0**power for power in np.arange(-3, 2.1, 0.5))
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """
+    weight [features, targets] and bias [targets] of all rows; out_of_fold [rows, targets]: predictions for each row
+    without any row of its subject, NaN where no fold could be fitted; r_squared [targets]: of these.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    out_of_fold: np.ndarray
+    r_squared: np.ndarray
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return features @ self.weight + self.bias
+
+
+def cross_fitted_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, seed: int = 0) -> Ridge:
+    """
+    Args:
+        features: [rows, features], standardised here. targets: [rows, targets], NaN where unknown.
+        subjects: [rows]; all rows of a subject are in one fold.
+
+    The penalty of each target is the one of `PENALTIES` (of features whose squares sum to one on average) with the
+    least out-of-fold error.
+    """
+    names, whose = np.unique(np.asarray(subjects), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"expected at least 2 subjects to fit scores on, got {len(names)}")
+    folds = np.random.default_rng(seed).permutation(len(names))[whose] % min(FOLDS, len(names))
+    mean, std = features.mean(0), features.std(0)
+    scale = 1 / (np.where(std > 1e-8 * std.max(initial=1e-12), std, np.inf) * np.sqrt(features.shape[1]))
+    inputs = ((features - mean) * scale).astype(np.float64)
+    known = np.isfinite(targets)
+    weight = np.zeros((features.shape[1], targets.shape[1]))
+    bias = np.zeros(targets.shape[1])
+    out_of_fold = np.full(targets.shape, np.nan)
+    patterns, pattern_of = np.unique(known, axis=1, return_inverse=True)
+    # targets that the same rows have are solved for together
+    for number, rows in enumerate(patterns.T):
+        columns = np.flatnonzero(pattern_of.ravel() == number)
+        if rows.sum() < 2:
+            continue
+        x, y, fold = inputs[rows], targets[rows][:, columns].astype(np.float64), folds[rows]
+        found = np.full((len(PENALTIES), *y.shape), np.nan)
+        for test in np.unique(fold):
+            training = fold != test
+            if training.sum() >= 2:
+                found[:, ~training] = _path(x[training], y[training], x[~training])
+        fitted = np.isfinite(found[0, :, 0])
+        errors = ((found[:, fitted] - y[fitted]) ** 2).sum(1)
+        best = errors.argmin(0)
+        chosen = found[best, :, np.arange(len(columns))].T
+        out_of_fold[np.ix_(rows, columns)] = chosen
+        for penalty in np.unique(best):
+            of_penalty = best == penalty
+            weight[:, columns[of_penalty]] = _solve(x, y[:, of_penalty], PENALTIES[penalty])
+        bias[columns] = y.mean(0) - x.mean(0) @ weight[:, columns]
+    residual = np.where(known, targets - out_of_fold, np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r_squared = 1 - np.nansum(residual**2, 0) / np.nansum((targets - np.nanmean(targets, 0)) ** 2, 0)
+    weight = weight * scale[:, None]
+    return Ridge(weight, bias - mean @ weight, out_of_fold, r_squared)
+
+
+def _path(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Predictions [penalties, new rows, targets]."""
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, new = x - x_mean, new - x_mean
+    values, vectors = np.linalg.eigh(x @ x.T if len(x) < x.shape[1] else x.T @ x)
+    values = values.clip(min=0)
+    if len(x) < x.shape[1]:
+        left, right = new @ (x.T @ vectors), vectors.T @ (y - y_mean)
+    else:
+        left, right = new @ vectors, vectors.T @ (x.T @ (y - y_mean))
+    return np.stack([(left / (values + penalty)) @ right for penalty in _penalties(len(x))]) + y_mean
+
+
+def _solve(x: np.ndarray, y: np.ndarray, penalty: float) -> np.ndarray:
+    x, y = x - x.mean(0), y - y.mean(0)
+    penalty = penalty * len(x) / 1000
+    if len(x) < x.shape[1]:
+        return x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), y)
+    return np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
+
+
+def _penalties(rows: int) -> list[float]:
+    # as many rows more, as much more evidence against the same penalty
+    return [penalty * rows / 1000 for penalty in PENALTIES]
