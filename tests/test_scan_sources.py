@@ -54,8 +54,8 @@ def test_paths_hold_in_other_processes(tmp_path, monkeypatch) -> None:
         ("path,subject,signal\na.npy,01,2\n", "cannot be named 'signal'"),
         ("path,subject\na.npy,01\nb.npy,01\n", "two scans of subject '01', session None"),
         ("path,subject,run\na.npy,01,1\nb.npy,01,1\n", "run 1: expected one"),
-        ("path,subject,run,age\na.npy,01,1,3\nb.npy,01,2,4\n", "label 'age' differs between rows of subject '01': 3"),
-        ("path,subject,session,run,age\na,1,x,1,3\nb,1,x,2,4\n", "subject '1', session 'x': 3 and 4"),
+        ("path,subject,atlas,age\na,1,x,3\nb,1,y,4\n", "label 'age' differs between rows of subject '1': 3 and 4"),
+        ("path,subject,session,run,atlas,age\na,1,x,1,p,3\nb,1,x,1,q,4\n", "'1', session 'x', run '1': 3 and 4"),
         ("path,subject\na.npy,../x\n", "expected a subject without slashes.*'../x'"),
         ("path,subject,session\na.npy,1,..\n", "expected a session without"),
         ("path,subject,site\na.npy,1,a/b\n", "expected a site without"),
@@ -67,9 +67,11 @@ def test_unfit_manifest_is_refused(text: str, message: str, tmp_path) -> None:
         find_scans(write(tmp_path / "m.csv", text))
 
 
-def test_labels_may_differ_between_sessions_and_scans_between_atlases(tmp_path) -> None:
+def test_labels_may_differ_between_sessions_and_runs_and_scans_between_atlases(tmp_path) -> None:
     text = "path,subject,session,atlas,age\na.npy,1,x,p,30\nb.npy,1,y,p,31\nc.npy,1,y,q,31\n"
     assert [scan.labels["age"] for scan in find_scans(write(tmp_path / "m.csv", text))] == [30, 31, 31]
+    text = "path,subject,run,condition\na.npy,1,1,rest\nb.npy,1,2,movie\n"
+    assert [scan.labels["condition"] for scan in find_scans(write(tmp_path / "m.csv", text))] == ["rest", "movie"]
 
 
 def test_missing_source_is_refused(tmp_path) -> None:

@@ -14,6 +14,7 @@ from fmrilm.processors.scan_io_fmrilm import FORMATS, check_text_size, hemispher
 
 
 MANIFEST_COLUMNS = ("path", "subject", "session", "task", "run", "site", "tr", "atlas", "confounds")
+IDS = ("subject", "session", "task", "run", "site")
 # what a prepared row holds beside the labels of a manifest, now or later
 ROW_COLUMNS = ("signal", "censored", "missing_rois", "descriptors", "description", "messages")
 # ids are written to the output: nothing in them may be a path or break a line
@@ -90,7 +91,7 @@ def find_scans(source: Path, labels: Path | None = None, space: str = "MNI*") ->
     if not scans:
         raise ValueError(f"no scans in {source}: expected files that end in {', '.join(FORMATS)}")
     _check_ids(scans)
-    _check_agreement((scan.subject, scan.session, scan.labels) for scan in scans)
+    _check_agreement((scan.ids, scan.labels) for scan in scans)
     return scans if labels is None else join_labels(scans, labels)
 
 
@@ -246,7 +247,7 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     keys = [(_bare(row["subject"]), _bare(row["session"]) if by_session else None) for row in rows]
     sites = [None if row.get("site", "") in MISSING else row["site"] for row in rows]
     values = _typed_labels(path, rows, names)
-    _check_agreement((*key, {**labels, "site": site}) for key, labels, site in zip(keys, values, sites, strict=True))
+    _check_agreement((key, {**labels, "site": site}) for key, labels, site in zip(keys, values, sites, strict=True))
     table = dict(zip(keys, zip(values, sites, strict=True), strict=True))
     empty = (dict.fromkeys(names), None)
 
@@ -323,7 +324,7 @@ def _is_written(kind: type, cell: str) -> bool:
 def _check_ids(scans: Sequence[ScanSource]) -> None:
     seen = set()
     for scan in scans:
-        for what, value in zip(("subject", "session", "task", "run", "site"), (*scan.ids, scan.site), strict=True):
+        for what, value in zip(IDS, (*scan.ids, scan.site), strict=True):
             if value is not None and not ID.fullmatch(value):
                 raise ValueError(f"expected a {what} without slashes, line breaks or a leading dot, got {value!r}")
         if (scan.ids, scan.atlas) in seen:
@@ -331,15 +332,13 @@ def _check_ids(scans: Sequence[ScanSource]) -> None:
         seen.add((scan.ids, scan.atlas))
 
 
-def _check_agreement(rows: Iterable[tuple[str, str | None, dict[str, Label]]]) -> None:
-    """Several rows of one subject (and session, where there are any) must say the same about it."""
-    known: dict[tuple[str, str | None], dict[str, Label]] = {}
-    for subject, session, labels in rows:
-        before = known.setdefault((subject, session), labels)
+def _check_agreement(rows: Iterable[tuple[tuple[str | None, ...], dict[str, Label]]]) -> None:
+    """Rows of one scan in several atlases, or of one subject and session in a table of labels, have the same labels."""
+    known: dict[tuple[str | None, ...], dict[str, Label]] = {}
+    for ids, labels in rows:
+        before = known.setdefault(ids, labels)
         if before != labels:
             name = next(name for name in labels if before[name] != labels[name])
-            where = f"subject {subject!r}" + ("" if session is None else f", session {session!r}")
-            raise ValueError(
-                f"label {name!r} differs between rows of {where}: {before[name]!r} and {labels[name]!r}; "
-                "a label belongs to a subject, or to its session"
-            )
+            given = [f"{what} {value!r}" for what, value in zip(IDS, ids, strict=False) if value is not None]
+            differ = f"{before[name]!r} and {labels[name]!r}"
+            raise ValueError(f"label {name!r} differs between rows of {', '.join(given)}: {differ}")
