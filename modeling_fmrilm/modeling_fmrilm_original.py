@@ -1,7 +1,7 @@
 """
-The paper's official checkpoints, converted (`fmrilm convert-original`): model, configuration and processor in one file,
-which ships with converted folders alone. They read continuous features of exactly one scan in a prompt, with the
-attention mask and the position ids of the official code.
+The paper's official checkpoints, converted (`fmrilm convert-original`): model, configuration and processor in one
+file, which ships with converted folders alone. They read continuous features of exactly one scan in a prompt, with
+the attention mask and the position ids of the official code.
 """
 
 import os
@@ -186,7 +186,8 @@ class FmriOriginalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             embeddings = embeddings.masked_scatter(is_fmri[..., None], features)
             index = is_fmri.long().cumsum(-1)
             block = ((index - 1) // config.num_rois).masked_fill(~is_fmri, -1)
-            positions = positions - torch.where(is_fmri, index - 1 - block, (index // tokens) * (tokens - config.num_patches))
+            after = index // tokens * (tokens - config.num_patches)
+            positions = positions - torch.where(is_fmri, index - 1 - block, after)
             seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).tril()
             seen = seen | (block[:, :, None] == block[:, None]) & is_fmri[:, None]
             # a padding token sees itself: a row of nothing has no softmax
