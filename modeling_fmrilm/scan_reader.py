@@ -9,9 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, TextIteratorStreamer
+from transformers import AutoConfig, AutoProcessor, TextIteratorStreamer
+from transformers.utils import logging
+
+from .modeling_fmrilm import FmriLMForConditionalGeneration
+
+
+logger = logging.get_logger(__name__)
 
 
 def load(
@@ -31,7 +38,6 @@ def load(
 
     ValueError for what is no folder and can be no repository, and for a model of another kind.
     """
-    options = {"revision": revision, "trust_remote_code": False}
     expected = "expected a folder with a model and its processor, or their id on the Hub"
     if Path(path).exists():
         if not Path(path, "config.json").is_file():
@@ -40,11 +46,14 @@ def load(
         try:
             validate_repo_id(str(path))
         except HFValidationError as error:
-            raise ValueError(f"{expected}, got {path}, which is neither") from error
+            raise ValueError(f"{expected}, got {path}, which is neither: `fmrilm demo` makes a model") from error
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(path, **options)
     if config.model_type != "fmrilm":
         raise ValueError(f"expected a model of type 'fmrilm' in {path}, got one of type {config.model_type!r}")
-    model = AutoModelForMultimodalLM.from_pretrained(path, dtype="auto" if dtype is None else dtype, **options)
+    model: Any = FmriLMForConditionalGeneration.from_pretrained(
+        path, config=config, revision=revision, dtype="auto" if dtype is None else dtype
+    )
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
     return ScanReader(model.to(device).eval(), AutoProcessor.from_pretrained(path, **options))
@@ -58,8 +67,9 @@ class ScanReader:
     "atlas"}. One scan gives one result, a list gives a list, and a pandas DataFrame with a column `path` (and, if it
     has them, `tr` and `atlas`) gives that DataFrame with the results as further columns.
 
-    Every method also takes the options of the processor for all its scans: `tr` (s), `atlas`, `label_image` and
-    `window` ("first", "random" or "full": the part of a scan that is read).
+    Every method also takes for all its scans `tr` (s), `atlas`, `label_image` and `window`: "first", "full" (the whole
+    scan at once) or None. With None, probabilities and embeddings are means over all whole windows of a scan; what is
+    not a mean is of the first window, with a warning where a scan is longer.
 
     Attributes: `model` (FmriLMForConditionalGeneration) and `processor` (FmriLMProcessor).
     """
@@ -68,6 +78,7 @@ class ScanReader:
         self.model = model
         self.processor = processor
 
+    @torch.no_grad()
     def ask(
         self,
         scan: Any,
@@ -90,8 +101,10 @@ class ScanReader:
             batch_size: scans that are answered at a time.
 
         Returns:
-            {"answer": text} or, with choices, {"answer": choice, "probabilities": {choice: probability}}; an iterator
-            over pieces of the answer with `stream`; a DataFrame gains `answer` and `probability of CHOICE`.
+            {"answer": text or choice, "window": ..., "missing_rois": count}, with choices also "probabilities"
+            {choice: probability}; "window" says what was read: "start" and "seconds" of the first window, how many
+            "windows", and "scan_seconds". With `stream` an iterator over pieces of the answer. A DataFrame gains
+            `answer` and `probability of CHOICE`.
         """
         scans = _listed(scan)
         questions = [question] * len(scans) if isinstance(question, str) else list(question)
@@ -100,19 +113,25 @@ class ScanReader:
         if stream:
             if choices is not None or len(scans) != 1:
                 raise ValueError(f"expected one scan and no choices to stream, got {len(scans)} scans, {choices}")
-            return self._stream(self._prompts(scans, questions, history, **options), max_new_tokens)
+            read = self._read(scans[0], single=True, **options)
+            return self._stream(self._prompts([(read, questions[0])], history), max_new_tokens)
         ids = None if choices is None else self.processor.encode_choices(list(choices))
         found: list[dict] = []
         for start in range(0, len(scans), batch_size):
             part = slice(start, start + batch_size)
             with _named(scans, part):
-                inputs = self._prompts(scans[part], questions[part], history, **options)
+                reads = [self._read(one, single=ids is None, **options) for one in scans[part]]
+                rows = [(read, text) for read, text in zip(reads, questions[part], strict=True)]
+                inputs = self._prompts(rows, history)
                 if ids is None or choices is None:
-                    found += [{"answer": text} for text in self._generate(inputs, max_new_tokens)]
-                    continue
-                for row in self.model.score_choices(inputs, ids).softmax(-1).cpu():
-                    probabilities = dict(zip(choices, row.tolist(), strict=True))
-                    found.append({"answer": choices[row.argmax()], "probabilities": probabilities})
+                    answers = [{"answer": text} for text in self._generate(inputs, max_new_tokens)]
+                else:
+                    shares = self.model.score_choices(inputs, ids).softmax(-1).cpu()
+                    answers = []
+                    for windows in shares.split([len(read["codes"]) for read in reads]):
+                        probabilities = dict(zip(choices, windows.mean(0).tolist(), strict=True))
+                        answers.append({"answer": choices[windows.mean(0).argmax()], "probabilities": probabilities})
+                found += [{**answer, **read["about"]} for answer, read in zip(answers, reads, strict=True)]
         if _is_table(scan):
             columns = {"answer": [one["answer"] for one in found]}
             for choice in choices or ():
@@ -135,23 +154,36 @@ class ScanReader:
         float32 [hidden]: what the language model makes of a scan alone, the mean of its last states over the scan's
         tokens. A DataFrame gains `embedding`.
         """
-        placeholder = self.processor.tokenizer.convert_ids_to_tokens(self.processor.fmri_token_id)
 
         def embedding(scan: Any) -> np.ndarray:
-            inputs = self.processor(placeholder, scan, **options).to(self.model.device)
-            states = self.model.model(**inputs).last_hidden_state
-            return states[inputs["input_ids"] == self.processor.fmri_token_id].float().mean(0).cpu().numpy()
+            codes = self._read(scan, **options)["codes"]
+            text = self.processor.scan_text(codes.shape[1])
+            ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            ids = ids.to(self.model.device).expand(len(codes), -1)
+            states = self.model.model(input_ids=ids, fmri_codes=codes).last_hidden_state
+            return states[ids == self.processor.fmri_token_id].float().mean(0).cpu().numpy()
 
         return _each(embedding, scan, "embedding")
 
     def tokenize(self, scan: Any, **options: Any) -> Any:
-        """Codes int64 [steps, slots] of a scan. A DataFrame gains `codes`."""
-        slots = self._slots()
+        """Codes int64 [patches, tokens_per_patch, levels] of a scan. A DataFrame gains `codes`."""
+        per_patch = self.model.config.codec_config.tokens_per_patch
 
         def codes(scan: Any) -> np.ndarray:
-            return self.model.model.get_fmri_codes(**self._features(scan, options)).cpu().numpy().reshape(-1, slots)
+            return self._read(scan, single=True, **options)["codes"][0].unflatten(0, (-1, per_patch)).cpu().numpy()
 
         return _each(codes, scan, "codes")
+
+    def surprise(self, scan: Any, **options: Any) -> Any:
+        """
+        Next-code NLL float32 [patches, levels] of a scan, in nats a code, mean over a patch's tokens. A DataFrame
+        gains `surprise`.
+        """
+
+        def surprise(scan: Any) -> np.ndarray:
+            return self.model.surprise(self._read(scan, single=True, **options)["codes"])[0].cpu().numpy()
+
+        return _each(surprise, scan, "surprise")
 
     def signal(self, scan: Any, **options: Any) -> Any:
         """
@@ -160,70 +192,100 @@ class ScanReader:
         """
 
         def signal(scan: Any) -> np.ndarray:
-            features = self._features(scan, options)
+            features = self._read(scan, single=True, **options)["features"]
             return _time_first(features["fmri_values"], features["fmri_mask"])
 
         return _each(signal, scan, "signal")
 
     def reconstruct(self, scan: Any, **options: Any) -> Any:
         """What the codec keeps of `signal`: float32 [time, rois] alike. A DataFrame gains `reconstruction`."""
-        self._slots()
 
         def reconstruction(scan: Any) -> np.ndarray:
-            features = self._features(scan, options)
-            decoded = self.model.model.codec.decode(
-                self.model.model.get_fmri_codes(**features), features["roi_coordinates"]
-            )
-            return _time_first(decoded, features["fmri_mask"])
+            read = self._read(scan, single=True, **options)
+            decoded = self.model.model.codec.decode(read["codes"], read["features"]["roi_coordinates"])
+            return _time_first(decoded, read["features"]["fmri_mask"])
 
         return _each(reconstruction, scan, "reconstruction")
 
-    def forecast(self, scan: Any, steps: int = 1, temperature: float | None = None, **options: Any) -> Any:
+    def forecast(
+        self,
+        scan: Any,
+        seconds: float = 32.0,
+        num_samples: int | None = None,
+        temperature: float = 1.0,
+        **options: Any,
+    ) -> Any:
         """
-        float32 [steps * patch_length, rois]: what follows the last frame of a scan, in the unit of `signal`, NaN where
-        a ROI is missing. The model looks back over one window of its processor. The best guess; with a `temperature`
-        a draw. A DataFrame gains `forecast`.
+        float32 [frames, rois]: the expected signal of the `seconds` that follow the last frame of a scan, in the unit
+        of `signal`, NaN where a ROI is missing. The model looks back over one window of its processor. With
+        `num_samples`, [num_samples, frames, rois] sampled signals. A DataFrame gains `forecast`.
         """
-        self._slots()
-        context = self.processor.feature_extractor.window_length
 
         def forecast(scan: Any) -> np.ndarray:
-            features = self._features(scan, {"window": "full", **options})
-            frames = int(features["fmri_mask"].any(1).sum())
-            kept = slice(max(0, frames - context), frames)
-            values, mask = features["fmri_values"][..., kept], features["fmri_mask"][..., kept]
-            future = self.model.forecast(values, features["roi_coordinates"], mask, steps, temperature)
-            return _time_first(future, mask.any(-1, keepdim=True).expand_as(future))
+            features = self._read(scan, window="last", **options)["features"]
+            mask = features["fmri_mask"]
+            future = self.model.forecast(**features, seconds=seconds, num_samples=num_samples, temperature=temperature)
+            known = mask.any(-1, keepdim=True).expand(*mask.shape[:2], future.shape[-1])
+            if num_samples is None:
+                return _time_first(future, known)
+            return np.stack([_time_first(sample, known) for sample in future])
 
         return _each(forecast, scan, "forecast")
 
-    def _features(self, scan: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """`fmri_values`, `roi_coordinates` and `fmri_mask` of one scan, a batch of one."""
-        if options.get("window") == "sliding":
-            raise ValueError("one window of a scan is read: expected 'first', 'random' or 'full', got 'sliding'")
-        return dict(self.processor.feature_extractor([scan], **options).to(self.model.device))
-
-    def _slots(self) -> int:
-        """Codes of a step; ValueError for a model that reads features and has no codes."""
-        if self.model.fmri_head is None:
-            raise ValueError("expected a model with a codebook, got one that reads continuous features of scans alone")
-        return self.model.config.codec_config.tokens_per_step
+    def _read(self, scan: Any, window: str | None = None, single: bool = False, **options: Any) -> dict[str, Any]:
+        """
+        A scan's windows: "features" (`fmri_values`, `roi_coordinates`, `fmri_mask`, [windows, ...]), "codes" [windows,
+        tokens, levels], and "about", what was read. single: one window alone.
+        """
+        if window not in (None, "first", "last", "full"):
+            raise ValueError(f"expected window 'first', 'full' or None, got {window!r}")
+        extractor = self.processor.feature_extractor
+        features = dict(extractor([scan], window="full", **options).to(self.model.device))
+        frames, tr = int(features["fmri_mask"].any(1).sum()), extractor.repetition_time
+        length = frames if window == "full" else min(extractor.window_length, frames)
+        starts = list(range(0, frames - length + 1, length))
+        if window == "last":
+            starts = [frames - length]
+        elif single and window is None and frames > length:
+            logger.warning(
+                f"the first {length * tr:g} s of {frames * tr:g} s were read; window='full' reads all of a scan"
+            )
+        if single or window == "first":
+            starts = starts[:1]
+        for name in ("fmri_values", "fmri_mask"):
+            cut = torch.cat([features[name][..., start : start + length] for start in starts])
+            features[name] = F.pad(cut, (0, -length % extractor.patch_length))
+        features["roi_coordinates"] = features["roi_coordinates"].expand(len(starts), -1, -1)
+        about = {
+            "window": {
+                "start": starts[0] * tr,
+                "seconds": length * tr,
+                "windows": len(starts),
+                "scan_seconds": frames * tr,
+            },
+            "missing_rois": int((~features["fmri_mask"].any(-1)).any(0).sum()),
+        }
+        return {"features": features, "codes": self.model.model.get_fmri_codes(**features), "about": about}
 
     def _prompts(
-        self, scans: list, questions: list[str], history: Sequence[tuple[str, str]], **options: Any
+        self, rows: list[tuple[dict[str, Any], str]], history: Sequence[tuple[str, str]]
     ) -> dict[str, torch.Tensor]:
-        """Model inputs of one chat a scan, padded on the left."""
-        chats = []
-        for scan, question in zip(scans, questions, strict=True):
-            content = [{"type": "fmri", "fmri": scan}]
-            chat = []
-            for asked, answered in history:
-                chat.append({"role": "user", "content": [*content, {"type": "text", "text": asked}]})
-                chat.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
-                content = []
-            chats.append([*chat, {"role": "user", "content": [*content, {"type": "text", "text": question}]}])
-        options = {"add_generation_prompt": True, "padding_side": "left", **options}
-        return dict(self.processor.apply_chat_template(chats, **options).to(self.model.device))
+        """Model inputs of a chat for each window of each scan and its question, padded on the left."""
+        chats, codes = [], []
+        for read, question in rows:
+            for window in read["codes"]:
+                content: list[dict[str, Any]] = [{"type": "fmri", "tokens": len(window)}]
+                chat = []
+                for asked, answered in history:
+                    chat.append({"role": "user", "content": [*content, {"type": "text", "text": asked}]})
+                    chat.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
+                    content = []
+                chats.append([*chat, {"role": "user", "content": [*content, {"type": "text", "text": question}]}])
+                codes.append(window)
+        inputs = self.processor.apply_chat_template(chats, add_generation_prompt=True, padding_side="left")
+        inputs = dict(inputs.to(self.model.device))
+        inputs["fmri_codes"] = torch.nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1)
+        return inputs
 
     def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
         ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]

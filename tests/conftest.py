@@ -134,9 +134,9 @@ def tiny_model(processor: FmriLMProcessor) -> Callable[..., FmriLMForConditional
 
     def build(backbone: str = "llama", tied: bool = True) -> FmriLMForConditionalGeneration:
         language_model = build_tiny_language_model(backbone, len(processor.tokenizer) - 4, tied)
-        model = join(build_tiny_codec(), language_model, processor)
+        model = join(build_tiny_codec(), language_model, processor, ["amplitude", "persistence", "connectivity"])
         # fitted to something: at nothing it could be left out of sums unseen
-        for weight in model.fmri_autoregression.parameters():
+        for weight in model.model.fmri_head.parameters():
             torch.nn.init.normal_(weight, std=0.3)
         return model.eval()
 

@@ -62,7 +62,7 @@ def write_model(folder: Path) -> None:
     """A model of random weights with its processor, which knows AAL2 and its parcels."""
     tokenizer = build_tiny_tokenizer()
     extractor = FmriLMFeatureExtractor(atlases=[Atlas.load(ATLAS, parcels=True)], window_length=32)
-    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2)
     codec = build_tiny_codec(patch_length=16)
     join(codec, build_tiny_language_model("llama", len(tokenizer) - 3), processor).eval().save_pretrained(folder)
     processor.save_pretrained(folder)
