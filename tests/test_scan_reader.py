@@ -114,8 +114,9 @@ def test_pieces_of_a_stream_make_up_the_answer(reader: ScanReader, scans: list[d
 
 
 def test_closed_stream_stops_the_model(reader: ScanReader, scans: list[dict], monkeypatch) -> None:
-    steps, forward = [], reader.model.model.causal_lm.forward
-    monkeypatch.setattr(reader.model.model.causal_lm, "forward", lambda *args, **kw: steps.append(0) or forward(*args, **kw))
+    steps, inner = [], reader.model.model.causal_lm
+    forward = inner.forward
+    monkeypatch.setattr(inner, "forward", lambda *args, **kw: steps.append(0) or forward(*args, **kw))
     reader.model.generation_config.eos_token_id = None
     pieces = reader.ask(scans[0], QUESTION, stream=True, max_new_tokens=3000)
     assert list(islice(pieces, 1))
