@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..atlases import Atlas
-from ..limits_fmrilm import check_text_size
+from ..atlases_fmrilm import Atlas
+from ..scan_io_fmrilm import check_text_size
 from .measures import describe, descriptor_names
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy.sparse.linalg import eigsh
 
-from ..atlases import Atlas
+from ..atlases_fmrilm import Atlas
 from .networks import correlation, membership, network_series, standardize
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..atlases import Atlas
+from ..atlases_fmrilm import Atlas
 from .connectivity import PAIRS, connectivity
 from .gradients import COMPONENTS, aligned_gradients, network_means
 from .graph import graph_metrics, strength

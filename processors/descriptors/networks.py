@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..atlases import Atlas
+from ..atlases_fmrilm import Atlas
 
 
 # Yeo's seven in their usual order, then subcortex; a descriptor's name holds the key, its text the value.
