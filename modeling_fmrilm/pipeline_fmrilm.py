@@ -60,7 +60,7 @@ class FmriLMPipeline(Pipeline):
                 dataset or a generator.
             question: one for all scans, or a list of as many.
             choices: allowed answers. With them the answer is the likeliest one.
-            tr, atlas, label_image, window: of the scans, as the processor takes them; one window of a scan is read, the
+            tr, atlas, label_image, window: of the scans, as the processor takes them; one window is read, the
                 first unless given.
             batch_size, num_workers: of the loop over a list.
             kwargs: options of `generate`.

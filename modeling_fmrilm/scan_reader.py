@@ -9,16 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoProcessor, TextIteratorStreamer
-from transformers.utils import logging
 
 from .modeling_fmrilm import FmriLMForConditionalGeneration
-
-
-logger = logging.get_logger(__name__)
 
 
 def load(
@@ -101,10 +96,10 @@ class ScanReader:
             batch_size: scans that are answered at a time.
 
         Returns:
-            {"answer": text or choice, "window": ..., "missing_rois": count}, with choices also "probabilities"
-            {choice: probability}; "window" says what was read: "start" and "seconds" of the first window, how many
-            "windows", and "scan_seconds". With `stream` an iterator over pieces of the answer. A DataFrame gains
-            `answer` and `probability of CHOICE`.
+            {"answer": text or choice}, with choices also "probabilities" {choice: probability}; and what was read:
+            "window" {"start", "stop" (s), "windows" (how many), "scan_seconds"}, "atlas", "rois" (how many) and
+            "missing_rois" (names). With `stream` an iterator over pieces of the answer. A DataFrame gains `answer` and
+            `probability of CHOICE`.
         """
         scans = _listed(scan)
         questions = [question] * len(scans) if isinstance(question, str) else list(question)
@@ -222,9 +217,14 @@ class ScanReader:
         """
 
         def forecast(scan: Any) -> np.ndarray:
-            features = self._read(scan, window="last", **options)["features"]
-            mask = features["fmri_mask"]
-            future = self.model.forecast(**features, seconds=seconds, num_samples=num_samples, temperature=temperature)
+            extractor = self.processor.feature_extractor
+            features = extractor([scan], window="full", **options).to(self.model.device)
+            frames = int(features["fmri_mask"].any(1).sum())
+            kept = slice(max(0, frames - extractor.window_length), frames)
+            values, mask = features["fmri_values"][..., kept], features["fmri_mask"][..., kept]
+            future = self.model.forecast(
+                values, features["roi_coordinates"], mask, seconds, num_samples, temperature
+            )
             known = mask.any(-1, keepdim=True).expand(*mask.shape[:2], future.shape[-1])
             if num_samples is None:
                 return _time_first(future, known)
@@ -237,35 +237,23 @@ class ScanReader:
         A scan's windows: "features" (`fmri_values`, `roi_coordinates`, `fmri_mask`, [windows, ...]), "codes" [windows,
         tokens, levels], and "about", what was read. single: one window alone.
         """
-        if window not in (None, "first", "last", "full"):
+        if window not in (None, "first", "full"):
             raise ValueError(f"expected window 'first', 'full' or None, got {window!r}")
-        extractor = self.processor.feature_extractor
-        features = dict(extractor([scan], window="full", **options).to(self.model.device))
-        frames, tr = int(features["fmri_mask"].any(1).sum()), extractor.repetition_time
-        length = frames if window == "full" else min(extractor.window_length, frames)
-        starts = list(range(0, frames - length + 1, length))
-        if window == "last":
-            starts = [frames - length]
-        elif single and window is None and frames > length:
-            logger.warning(
-                f"the first {length * tr:g} s of {frames * tr:g} s were read; window='full' reads all of a scan"
-            )
-        if single or window == "first":
-            starts = starts[:1]
-        for name in ("fmri_values", "fmri_mask"):
-            cut = torch.cat([features[name][..., start : start + length] for start in starts])
-            features[name] = F.pad(cut, (0, -length % extractor.patch_length))
-        features["roi_coordinates"] = features["roi_coordinates"].expand(len(starts), -1, -1)
+        window = window or ("first" if single else "sliding")
+        features = self.processor.feature_extractor([scan], window=window, return_windows=True, **options)
+        windows = features.pop("windows")
         about = {
             "window": {
-                "start": starts[0] * tr,
-                "seconds": length * tr,
-                "windows": len(starts),
-                "scan_seconds": frames * tr,
+                "start": windows[0]["start"],
+                "stop": windows[-1]["stop"],
+                "windows": len(windows),
+                "scan_seconds": windows[0]["scan_seconds"],
             },
-            "missing_rois": int((~features["fmri_mask"].any(-1)).any(0).sum()),
+            **{name: windows[0][name] for name in ("atlas", "rois", "missing_rois")},
         }
-        return {"features": features, "codes": self.model.model.get_fmri_codes(**features), "about": about}
+        names = ("fmri_values", "roi_coordinates", "fmri_mask")
+        inputs = {name: features[name].to(self.model.device) for name in names}
+        return {"features": inputs, "codes": self.model.model.get_fmri_codes(**inputs), "about": about}
 
     def _prompts(
         self, rows: list[tuple[dict[str, Any], str]], history: Sequence[tuple[str, str]]

@@ -78,8 +78,7 @@ def random_scans(windows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def chats(rows: int = 8, statements: int = 1) -> Dataset:
-    from fmrilm.training.alignment.chats import instruction_dataset
-
+    
     weights = [0.4, 0.3, 0.3]
     return instruction_dataset(*random_scans(8), rows, questions=2, statements=statements, weights=weights, seed=0)
 
