@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoProcessor, TextIteratorStreamer
+from transformers import AutoTokenizer, TextIteratorStreamer
 
+from .configuration_fmrilm import FmriLMConfig
 from .modeling_fmrilm import FmriLMForConditionalGeneration
+from .processors.feature_extraction_fmrilm import FmriLMFeatureExtractor
+from .processors.processing_fmrilm import FmriLMProcessor
 
 
 def load(
@@ -42,16 +45,19 @@ def load(
             validate_repo_id(str(path))
         except HFValidationError as error:
             raise ValueError(f"{expected}, got {path}, which is neither: `fmrilm demo` makes a model") from error
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(path, **options)
-    if config.model_type != "fmrilm":
-        raise ValueError(f"expected a model of type 'fmrilm' in {path}, got one of type {config.model_type!r}")
-    model: Any = FmriLMForConditionalGeneration.from_pretrained(
-        path, config=config, revision=revision, dtype="auto" if dtype is None else dtype
-    )
+    # the classes themselves, as the Auto classes take a while to import
+    values, _ = FmriLMConfig.get_config_dict(path, revision=revision)
+    if (kind := values.get("model_type")) != "fmrilm":
+        raise ValueError(f"expected a model of type 'fmrilm' in {path}, got one of type {kind!r}")
+    dtype = "auto" if dtype is None else dtype
+    model: Any = FmriLMForConditionalGeneration.from_pretrained(path, revision=revision, dtype=dtype)
+    values, _ = FmriLMProcessor.get_processor_dict(path, revision=revision)
+    extractor = FmriLMFeatureExtractor.from_pretrained(path, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    processor = FmriLMProcessor.from_args_and_dict([extractor, tokenizer], values)
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
-    return ScanReader(model.to(device).eval(), AutoProcessor.from_pretrained(path, **options))
+    return ScanReader(model.to(device).eval(), processor)
 
 
 class ScanReader:
