@@ -12,7 +12,6 @@ CODEC_SIZES = {
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 512,
-        "num_roi_layers": 1,
         "num_hidden_layers": 3,
         "num_decoder_layers": 2,
         "num_attention_heads": 4,
@@ -42,28 +41,25 @@ CODEC_SIZES = {
 
 class FmriCodecConfig(PreTrainedConfig):
     """
-    Configuration of [`FmriCodecModel`]. The defaults are the paper's base size (768 wide, 12 layers, 12 heads,
-    8192 codes of 128 dimensions).
+    Configuration of [`FmriCodecModel`]. The defaults are the release's: 16 tokens of 8 levels of 512 codes, 1,152
+    bits for a patch of 16 frames, and no transformer.
 
     Args:
-        patch_length: frames in one step.
-        token_layout: "latent" reads each step into `tokens_per_step` slots; "roi" has one token for each ROI and step.
-        tokens_per_step: discrete tokens that stand for one step. In the roi layout it is the number of ROIs of the
-            scans that a language model reads; the codec itself takes any number of ROIs.
-        quantizer: "vq" (a codebook learned by moving averages) or "fsq" (a fixed grid, finite scalar quantisation).
-        codebook_size, codebook_dim: number of codes and their dimension; of "fsq" they follow from `fsq_levels`.
+        patch_length: frames of a patch.
+        tokens_per_patch: latent tokens that stand for a patch.
+        num_quantizers: levels: a token is the sum of as many codebook vectors.
+        quantizer: "vq" (codebooks learned by moving averages) or "fsq" (a fixed grid, finite scalar quantisation).
+        codebook_size, codebook_dim: codes of a level and their dimension; of "fsq" they follow from `fsq_levels`.
         fsq_levels: number of values that each dimension of "fsq" is rounded to.
         repetition_time: seconds between two frames of the input.
-        num_roi_layers: layers in which the ROIs of one step attend to each other (latent layout).
-        num_hidden_layers: encoder layers over all tokens, causal over steps.
-        num_decoder_layers: decoder layers over the quantised tokens, causal over steps.
-        num_functions: functions of place that signals of the latent layout are sums of.
-        num_roi_groups: groups of ROIs whose mean series tell the latent layout, as products, how they are connected.
-        num_frequencies: Fourier frequencies for each of the three MNI axes.
-        max_steps: longest scan in steps.
+        num_basis_functions: functions of MNI coordinates that a frame is the sum of.
+        num_hidden_layers: encoder layers over the latent tokens, causal over patches; 0: no transformer.
+        num_decoder_layers: decoder layers over the quantised tokens, causal over patches; 0: no transformer.
+        max_patches: longest scan in patches.
         ema_decay, revival_threshold: codebook update; a code whose moving share of assignments falls under
             `revival_threshold / codebook_size` is moved onto a vector of the batch.
-        descriptor_names: descriptors that a head regresses from the codes during training (none: no head).
+        quantizer_dropout: share of the training scans that are decoded from a random prefix of the levels.
+        descriptor_names: descriptors that a head reads from the codes (none: no head).
         text_hidden_size: width of the frozen language model whose embeddings the codes are aligned to during training
             (none: no heads for that).
         alignment_size: dimension in which scans and descriptions are compared.
@@ -75,34 +71,37 @@ class FmriCodecConfig(PreTrainedConfig):
     base_config_key = "codec_config"
 
     patch_length: int = 16
-    token_layout: str = "latent"
-    tokens_per_step: int = 16
+    tokens_per_patch: int = 16
+    num_quantizers: int = 8
     quantizer: str = "vq"
-    codebook_size: int = 8192
-    codebook_dim: int = 128
+    codebook_size: int = 512
+    codebook_dim: int = 32
     fsq_levels: list[int] | None = None
     repetition_time: float | int = 2.0
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_roi_layers: int = 2
-    num_hidden_layers: int = 12
-    num_decoder_layers: int = 12
-    num_attention_heads: int = 12
-    num_functions: int = 64
-    num_roi_groups: int = 24
-    num_frequencies: int = 12
-    max_steps: int = 256
+    num_basis_functions: int = 64
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    num_hidden_layers: int = 0
+    num_decoder_layers: int = 0
+    num_attention_heads: int = 4
+    max_patches: int = 256
     layer_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     ema_decay: float = 0.99
     revival_threshold: float | int = 0.1
+    quantizer_dropout: float | int = 0.0
     descriptor_names: list[str] | None = None
     text_hidden_size: int | None = None
     alignment_size: int = 512
-    commitment_weight: float | int = 1.0
+    commitment_weight: float | int = 0.25
     descriptor_weight: float | int = 1.0
     alignment_weight: float | int = 1.0
     domain_weight: float | int = 0.5
+
+    @property
+    def num_scan_features(self) -> int:
+        """Numbers that describe a scan as a whole: a covariance's triangle and each coefficient's autocorrelation."""
+        return self.num_basis_functions * (self.num_basis_functions + 1) // 2 + self.num_basis_functions
 
     @classmethod
     def from_size(cls, size: str, **changes) -> "FmriCodecConfig":
@@ -113,8 +112,8 @@ class FmriCodecConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.token_layout not in ("latent", "roi"):
-            raise ValueError(f"expected token_layout 'latent' or 'roi', got {self.token_layout!r}")
+        if self.num_quantizers < 1:
+            raise ValueError(f"expected at least 1 level, got num_quantizers={self.num_quantizers}")
         if self.quantizer not in ("vq", "fsq"):
             raise ValueError(f"expected quantizer 'vq' or 'fsq', got {self.quantizer!r}")
         if (self.quantizer == "fsq") != bool(self.fsq_levels):

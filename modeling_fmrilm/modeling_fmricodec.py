@@ -1,36 +1,602 @@
 """The codec: fMRI to discrete tokens and back (stage 1, the paper's neural tokenizer)."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .alignment_fmricodec import FmriCodecAlignment
 from .configuration_fmrilm import FmriCodecConfig
-from .connectivity_fmricodec import FmriCodecConnectivity
-from .fsq_fmrilm import FiniteScalarQuantizer
-from .functions_fmricodec import FmriCodecFunctions
-from .latent_fmricodec import LatentDecoder, LatentEncoder
-from .layers_fmricodec import FmriCodecCoordinates, FmriCodecLayer, Places, hiding
-from .pooling_fmricodec import FmriCodecPooling, pooling_places
-from .quantization_fmrilm import VectorQuantizer
-from .roi_fmricodec import RoiDecoder, RoiEncoder
+
+
+# MNI coordinates are divided by this many mm before the Fourier features: it spans the brain once
+COORDINATE_SCALE = 100.0
+# wavelengths from 400 mm down to 70 mm: what regions that lie together share, not what sets each one apart
+NUM_FREQUENCIES = 6
+BASIS_WIDTH = 256
+KMEANS_ITERATIONS = 10
+# distances that are held at once while vectors look for their codes
+DISTANCES = 2**24
+# SigLIP starts at the odds of a random pair being a match: this is the logarithm of those in a batch of 20
+INITIAL_BIAS = -3.0
+INITIAL_SCALE = 10.0
+CLASSIFIER_SIZE = 256
+
+
+# What processes that train together have to agree on. A process that trains alone agrees with itself.
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over all ranks (in place)."""
+    if _distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def same_on_all_ranks(values: torch.Tensor) -> torch.Tensor:
+    """What the first rank has in `values`, on every rank (in place)."""
+    if _distributed():
+        dist.broadcast(values, 0)
+    return values
+
+
+def counts_and_rank(count: int, device: torch.device) -> tuple[list[int], int]:
+    """`count` of each rank, and which of them is this one."""
+    if not _distributed():
+        return [count], 0
+    counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([count], device=device))
+    return torch.cat(counts).tolist(), dist.get_rank()
+
+
+def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The rows [n, ...] of all ranks in rank order, n may differ, without gradient; and where this rank's begin."""
+    counts, rank = counts_and_rank(len(rows), rows.device)
+    if len(counts) == 1:
+        return rows, 0
+    padded = F.pad(rows.detach(), (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows))).contiguous()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    gathered = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return gathered, sum(counts[:rank])
+
+
+def random_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The same `count` rows on every rank, sampled without replacement from the rows [n, dim] of all ranks."""
+    counts, rank = counts_and_rank(len(rows), rows.device)
+    chosen = same_on_all_ranks(torch.randperm(sum(counts)).to(rows.device))[:count]
+    chosen = chosen - sum(counts[:rank])
+    here = (chosen >= 0) & (chosen < len(rows))
+    sampled = rows.new_zeros(len(chosen), *rows.shape[1:])
+    sampled[here] = rows[chosen[here]]
+    return sum_over_ranks(sampled)
+
+
+class FmriSpatialBasis(nn.Module):
+    """
+    Factor analysis whose loadings are functions of MNI coordinates. At each frame the signal of the ROI at x is
+    sum_k f_k(x) a_k, plus independent noise as large as the prior of the coefficients a. Their posterior mean exists
+    for any ROIs, in any number, some of them missing; the functions then give the signal anywhere else.
+    """
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(6 * NUM_FREQUENCIES, BASIS_WIDTH), nn.GELU(), nn.Linear(BASIS_WIDTH, config.num_basis_functions)
+        )
+
+    def init_weights(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                init.normal_(layer.weight, std=layer.in_features**-0.5)
+
+    def forward(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """Functions float32 [..., basis functions] at coordinates [..., 3] in mm."""
+        # half an octave apart, from a wavelength of 400 mm downwards
+        octaves = torch.arange(NUM_FREQUENCIES, device=coordinates.device, dtype=torch.float32) / 2
+        angles = coordinates.float()[..., None] / COORDINATE_SCALE * (0.5 * math.pi * 2**octaves)
+        return self.layers(torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2))
+
+    @staticmethod
+    def coefficients(functions: torch.Tensor, patches: torch.Tensor, roi_mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        Posterior means float32 [batch, patches, basis functions, patch_length] of patches
+        [batch, patches, rois, patch_length], zero where there are no data, under functions
+        [batch, rois, basis functions]; roi_mask bool [batch, patches, rois]: ROIs that hold data, None if all do.
+        """
+        functions = functions[:, None]
+        if roi_mask is not None:
+            functions = functions * roi_mask[..., None]
+        identity = torch.eye(functions.shape[-1], device=functions.device)
+        # positive definite by construction, so that no check of the values is needed
+        factor = torch.linalg.cholesky_ex(functions.mT @ functions + identity).L
+        return torch.cholesky_solve(functions.mT @ patches, factor)
+
+    def negative_log_likelihood(self, covariance: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+        """Of one scan, for each ROI: covariance [rois, rois] at coordinates [rois, 3] in mm; its noise is the best."""
+        functions = self(coordinates)
+        rois = len(functions)
+        identity = torch.eye(functions.shape[-1], device=functions.device)
+        factor = torch.linalg.cholesky(functions.mT @ functions + identity)
+        half = torch.linalg.solve_triangular(factor, functions.mT, upper=False)
+        unexplained = covariance.trace() - ((half @ covariance) * half).sum()
+        return 2 * factor.diagonal().log().sum() / rois + (unexplained / rois).log()
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class FmriCodecAttention(nn.Module):
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // self.num_heads) ** -0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """states: [batch, tokens, hidden]; mask: what may be attended to, bool [batch or 1, 1, tokens, tokens]."""
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation or "eager", eager_attention_forward
+        )
+        output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, is_causal=False)
+        return self.o_proj(output.flatten(-2))
+
+
+class FmriCodecLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = FmriCodecAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            nn.GELU(),
+            nn.Linear(config.intermediate_size, config.hidden_size),
+        )
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        states = states + self.attention(self.attention_norm(states), mask)
+        return states + self.mlp(self.mlp_norm(states))
+
+
+class FmriCodecTransformer(nn.Module):
+    """
+    A transformer over latent tokens, causal over patches, whose output is added to what a linear map gives. It starts
+    at zero. `pooled`: one output a patch, of the mean of its tokens.
+    """
+
+    def __init__(self, config: FmriCodecConfig, num_layers: int, output_size: int, pooled: bool):
+        super().__init__()
+        self.pooled = pooled
+        self.input_proj = nn.Linear(config.codebook_dim, config.hidden_size)
+        self.token_embeddings = nn.Parameter(torch.zeros(config.tokens_per_patch, config.hidden_size))
+        self.patch_embeddings = nn.Parameter(torch.zeros(config.max_patches, config.hidden_size))
+        self.layers = nn.ModuleList(FmriCodecLayer(config) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.output_proj = nn.Linear(config.hidden_size, output_size)
+
+    def init_weights(self, std: float) -> None:
+        init.normal_(self.token_embeddings, std=std)
+        init.normal_(self.patch_embeddings, std=std)
+        init.zeros_(self.output_proj.weight)
+
+    def forward(self, vectors: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
+        """
+        [batch, patches, tokens, output_size], without tokens if pooled, of vectors
+        [batch, patches, tokens, codebook_dim]; patch_mask bool [batch, patches]: patches that hold data.
+        """
+        patches, tokens = vectors.shape[1:3]
+        states = self.input_proj(vectors) + self.token_embeddings + self.patch_embeddings[:patches, None]
+        index = torch.arange(patches, device=vectors.device)
+        # padding attends to itself, as softmax needs something, but nothing else attends to it
+        visible = (index < index[:, None]) & patch_mask[:, None] | (index == index[:, None])
+        mask = visible.repeat_interleave(tokens, 1).repeat_interleave(tokens, 2)[:, None]
+        states = states.flatten(1, 2)
+        for layer in self.layers:
+            states = layer(states, mask)
+        states = self.norm(states).unflatten(1, (patches, tokens))
+        return self.output_proj(states.mean(2) if self.pooled else states)
+
+
+class ResidualVectorQuantizer(nn.Module):
+    """
+    A vector as the sum of `num_quantizers` codebook vectors, each the nearest one to what the levels before left over
+    (Euclidean; SoundStream, EnCodec). Codebooks follow their vectors by moving averages, start by k-means on the first
+    batch, and move dead codes onto vectors of the batch. Processes that train together hold one codebook: the one that
+    a single process would have on all their vectors.
+
+    Codebooks change only through `start` and `update`, which `forward` calls in training mode.
+    """
+
+    codebooks: torch.Tensor
+    usage: torch.Tensor
+    started: torch.Tensor
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        self.num_quantizers, self.codebook_size = config.num_quantizers, config.codebook_size
+        self.decay, self.revival_threshold = config.ema_decay, config.revival_threshold
+        self.dropout = config.quantizer_dropout
+        size = (config.num_quantizers, config.codebook_size)
+        self.register_buffer("codebooks", torch.zeros(*size, config.codebook_dim))
+        # moving number of a code's vectors, in equal shares: 1 is a code that takes as many as the average code
+        self.register_buffer("usage", torch.zeros(size))
+        self.register_buffer("started", torch.tensor(False))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The same random vectors in every process, smaller from level to level."""
+        generator = torch.Generator().manual_seed(0)
+        scales = 0.5 ** torch.arange(self.num_quantizers)[:, None, None]
+        init.copy_(self.codebooks, scales * torch.randn(self.codebooks.shape, generator=generator))
+        init.zeros_(self.usage)
+        init.zeros_(self.started)
+
+    def encode(self, z: torch.Tensor) -> torch.Tensor:
+        """Codes int64 [..., levels] of the vectors z [..., codebook_dim]."""
+        residual, codes = z.flatten(0, -2), []
+        for codebook in self.codebooks:
+            codes.append(self._nearest(residual, codebook))
+            residual = residual - codebook[codes[-1]]
+        return torch.stack(codes, -1).unflatten(0, z.shape[:-1])
+
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Sums [..., codebook_dim] of the codebook vectors of codes [..., levels], all levels or the first ones."""
+        levels = codes.shape[-1]
+        rows = codes + self.codebook_size * torch.arange(levels, device=codes.device)
+        return F.embedding(rows, self.codebooks[:levels].flatten(0, 1)).sum(-2)
+
+    def forward(self, z: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            z: [batch, tokens, codebook_dim]; mask: bool [batch, tokens], False where the vector is padding.
+
+        Returns:
+            quantised vectors (gradient passed straight through), codes [batch, tokens, levels], and the commitment
+            loss: mean squared distance of valid vectors to their codes, summed over levels. While training, a share
+            `dropout` of the rows gets the sum of a random prefix of the levels.
+        """
+        valid = z.detach()[mask]
+        if self.training and not self.started:
+            self.start(valid)
+        codes = self.encode(z)
+        kept = torch.full((len(z),), self.num_quantizers, device=z.device)
+        if self.training and self.dropout:
+            prefix = torch.randint(1, self.num_quantizers + 1, (len(z),), device=z.device)
+            kept = torch.where(torch.rand(len(z), device=z.device) < self.dropout, prefix, kept)
+        residual, quantized, loss = z, torch.zeros_like(z), z.new_zeros(())
+        for level, codebook in enumerate(self.codebooks):
+            vectors = codebook[codes[..., level]]
+            loss = loss + F.mse_loss(residual[mask], vectors[mask])
+            if self.training:
+                self.update(level, residual.detach()[mask], codes[mask][:, level])
+            residual = residual - vectors
+            quantized = quantized + vectors * (level < kept)[:, None, None]
+        return z + (quantized - z).detach(), codes, loss
+
+    @torch.no_grad()
+    def start(self, vectors: torch.Tensor) -> None:
+        """
+        k-means of vectors [n, codebook_dim] of all ranks and of what each level leaves over of them. With fewer
+        distinct vectors than codes, the codes left over wait for revival.
+        """
+        residual = gather_rows(vectors)[0]
+        if not len(residual):
+            raise ValueError("expected vectors to start the codebooks from, got none")
+        for codebook, usage in zip(self.codebooks, self.usage, strict=True):
+            order = torch.randperm(len(residual), device="cpu").to(residual.device)
+            codebook.copy_(residual[order[torch.arange(self.codebook_size, device=order.device) % len(order)]])
+            same_on_all_ranks(codebook)
+            for _ in range(KMEANS_ITERATIONS):
+                sums, counts = self._totals(residual, self._nearest(residual, codebook))
+                codebook.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codebook))
+            # each rank got here by the same calls; the last bits may differ from one kind of machine to another
+            same_on_all_ranks(codebook)
+            codes = self._nearest(residual, codebook)
+            usage.copy_((torch.bincount(codes, minlength=self.codebook_size) > 0).float())
+            residual = residual - codebook[codes]
+        self.started.fill_(True)
+
+    @torch.no_grad()
+    def update(self, level: int, vectors: torch.Tensor, codes: torch.Tensor) -> None:
+        """Moves a level's codes towards their vectors [n, codebook_dim], then dead codes onto some of the vectors."""
+        codebook, usage = self.codebooks[level], self.usage[level]
+        sums, counts = (sum_over_ranks(total) for total in self._totals(vectors, codes))
+        share = (1 - self.decay) * self.codebook_size / counts.sum()
+        before, after = self.decay * usage, self.decay * usage + share * counts
+        moved = (before[:, None] * codebook + share * sums) / after.clamp(min=1e-12)[:, None]
+        codebook.copy_(torch.where(counts[:, None] > 0, moved, codebook))
+        usage.copy_(after)
+        dead = (usage < self.revival_threshold).nonzero()[:, 0]
+        if len(dead):
+            revived = random_rows(vectors, len(dead))
+            # a batch may hold fewer vectors than there are dead codes
+            rows = dead[: len(revived)]
+            codebook[rows] = revived
+            usage[rows] = 1.0
+
+    @staticmethod
+    def _nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        """Codes [n] of the nearest codebook vectors to vectors [n, codebook_dim]."""
+        offset = codebook.pow(2).sum(-1) / 2
+        parts = vectors.split(max(1, DISTANCES // len(codebook)))
+        return torch.cat([(part @ codebook.T - offset).argmax(-1) for part in parts])
+
+    def _totals(self, vectors: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum and number of the vectors of each code: [codebook_size, codebook_dim], [codebook_size]."""
+        counts = torch.bincount(codes, minlength=self.codebook_size).to(vectors.dtype)
+        return torch.zeros_like(self.codebooks[0]).index_add_(0, codes, vectors), counts
+
+
+class ResidualFiniteScalarQuantizer(nn.Module):
+    """
+    Each of a vector's few numbers is squashed and rounded to one of `fsq_levels[i]` values in -1..1 (Mentzer et al.
+    2024); each further level divides what is left over into as many values again. A code is the mixed-radix number of
+    a level's digits, the first one counting least. Nothing is learned and nothing can die out.
+    """
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        self.values: Sequence[int] = tuple(config.fsq_levels or ())
+        self.num_quantizers = config.num_quantizers
+
+    def encode(self, z: torch.Tensor) -> torch.Tensor:
+        """Codes int64 [..., levels] of the vectors z [..., len(fsq_levels)]."""
+        values, half_width, offset, basis = self._grid(z.device)
+        place, codes = self._bound(z), []
+        for _ in range(self.num_quantizers):
+            digits = place.round().clamp(-half_width, values - 1 - half_width)
+            codes.append(((digits.long() + half_width) * basis).sum(-1))
+            # the next level's values fill the interval around this one's
+            place = (place - digits) * values - offset
+        return torch.stack(codes, -1)
+
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """The grid's vectors [..., len(fsq_levels)] of codes [..., levels], all levels or the first ones."""
+        values, half_width, offset, basis = self._grid(codes.device)
+        digits = codes[..., None] // basis % values - half_width
+        level = torch.arange(codes.shape[-1], device=codes.device)[:, None]
+        return ((digits + offset * (level > 0)) / values.float() ** level).sum(-2) / half_width
+
+    def forward(self, z: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As [`ResidualVectorQuantizer`], with a loss of zero."""
+        bounded = self._bound(z) / self._grid(z.device)[1]
+        codes = self.encode(z)
+        return bounded + (self.embed(codes) - bounded).detach(), codes, z.new_zeros(())
+
+    def _grid(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        values = torch.tensor(self.values, device=device)
+        basis = [math.prod(self.values[:place]) for place in range(len(self.values))]
+        return values, values // 2, (values % 2 == 0) * 0.5, torch.tensor(basis, device=device)
+
+    def _bound(self, z: torch.Tensor) -> torch.Tensor:
+        """z so that rounding gives as many values as there are (the authors' `bound`)."""
+        values, _, offset, _ = self._grid(z.device)
+        half = (values - 1) * (1 - 1e-3) / 2
+        return (z + (offset / half).tan()).tanh() * half - offset
+
+
+class MatrixLogarithm(torch.autograd.Function):
+    """
+    Logarithm of symmetric positive definite matrices [..., n, n]. Equal eigenvalues have a gradient too, which that of
+    `torch.linalg.eigh` has not (Daleckii and Krein).
+    """
+
+    @staticmethod
+    def forward(ctx, matrices: torch.Tensor) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(matrices)
+        values = values.clamp(min=1e-6)
+        ctx.save_for_backward(values, vectors)
+        return (vectors * values.log()[..., None, :]) @ vectors.mT
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        values, vectors = ctx.saved_tensors
+        below = values[..., None, :]
+        ratio = values[..., :, None] / below
+        # (log a - log b) / (a - b), which is 1 / b at a = b
+        close = (ratio - 1).abs() < 1e-3
+        slopes = torch.where(close, 1 / ratio.sqrt(), ratio.log() / (ratio - 1).where(~close, 1)) / below
+        return vectors @ (slopes * (vectors.mT @ gradient @ vectors)) @ vectors.mT
+
+
+class FmriCodecSummary(nn.Module):
+    """
+    What the regions of a scan do together, from its decoded basis coefficients: their covariance in the tangent space
+    at the training scans' mean, as nilearn's `ConnectivityMeasure(kind="tangent", vectorize=True)` has it (lower
+    triangle, its diagonal divided by sqrt(2)), and the coefficients' lag-1 autocorrelation.
+    """
+
+    whitening: torch.Tensor
+    floor: torch.Tensor
+    shrinkage: torch.Tensor
+    feature_mean: torch.Tensor
+    feature_std: torch.Tensor
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        size = config.num_basis_functions
+        # the inverse square root of the mean covariance
+        self.register_buffer("whitening", torch.eye(size))
+        # variance added to every coefficient: some may always be decoded to zero
+        self.register_buffer("floor", torch.tensor(0.0))
+        # weight of the mean in a covariance: the logarithm of one from few frames is finite
+        self.register_buffer("shrinkage", torch.tensor(0.3))
+        self.register_buffer("feature_mean", torch.zeros(config.num_scan_features))
+        self.register_buffer("feature_std", torch.ones(config.num_scan_features))
+
+    def init_weights(self) -> None:
+        init.copy_(self.whitening, torch.eye(len(self.whitening)))
+        init.zeros_(self.floor)
+        init.constant_(self.shrinkage, 0.3)
+        init.zeros_(self.feature_mean)
+        init.ones_(self.feature_std)
+
+    @staticmethod
+    def covariance(series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """[batch, n, n] of series [batch, n, time]; frame_mask bool [batch, time]: frames with data."""
+        mask = frame_mask[:, None].to(series.dtype)
+        count = mask.sum(-1, keepdim=True).clamp(min=1)
+        series = (series - (series * mask).sum(-1, keepdim=True) / count) * mask
+        return series @ series.mT / count
+
+    def tangent(self, covariance: torch.Tensor) -> torch.Tensor:
+        """[batch, n * (n + 1) / 2] of covariances [batch, n, n]."""
+        identity = torch.eye(len(self.whitening), device=covariance.device, dtype=covariance.dtype)
+        whitened = self.whitening @ (covariance + self.floor * identity) @ self.whitening
+        matrices: torch.Tensor = MatrixLogarithm.apply((1 - self.shrinkage) * whitened + self.shrinkage * identity)  # pyright: ignore[reportAssignmentType]
+        row, column = torch.tril_indices(len(identity), len(identity), device=covariance.device)
+        return matrices[:, row, column] * torch.where(row == column, 0.5**0.5, 1.0)
+
+    def forward(self, series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """Scan features [batch, n * (n + 1) / 2 + n] of coefficients [batch, n, time]."""
+        mask = frame_mask[:, None].to(series.dtype)
+        centred = (series - (series * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
+        lagged = (centred[..., 1:] * centred[..., :-1]).sum(-1)
+        # a coefficient that is decoded to a constant correlates with nothing
+        autocorrelation = lagged / centred.pow(2).sum(-1).clamp(min=1e-6)
+        return torch.cat([self.tangent(self.covariance(series, frame_mask)), autocorrelation], dim=-1)
+
+    def standardise(self, features: torch.Tensor) -> torch.Tensor:
+        """Scan features [batch, features] in standard deviations of training scans, scaled to squares of sum 1."""
+        return (features - self.feature_mean) / (self.feature_std * math.sqrt(features.shape[-1]))
+
+
+def siglip_loss(
+    scans: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor | float, bias: torch.Tensor | float, first: int = 0
+) -> torch.Tensor:
+    """
+    Sigmoid loss (Zhai et al. 2023) of unit vectors scans [batch, dim] and texts [all texts, dim], the matching ones
+    of which begin at row `first`: summed over texts, mean over scans.
+    """
+    logits = scale * scans @ texts.T + bias
+    matches = torch.arange(len(scans), device=scans.device)[:, None] + first
+    matches = matches == torch.arange(len(texts), device=scans.device)
+    return -F.logsigmoid(torch.where(matches, logits, -logits)).sum() / len(scans)
+
+
+def reversal_strength(progress: float) -> float:
+    """Factor of the reversed gradient, from 0 at the start of training (progress 0) to 1 (Ganin et al. 2016)."""
+    return 2 / (1 + math.exp(-10 * progress)) - 1
+
+
+class GradientReversal(torch.autograd.Function):
+    """Identity whose gradient is multiplied by -strength."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, strength: float) -> torch.Tensor:
+        ctx.strength = strength
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return -ctx.strength * gradient, None
+
+
+class FmriCodecAlignment(nn.Module):
+    """
+    Two losses against a frozen language model, for training alone. `siglip` pairs scans with the embeddings of their
+    descriptions. `domain_loss` is domain-adversarial: a classifier separates projected latent tokens from word
+    embeddings, and by gradient reversal the codec and the projection make that hard.
+    """
+
+    text_mean: torch.Tensor
+    text_std: torch.Tensor
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        if config.text_hidden_size is None:
+            raise ValueError("expected text_hidden_size, the width of what the codec is aligned to, got None")
+        self.scan_proj = nn.Linear(config.num_scan_features, config.alignment_size, bias=False)
+        self.text_proj = nn.Linear(config.text_hidden_size, config.alignment_size, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
+        self.bias = nn.Parameter(torch.tensor(INITIAL_BIAS))
+        # sentences of one language model all point almost the same way: their mean is taken off
+        self.register_buffer("text_mean", torch.zeros(config.text_hidden_size))
+        self.register_buffer("text_std", torch.ones(config.text_hidden_size))
+        self.token_proj = nn.Linear(config.codebook_dim, config.text_hidden_size)
+        self.classifier = nn.Sequential(
+            nn.Linear(config.text_hidden_size, CLASSIFIER_SIZE), nn.GELU(), nn.Linear(CLASSIFIER_SIZE, 2)
+        )
+
+    def init_weights(self) -> None:
+        init.constant_(self.log_scale, math.log(INITIAL_SCALE))
+        init.constant_(self.bias, INITIAL_BIAS)
+        init.zeros_(self.text_mean)
+        init.ones_(self.text_std)
+
+    @torch.no_grad()
+    def fit_texts(self, text_embeddings: torch.Tensor) -> None:
+        """Standardises texts by the embeddings [texts, text_hidden_size] of the training scans' descriptions."""
+        self.text_mean.copy_(text_embeddings.mean(0))
+        self.text_std.copy_(text_embeddings.std(0).clamp(min=1e-6))
+
+    def embed_scans(self, features: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [batch, alignment_size] of standardised scan features [batch, features]."""
+        return F.normalize(self.scan_proj(features), dim=-1)
+
+    def embed_texts(self, text_embeddings: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [texts, alignment_size] of frozen embeddings [texts, text_hidden_size]."""
+        return F.normalize(self.text_proj((text_embeddings.float() - self.text_mean) / self.text_std), dim=-1)
+
+    def siglip(self, scan_embeddings: torch.Tensor, text_embeddings: torch.Tensor) -> torch.Tensor:
+        """
+        Loss of this rank's scans [batch, alignment_size] against the descriptions of all ranks. Their frozen
+        embeddings are what travels: the mean over ranks is the loss of one process on all scans, and so is its
+        gradient.
+        """
+        gathered, first = gather_rows(text_embeddings)
+        return siglip_loss(scan_embeddings, self.embed_texts(gathered), self.log_scale.exp(), self.bias, first)
+
+    def domain_loss(self, vectors: torch.Tensor, words: torch.Tensor, reversal: float) -> torch.Tensor:
+        """
+        Cross-entropy of the classifier on projected vectors [tokens, codebook_dim] (class 0) and word embeddings
+        [words, text_hidden_size] (class 1), each a mean.
+        """
+        tokens = GradientReversal.apply(self.token_proj(vectors), reversal)
+        of_tokens, of_words = self.classifier(tokens), self.classifier(words.float())
+        zeros = torch.zeros(len(of_tokens), dtype=torch.long, device=of_tokens.device)
+        ones = torch.ones(len(of_words), dtype=torch.long, device=of_words.device)
+        return F.cross_entropy(of_tokens, zeros) + F.cross_entropy(of_words, ones)
 
 
 @dataclass
 class FmriCodecOutput(ModelOutput):
     """
-    loss: weighted sum of the parts below. reconstruction: [batch, rois, time]. codes: int64 [batch, tokens],
-    -1 on padding. descriptors: [batch, descriptors], in the units the head was trained on. scan_embeddings:
-    [batch, alignment_size], unit vectors to compare with the alignment head's embeddings of texts.
-    codebook_usage: share of the codebook that occurs in this batch. perplexity: exp of the entropy of its codes.
-    hidden_states: on request, input and outputs of the encoder's `num_hidden_layers`, [batch, tokens, hidden] each.
+    loss: weighted sum of the parts below. reconstruction: [batch, rois, time]. codes: int64 [batch, tokens, levels],
+    -1 on padding. descriptors: [batch, descriptors], in the units the head was fitted to. scan_embeddings:
+    [batch, alignment_size], unit vectors to compare with the alignment head's embeddings of texts. codebook_usage:
+    share of each level's codebook that occurs in this batch [levels]; perplexity: exp of the entropy of its codes
+    [levels]. hidden_states: on request, input and outputs of the encoder's layers, [batch, tokens, hidden] each.
     """
 
     loss: torch.Tensor | None = None
@@ -55,56 +621,69 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FmriCodecLayer"]
     _supports_sdpa = True
-    _can_record_outputs = {"hidden_states": OutputRecorder(FmriCodecLayer, layer_name="encoder.layers")}
-    # moving averages in half precision would stop moving
-    _keep_in_fp32_modules_strict = ["quantizer"]
+    _can_record_outputs = {"hidden_states": OutputRecorder(FmriCodecLayer, layer_name="patch_encoder.layers")}
+    # in half precision codes would differ and moving averages would stop moving
+    _keep_in_fp32_modules_strict = [
+        "spatial_basis",
+        "analysis",
+        "patch_encoder",
+        "quantizer",
+        "synthesis",
+        "patch_decoder",
+        "tangent_summary",
+        "descriptor_head",
+        "alignment_head",
+    ]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FmriCodecPreTrainedModel":
+        """Follows the model it is a part of to other devices, but stays in float32."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            other = fn(tensor)
+            return other.float() if other.is_floating_point() else other
+
+        return super()._apply(moved, recurse)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, VectorQuantizer):
-            init.copy_(module.codebook, module.initial_codebook())
-            init.zeros_(module.usage)
-            init.zeros_(module.started)
-        elif isinstance(module, FmriCodecAlignment | FmriCodecConnectivity | FmriCodecFunctions | FmriCodecPooling):
+        if isinstance(module, FmriSpatialBasis | ResidualVectorQuantizer | FmriCodecSummary | FmriCodecAlignment):
             module.init_weights()
-        elif isinstance(module, FmriCodecModel):
-            embeddings = [module.encoder_steps, module.decoder_steps]
-            if self.config.token_layout == "latent":
-                embeddings = [module.encoder.queries, *embeddings, module.decoder.slots]
-            for embedding in embeddings:
-                init.normal_(embedding, std=self.config.initializer_range)
+        elif isinstance(module, FmriCodecTransformer):
+            module.init_weights(self.config.initializer_range)
 
 
 class FmriCodecModel(FmriCodecPreTrainedModel):
     """
-    Cuts a scan into steps of `patch_length` frames and each step into codes: `tokens_per_step` of them, or one for
-    each ROI, by the token layout. Tokens are time-major: index = step * tokens of a step + slot (or ROI). A code
-    depends on its own and earlier steps alone, so that predicting the next one is not looking it up.
+    Cuts a scan into patches of `patch_length` frames and writes each as `tokens_per_patch` latent tokens of
+    `num_quantizers` codes. A patch's signal becomes coefficients of spatial basis functions, a linear map makes token
+    vectors of them, residual quantisation makes codes; decoding is the way back. Transformers may add to both linear
+    maps. Tokens are time-major: index = patch * tokens_per_patch + token of the patch. A code depends on its own and
+    earlier patches alone, so that predicting the next one is not looking it up. Everything is computed in float32.
     """
 
     def __init__(self, config: FmriCodecConfig):
         super().__init__(config)
-        latent = config.token_layout == "latent"
-        self.coordinates = FmriCodecCoordinates(config)
-        self.functions = FmriCodecFunctions(config) if latent else None
-        self.encoder_steps = nn.Parameter(torch.zeros(config.max_steps, config.hidden_size))
-        self.encoder = LatentEncoder(config) if latent else RoiEncoder(config)
-        if config.fsq_levels:
-            self.quantizer = FiniteScalarQuantizer(config.fsq_levels)
-        else:
-            self.quantizer = VectorQuantizer(
-                config.codebook_size, config.codebook_dim, config.ema_decay, config.revival_threshold
-            )
-        self.decoder_steps = nn.Parameter(torch.zeros(config.max_steps, config.hidden_size))
-        self.decoder = LatentDecoder(config) if latent else RoiDecoder(config)
-        self.pooling = FmriCodecPooling() if latent else None
-        pooled_size = config.codebook_dim if self.pooling is None else self.pooling.size
-        self.descriptor_head = (
-            nn.Linear(pooled_size, len(config.descriptor_names)) if config.descriptor_names else None
+        coefficients = config.num_basis_functions * config.patch_length
+        vectors = config.tokens_per_patch * config.codebook_dim
+        self.spatial_basis = FmriSpatialBasis(config)
+        self.analysis = nn.Linear(coefficients, vectors)
+        self.patch_encoder = self.patch_decoder = None
+        if config.num_hidden_layers:
+            self.patch_encoder = FmriCodecTransformer(config, config.num_hidden_layers, config.codebook_dim, False)
+        self.quantizer = (
+            ResidualFiniteScalarQuantizer(config) if config.fsq_levels else ResidualVectorQuantizer(config)
         )
-        self.alignment = FmriCodecAlignment(config, pooled_size) if config.text_hidden_size else None
+        self.synthesis = nn.Linear(vectors, coefficients)
+        if config.num_decoder_layers:
+            self.patch_decoder = FmriCodecTransformer(config, config.num_decoder_layers, coefficients, True)
+        self.tangent_summary = FmriCodecSummary(config)
+        self.descriptor_head = (
+            nn.Linear(config.num_scan_features, len(config.descriptor_names)) if config.descriptor_names else None
+        )
+        self.alignment_head = FmriCodecAlignment(config) if config.text_hidden_size else None
         self.post_init()
+        self.float()
 
     def encode(
         self,
@@ -113,23 +692,48 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         fmri_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Codes int64 [batch, tokens] of fmri_values [batch, rois, time] (robust z-scores) at roi_coordinates
-        [batch, rois, 3] (MNI mm); -1 on tokens without any data by fmri_mask [batch, rois, time] (False is padding):
-        on padding steps, in the roi layout on padding ROIs as well.
+        Codes int64 [batch, tokens, levels] of fmri_values [batch, rois, time] (robust z-scores) at roi_coordinates
+        [batch, rois, 3] (MNI mm); -1 on patches without any data by fmri_mask bool [batch, rois, time] (False is
+        padding, or a ROI that is missing).
         """
-        vectors, token_mask = self._vectors(fmri_values, roi_coordinates, fmri_mask)
-        return self.quantizer.encode(vectors).masked_fill(~token_mask, -1)
+        with maybe_autocast(fmri_values.device.type, enabled=False):
+            vectors, token_mask = self._vectors(fmri_values, roi_coordinates, fmri_mask)
+            return self.quantizer.encode(vectors).masked_fill(~token_mask[..., None], -1)
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codebook vectors [..., codebook_dim] of codes [...]."""
-        return self.quantizer.embed(codes)
+        """
+        Vectors float32 [..., codebook_dim] of codes [..., levels], of all levels or the first ones; zero on padding.
+        """
+        if not 1 <= codes.shape[-1] <= self.config.num_quantizers:
+            raise ValueError(f"expected codes of 1 to {self.config.num_quantizers} levels, got {codes.shape[-1]}")
+        return self.quantizer.embed(codes.clamp(min=0)) * (codes[..., :1] >= 0)
 
     def decode(self, codes: torch.Tensor, roi_coordinates: torch.Tensor) -> torch.Tensor:
+        """Signal [batch, rois, time] of codes [batch, tokens, levels] at any coordinates [batch, rois, 3] (MNI mm)."""
+        with maybe_autocast(codes.device.type, enabled=False):
+            return self.spatial_basis(roi_coordinates) @ self.decode_coefficients(codes)
+
+    def decode_coefficients(self, codes: torch.Tensor) -> torch.Tensor:
+        """Coefficients [batch, basis functions, time] of codes [batch, tokens, levels]; zero on padding."""
+        return self._coefficients(self.embed_codes(codes), codes[..., 0] >= 0)
+
+    def summarize(self, codes: torch.Tensor) -> torch.Tensor:
         """
-        Signal [batch, rois, time] of codes [batch, tokens] at any coordinates [batch, rois, 3] (MNI mm); in the roi
-        layout at those that were encoded.
+        What the regions of scans do together, float32 [batch, K * (K + 1) / 2] of codes [batch, tokens, levels]:
+        covariance of the K basis coefficients in tangent space (see [`FmriCodecSummary`]).
         """
-        return self.decode_vectors(self.embed_codes(codes.clamp(min=0)), roi_coordinates, codes >= 0)
+        return self.scan_features(codes)[:, : -self.config.num_basis_functions]
+
+    def scan_features(self, codes: torch.Tensor) -> torch.Tensor:
+        """Float32 [batch, num_scan_features] of codes: `summarize` and the coefficients' lag-1 autocorrelation."""
+        return self._features(self.decode_coefficients(codes), codes[..., 0] >= 0)
+
+    def describe(self, codes: torch.Tensor) -> torch.Tensor:
+        """Standardised descriptors float32 [batch, descriptors] of codes [batch, tokens, levels]."""
+        if self.descriptor_head is None:
+            raise ValueError("expected a codec with descriptor_names, got one without")
+        with maybe_autocast(codes.device.type, enabled=False):
+            return self.descriptor_head(self.tangent_summary.standardise(self.scan_features(codes)))
 
     @merge_with_config_defaults
     @capture_outputs
@@ -142,7 +746,6 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         text_embeddings: torch.Tensor | None = None,
         word_embeddings: torch.Tensor | None = None,
         reversal: float = 1.0,
-        quantize: bool = True,
         **kwargs,
     ) -> FmriCodecOutput:
         """
@@ -151,37 +754,37 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             text_embeddings: frozen embeddings [batch, text_hidden_size] of the scans' descriptions.
             word_embeddings: rows [words, text_hidden_size] of the frozen language model's input embeddings.
             reversal: factor of the domain loss's reversed gradient (see `reversal_strength`).
-            quantize: False lets the vectors through unrounded, for the first steps of training.
         """
-        vectors, token_mask = self._vectors(fmri_values, roi_coordinates, fmri_mask)
-        if quantize:
+        with maybe_autocast(fmri_values.device.type, enabled=False):
+            vectors, token_mask = self._vectors(fmri_values, roi_coordinates, fmri_mask)
             vectors, codes, commitment_loss = self.quantizer(vectors, token_mask)
-        else:
-            vectors = self.quantizer.continuous(vectors)
-            codes, commitment_loss = self.quantizer.encode(vectors), vectors.new_zeros(())
-        reconstruction = self.decode_vectors(vectors, roi_coordinates, token_mask)[..., : fmri_values.shape[-1]]
-        error = (reconstruction - fmri_values).pow(2)
-        reconstruction_loss = error.mean() if fmri_mask is None else error[fmri_mask].mean()
-        loss = reconstruction_loss + self.config.commitment_weight * commitment_loss
-        pooled = self.pool(vectors, token_mask)
-        described = descriptor_loss = alignment_loss = domain_loss = scan_embeddings = None
-        if self.descriptor_head is not None:
-            described = self.descriptor_head(pooled.to(self.dtype)).float()
-            if descriptors is not None:
-                known = ~descriptors.isnan()
-                # a batch may know none of them
-                descriptor_loss = (described - descriptors)[known].pow(2).sum() / known.sum().clamp(min=1)
-                loss = loss + self.config.descriptor_weight * descriptor_loss
-        if self.alignment is not None:
-            scan_embeddings = self.alignment.embed_scans(pooled)
-            if text_embeddings is not None:
-                alignment_loss = self.alignment.siglip(scan_embeddings, text_embeddings)
-                loss = loss + self.config.alignment_weight * alignment_loss
-            if word_embeddings is not None:
-                domain_loss = self.alignment.tell_apart(vectors[token_mask], word_embeddings, reversal)
-                loss = loss + self.config.domain_weight * domain_loss
-        counts = torch.bincount(codes[token_mask], minlength=self.config.codebook_size).float()
-        entropy = torch.special.entr(counts / counts.sum()).sum()
+            coefficients = self._coefficients(vectors, token_mask)
+            reconstruction = (self.spatial_basis(roi_coordinates) @ coefficients)[..., : fmri_values.shape[-1]]
+            error = reconstruction - fmri_values
+            reconstruction_loss = (error if fmri_mask is None else error[fmri_mask]).pow(2).mean()
+            loss = reconstruction_loss + self.config.commitment_weight * commitment_loss
+            described = descriptor_loss = alignment_loss = domain_loss = scan_embeddings = None
+            if self.descriptor_head is not None or self.alignment_head is not None:
+                features = self.tangent_summary.standardise(self._features(coefficients, token_mask))
+            if self.descriptor_head is not None:
+                described = self.descriptor_head(features)
+                if descriptors is not None:
+                    known = ~descriptors.isnan()
+                    # a batch may know none of them
+                    descriptor_loss = (described - descriptors)[known].pow(2).sum() / known.sum().clamp(min=1)
+                    loss = loss + self.config.descriptor_weight * descriptor_loss
+            if self.alignment_head is not None:
+                scan_embeddings = self.alignment_head.embed_scans(features)
+                if text_embeddings is not None:
+                    alignment_loss = self.alignment_head.siglip(scan_embeddings, text_embeddings)
+                    loss = loss + self.config.alignment_weight * alignment_loss
+                if word_embeddings is not None:
+                    domain_loss = self.alignment_head.domain_loss(vectors[token_mask], word_embeddings, reversal)
+                    loss = loss + self.config.domain_weight * domain_loss
+            levels, size = self.config.num_quantizers, self.config.codebook_size
+            rows = codes[token_mask] + size * torch.arange(levels, device=codes.device)
+            counts = torch.bincount(rows.flatten(), minlength=levels * size).float().unflatten(0, (levels, size))
+            entropy = torch.special.entr(counts / counts.sum(-1, keepdim=True)).sum(-1)
         return FmriCodecOutput(
             loss=loss,
             reconstruction_loss=reconstruction_loss,
@@ -190,10 +793,10 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             alignment_loss=alignment_loss,
             domain_loss=domain_loss,
             reconstruction=reconstruction,
-            codes=codes.masked_fill(~token_mask, -1),
+            codes=codes.masked_fill(~token_mask[..., None], -1),
             descriptors=described,
             scan_embeddings=scan_embeddings,
-            codebook_usage=(counts > 0).float().mean(),
+            codebook_usage=(counts > 0).float().mean(-1),
             perplexity=entropy.exp(),
         )
 
@@ -212,75 +815,42 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             # a question about values would cut a compiled graph in two
             if not torch.compiler.is_compiling() and not fmri_mask.flatten(1).any(-1).all():
                 raise ValueError("expected data in every scan of the batch, got a scan whose fmri_mask is all False")
-        steps = math.ceil(time / self.config.patch_length)
-        if steps > self.config.max_steps:
-            raise ValueError(f"expected at most max_steps={self.config.max_steps} steps, got {steps}")
-        padding = (0, steps * self.config.patch_length - time)
-        if fmri_mask is None:
-            encoder_mask, roi_mask = None, fmri_values.new_ones(batch, steps, rois, dtype=torch.bool)
-        else:
+        patches = math.ceil(time / self.config.patch_length)
+        if patches > self.config.max_patches:
+            raise ValueError(f"expected at most max_patches={self.config.max_patches} patches, got {patches}")
+        padding = (0, patches * self.config.patch_length - time)
+        roi_mask = None
+        patch_mask = torch.ones(batch, patches, dtype=torch.bool, device=fmri_values.device)
+        if fmri_mask is not None:
             fmri_values = fmri_values.masked_fill(~fmri_mask, 0)
-            roi_mask = F.pad(fmri_mask, padding).unflatten(-1, (steps, -1)).any(-1).transpose(1, 2)
-            encoder_mask = hiding(roi_mask)
-        patches = F.pad(fmri_values, padding).unflatten(-1, (steps, -1)).transpose(1, 2).to(self.dtype)
-        vectors = self.encoder(patches, self._places(roi_coordinates), self.encoder_steps[:steps], encoder_mask)
-        return vectors, self.encoder.token_mask(roi_mask)
+            roi_mask = F.pad(fmri_mask, padding).unflatten(-1, (patches, -1)).any(-1).transpose(1, 2)
+            patch_mask = roi_mask.any(-1)
+        values = F.pad(fmri_values.float(), padding).unflatten(-1, (patches, -1)).transpose(1, 2)
+        coefficients = self.spatial_basis.coefficients(self.spatial_basis(roi_coordinates), values, roi_mask)
+        tokens = self.config.tokens_per_patch
+        vectors = self.analysis(coefficients.flatten(2)).unflatten(-1, (tokens, -1))
+        if self.patch_encoder is not None:
+            vectors = vectors + self.patch_encoder(vectors, patch_mask)
+        return vectors.flatten(1, 2), patch_mask.repeat_interleave(tokens, dim=1)
 
-    def _places(self, roi_coordinates: torch.Tensor) -> Places:
-        embedded = self.coordinates(roi_coordinates)
-        return Places(embedded, embedded[..., :0] if self.functions is None else self.functions(roi_coordinates))
-
-    def decode_vectors(
-        self, vectors: torch.Tensor, roi_coordinates: torch.Tensor, token_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        As `decode`, of vectors [batch, tokens, codebook_dim], which may lie between those of the codebook; token_mask
-        bool [batch, tokens]: tokens that hold data.
-        """
-        patches = self.decoder(vectors.to(self.dtype), self.decoder_steps, self._places(roi_coordinates), token_mask)
-        return patches.transpose(1, 2).flatten(-2)
-
-    def describe(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        """
-        Standardised descriptors float32 [batch, descriptors] of scans as the head reads them from vectors
-        [batch, tokens, codebook_dim], of codes or unrounded; token_mask [batch, tokens] is False on padding.
-        """
-        if self.descriptor_head is None:
-            raise ValueError("expected a codec with descriptor_names, got one that describes nothing")
-        # correlations in half precision are half as good
+    def _coefficients(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """As `decode_coefficients`, of vectors [batch, tokens, codebook_dim], which may lie between the codes'."""
+        tokens, frames = self.config.tokens_per_patch, self.config.patch_length
+        if vectors.shape[1] % tokens:
+            raise ValueError(f"expected codes of whole patches of {tokens} tokens, got {vectors.shape[1]} tokens")
         with maybe_autocast(vectors.device.type, enabled=False):
-            return self.descriptor_head(self.pool(vectors, token_mask).to(self.dtype)).float()
+            vectors, patch_mask = vectors.unflatten(1, (-1, tokens)), token_mask[:, ::tokens]
+            coefficients = self.synthesis(vectors.flatten(2))
+            if self.patch_decoder is not None:
+                coefficients = coefficients + self.patch_decoder(vectors, patch_mask)
+            coefficients = coefficients * patch_mask[..., None]
+            return coefficients.unflatten(-1, (-1, frames)).transpose(1, 2).flatten(-2)
 
-    def pool(self, vectors: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        """
-        One vector a scan of vectors [batch, tokens, codebook_dim]: in the latent layout by `FmriCodecPooling`, in the
-        roi layout their mean; token_mask [batch, tokens] is False on padding.
-        """
-        if self.pooling is not None:
-            return self.pooling(*self.decode_at_pooling_places(vectors, token_mask))
-        weights = token_mask.to(vectors.dtype)
-        return torch.einsum("bn,bnd->bd", weights / weights.sum(1, keepdim=True), vectors)
-
-    def decode_at_pooling_places(
-        self, vectors: torch.Tensor, token_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the pooling takes: signals [batch, places, time], and the frames bool [batch, time] that hold data."""
-        places = pooling_places().to(vectors.device).expand(len(vectors), -1, -1)
-        frames = token_mask[:, :: self.config.tokens_per_step].repeat_interleave(self.config.patch_length, dim=1)
-        return self.decode_vectors(vectors, places, token_mask), frames
-
-    def encode_features(
-        self,
-        fmri_values: torch.Tensor,
-        roi_coordinates: torch.Tensor | None,
-        fmri_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        What `encode` rounds to codes: vectors float32 [batch, tokens, codebook_dim] (of unit length for "vq", in -1..1
-        for "fsq") and the mask bool [batch, tokens] of the tokens that hold data.
-        """
-        vectors, token_mask = self._vectors(fmri_values, roi_coordinates, fmri_mask)
-        return self.quantizer.continuous(vectors), token_mask
+    def _features(self, coefficients: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """As `scan_features`, of coefficients [batch, basis functions, time]."""
+        frame_mask = token_mask[:, :: self.config.tokens_per_patch].repeat_interleave(self.config.patch_length, dim=1)
+        with maybe_autocast(coefficients.device.type, enabled=False):
+            return self.tangent_summary(coefficients, frame_mask)
 
 
 # every save ships the code, so that a downloaded folder loads where this package is not installed

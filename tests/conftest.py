@@ -63,17 +63,17 @@ def build_tiny_codec(started: bool = True, **changes) -> FmriCodecModel:
     torch.manual_seed(0)
     values = {
         "patch_length": 4,
-        "tokens_per_step": 2,
+        "tokens_per_patch": 2,
+        "num_quantizers": 3,
         "codebook_size": 16,
         "codebook_dim": 8,
         "hidden_size": 16,
         "intermediate_size": 32,
-        "num_roi_layers": 1,
         "num_hidden_layers": 2,
         "num_decoder_layers": 1,
         "num_attention_heads": 2,
-        "num_frequencies": 4,
-        "max_steps": 8,
+        "num_basis_functions": 6,
+        "max_patches": 8,
         "initializer_range": 0.1,
         **changes,
     }
