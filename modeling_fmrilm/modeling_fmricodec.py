@@ -275,6 +275,10 @@ class ResidualVectorQuantizer(nn.Module):
         rows = codes + self.codebook_size * torch.arange(levels, device=codes.device)
         return F.embedding(rows, self.codebooks[:levels].flatten(0, 1)).sum(-2)
 
+    def embed_level(self, codes: torch.Tensor, level: int) -> torch.Tensor:
+        """Codebook vectors [..., codebook_dim] of codes [...] of one level."""
+        return self.codebooks[level][codes]
+
     def forward(self, z: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -382,10 +386,14 @@ class ResidualFiniteScalarQuantizer(nn.Module):
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """The grid's vectors [..., len(fsq_levels)] of codes [..., levels], all levels or the first ones."""
+        vectors = [self.embed_level(codes[..., level], level) for level in range(codes.shape[-1])]
+        return torch.stack(vectors).sum(0)
+
+    def embed_level(self, codes: torch.Tensor, level: int) -> torch.Tensor:
+        """What codes [...] of one level add, [..., len(fsq_levels)]."""
         values, half_width, offset, basis = self._grid(codes.device)
         digits = codes[..., None] // basis % values - half_width
-        level = torch.arange(codes.shape[-1], device=codes.device)[:, None]
-        return ((digits + offset * (level > 0)) / values.float() ** level).sum(-2) / half_width
+        return (digits + offset * (level > 0)) / values.float() ** level / half_width
 
     def forward(self, z: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As [`ResidualVectorQuantizer`], with a loss of zero."""
@@ -710,8 +718,22 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
 
     def decode(self, codes: torch.Tensor, roi_coordinates: torch.Tensor) -> torch.Tensor:
         """Signal [batch, rois, time] of codes [batch, tokens, levels] at any coordinates [batch, rois, 3] (MNI mm)."""
-        with maybe_autocast(codes.device.type, enabled=False):
-            return self.spatial_basis(roi_coordinates) @ self.decode_coefficients(codes)
+        return self.decode_vectors(self.embed_codes(codes), roi_coordinates, codes[..., 0] >= 0)
+
+    def decode_vectors(
+        self, vectors: torch.Tensor, roi_coordinates: torch.Tensor, token_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        As `decode`, of vectors [batch, tokens, codebook_dim], which may lie between the codes'; token_mask bool
+        [batch, tokens]: tokens that hold data.
+        """
+        with maybe_autocast(vectors.device.type, enabled=False):
+            return self.spatial_basis(roi_coordinates) @ self._coefficients(vectors, token_mask)
+
+    def codebooks(self) -> torch.Tensor:
+        """Vectors [levels, codebook_size, codebook_dim] of all codes: a token is the sum of one of each level."""
+        codes = torch.arange(self.config.codebook_size, device=self.device)
+        return torch.stack([self.quantizer.embed_level(codes, level) for level in range(self.config.num_quantizers)])
 
     def decode_coefficients(self, codes: torch.Tensor) -> torch.Tensor:
         """Coefficients [batch, basis functions, time] of codes [batch, tokens, levels]; zero on padding."""

@@ -161,16 +161,17 @@ class FmriLMModel(FmriLMPreTrainedModel):
         self.summary = FmriLMSummary(config) if config.score_names else None
         # start and end embeddings: apart from the vocabulary, so that they can be trained where that is frozen
         self.boundaries = nn.Embedding(2, config.text_config.hidden_size)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        # not "language_model": transformers renames the keys of a `language_model.model` when it loads
+        self.causal_lm = AutoModelForCausalLM.from_config(config.text_config)
         self.fmri_head = FmriLMHead(config)
         self.post_init()
         self.freeze()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+        return self.causal_lm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+        self.causal_lm.set_input_embeddings(value)
 
     @torch.no_grad()
     def get_fmri_codes(
@@ -184,12 +185,13 @@ class FmriLMModel(FmriLMPreTrainedModel):
         """Scores float32 [scans, score_names] read out of codes [scans, tokens, levels]."""
         if self.summary is None:
             raise ValueError("expected a model with score_names, got one without")
-        return self.summary.readout(self.codec.scan_features(fmri_codes))
+        return self.summary.readout(self.codec.scan_features(fmri_codes).to(self.summary.readout.weight.dtype)).float()
 
     def get_fmri_features(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """Projected embeddings [valid tokens, hidden] of codes [scans, tokens, levels], scan after scan."""
         valid = fmri_codes[..., 0] >= 0
-        places = torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % self.config.codec_config.tokens_per_patch
+        per_patch = self.config.codec_config.tokens_per_patch
+        places = torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % per_patch
         return self.projector(self.codec.embed_codes(fmri_codes[valid]), places.expand(valid.shape)[valid])
 
     def embed(
@@ -281,7 +283,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
             fmri_scores=fmri_scores,
         )
         self.check_context(inputs_embeds, past_key_values)
-        return self.language_model.base_model(
+        return self.causal_lm.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -310,7 +312,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         check_backbone(language_model)
         joint = cls(config)
         joint.model.codec.load_state_dict(codec.state_dict())
-        joint.model.language_model.load_state_dict(language_model.state_dict())
+        joint.model.causal_lm.load_state_dict(language_model.state_dict())
         joint.tie_weights()
         joint.start_at_word_size()
         return joint
@@ -338,10 +340,10 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.model.language_model.get_output_embeddings()
+        return self.model.causal_lm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.language_model.set_output_embeddings(new_embeddings)
+        self.model.causal_lm.set_output_embeddings(new_embeddings)
 
     @can_return_tuple
     def forward(
@@ -379,7 +381,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
             scans = {"fmri_values": fmri_values, "roi_coordinates": roi_coordinates, "fmri_mask": fmri_mask}
         embeddings = self.model.inputs_embeds(input_ids, inputs_embeds, **scans)
         self.model.check_context(embeddings, past_key_values)
-        outputs = self.model.language_model(
+        outputs = self.model.causal_lm(
             inputs_embeds=embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -423,9 +425,9 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         self, hidden: torch.Tensor, input_ids: torch.Tensor, fmri_codes: torch.Tensor
     ) -> torch.Tensor:
         """
-        Cross-entropy [predicted tokens, levels] of each token's codes given the state at the token before (paper Eq. 5,
-        token by token); the first token of a scan is not predicted. hidden: [batch, length, hidden]; fmri_codes:
-        [scans, tokens, levels].
+        Cross-entropy [predicted tokens, levels] of each token's codes given the state at the token before (paper
+        Eq. 5, token by token); the first token of a scan is not predicted. hidden: [batch, length, hidden];
+        fmri_codes: [scans, tokens, levels].
         """
         following = fmri_codes[:, 1:]
         predicted = following[..., 0] >= 0
@@ -463,7 +465,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         cache, count = outputs.past_key_values, len(choices)
         cache.batch_repeat_interleave(count)
         steps = torch.arange(1, depth + 1, device=device)
-        logits = self.model.language_model(
+        logits = self.model.causal_lm(
             input_ids=tokens[:, :-1],
             attention_mask=F.pad(mask, (0, depth), value=1).repeat_interleave(count, 0),
             position_ids=(positions.amax(-1, keepdim=True) + steps).repeat_interleave(count, 0),
@@ -584,7 +586,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         codec, config = self.model.codec, self.config.codec_config
         frames = math.ceil(seconds / config.repetition_time - 1e-6)
         if frames < 1:
-            raise ValueError(f"expected a horizon of at least one frame of {config.repetition_time} s, got {seconds} s")
+            raise ValueError(f"expected a horizon of at least one frame, {config.repetition_time} s, got {seconds} s")
         if num_samples is not None and (num_samples < 1 or temperature <= 0):
             raise ValueError(f"expected num_samples >= 1 and temperature > 0, got {num_samples} and {temperature}")
         values, mask = whole_patches(fmri_values, fmri_mask, config.patch_length)
@@ -725,7 +727,7 @@ def check_backbone(language_model: PreTrainedModel) -> None:
         )
     if not torch.equal(states, outputs.hidden_states[-1]):
         raise ValueError(
-            f"{name} cannot be the backbone: expected its last hidden state among output_hidden_states, got another one"
+            f"{name} cannot be the backbone: expected output_hidden_states to end with the last hidden state"
         )
 
 

@@ -10,12 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fmrilm.configuration_fmrilm import FmriLMConfig
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
-from fmrilm.processors import FMRI_TOKENS, FmriLMProcessor
+from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor
 
 
 # anchored at the language model: the codec has projections of the same names
-LORA_TARGETS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
-LANGUAGE_MODEL = "model.language_model."
+LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
+LANGUAGE_MODEL = "model.causal_lm."
 # what a scan enters and leaves through, trained whole beside an adapter
 SCAN_MODULES = ("projector", "summary.output_proj", "boundaries", "fmri_head")
 
@@ -31,7 +31,7 @@ def join(
         embeddings = language_model.get_input_embeddings().get_parameter("weight")
         with torch.no_grad():
             embeddings[known:] = embeddings[:known].mean(0)
-    start, pad, summary, end = tokenizer.convert_tokens_to_ids(list(FMRI_TOKENS))
+    start, pad, summary, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END])
     config = FmriLMConfig(
         codec_config=_without_path(codec.config),
         text_config=_without_path(language_model.config),
