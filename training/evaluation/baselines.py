@@ -5,8 +5,9 @@ Everything is fitted on training rows alone; the penalty of a ridge regression i
 subjects. Regressions work with the Gram matrix [rows, rows] of the features, however many features there are.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,10 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from fmrilm.processors.descriptors.networks import NETWORKS, correlation, membership, network_series, standardize
 
-from ..data.dataset import Scans
+
+if TYPE_CHECKING:
+    from ..data.dataset import Scans
+    from .scans import Labelled
 
 
 # in units of the mean eigenvalue of the training rows' centred Gram matrix, strongest first
@@ -30,14 +34,58 @@ LARGEST_CORRELATION = 0.999
 # of a correlation matrix towards the identity, so that it has a logarithm
 SHRINKAGE = 0.3
 COVARIATES = ("site", "sex", "age", "mean_fd")
+BASELINES = ("majority", "covariates", "fc_ridge", "tangent_ridge", "codes_ridge")
 
 
-def majority(classes: np.ndarray, choices: int, rows: int) -> np.ndarray:
-    """Probabilities [rows, choices]: how frequent each class int [training rows] is."""
-    return np.tile(np.bincount(classes, minlength=choices) / len(classes), (rows, 1))
+class Baselines:
+    """
+    Answers of each baseline about scans. features: of other regressions by their name, float [scans, features], such
+    as "codes_ridge"; standardised by training rows.
+    """
+
+    def __init__(self, scans: "Scans", features: Mapping[str, Callable[[], np.ndarray]]):
+        self.scans = scans
+        self.features = features
+        self.subjects = scans.table["subject"].astype(str).to_numpy()
+        self._grams: dict[tuple, np.ndarray] = {}
+
+    def answers(
+        self, name: str, labelled: "Labelled", fold: np.ndarray, training: np.ndarray, test: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """
+        {"probabilities": [test rows, choices]} or {"values": [test rows]} by the labels of the training rows; what
+        needs no label, such as a mean, is fitted on all training rows of the fold.
+        """
+        truth, choices = labelled.truth[training], labelled.choices
+        if name == "majority":
+            if not choices:
+                return {"values": np.full(len(test), truth.mean())}
+            return {"probabilities": np.tile(np.bincount(truth, minlength=choices) / len(truth), (len(test), 1))}
+        gram = self._gram(name, fold, labelled.task.column)
+        if not choices:
+            return {"values": ridge_values(gram, training, test, truth, self.subjects[training])}
+        return {"probabilities": ridge_probabilities(gram, training, test, truth, self.subjects[training], choices)}
+
+    def _gram(self, name: str, fold: np.ndarray, column: str) -> np.ndarray:
+        key = (name, fold.tobytes(), column if name == "covariates" else "")
+        if key not in self._grams:
+            if name == "covariates":
+                features = covariates(self.scans.table, fold, column)
+            elif name == "fc_ridge":
+                features = fisher_z(self._correlations, fold)
+            elif name == "tangent_ridge":
+                features = tangent(self._correlations, fold)
+            else:
+                features = standardized(self.features[name](), fold)
+            self._grams[key] = features @ features.T
+        return self._grams[key]
+
+    @cached_property
+    def _correlations(self) -> np.ndarray:
+        return correlations(self.scans)
 
 
-def correlations(scans: Scans) -> np.ndarray:
+def correlations(scans: "Scans") -> np.ndarray:
     """
     Correlations between ROIs, float32 [scans, rois, rois], NaN where a scan lacks one. Scans of several atlases are
     compared by the series of the networks that all of them have.
@@ -109,12 +157,12 @@ def _fill(matrix: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return filled
 
 
-def covariates(table: pd.DataFrame, training: np.ndarray, without: str) -> np.ndarray | None:
+def covariates(table: pd.DataFrame, training: np.ndarray, without: str) -> np.ndarray:
     """
     Features [rows, columns] of those of `COVARIATES` that are in the table, but for the column `without`: numbers
-    standardised by the training rows, others as one column for each value; None without any.
+    standardised by the training rows, others as one column for each value. A column of zeros comes first.
     """
-    columns = []
+    columns = [np.zeros((len(table), 1))]
     for name in COVARIATES:
         if name not in table or name == without or table[name].isna().all():
             continue
@@ -124,7 +172,7 @@ def covariates(table: pd.DataFrame, training: np.ndarray, without: str) -> np.nd
             continue
         mean, std = np.nanmean(numbers[training]), np.nanstd(numbers[training])
         columns.append(np.nan_to_num((numbers - mean) / (std if std > 0 else 1))[:, None])
-    return np.concatenate(columns, axis=1) if columns else None
+    return np.concatenate(columns, axis=1)
 
 
 def standardized(features: np.ndarray, training: np.ndarray) -> np.ndarray:
@@ -210,7 +258,9 @@ def _path(gram: np.ndarray, rows: np.ndarray, new: np.ndarray, targets: np.ndarr
     return np.stack([(left / (values + penalty * scale)) @ right for penalty in PENALTIES]) + middle
 
 
-def shuffle_subjects(subjects: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
+def shuffle_subjects(
+    subjects: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarray, seed: int
+) -> np.ndarray:
     """
     For each row the index of a row of another subject of the same group, -1 where there is none. In a group the
     subjects give their scans to one another in a random circle, so that everyone's scan is asked about as often as it
