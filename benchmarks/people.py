@@ -126,7 +126,9 @@ def release(
     shots: Annotated[str, typer.Option(help="Also tuned on so many subjects of each class, by comma.")] = "0",
     descriptors: Annotated[bool, typer.Option(help="Questions about descriptors, too.")] = True,
     leave_one_site_out: bool = False,
-    work: Annotated[Path, typer.Option(help="Folder of the models; goes on where it was stopped.")] = Path("runs/people"),
+    work: Annotated[Path, typer.Option(help="Folder of the models; goes on where it was stopped.")] = Path(
+        "runs/people"
+    ),
     results: Path = RESULTS,
 ) -> None:
     """The release recipe on the training subjects of each fold, and its answers about the test subjects."""
@@ -161,8 +163,8 @@ def release(
                 descriptor_questions=descriptors,
                 columns=columns,
             )
-            for kept in sorted((folder / "evaluation" / "answers").glob("*-0-0.npz")):
-                task, condition, count = kept.stem.removesuffix("-0-0").rsplit("-", 2)
+            for kept in sorted((folder / "evaluation" / "answers").glob("*.0.0.npz")):
+                task, condition, count = kept.name.split(".")[:3]
                 key = condition, int(count) if count.isdigit() else count
                 answers[task].setdefault(key, []).append(dict(np.load(kept)))
             of_fold = table({**found, "tasks": {}})

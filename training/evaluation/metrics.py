@@ -117,7 +117,7 @@ def _binary_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -
 
 
 def _pairs(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many pairs of a positive and a negative row there are of which the positive one scores higher, and in all."""
+    """How many pairs of a positive and a negative row there are with the positive one higher, and in all."""
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
     above, below = (np.add.reduceat((weights * mask)[..., order], starts, axis=-1) for mask in (positive, ~positive))

@@ -288,7 +288,7 @@ class _Run:
         groups = [f"{fold} {scans.groups[row]}" for fold, part in enumerate(parts) for row in part]
         shuffled = shuffle_subjects(scans.subjects[rows], groups, self.settings.seed)
         made: dict[tuple, list[list[Answers]]] = defaultdict(list)
-        for condition in self._conditions():
+        for condition in self._conditions(task):
             of_resample = made[condition.name, condition.shots]
             if len(of_resample) == condition.resample:
                 of_resample.append([])
@@ -301,14 +301,12 @@ class _Run:
             "scans": len(labelled.rows),
             "subjects": len(set(scans.subjects[labelled.rows])),
             "unlabelled_scans": len(scans) - len(labelled.rows),
-            "answers": dict(Counter(task.answer(labelled.labels[row]) for row in labelled.rows))
-            if task.choices
-            else {},
+            "answers": dict(Counter(task.answer(labelled.labels[row]) for row in labelled.rows if task.choices)),
             "test_scans": len(rows),
             **summarize(labelled, rows, scans.subjects[rows], sites, shuffled, made),
         }
 
-    def _conditions(self) -> Iterator[_Condition]:
+    def _conditions(self, task: Task) -> Iterator[_Condition]:
         settings = self.settings
         for name in settings.conditions:
             if name == "zero-shot":
@@ -316,6 +314,8 @@ class _Run:
             else:
                 # a prompt does not hold all scans; baselines of a model that learned from nothing know all labels
                 counts = [shots for shots in settings.shots if shots != 0 and (shots, name) != (FULL, "few-shot")]
+                # a number has no classes to draw subjects from
+                counts = [shots for shots in counts if task.choices or shots == FULL]
                 if name in BASELINES:
                     counts = dict.fromkeys([*counts, FULL])
             for shots in counts:
@@ -324,7 +324,7 @@ class _Run:
                         yield _Condition(name, shots, resample, fold)
 
     def _kept(self, labelled: Labelled, condition: _Condition) -> Answers:
-        name = f"{labelled.task.name}-{condition.name}-{condition.shots}-{condition.resample}-{condition.fold}.npz"
+        name = f"{labelled.task.name}.{condition.name}.{condition.shots}.{condition.resample}.{condition.fold}.npz"
         path = self.work / "answers" / name
         if not path.exists():
             made: dict[str, Any] = self._answers(labelled, condition)
@@ -346,8 +346,6 @@ class _Run:
         split = self.splits[condition.fold]
         training, test = labelled.known(split.training), labelled.known(split.test)
         if isinstance(condition.shots, int) and condition.shots:
-            if labelled.task.choices is None:
-                raise ValueError(f"task {labelled.task.name!r}: expected shots of 0 or {FULL!r} for a number")
             seed = self.settings.seed + 1000 * (condition.resample + 1)
             chosen = k_shot(self.scans.subjects[training], labelled.truth[training], condition.shots, seed)
             training = training[chosen]
