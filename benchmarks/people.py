@@ -156,12 +156,12 @@ def release(
             found = evaluate(
                 model,
                 data,
-                names,
                 folder / "evaluation",
-                settings,
-                SplitArguments(splits=str(path)),
-                descriptor_questions=descriptors,
+                names,
+                descriptors,
+                split=SplitArguments(splits=str(path)),
                 columns=columns,
+                settings=settings,
             )
             for kept in sorted((folder / "evaluation" / "answers").glob("*.0.0.npz")):
                 task, condition, count = kept.name.split(".")[:3]

@@ -53,7 +53,7 @@ def bootstrap(statistic: Statistic, subjects: np.ndarray, resamples: int = RESAM
 
 def accuracy(truth: np.ndarray, answers: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Share of right answers; truth, answers: int [rows]."""
-    return _mean(truth == answers, weights)
+    return mean(truth == answers, weights)
 
 
 def mean_recall(hits: np.ndarray, members: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -143,16 +143,16 @@ def calibration_bins(confidence: np.ndarray) -> np.ndarray:
 
 def mean_absolute_error(truth: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """In the unit of the truth."""
-    return _mean(np.abs(truth - values), weights)
+    return mean(np.abs(truth - values), weights)
 
 
 def pearson_r(truth: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Correlation of truth and values; NaN where either is constant."""
     # centred once, so that subtracting squares loses nothing
     x, y = truth - truth.mean(), values - values.mean()
-    mean_x, mean_y = _mean(x, weights), _mean(y, weights)
-    covariance = _mean(x * y, weights) - mean_x * mean_y
-    variances = [_mean(x * x, weights) - mean_x**2, _mean(y * y, weights) - mean_y**2]
+    mean_x, mean_y = mean(x, weights), mean(y, weights)
+    covariance = mean(x * y, weights) - mean_x * mean_y
+    variances = [mean(x * x, weights) - mean_x**2, mean(y * y, weights) - mean_y**2]
     rounding = [1e-12 * (z * z).mean() for z in (x, y)]
     varies = (variances[0] > rounding[0]) & (variances[1] > rounding[1])
     return _ratio(covariance, np.where(varies, np.sqrt(np.abs(variances[0] * variances[1])), 0))
@@ -166,20 +166,22 @@ def statistics(
     probabilities [rows, choices] where truth is int [rows], values [rows] where it is float [rows]. sites: [rows].
     """
 
-    def mean(metric: Callable, kind: Callable = np.asarray) -> Statistic:
+    def over_resamples(metric: Callable, kind: Callable = np.asarray) -> Statistic:
         return lambda weights: np.mean([metric(truth, kind(each), weights) for each in answers], 0)
 
     if truth.dtype.kind == "f":
-        return {"mean_absolute_error": mean(mean_absolute_error), "pearson_r": mean(pearson_r)}
+        return {"mean_absolute_error": over_resamples(mean_absolute_error), "pearson_r": over_resamples(pearson_r)}
     found = {
-        "accuracy": mean(accuracy, _likeliest),
-        "balanced_accuracy": mean(balanced_accuracy, _likeliest),
-        "f1": mean(macro_f1, _likeliest),
-        "roc_auc": mean(roc_auc),
-        "calibration_error": mean(calibration_error),
+        "accuracy": over_resamples(accuracy, _likeliest),
+        "balanced_accuracy": over_resamples(balanced_accuracy, _likeliest),
+        "f1": over_resamples(macro_f1, _likeliest),
+        "roc_auc": over_resamples(roc_auc),
+        "calibration_error": over_resamples(calibration_error),
     }
     if sites is not None:
-        found["within_site_auc"] = mean(lambda truth, each, weights: within_site_auc(truth, each, sites, weights))
+        found["within_site_auc"] = over_resamples(
+            lambda truth, each, weights: within_site_auc(truth, each, sites, weights)
+        )
     return found
 
 
@@ -212,7 +214,8 @@ def _likeliest(probabilities: np.ndarray) -> np.ndarray:
     return probabilities.argmax(-1)
 
 
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of values [rows]."""
     return _ratio(weights @ values.astype(float), weights.sum(-1))
 
 

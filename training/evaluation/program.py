@@ -28,12 +28,12 @@ from ..data.shards import write_whole
 from ..data.splits import Split, SplitArguments, k_fold, k_shot, split_scans
 from ..data.tasks import Task, labels_of, load_task
 from ..trainer import half_precision
-from . import descriptors
+from . import descriptors as descriptor_questions
 from .ask import Example, answer_windows, calibrated, embed_windows, parse_number, score_windows
 from .baselines import BASELINES, Baselines, shuffle_subjects
 from .report import write_report
 from .results import FULL, Answers, summarize
-from .scans import EvaluationScans, Labelled, encode_scans
+from .scans import EvaluationScans, Labelled, encode_scans, reconstruction_results
 from .tuning import Tuning, tune
 
 
@@ -64,6 +64,11 @@ class EvaluationSettings:
     window_stride: int | None = None
     seed: int = 0
 
+    @classmethod
+    def quick(cls) -> "EvaluationSettings":
+        """What shows that every part works, and not how well."""
+        return cls(questions_per_family=1, described=2, description_tokens=8)
+
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.conditions) - set(CONDITIONS)):
             raise ValueError(f"expected conditions of {', '.join(CONDITIONS)}, got {', '.join(unknown)}")
@@ -75,46 +80,50 @@ class EvaluationSettings:
 def evaluate(
     model_folder: Path,
     data: Path,
-    tasks: Sequence[str],
     output: Path,
-    settings: EvaluationSettings = EvaluationSettings(),
+    tasks: Sequence[str] = (),
+    descriptors: bool = False,
+    *,
     split: SplitArguments | None = None,
     folds: int | None = None,
     new_subjects: bool = False,
-    descriptor_questions: bool = False,
     columns: Sequence[str] = (),
+    settings: EvaluationSettings = EvaluationSettings(),
+    show: bool = False,
 ) -> dict:
     """
-    Results of a model folder on a prepared dataset, also as results.json, results.csv and plots in `output`. What is
-    answered is kept there, so that the same call goes on where it was stopped.
+    Results of a model folder on a prepared dataset, also as results.json, results.csv and results.png in `output`.
+    What is answered is kept there, so that the same call goes on where it was stopped.
 
-    split: whom the model was not trained on, as in every program; folds: of a cross-validation over all subjects, and
-    `leave_out` without a value: each value of the column is left out in turn; both need `new_subjects`, a model that
-    was trained on none of the data. columns: NAME of the one task's label column, or TASK=NAME.
+    descriptors: questions about descriptors, descriptions, and what the codec keeps of the scans. split: whom the
+    model was not trained on, as in every program; folds: of a cross-validation over all subjects, and `leave_out`
+    without a value: each value of the column is left out in turn; both need `new_subjects`, a model that was trained
+    on none of the data. columns: NAME of the one task's label column, or TASK=NAME. show: answers about single
+    subjects, too, under pseudonyms.
     """
     split = split or SplitArguments()
     loaded = with_columns([load_task(task) for task in tasks], columns)
-    if not loaded and not descriptor_questions:
+    if not loaded and not descriptors:
         raise ValueError("expected tasks or descriptor questions to ask, got neither")
-    arguments = {"splits": split.splits, "leave_out": split.leave_out, "held_out_share": split.held_out_share}
     _check_settings(
         output,
         {
             "model": str(model_folder),
             "data": str(data),
             "tasks": [asdict(task) for task in loaded],
-            "split": {**arguments, "folds": folds},
+            "split": {**asdict(split), "folds": folds},
+            "descriptors": descriptors,
             "settings": asdict(settings),
         },
     )
     model = FmriLMForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32).eval()
     processor = FmriLMProcessor.from_pretrained(model_folder)
-    cohort = Cohort.load(model_folder) if descriptor_questions and (model_folder / JSON_FILE).exists() else None
-    if descriptor_questions and cohort is None:
+    if descriptors and not (model_folder / JSON_FILE).exists():
         raise ValueError(f"expected {JSON_FILE} in {model_folder} for questions about descriptors, got none")
+    cohort = Cohort.load(model_folder) if descriptors else None
     scans = load_scans(data, processor.feature_extractor)
     splits = make_splits(scans, split, folds, new_subjects, loaded, settings.seed)
-    results = evaluate_scans(model, processor, scans, splits, loaded, settings, output, cohort)
+    results = evaluate_scans(model, processor, scans, splits, loaded, settings, output, cohort, show)
     results["data"]["dataset"] = data.name
     write_report(results, output)
     return results
@@ -133,8 +142,7 @@ def evaluate_scans(
 ) -> dict:
     """
     See `evaluate`. splits: rows of the scans, for each fold; every scan is tested once at most. cohort: of the model,
-    for questions about descriptors. show: single answers and descriptions of test subjects, under pseudonyms. work:
-    folder for codes and for the answers of each condition.
+    for questions about descriptors. work: folder for codes and for the answers of each condition.
     """
     extractor = processor.feature_extractor
     stride = settings.window_stride or extractor.window_length // 2
@@ -155,6 +163,8 @@ def evaluate_scans(
         results["tasks"] = {task.task.name: run.results(task) for task in run.tasks}
         if cohort is not None:
             results["descriptors"] = run.descriptors(cohort, show)
+            tested = np.concatenate([split.test for split in splits])
+            results["codec"] = reconstruction_results(model.model.codec, encoded, tested, show)
     return results
 
 
@@ -251,17 +261,17 @@ class _Run:
 
     def descriptors(self, cohort: Cohort, show: bool) -> dict:
         settings, scans = self.settings, self.scans
-        answered = descriptors.joined(
+        answered = descriptor_questions.joined(
             [
-                descriptors.ask_descriptors(
+                descriptor_questions.ask_descriptors(
                     self.model, self.processor, scans, split, cohort, settings.questions_per_family, settings.seed
                 )
                 for split in self.splits
             ]
         )
-        results = descriptors.question_results(answered, settings.seed)
+        results = descriptor_questions.question_results(answered, settings.seed)
         if settings.described:
-            results["descriptions"] = descriptors.description_results(
+            results["descriptions"] = descriptor_questions.description_results(
                 self.model,
                 self.processor,
                 scans,
@@ -274,7 +284,7 @@ class _Run:
             )
         if show:
             repetition_time = self.processor.feature_extractor.repetition_time
-            results["answers"] = descriptors.shown_answers(answered, scans, repetition_time)
+            results["answers"] = descriptor_questions.shown_answers(answered, scans, repetition_time)
         return results
 
     def results(self, labelled: Labelled) -> dict:

@@ -1,9 +1,11 @@
 """The scans of an evaluation: cut into windows and encoded once for everything that is asked about them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +13,11 @@ import torch
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.processors import FmriLMFeatureExtractor
 
+from ..codec.metrics import fc_correlation, r_squared
 from ..data.dataset import Scans, Windows, collate_signals, cut_windows, encode_windows
 from ..data.tasks import Label, Task, labels_of
 from .ask import EncodedWindow
+from .metrics import bootstrap, mean
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,8 @@ class EvaluationScans:
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """Site and atlas of each scan: within a group, scans differ by subject alone."""
-        sites = [""] * len(self) if self.sites is None else self.sites
-        return np.array([f"{site} {self.scans.atlas(row).name}" for row, site in enumerate(sites)])
+        """Dataset (or site) and atlas of each scan: within a group, scans differ by subject alone."""
+        return (self.scans.table["dataset"] + " " + self.scans.table["atlas"]).to_numpy(str)
 
     @cached_property
     def descriptors(self) -> np.ndarray:
@@ -128,13 +131,51 @@ def encode_noise(codec: FmriCodecModel, windows: Windows, rows: Sequence[int], s
 
 
 def pseudonyms(scans: EvaluationScans, rows: Sequence[int] | np.ndarray) -> dict[str, str]:
-    """What the subjects of these scans are called in reports: their site and a number."""
-    sites = scans.sites
-    site_of = {scans.subjects[row]: "subject" if sites is None else sites[row] for row in rows}
-    counts: dict[str, int] = {}
+    """What the subjects of these scans are called in reports: their dataset and a number."""
+    datasets = scans.scans.table["dataset"].to_numpy(str)
+    counts: Counter[str] = Counter()
     names = {}
-    for subject in sorted(site_of):
-        site = site_of[subject]
-        counts[site] = counts.get(site, 0) + 1
-        names[subject] = f"{site} {counts[site]}"
+    for subject, dataset in sorted({scans.subjects[row]: datasets[row] for row in rows}.items()):
+        counts[dataset] += 1
+        names[subject] = f"{dataset} {counts[dataset]}"
     return names
+
+
+@torch.no_grad()
+def reconstruction_results(codec: FmriCodecModel, scans: EvaluationScans, rows: np.ndarray, show: bool) -> dict:
+    """
+    What the codes keep of these scans: R2 of the decoded signal and correlation of its connectivity, mean over
+    subjects with intervals; bits and codes in use. show: each subject under a pseudonym.
+    """
+    config, places = codec.config, np.flatnonzero(np.isin(scans.of_window, rows))
+    signals: dict[str, list] = {}
+    guesses: dict[str, list] = {}
+    for place in places:
+        item, subject = scans.windows.item(place), scans.subjects[scans.of_window[place]]
+        codes = torch.from_numpy(scans.encoded[place].codes).long()[None].to(codec.device)
+        coordinates = torch.tensor(item["coordinates"], dtype=torch.float32)[None].to(codec.device)
+        signals.setdefault(subject, []).append(item["signal"])
+        guesses.setdefault(subject, []).append(codec.decode(codes, coordinates)[0].T.cpu().numpy())
+    found = [
+        {
+            "r_squared": r_squared(signals[one], guesses[one]),
+            "fc_correlation": fc_correlation(signals[one], guesses[one]),
+        }
+        for one in signals
+    ]
+    used = np.concatenate([scans.encoded[place].codes.ravel() for place in places])
+    shares = np.bincount(used[used >= 0]) / (used >= 0).sum()
+    shares = shares[shares > 0]
+    results: dict[str, Any] = {
+        "bits_per_patch": config.tokens_per_patch * config.num_quantizers * float(np.log2(config.codebook_size)),
+        "codebook_size": config.codebook_size,
+        "codebook_used": len(shares),
+        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+    }
+    for name in ("r_squared", "fc_correlation"):
+        values = np.array([np.nan if one[name] is None else one[name] for one in found])
+        results[name] = bootstrap(lambda weights, values=values: mean(values, weights), np.arange(len(values)))
+    if show:
+        names = pseudonyms(scans, rows)
+        results["subjects"] = [{"subject": names[one], **values} for one, values in zip(signals, found, strict=True)]
+    return results
