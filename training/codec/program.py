@@ -25,8 +25,8 @@ from ..data.dataset import (
     load_prepared,
     prepare_scans,
 )
-from ..data.held_out import HELD_OUT_SHARE, held_out_people
 from ..data.open_data import open_scans
+from ..data.splits import HELD_OUT_SHARE, held_out_subjects
 from ..data.streaming import ShardedScans, StreamedMixtures
 from .fit import HEAD_ITEMS, fit_start
 from .text_embeddings import TextEmbeddings
@@ -144,7 +144,7 @@ def prepare(args: CodecArguments) -> CodecData:
         held_out = streamed.sample(streamed.held_out, STREAMED_HELD_OUT, args.window_length, seed=0)
     else:
         scans = _read_whole(args)
-        away = held_out_people((scan.subject for scan in scans), args.held_out_share)
+        away = held_out_subjects((scan.subject for scan in scans), args.held_out_share)
         training = [scan for scan in scans if scan.subject not in away]
         held_out = [scan for scan in scans if scan.subject in away]
     if not training or not held_out:
