@@ -211,7 +211,7 @@ def test_text_beyond_reason_is_refused_unread(read: Callable, tmp_path: Path, mo
 # --- checkpoints
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": 2**20}, {"codebook_size": 2**40}, {"max_steps": 2**40}])
+@pytest.mark.parametrize("changes", [{"hidden_size": 2**20}, {"codebook_size": 2**40}, {"num_basis_functions": 2**20}])
 def test_configuration_larger_than_its_weights_allocates_nothing(changes: dict, tiny_codec, tmp_path: Path) -> None:
     tiny_codec.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
