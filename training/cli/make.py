@@ -195,7 +195,16 @@ def evaluate(
     )
     split = SplitArguments(splits=splits, leave_out=leave_out)
     results = run(
-        model, data, task or [], output, settings, split, folds, new_subjects, descriptors, columns=column or []
+        model,
+        data,
+        output,
+        task or (),
+        descriptors,
+        split=split,
+        folds=folds,
+        new_subjects=new_subjects,
+        columns=column or (),
+        settings=settings,
     )
     if card is not None:
         add_to_card(card, results)
