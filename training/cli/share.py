@@ -25,13 +25,16 @@ def push(
     branch: Annotated[str, typer.Option("--revision", help="Branch to commit to.")] = "main",
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload model",
     card_data: Annotated[Path | None, typer.Option(help="results.json to fill the card from.")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="Dataset on the Hub whose leaderboard takes the card's results.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list what would go, upload nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a folder to the last file, then upload it to the Hub in one commit."""
     from ..hub.push import push as push_folder
 
-    commit, sizes = push_folder(folder, repo, private, branch, message, card_data, dry_run)
+    commit, sizes = push_folder(folder, repo, private, branch, message, card_data, dry_run, benchmark)
     if as_json:
         return print_json({"repo": repo, "commit": commit, "bytes": sizes})
     for name, size in sizes.items():
