@@ -84,7 +84,10 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
         train("sft", sft, "--data", str(work / "corpus"), "--model_name_or_path", str(work / "alignment" / "model"))
     shutil.move(work / "sft" / "model", work / "model")
     with clock.part("evaluate", "Questions about held-out subjects"):
-        results = evaluate(work / "model", work / "corpus", work / "evaluation", descriptors=True, settings=EvaluationSettings.quick() if quick else EvaluationSettings(), show=True)
+        settings_of = EvaluationSettings.quick() if quick else EvaluationSettings()
+        results = evaluate(
+            work / "model", work / "corpus", work / "evaluation", descriptors=True, settings=settings_of, show=True
+        )
     results |= {"run": run_costs(clock), "settings": settings, "model": PACKAGED_MODEL_CARD}
     results["data"] = {**results.get("data", {}), "terms": TERMS}
     write_report(work / "report.html", results)
