@@ -11,8 +11,6 @@ from packaging.requirements import Requirement
 
 from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.measures import CORE_NAMES
-from fmrilm.training.alignment.chats import instruction_dataset
-from fmrilm.training.data.dataset import PreparedScan
 
 
 def atlas(name: str = "small", rois: int = 9) -> Atlas:
@@ -63,6 +61,8 @@ def confounds_table(seed: int, frames: int) -> pd.DataFrame:
 
 def prepared(subject: str, dataset: str = "study", frames: int = 40, of: Atlas | None = None, seed: int = 0):
     """A scan of noise with some memory: [frames, rois]."""
+    from fmrilm.training.data.dataset import PreparedScan
+
     of = of or atlas()
     noise = np.random.default_rng(seed + sum(map(ord, subject))).standard_normal((frames + 3, len(of)))
     signal = sum(noise[lag : lag + frames] for lag in range(4)) / 2
@@ -78,6 +78,8 @@ def random_scans(windows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def chats(rows: int = 8, statements: int = 1) -> Dataset:
+    from fmrilm.training.alignment.chats import instruction_dataset
+
     weights = [0.4, 0.3, 0.3]
     return instruction_dataset(*random_scans(8), rows, questions=2, statements=statements, weights=weights, seed=0)
 
