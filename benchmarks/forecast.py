@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments, set_seed
 
 from fmrilm import FmriLMForConditionalGeneration, FmriLMProcessor
-from fmrilm.processors.signal_fmrilm import NORMAL_IQR, interquartile_range
+from fmrilm.processors.cleaning_fmrilm import NORMAL_IQR, interquartile_range
 from fmrilm.training.alignment.chats import chat_dataset
 from fmrilm.training.alignment.joint import add_lora, train_alignment
 from fmrilm.training.codec.trainer import encode_items

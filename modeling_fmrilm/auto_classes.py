@@ -14,7 +14,7 @@ from .configuration_fmrilm import FmriCodecConfig, FmriLMConfig
 from .modeling_fmricodec import FmriCodecModel
 from .modeling_fmrilm import FmriLMForConditionalGeneration, FmriLMModel
 from .pipeline_fmrilm import FmriLMPipeline
-from .processors.atlases import Atlas
+from .processors.atlases_fmrilm import Atlas
 from .processors.feature_extraction_fmrilm import FmriLMFeatureExtractor
 from .processors.processing_fmrilm import FmriLMProcessor
 from .scan_reader import ScanReader, load

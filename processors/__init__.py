@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .atlases import Atlas
+    from .atlases_fmrilm import Atlas, Parcels, read_parcels
     from .feature_extraction_fmrilm import FmriLMFeatureExtractor
-    from .parcellation import parcellate
-    from .parcels_fmrilm import Parcels
     from .processing_fmrilm import (
         CHAT_TEMPLATE,
         FMRI_END,
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
         FmriLMProcessor,
         add_fmri_tokens,
     )
-    from .scan_files_fmrilm import read_parcels, read_scan
+    from .scan_io_fmrilm import parcellate, read_scan
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -41,12 +39,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Atlas": "atlases",
+    "Atlas": "atlases_fmrilm",
     "FmriLMFeatureExtractor": "feature_extraction_fmrilm",
-    "Parcels": "parcels_fmrilm",
-    "parcellate": "parcellation",
-    "read_parcels": "scan_files_fmrilm",
-    "read_scan": "scan_files_fmrilm",
+    "Parcels": "atlases_fmrilm",
+    "parcellate": "scan_io_fmrilm",
+    "read_parcels": "atlases_fmrilm",
+    "read_scan": "scan_io_fmrilm",
 }
 
 
@@ -54,7 +52,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("FmriLMFeatureExtractor", "FmriLMProcessor"):
-        # opening a saved processor takes the Auto classes, which the root of the package tells of these two
+        # opening a saved processor takes the Auto classes, with which the root of the package registers these two
         import_module("fmrilm.auto_classes")
     return getattr(import_module(f".{_MODULES.get(name, 'processing_fmrilm')}", __name__), name)
 

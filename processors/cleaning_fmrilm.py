@@ -1,6 +1,6 @@
-"""Cleaning of a scan at its own sampling rate: scrubbing, drift, band-pass and confound regression in one step.
+"""Signals as float arrays [time, rois]: cleaning at their own sampling rate, then resampling, scale and windows.
 
-Order, after Lindquist et al. 2019 (second recommendation), Power et al. 2014 and `nilearn.signal.clean`:
+Cleaning follows Lindquist et al. 2019 (second recommendation), Power et al. 2014 and `nilearn.signal.clean`:
 
 1. censored frames at both ends are cut off, those between become a cubic spline through the kept frames;
 2. drift is removed, and the band-pass applied, to the signal and to the confounds alike, so that regression
@@ -12,18 +12,20 @@ Order, after Lindquist et al. 2019 (second recommendation), Power et al. 2014 an
 """
 
 import csv
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.interpolate import CubicSpline, make_interp_spline
 from scipy.linalg import qr
-from scipy.signal import butter, sosfiltfilt
-
-from .signal_fmrilm import detrend
+from scipy.signal import butter, resample_poly, sosfiltfilt
 
 
+# interquartile range of a standard normal distribution
+NORMAL_IQR = 1.349
 FILTER_ORDER = 5
 # of the scan's frames; with fewer left, what is interpolated outweighs what was measured
 LEAST_KEPT = 0.5
@@ -33,8 +35,7 @@ ROUNDING = 1e-10
 
 @dataclass(frozen=True)
 class Cleaning:
-    """
-    Settings of `clean`.
+    """Settings of `clean`.
 
     Attributes:
         columns: columns of a confound table to regress out; all of them unless given.
@@ -63,7 +64,7 @@ class Cleaning:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any] | None) -> "Cleaning":
-        """Checked settings; None means that nothing is asked for."""
+        """Checked settings; None is no cleaning."""
         settings = settings or {}
         if unknown := sorted(set(settings) - set(cls.__dataclass_fields__)):
             raise ValueError(f"cleaning knows {', '.join(cls.__dataclass_fields__)}; got {', '.join(unknown)}")
@@ -191,11 +192,13 @@ def _select(
         return np.empty((frames, 0))
     confounds = confounds.copy()
     confounds[0] = np.where(np.isnan(confounds[0]), confounds[min(1, frames - 1)], confounds[0])
-    bad = ~np.isfinite(confounds)
-    if bad.any():
+    bad = np.argwhere(~np.isfinite(confounds))
+    if len(bad):
+        row, column = bad[0]
+        known = cleaning.columns if cleaning.columns is not None else names
         raise ValueError(
-            f"{bad.sum()} values of the confounds are NaN or infinite, first in column "
-            f"{np.flatnonzero(bad.any(axis=0))[0]}; expected that in a first row alone"
+            f"{len(bad)} values of the confounds are missing or infinite, the first in column "
+            f"{column if known is None else repr(known[column])}, row {row}; expected that in row 0 alone"
         )
     size = np.abs(confounds).max(axis=0)
     return confounds / np.where(size == 0, 1, size)
@@ -230,3 +233,74 @@ def _regress(signal: np.ndarray, confounds: np.ndarray, detrend_order: int) -> n
             f"{len(signal)} kept frames"
         )
     return signal - basis @ (basis.T @ signal)
+
+
+def sampling_ratio(tr: float, repetition_time: float) -> Fraction:
+    """Output frames per input frame, as a fraction small enough for a polyphase filter (both TRs in seconds)."""
+    return Fraction(tr / repetition_time).limit_denominator(1000)
+
+
+def resampled_length(frames: int, tr: float, repetition_time: float) -> int:
+    """Number of frames that `resample` returns: those no later than the last one measured."""
+    return math.floor((frames - 1) * sampling_ratio(tr, repetition_time)) + 1
+
+
+def detrend(signal: np.ndarray, order: int, frames: np.ndarray | None = None) -> np.ndarray:
+    """Remove the least-squares polynomial of `order` (0: the mean only) from each ROI.
+
+    frames: increasing position in time of each row, where some are left out.
+    """
+    frames = np.arange(len(signal)) if frames is None else frames
+    time = np.interp(frames, frames[[0, -1]], [-1.0, 1.0])
+    # Legendre columns stay well conditioned where powers of time do not
+    basis, _ = np.linalg.qr(np.polynomial.legendre.legvander(time, min(order, len(signal) - 1)))
+    return signal - basis @ (basis.T @ signal)
+
+
+def resample(signal: np.ndarray, tr: float, repetition_time: float) -> np.ndarray:
+    """Change the sampling interval from `tr` to `repetition_time` seconds, filtering out what would alias."""
+    ratio = sampling_ratio(tr, repetition_time)
+    if ratio == 1:
+        return signal
+    # at both ends a mirror image keeps slow fluctuations, where zeros would bend them towards the mean; point
+    # reflection would keep them better, but lets fast ones through unfiltered
+    resampled = resample_poly(signal, ratio.numerator, ratio.denominator, axis=0, padtype="symmetric")
+    return resampled[: resampled_length(len(signal), tr, repetition_time)]
+
+
+def interquartile_range(signal: np.ndarray) -> np.ndarray:
+    """Spread of each ROI [rois]."""
+    low, high = np.percentile(signal, (25, 75), axis=0)
+    return high - low
+
+
+def robust_zscore(signal: np.ndarray, clip: float, kept: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """Centre on the median, divide by IQR / 1.349 (the standard deviation of normal data), clip to [-clip, clip].
+
+    Spikes from head motion change mean and standard deviation, but hardly these two. kept: bool [time], the frames
+    they are estimated from.
+    """
+    scale = interquartile_range(signal[kept]) / NORMAL_IQR
+    return np.clip((signal - np.median(signal[kept], axis=0)) / scale, -clip, clip)
+
+
+def nearest_frames(frames: int, tr: float, repetition_time: float) -> np.ndarray:
+    """The input frame that is nearest in time to each frame `resample` returns."""
+    times = np.arange(resampled_length(frames, tr, repetition_time)) * repetition_time
+    return np.minimum(np.rint(times / tr).astype(int), frames - 1)
+
+
+def window_bounds(
+    frames: int, window: str, length: int, stride: int, generator: np.random.Generator | None = None
+) -> list[tuple[int, int]]:
+    """First and one-past-last frame of each window. A scan shorter than `length` is one window by itself."""
+    if window == "full" or frames <= length:
+        return [(0, frames)]
+    if window == "first":
+        return [(0, length)]
+    if window == "random":
+        if generator is None:
+            raise ValueError("window='random' needs generator=numpy.random.default_rng(seed)")
+        start = int(generator.integers(frames - length + 1))
+        return [(start, start + length)]
+    return [(start, start + length) for start in range(0, frames - length + 1, stride)]

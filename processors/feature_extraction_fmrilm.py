@@ -2,31 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
-from .atlases import Atlas
-from .cleaning_fmrilm import Cleaning, clean
-from .parcellation import parcellate
-from .parcels_fmrilm import Parcels
-from .scan_checks_fmrilm import (
-    TR_RANGE,
-    agree,
-    as_float_array,
-    check_finite,
-    check_shape,
-    check_tr,
-    select_columns,
-    without,
-)
-from .scan_files_fmrilm import is_scan_file, read_parcels, read_scan
-from .signal_fmrilm import (
+from .atlases_fmrilm import Atlas, Parcels
+from .cleaning_fmrilm import (
+    Cleaning,
+    clean,
     interquartile_range,
     nearest_frames,
     resample,
@@ -34,27 +22,33 @@ from .signal_fmrilm import (
     robust_zscore,
     window_bounds,
 )
+from .scan_io_fmrilm import is_scan_file, parcellate, read_scan, warn_once
 
-
-logger = logging.get_logger(__name__)
 
 PARCELS_FOLDER = "atlases"
 # what decides which file of a checkpoint is found, and how it is fetched
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "subfolder", "token", "local_files_only", "revision")
 WINDOWS = ("first", "sliding", "random", "full")
+# plausible repetition times, s: what lies outside is another unit or nothing at all
+TR_RANGE = (0.1, 10.0)
 # relative to the largest value of a ROI: below it, what varies is float32 rounding
 CONSTANT_BELOW = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredScan:
-    """A scan as it was measured. signal: float64 [time, rois]; tr: s; confounds, censored: as they were given."""
+    """A scan as it was measured. signal: float64 [time, rois], missing ROIs NaN; tr: s; the others as given."""
 
     signal: np.ndarray
     tr: float
     atlas: Atlas
     confounds: Any = None
     censored: Any = None
+
+    @property
+    def missing(self) -> np.ndarray:
+        """Missing ROIs: bool [rois]."""
+        return np.isnan(self.signal).all(axis=0)
 
 
 class FmriLMFeatureExtractor(FeatureExtractionMixin):
@@ -73,6 +67,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         median, iqr: one centre and one spread for all ROIs, in the units of the signals, in place of drift removal
             and robust z-scores per ROI; clips nothing. What the paper's official checkpoints were trained on.
         cleaning: settings of `Cleaning` as a dict: band-pass, columns of confound tables, thresholds for scrubbing.
+        max_missing_rois: largest share of an atlas' ROIs that a scan may lack.
         parcel_files: path of a saved atlas' parcels, by its name; set by `from_pretrained`.
     """
 
@@ -91,6 +86,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         median: float | None = None,
         iqr: float | None = None,
         cleaning: dict[str, Any] | None = None,
+        max_missing_rois: float = 0.2,
         parcel_files: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -100,7 +96,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         # not saved as attributes: paths are read when a volume or a surface comes
         self._parcels: dict[str, Parcels | str] = dict(parcel_files or {})
         for atlas in atlases or []:
-            known = _as_atlas(atlas)
+            known = Atlas.resolve(atlas)
             checksum = atlas.get("parcels_checksum") if isinstance(atlas, dict) else None
             if known.parcels is not None:
                 self._parcels[known.name], checksum = known.parcels, known.parcels.checksum
@@ -116,6 +112,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"expected detrend_order >= 0 and clip > 0, got {detrend_order} and {clip}")
         if (median is None) != (iqr is None) or iqr is not None and iqr <= 0:
             raise ValueError(f"expected median and iqr > 0 together or neither, got {median} and {iqr}")
+        if not 0 <= max_missing_rois <= 1:
+            raise ValueError(f"expected max_missing_rois from 0 to 1, got {max_missing_rois}")
         Cleaning.from_dict(cleaning)
         _check_window(window, window_stride)
         self.repetition_time = repetition_time
@@ -128,6 +126,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         self.median = median
         self.iqr = iqr
         self.cleaning = cleaning
+        self.max_missing_rois = max_missing_rois
 
     def to_dict(self) -> dict[str, Any]:
         # the base class drops an attribute of this name: for audio it is an array of filter weights
@@ -163,7 +162,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         source = folder.parent if folder.is_file() else pretrained_model_name_or_path
         options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         values["parcel_files"] = {
-            atlas["name"]: cached_file(source, f"{PARCELS_FOLDER}/{_as_atlas(atlas).name}.npz", **options)
+            atlas["name"]: cached_file(source, f"{PARCELS_FOLDER}/{Atlas.from_dict(atlas).name}.npz", **options)
             for atlas in values.get("atlases", [])
             if atlas.get("parcels_checksum") is not None
         }
@@ -181,19 +180,10 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
 
     def atlas(self, name: str) -> Atlas:
         """The known atlas of this name."""
-        return replace(self._known_atlas(name), parcels=self._known_parcels(name))
-
-    def _known_atlas(self, name: str) -> Atlas:
-        for atlas in self.atlases:
-            if atlas["name"] == name:
-                return Atlas.from_dict(atlas)
-        raise ValueError(
-            f"unknown atlas {name!r}; this feature extractor knows: {self._known()}. "
-            "Pass an Atlas itself, or build the extractor with atlases=[Atlas.load(...)]"
-        )
-
-    def _known(self) -> str:
-        return ", ".join(f"{atlas['name']} ({len(atlas['rois'])} ROIs)" for atlas in self.atlases) or "none"
+        known = next((atlas for atlas in self.atlases if atlas["name"] == name), None)
+        if known is None:
+            raise ValueError(f"unknown atlas {name!r}; this feature extractor knows: {_sized(self.atlases)}")
+        return Atlas.from_dict(known, self._known_parcels(name))
 
     def __call__(
         self,
@@ -205,6 +195,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         window_stride: int | None = None,
         generator: np.random.Generator | None = None,
         return_tensors: str | None = "pt",
+        return_windows: bool = False,
     ) -> BatchFeature:
         """Prepare one scan or a list of scans.
 
@@ -212,20 +203,23 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         with "signal" (one of these, or a pair of paths: left and right hemisphere), "tr" and "atlas". A dict may
         bring "confounds" (array [time, confounds], table or its path), which are regressed out, and "censored" (bool
         [time]), frames to do without: they are interpolated and left out of every estimate. They stay True in
-        `fmri_mask`, where holes would shift patches. A ROI whose series is NaN throughout, such as one outside of a
-        volume's field of view, is missing: it is masked.
+        `fmri_mask`, where holes would shift patches. A ROI whose series is NaN or constant throughout, such as one
+        outside of a volume's field of view, is missing: it is masked.
 
         Args:
-            tr: repetition time of the scans in seconds; goes before the one in a file's header.
-            atlas: name of a known atlas, or an Atlas; may be left out if only one is known.
-            label_image: the atlas' parcels in the scan's own space, in place of those that it brings; see
-                `read_parcels`.
+            tr: repetition time of the scans in seconds; goes before the one in a file's sidecar or header.
+            atlas: name of a known or well-known atlas, path of its table, or an Atlas; may be left out if only one is
+                known, or only one that has parcels where the scan is a volume or surface.
+            label_image: the atlas' parcels in the scan's own space, in place of its own; see `read_parcels`.
             generator: draws the starts of random windows.
+            return_windows: also return what was read.
 
         Returns:
             `fmri_values` float32 [batch, rois, time]; `roi_coordinates` float32 [batch, rois, 3] (MNI, mm);
             `fmri_mask` bool [batch, rois, time], False where ROIs are missing or padding, or frames are padding
-            (values 0 there); and `scan_index` int64 [batch] with sliding windows.
+            (values 0 there); `scan_index` int64 [batch] with sliding windows; and on demand `windows`, a dict of each
+            item: "scan" (its index), "atlas", "start", "stop" and "scan_seconds" (s), "frames", "rois" (how many were
+            read) and "missing_rois" (names).
         """
         window = self.window if window is None else window
         window_stride = self.window_stride if window_stride is None else window_stride
@@ -235,18 +229,37 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             raise ValueError("expected at least one scan, got an empty list")
 
         items: list[tuple[np.ndarray, Atlas]] = []
-        scan_index: list[int] = []
+        windows: list[dict[str, Any]] = []
         for number, scan in enumerate(scans):
             signal, scan_atlas = self.prepare_signal(scan, tr=tr, atlas=atlas, label_image=label_image)
+            missing = np.flatnonzero(np.isnan(signal).all(axis=0))
+            seconds = len(signal) * self.repetition_time
+            if window == "first" and len(signal) > self.window_length:
+                read = self.window_length * self.repetition_time
+                warn_once(f"of a scan of {seconds:g} s, the first {read:g} s are read; window='full' reads all of it")
             stride = self.window_length if window_stride is None else window_stride
             for start, stop in window_bounds(len(signal), window, self.window_length, stride, generator):
                 items.append((signal[start:stop], scan_atlas))
-                scan_index.append(number)
+                windows.append(
+                    {
+                        "scan": number,
+                        "atlas": scan_atlas.name,
+                        "start": start * self.repetition_time,
+                        "stop": stop * self.repetition_time,
+                        "scan_seconds": seconds,
+                        "frames": stop - start,
+                        "rois": len(scan_atlas) - len(missing),
+                        "missing_rois": [scan_atlas.rois[roi] for roi in missing],
+                    }
+                )
 
         data = self._pad(items)
         if window == "sliding":
-            data["scan_index"] = np.array(scan_index, dtype=np.int64)
-        return BatchFeature(data, tensor_type=return_tensors)
+            data["scan_index"] = np.array([item["scan"] for item in windows], dtype=np.int64)
+        features = BatchFeature(data, tensor_type=return_tensors)
+        if return_windows:
+            features["windows"] = windows
+        return features
 
     def prepare_signal(
         self, scan: Any, tr: float | None = None, atlas: str | Atlas | None = None, label_image: Any = None
@@ -266,30 +279,25 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         while isinstance(scan, dict) and not is_scan_file(scan):
             if scan.get("signal") is None:
                 raise ValueError(f"a scan given as dict needs 'signal', got keys {sorted(scan)}")
-            tr = agree("tr", tr, scan.get("tr"))
-            atlas = agree("atlas", atlas, scan.get("atlas"))
+            tr = _agree("tr", tr, scan.get("tr"))
+            atlas = _agree("atlas", atlas, scan.get("atlas"))
             confounds = scan.get("confounds") if confounds is None else confounds
             censored = scan.get("censored") if censored is None else censored
             scan = scan["signal"]
 
-        found = self._resolve_atlas(atlas)
-        if is_scan_file(scan):
-            file = read_scan(scan)
-            if tr is not None and file.tr is not None and abs(tr - file.tr) > 1e-3:
-                logger.warning(f"using tr={tr} s as given, although the file's header says {file.tr} s")
-            tr = file.tr if tr is None else tr
+        file = read_scan(scan) if is_scan_file(scan) else None
+        if file is not None:
             # before a large file is read
-            check_tr(tr)
-            scan = self._roi_signal(file, found, label_image)
-        signal = as_float_array(scan)
-        check_shape(signal, found)
-        tr = check_tr(tr)
-        missing = np.asarray(np.isnan(signal).all(axis=0))
-        present = found
-        if missing.any():
-            logger.warning(f"{missing.sum()} of the {len(found)} ROIs of {found.name!r} are missing in the scan")
-            present = without(found, missing)
-        check_finite(signal[:, ~missing], present)
+            tr = _file_tr(file, tr)
+        found = self._resolve_atlas(atlas, label_image, scan if file is None else file)
+        signal = _as_float_array(scan if file is None else self._roi_signal(file, found))
+        self._check_shape(signal, found)
+        tr = _check_tr(tr)
+        with np.errstate(invalid="ignore"):
+            missing = np.isnan(signal).all(axis=0) | _is_constant(np.ptp(signal, axis=0), signal)
+        signal[:, missing] = np.nan
+        self._check_missing(missing, found)
+        _check_finite(signal[:, ~missing], found.without(missing))
         return MeasuredScan(signal, tr, found, confounds, censored)
 
     def num_patches(self, fmri_mask: np.ndarray | torch.Tensor) -> list[int]:
@@ -297,29 +305,77 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         frames = np.asarray(fmri_mask).any(axis=1).sum(axis=1)
         return [math.ceil(int(valid) / self.patch_length) for valid in frames]
 
-    def _resolve_atlas(self, atlas: str | Atlas | None) -> Atlas:
-        if isinstance(atlas, str):
-            return self._known_atlas(atlas)
-        if atlas is not None:
-            return _as_atlas(atlas)
-        if len(self.atlases) != 1:
-            raise ValueError(f"which atlas are the scan's ROIs from? Give atlas=...; known: {self._known()}")
-        return Atlas.from_dict(self.atlases[0])
+    def _resolve_atlas(self, atlas: Any, label_image: Any, scan: Any) -> Atlas:
+        """The atlas of what `read_scan` found, or of an array."""
+        on_grid = hasattr(scan, "tr") and not hasattr(scan, "rois")
+        if atlas is None:
+            atlas = self._only_atlas(scan, on_grid)
+        known = next((known for known in self.atlases if isinstance(atlas, str) and known["name"] == atlas), atlas)
+        try:
+            return Atlas.resolve(known, label_image, parcels=on_grid)
+        except ValueError as error:
+            if known is not atlas or not isinstance(atlas, str):
+                raise
+            raise ValueError(f"{error} This feature extractor knows: {_sized(self.atlases)}") from error
 
-    def _roi_signal(self, file: Any, atlas: Atlas, label_image: Any) -> np.ndarray:
+    def _only_atlas(self, scan: Any, on_grid: bool) -> dict[str, Any]:
+        """The known atlas of a scan that comes without one."""
+        if len(self.atlases) == 1:
+            return self.atlases[0]
+        if on_grid:
+            what, fitting = "with parcels", [atlas for atlas in self.atlases if atlas.get("parcels_checksum")]
+            if len(fitting) == 1:
+                warn_once(f"using the atlas {fitting[0]['name']!r}, the only one of this model with parcels")
+                return fitting[0]
+        else:
+            rois = np.shape(getattr(scan, "values", scan))[-1:]
+            what, fitting = "that fit the scan", [atlas for atlas in self.atlases if (len(atlas["rois"]),) == rois]
+        raise ValueError(
+            f"which atlas are the scan's ROIs from? Give atlas=...; known: {_sized(self.atlases)}; {what}: "
+            f"{_sized(fitting)}"
+        )
+
+    def _roi_signal(self, file: Any, atlas: Atlas) -> np.ndarray:
         """Series [time, rois] of what `read_scan` found: its columns by name, or the means of its parcels."""
         if hasattr(file, "rois"):
-            return file.values if file.rois is None else select_columns(file.values, file.rois, atlas)
-        if label_image is not None:
-            parcels = read_parcels(label_image)
-        else:
-            parcels = self._known_parcels(atlas.name) if atlas.parcels is None else atlas.parcels
+            if file.rois is not None:
+                return _select_columns(file, atlas)
+            if not file.name.endswith(".npy"):
+                warn_once(f"tables without ROI names are taken in the order of the atlas {atlas.name!r}")
+            return file.values
+        parcels = self._known_parcels(atlas.name) if atlas.parcels is None else atlas.parcels
         if parcels is None:
             raise ValueError(
                 f"{file.name}: volumes and surfaces need parcels, and atlas {atlas.name!r} has none: use "
-                f"Atlas.load({atlas.name!r}, parcels=True) or Atlas.from_image(...), or give label_image"
+                f"Atlas.load({atlas.name!r}, parcels=True) or Atlas.from_image(...), or give label_image; known with "
+                f"parcels: {_sized([known for known in self.atlases if known.get('parcels_checksum')])}"
             )
         return parcellate(file, parcels, atlas.labels)
+
+    def _check_shape(self, signal: np.ndarray, atlas: Atlas) -> None:
+        expected = f"expected [time, rois] = [*, {len(atlas)}] for atlas {atlas.name!r}, got {signal.shape}"
+        if signal.ndim != 2:
+            raise ValueError(f"{expected}: not two-dimensional")
+        if signal.shape[1] != len(atlas):
+            if signal.shape[0] == len(atlas):
+                raise ValueError(f"{expected}: transposed?")
+            known = [known["name"] for known in self.atlases if len(known["rois"]) == signal.shape[1]]
+            names = ", ".join(sorted({*known, *Atlas.names_of(signal.shape[1])})) or "none"
+            raise ValueError(
+                f"{expected}: {signal.shape[1]} ROIs instead of {len(atlas)}; known atlases of that many: {names}"
+            )
+        if len(signal) == 0:
+            raise ValueError(f"{expected}: no frames")
+
+    def _check_missing(self, missing: np.ndarray, atlas: Atlas) -> None:
+        if missing.all() or missing.mean() > self.max_missing_rois:
+            first = atlas.rois[int(np.flatnonzero(missing)[0])]
+            raise ValueError(
+                f"{missing.sum()} of the {len(atlas)} ROIs of {atlas.name!r} are missing, such as {first} (NaN or "
+                f"constant throughout); expected at most {self.max_missing_rois:.0%} (max_missing_rois)"
+            )
+        if missing.any():
+            warn_once(f"scans lack ROIs of {atlas.name!r} (NaN or constant throughout): they are masked")
 
     def clean_signal(self, read: MeasuredScan) -> tuple[np.ndarray, np.ndarray]:
         """Cleaned at its own repetition time, float64 [time, rois], and the frames that were kept, bool [time]."""
@@ -338,13 +394,10 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             )
         kept = kept[nearest_frames(len(cleaned), read.tr, self.repetition_time)]
         cleaned = resample(cleaned, read.tr, self.repetition_time)
-        constant = interquartile_range(cleaned[kept]) <= CONSTANT_BELOW * np.abs(read.signal).max(axis=0)
-        if constant.any():
-            first = int(np.flatnonzero(constant)[0])
-            raise ValueError(
-                f"{constant.sum()} of {len(read.atlas)} ROIs are constant, the first is {read.atlas.rois[first]!r} "
-                f"(column {first}); expected a signal that varies"
-            )
+        # also what was a drift and nothing else
+        constant = _is_constant(interquartile_range(cleaned[kept]), read.signal)
+        self._check_missing(read.missing | constant, read.atlas)
+        cleaned = np.where(constant, np.nan, cleaned)
         if self.median is not None:
             # the mean is taken out for the filters alone
             return ((cleaned + read.signal.mean(axis=0) - self.median) / self.iqr).astype(np.float32)
@@ -363,11 +416,128 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         return {"fmri_values": values, "roi_coordinates": coordinates, "fmri_mask": mask}
 
 
-def _as_atlas(atlas: Any) -> Atlas:
-    if isinstance(atlas, Atlas):
-        return atlas
-    # code loaded from a checkpoint has an Atlas class of its own: what counts is that it can be written down
-    return Atlas.from_dict(atlas.to_dict(), atlas.parcels) if hasattr(atlas, "to_dict") else Atlas.from_dict(atlas)
+def _agree(what: str, argument: Any, own: Any) -> Any:
+    """The value that is given, once or twice alike; a scan's own value and the call's must not contradict."""
+    if argument is None or own is None:
+        return own if argument is None else argument
+    if isinstance(argument, str) != isinstance(own, str):
+        # a name and an atlas of that name say the same; the atlas says more
+        argument, own = sorted((argument, own), key=lambda value: isinstance(value, str))
+        same = argument.name == own
+    else:
+        same = argument == own
+    if not same:
+        raise ValueError(f"{what} given twice and differently: {argument!r} and {own!r}")
+    return argument
+
+
+def _check_tr(tr: float | None, what: str = "tr") -> float:
+    if tr is None:
+        raise ValueError("the scan's repetition time is not known: give tr=... in seconds")
+    if not TR_RANGE[0] < tr < TR_RANGE[1]:
+        hint = "; milliseconds?" if tr >= TR_RANGE[1] else ""
+        raise ValueError(f"{what} must be in {TR_RANGE} seconds, got {tr:g}{hint}")
+    return tr
+
+
+def _as_float_array(scan: Any) -> np.ndarray:
+    if isinstance(scan, torch.Tensor):
+        scan = scan.detach().cpu().to(torch.float64).numpy()
+    array = np.asarray(scan)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"expected a signal of real numbers, got {type(scan).__name__} of dtype {array.dtype}")
+    return array.astype(np.float64)
+
+
+def _select_columns(table: Any, atlas: Atlas) -> np.ndarray:
+    """Columns of a table in the atlas' order, found by name or label; those that are not in the atlas are left out."""
+    position = {name: i for i, name in enumerate(table.rois)}
+    if len(position) < len(table.rois):
+        raise ValueError(f"{table.name}: expected {len(table.rois)} different column names, got {len(position)}")
+    names = atlas.rois
+    if not set(names) <= set(position) and all(name.isdecimal() for name in position):
+        if len(position) != len(atlas):
+            # the labels of a part of the columns could be those of another atlas
+            return table.values
+        names = tuple(str(label) for label in atlas.labels)
+        if set(names) != set(position):
+            warn_once(f"tables whose columns have numbers that are no labels of {atlas.name!r} are taken in its order")
+            return table.values
+    if missing := [name for name in names if name not in position]:
+        unknown = [name for name in table.rois if name not in set(names)]
+        raise ValueError(
+            f"{table.name}: {len(missing)} of the {len(atlas)} ROIs of {atlas.name!r} are not among the "
+            f"{len(table.rois)} columns: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; columns that "
+            f"the atlas does not have: {', '.join(unknown[:5]) or 'none'}{', ...' if len(unknown) > 5 else ''}"
+        )
+    return table.values[:, [position[name] for name in names]]
+
+
+def _is_constant(spread: np.ndarray, signal: np.ndarray) -> np.ndarray:
+    """bool [rois]: whether the spread [rois] of what [time, rois] was is rounding."""
+    return np.isfinite(spread) & (spread <= CONSTANT_BELOW * np.abs(signal).max(axis=0))
+
+
+def _file_tr(file: Any, tr: float | None) -> float:
+    """The given TR, else that of the file, in s."""
+    if tr is None:
+        if file.tr_from == "header" and (not file.tr or not TR_RANGE[0] < file.tr < TR_RANGE[1]):
+            found = f"no usable one ({file.tr:g} s)" if file.tr else "none"
+            raise ValueError(
+                f"{file.name}: the scan's repetition time is not known: its header has {found}, and no sidecar "
+                "(.json) with RepetitionTime is beside it; give tr=... in seconds"
+            )
+        return _check_tr(file.tr, f"{file.tr_from}: RepetitionTime")
+    if file.tr is not None and abs(tr - file.tr) > 1e-3:
+        warn_once(f"using tr={tr:g} s as given, although the file's {file.tr_from} has {file.tr:g} s")
+    return _check_tr(tr)
+
+
+def _sized(atlases: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{atlas['name']} ({len(atlas['rois'])} ROIs)" for atlas in atlases) or "none"
+
+
+def _check_finite(signal: np.ndarray, atlas: Atlas) -> None:
+    bad = ~np.isfinite(signal)
+    if bad.any():
+        first = int(np.flatnonzero(bad.any(axis=0))[0])
+        raise ValueError(
+            f"{int(bad.sum())} of {signal.size} values are NaN or infinite, the first ROI with one is "
+            f"{atlas.rois[first]!r} (column {first}); expected finite numbers"
+        )
+
+
+def _agree(what: str, argument: Any, own: Any) -> Any:
+    """The value that is given, once or twice alike; a scan's own value and the call's must not contradict."""
+    if argument is None or own is None:
+        return own if argument is None else argument
+    if isinstance(argument, str) != isinstance(own, str):
+        # a name and an atlas of that name say the same; the atlas says more
+        argument, own = sorted((argument, own), key=lambda value: isinstance(value, str))
+        same = argument.name == own
+    else:
+        same = argument == own
+    if not same:
+        raise ValueError(f"{what} given twice and differently: {argument!r} and {own!r}")
+    return argument
+
+
+def _check_tr(tr: float | None, what: str = "tr") -> float:
+    if tr is None:
+        raise ValueError("the scan's repetition time is not known: give tr=... in seconds")
+    if not TR_RANGE[0] < tr < TR_RANGE[1]:
+        hint = "; milliseconds?" if tr >= TR_RANGE[1] else ""
+        raise ValueError(f"{what} must be in {TR_RANGE} seconds, got {tr:g}{hint}")
+    return tr
+
+
+def _as_float_array(scan: Any) -> np.ndarray:
+    if isinstance(scan, torch.Tensor):
+        scan = scan.detach().cpu().to(torch.float64).numpy()
+    array = np.asarray(scan)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"expected a signal of real numbers, got {type(scan).__name__} of dtype {array.dtype}")
+    return array.astype(np.float64)
 
 
 def _check_window(window: str, window_stride: int | None) -> None:

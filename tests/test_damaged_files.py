@@ -13,10 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fmrilm import FmriCodecModel
-from fmrilm.processors import Atlas, FmriLMFeatureExtractor, Parcels, limits_fmrilm
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor, Parcels, read_scan, scan_io_fmrilm
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES
-from fmrilm.processors.scan_files_fmrilm import read_scan
 from fmrilm.training.data.dataset import cut_windows
 from fmrilm.training.data.scan_sources import find_scans, read_manifest
 from helpers import atlas, prepared
@@ -67,7 +66,7 @@ def test_parcels_that_inflate_beyond_reason_are_refused_unread(tmp_path: Path, m
     path = tmp_path / "a.npz"
     Parcels(np.ones((40, 40, 40), int), np.eye(4)).save(path)
     assert path.stat().st_size < 2000
-    monkeypatch.setattr(limits_fmrilm, "MAX_ARCHIVE_BYTES", 100_000)
+    monkeypatch.setattr(scan_io_fmrilm, "MAX_ARCHIVE_BYTES", 100_000)
     with pytest.raises(ValueError, match="a.npz: .*at most 100000 bytes, got 256"):
         Parcels.load(path)
 
@@ -202,7 +201,7 @@ def test_damaged_cohort_is_a_cohort_or_refused(cohort_files: dict, which: bool, 
 def test_text_beyond_reason_is_refused_unread(read: Callable, tmp_path: Path, monkeypatch) -> None:
     for name in ("a.csv", "cohort.json"):
         with open(tmp_path / name, "wb") as handle:
-            handle.truncate(limits_fmrilm.MAX_TEXT_BYTES + 1)
+            handle.truncate(scan_io_fmrilm.MAX_TEXT_BYTES + 1)
     for name in ("reader", "DictReader"):
         monkeypatch.setattr(csv, name, None)
     with pytest.raises(ValueError, match=r"expected a text file of at most 268435456 bytes, got 268435457"):
@@ -212,7 +211,7 @@ def test_text_beyond_reason_is_refused_unread(read: Callable, tmp_path: Path, mo
 # --- checkpoints
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": 2**20}, {"codebook_size": 2**40}, {"max_steps": 2**40}])
+@pytest.mark.parametrize("changes", [{"hidden_size": 2**20}, {"codebook_size": 2**40}, {"num_basis_functions": 2**20}])
 def test_configuration_larger_than_its_weights_allocates_nothing(changes: dict, tiny_codec, tmp_path: Path) -> None:
     tiny_codec.save_pretrained(tmp_path)
     path = tmp_path / "config.json"

@@ -127,7 +127,39 @@ def test_unknown_network_is_refused() -> None:
         describe(slow_series(0, TIME, 3), labelled_atlas({"Vis": 2, "Auditory": 1}), CORE_MEASURES)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 1234.5, np.nan, np.inf])
+def test_missing_rois_are_left_out(atlas: Atlas) -> None:
+    signals = slow_series(0, TIME, len(atlas), batch=(3,))
+    missing = np.zeros((3, len(atlas)), dtype=bool)
+    missing[0, [2, 7]] = missing[1, 5] = True
+    # one network has a single ROI
+    missing[1, atlas.networks.index("SalVentAttn")] = True
+    holes = np.where(missing[:, None], np.nan, signals)
+    references = fit_references((signal, atlas) for signal in holes)
+    found = describe(holes, atlas, MEASURES, 2.0, references)
+    for row in range(3):
+        present = ~missing[row]
+        alone = {atlas.name: references[atlas.name][present]}
+        expected = describe(signals[row][:, present], atlas.without(missing[row]), MEASURES, 2.0, alone)
+        np.testing.assert_allclose(found[row], expected, atol=1e-9)
+    names = np.array(descriptor_names(MEASURES))
+    assert {name for name in names[np.isnan(found[1])] if "SalVentAttn" not in name} == {
+        name for name in names if "Subcortical" in name and "SalVentAttn" not in name
+    }
+
+
+def test_rois_without_a_network_count_in_no_network(atlas: Atlas) -> None:
+    networks = ("", *atlas.networks[1:])
+    other = Atlas(atlas.name, atlas.rois, networks, atlas.coordinates)
+    signal = slow_series(0, TIME, len(atlas))
+    holes = signal.copy()
+    holes[:, 0] = np.nan
+    np.testing.assert_allclose(
+        describe(signal, other, ["connectivity"]), describe(holes, atlas, ["connectivity"]), atol=1e-12
+    )
+    assert np.isfinite(describe(slow_series(0, TIME, 200), Atlas.load("cc200"), CORE_MEASURES)).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1234.5, np.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about the infinite value
 def test_roi_that_does_not_vary_is_refused(value: float, atlas: Atlas) -> None:
     signal = slow_series(0, TIME, len(atlas))
@@ -154,8 +186,12 @@ def test_frequencies_need_a_repetition_time(measure: str, repetition_time: float
 def test_order_of_rois_does_not_matter(atlas: Atlas, references: dict[str, np.ndarray], random) -> None:
     order = list(range(len(atlas)))
     random.shuffle(order)
-    permuted = Atlas(atlas.name, tuple(atlas.rois[i] for i in order), tuple(atlas.networks[i] for i in order),
-                     atlas.coordinates[order])
+    permuted = Atlas(
+        atlas.name,
+        tuple(atlas.rois[i] for i in order),
+        tuple(atlas.networks[i] for i in order),
+        atlas.coordinates[order],
+    )
     signal = slow_series(0, TIME, len(atlas))
     # the communities that modularity is about are found by going through the ROIs in their order
     measures = [measure for measure in MEASURES if measure != "modularity"]

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrilm.processors import Atlas, FmriLMFeatureExtractor, Parcels, feature_extraction_fmrilm
-from fmrilm.processors.signal_fmrilm import detrend, resample, resampled_length, robust_zscore, window_bounds
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor, Parcels, feature_extraction_fmrilm, scan_io_fmrilm
+from fmrilm.processors.cleaning_fmrilm import detrend, resample, resampled_length, robust_zscore, window_bounds
 
 
 ATLASES = [
@@ -168,7 +168,7 @@ def test_every_form_of_a_scan_gives_the_same(extractor, signal, tiny_atlas, tmp_
     np.testing.assert_array_equal(extractor(signal, tr=2.0, return_tensors="np")["fmri_values"], expected.numpy())
 
 
-def test_volume_is_parcellated_with_the_labels_of_the_atlas(extractor, tiny_atlas, signal) -> None:
+def test_volume_is_parcellated_with_the_labels_of_the_atlas(extractor, tiny_atlas, signal, tmp_path) -> None:
     labels = np.arange(1, 6, dtype=np.int16).reshape(5, 1, 1)
     image = nib.Nifti1Image(signal.T[:, None, None], np.eye(4))
     image.header.set_zooms((1, 1, 1, 2.0))
@@ -177,8 +177,32 @@ def test_volume_is_parcellated_with_the_labels_of_the_atlas(extractor, tiny_atla
     assert torch.equal(extractor(image, label_image=label_image)["fmri_values"], expected)
     atlas = replace(tiny_atlas, parcels=Parcels(labels, np.eye(4)))
     assert torch.equal(extractor(image, atlas=atlas)["fmri_values"], expected)
-    with pytest.raises(ValueError, match="need parcels, and atlas 'tiny' has none"):
+    table = tmp_path / "mine.tsv"
+    table.write_text("index\tname\tnetwork\n" + "".join(f"{i}\troi{i}\tVis\n" for i in range(1, 6)))
+    mine = extractor(image, atlas=table, label_image=label_image)
+    assert torch.equal(mine["fmri_values"], expected)
+    assert mine["roi_coordinates"][0].tolist() == [[i, 0, 0] for i in range(5)]
+    with pytest.raises(ValueError, match="need parcels, and atlas 'tiny' has none.*with parcels: none"):
         extractor(image)
+    with pytest.raises(ValueError, match="atlas 'aal2-94' has 94 labels and the label image 5"):
+        extractor(image, atlas="aal2-94", label_image=label_image)
+
+
+def test_volume_without_an_atlas_takes_the_one_with_parcels(signal, caplog) -> None:
+    scan_io_fmrilm.warn_once.cache_clear()
+    atlas, image = atlas_with_parcels()
+    found = FmriLMFeatureExtractor([*ATLASES[:2], atlas]).read_signal(image)
+    assert found.atlas == atlas
+    assert caplog.messages == ["using the atlas 'a5', the only one of this model with parcels"]
+    other = replace(ATLASES[0], parcels=atlas.parcels)
+    with pytest.raises(
+        ValueError, match=r"which atlas.*known: a2 .*a3.*; with parcels: a2 \(2 ROIs\), a5 \(5 ROIs\)$"
+    ):
+        FmriLMFeatureExtractor([other, ATLASES[1], atlas])(image)
+
+
+def test_well_known_atlas_need_not_be_known_to_the_model(extractor) -> None:
+    assert extractor(bold(20, 450), tr=2.0, atlas="schaefer-400-tian-s3")["fmri_values"].shape == (1, 450, 16)
 
 
 def test_missing_rois_are_masked_and_change_no_other(extractor, tiny_atlas, signal) -> None:
@@ -195,16 +219,80 @@ def test_missing_rois_are_masked_and_change_no_other(extractor, tiny_atlas, sign
     gaps = signal.copy()
     gaps[:, 2] = np.nan
     assert torch.equal(extractor(gaps, tr=2.0)["fmri_mask"], out["fmri_mask"])
-    with pytest.raises(ValueError, match="all 5 ROIs of 'tiny' are missing"):
+    with pytest.raises(ValueError, match="5 of the 5 ROIs of 'tiny' are missing, such as tiny_0"):
         extractor(np.full((20, 5), np.nan), tr=2.0)
+
+
+@pytest.mark.parametrize("value", ["zeros", "a constant", "a drift", "NaN"])
+def test_dead_rois_of_arrays_and_tables_are_masked_up_to_a_share(
+    extractor, tiny_atlas, signal, value: str, tmp_path, caplog
+) -> None:
+    scan_io_fmrilm.warn_once.cache_clear()
+    dead = {"zeros": 0, "a constant": 1000.1, "a drift": 1000 + np.arange(20.0), "NaN": np.nan}[value]
+    scan = signal.copy()
+    scan[:, 2] = dead
+    np.savetxt(tmp_path / "a.1D", scan, header="#1 #2 #3 #4 #5", comments="")
+    whole = extractor(signal, tr=2.0)
+    there = torch.tensor([True, True, False, True, True])
+    for form in (scan, tmp_path / "a.1D"):
+        out = extractor(form, tr=2.0, return_windows=True)
+        assert torch.equal(out["fmri_mask"][0], whole["fmri_mask"][0] & there[:, None])
+        torch.testing.assert_close(out["fmri_values"][0], whole["fmri_values"][0] * there[:, None])
+        assert out["windows"][0]["missing_rois"] == ["tiny_2"]
+    # once for a folder
+    assert caplog.messages[1:] == ["scans lack ROIs of 'tiny' (NaN or constant throughout): they are masked"]
+    scan[:, 4] = dead
+    with pytest.raises(ValueError, match="2 of the 5 ROIs of 'tiny' are missing, such as tiny_2.*at most 20%"):
+        extractor(scan, tr=2.0)
+    patient = FmriLMFeatureExtractor([tiny_atlas], patch_length=4, window_length=16, max_missing_rois=0.4)
+    assert patient(scan, tr=2.0)["fmri_mask"][0].any(-1).tolist() == [True, True, False, True, False]
+
+
+def test_what_was_read_is_returned_on_demand(extractor, caplog) -> None:
+    scan_io_fmrilm.warn_once.cache_clear()
+    out = extractor([bold(40), bold(12)], tr=2.0, return_windows=True)
+    first = {"scan": 0, "atlas": "tiny", "start": 0, "stop": 32, "scan_seconds": 80, "frames": 16}
+    assert out["windows"][0] == {**first, "rois": 5, "missing_rois": []}
+    assert out["windows"][1]["scan_seconds"] == out["windows"][1]["stop"] == 24
+    assert caplog.messages == ["of a scan of 80 s, the first 32 s are read; window='full' reads all of it"]
+    sliding = extractor(bold(40), tr=2.0, window="sliding", return_windows=True)["windows"]
+    assert [(item["start"], item["stop"]) for item in sliding] == [(0, 32), (32, 64)]
+
+
+def test_columns_with_numbers_are_labels_or_in_the_atlas_order(extractor, tiny_atlas, signal, tmp_path) -> None:
+    expected = extractor(signal, tr=2.0)["fmri_values"]
+    shuffled = [3, 1, 4, 0, 2]
+    tables = {
+        "by label.1D": (signal[:, shuffled], [tiny_atlas.labels[roi] for roi in shuffled]),
+        "other numbers.1D": (signal, [2001, 2002, 2101, 2102, 2111]),
+        "counted.csv": (signal, range(5)),
+        "none.csv": (signal, None),
+    }
+    for name, (values, header) in tables.items():
+        join, mark = (",", "") if name.endswith(".csv") else ("\t", "#")
+        lines = [] if header is None else [join.join(f"{mark}{number}" for number in header)]
+        lines += [join.join(map(str, row)) for row in values.tolist()]
+        (tmp_path / name).write_text("\n".join(lines))
+        torch.testing.assert_close(extractor(tmp_path / name, tr=2.0)["fmri_values"], expected)
+    np.savetxt(tmp_path / "more.1D", np.hstack([signal, signal]), header="1 2 3 4 5 6 7 8 9 10")
+    with pytest.raises(ValueError, match=r"got \(20, 10\): 10 ROIs instead of 5"):
+        extractor(tmp_path / "more.1D", tr=2.0)
 
 
 def test_implausible_repetition_time_of_a_header_is_refused(extractor, signal, tmp_path) -> None:
     image = nib.Nifti1Image(signal.T[:, None, None], np.eye(4))
-    for tr, message in ((0, "got 0.0$"), (2000, "got 2000.0; milliseconds?")):
+    for tr, message in ((0, "has none"), (2000, r"has no usable one \(2000 s\)")):
         image.header.set_zooms((1, 1, 1, tr))
-        with pytest.raises(ValueError, match=f"tr must be in .*{message}"):
+        with pytest.raises(ValueError, match=f"repetition time is not known: its header {message}, and no sidecar"):
             extractor(image)
+    nib.save(image, tmp_path / "a.nii")
+    (tmp_path / "a.json").write_text('{"RepetitionTime": 2000}')
+    with pytest.raises(ValueError, match=r"a.json: RepetitionTime must be in .*got 2000; milliseconds\?"):
+        extractor(tmp_path / "a.nii")
+    (tmp_path / "a.json").write_text('{"RepetitionTime": 2.0}')
+    label_image = nib.Nifti1Image(np.arange(1, 6, dtype=np.int16).reshape(5, 1, 1), np.eye(4))
+    found = extractor.read_signal(tmp_path / "a.nii", label_image=label_image)
+    assert found.tr == 2.0 and not found.missing.any()
 
 
 def test_given_repetition_time_goes_before_the_header(extractor, signal) -> None:
@@ -221,12 +309,6 @@ def with_value(value: float) -> np.ndarray:
     return signal
 
 
-def constant(drift: float) -> np.ndarray:
-    signal = bold(20)
-    signal[:, 2] = 1000 + drift * np.arange(20)
-    return signal
-
-
 @pytest.mark.parametrize(
     "scan, arguments, message",
     [
@@ -239,13 +321,12 @@ def constant(drift: float) -> np.ndarray:
         (lambda: bold(20)[0], {"tr": 2.0}, "not two-dimensional"),
         (lambda: bold(20)[:0], {"tr": 2.0}, "no frames"),
         (lambda: bold(20).astype(str), {"tr": 2.0}, "real numbers"),
-        (lambda: bold(20), {"tr": 2.0, "atlas": "aal"}, r"unknown atlas 'aal'.*tiny \(5 ROIs\)"),
+        (lambda: bold(20), {"tr": 2.0, "atlas": "aal"}, r"no atlas 'aal'; packaged: .*knows: tiny \(5 ROIs\)"),
         (lambda: bold(20), {"tr": 2.0, "window": "last"}, "window must be one of.*'last'"),
         (lambda: bold(20), {"tr": 2.0, "window_stride": 0}, "at least 1 frame, got 0"),
         (lambda: with_value(np.nan), {"tr": 2.0}, r"2 of 100 values.*'tiny_2' \(column 2\)"),
         (lambda: with_value(np.inf), {"tr": 2.0}, "2 of 100 values"),
-        (lambda: constant(0.0), {"tr": 2.0}, "1 of 5 ROIs are constant, the first is 'tiny_2'"),
-        (lambda: constant(0.5), {"tr": 1.5}, "1 of 5 ROIs are constant, the first is 'tiny_2'"),
+        (lambda: bold(20, 94), {"tr": 2.0}, "94 ROIs instead of 5; known atlases of that many: aal2-94"),
         (lambda: bold(7), {"tr": 0.8}, r"7 frames at 0.8 s make 3 frames at 2.0 s \(5.6 s\).*4 frames \(8.0 s\)"),
         (lambda: {"tr": 2.0}, {}, "needs 'signal'"),
         (lambda: {"signal": bold(20), "tr": 2.0}, {"tr": 1.0}, "tr given twice and differently: 1.0 and 2.0"),
@@ -273,7 +354,9 @@ def test_table_without_all_rois_is_refused(extractor, tiny_atlas, tmp_path) -> N
 
 def test_atlas_must_be_named_when_several_or_none_are_known() -> None:
     for atlases, known in ((ATLASES, r"a2 \(2 ROIs\), a3"), (None, "none")):
-        with pytest.raises(ValueError, match=f"which atlas.*{known}"):
+        with pytest.raises(
+            ValueError, match=f"which atlas.*{known}.*that fit the scan: {'a5' if atlases else 'none'}"
+        ):
             FmriLMFeatureExtractor(atlases=atlases)(bold(20), tr=2.0)
     out = FmriLMFeatureExtractor()(bold(20), tr=2.0, atlas=ATLASES[2])
     assert out["fmri_values"].shape == (1, 5, 32)
@@ -286,6 +369,7 @@ def test_atlas_must_be_named_when_several_or_none_are_known() -> None:
         ({"window_length": 8}, "got 16 and 8"),
         ({"repetition_time": 2000}, "got 2000"),
         ({"clip": 0}, "clip > 0"),
+        ({"max_missing_rois": 2}, "max_missing_rois from 0 to 1, got 2"),
         ({"median": 1000.0}, "median and iqr > 0 together or neither, got 1000.0 and None"),
         ({"median": 1000.0, "iqr": 0.0}, "got 1000.0 and 0.0"),
         ({"atlases": [ATLASES[0], ATLASES[0]]}, "different names"),

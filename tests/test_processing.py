@@ -382,4 +382,4 @@ def test_saved_processor_works_without_the_package(processor, tmp_path) -> None:
     # and it can be saved again, code included
     shipped = {path.name for path in folder.glob("*.py")}
     assert shipped == {path.name for path in (tmp_path / "again").glob("*.py")}
-    assert {"processing_fmrilm.py", "feature_extraction_fmrilm.py", "nifti_fmrilm.py"} <= shipped
+    assert {"processing_fmrilm.py", "feature_extraction_fmrilm.py", "scan_io_fmrilm.py"} <= shipped

@@ -106,7 +106,7 @@ def test_margin_is_the_distance_to_another_answer(descriptors: np.ndarray, cohor
     def answers(question: Question, step: float) -> set:
         column = DESCRIPTORS.index(question.descriptors[0])
         moved = np.repeat(descriptors[list(question.scans)], 2, axis=0)
-        moved[:, column] += np.array([-step, step]) * cohort.deviation[column]
+        moved[:, column] += np.array([-step, step]) * cohort.std[column]
         wanted = {"above": 2, "below": 0}.get(question.kind)
         levels = cohort.levels(moved)[:, column].tolist()
         return {LEVELS[level] if wanted is None else "yes" if level == wanted else "no" for level in levels}

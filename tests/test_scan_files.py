@@ -1,6 +1,7 @@
 """Readers of scan files: what each format gives; and that damaged files give a ValueError, nothing else."""
 
 import gzip
+import shutil
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from isal import igzip
 
-from fmrilm.processors import Parcels, nifti_fmrilm, parcellate, read_parcels, read_scan
+from fmrilm.processors import Parcels, parcellate, read_parcels, read_scan, scan_io_fmrilm
 
 
 SHAPE, FRAMES = (4, 3, 2), 5
@@ -68,6 +69,7 @@ def write_all(folder: Path) -> dict[str, Path]:
     np.save(folder / "a.npy", noise(FRAMES, 3))
     (folder / "a.csv").write_text("A,B\n0,1\n2,3.5\n")
     (folder / "a.tsv").write_text("A\tB\n0\t1\n2\tn/a\n")
+    (folder / "a.1D").write_text("#1 #2\n0 1\n2 3.5\n")
     return {path.name: path for path in sorted(folder.iterdir())}
 
 
@@ -219,6 +221,80 @@ def test_hemispheres_are_read_as_a_pair(tmp_path: Path, form: str) -> None:
         read_scan(path)
 
 
+@pytest.mark.parametrize(
+    "name, content, rois",
+    [
+        # as the Preprocessed Connectomes Project and AFNI write them
+        ("a.1D", "#1\t#2\t#3\n0.5\t1\t2\n3\t4\t5\n", ("1", "2", "3")),
+        ("a.1d", "# made by AFNI\n#2001 #2002 #2101\n  0.5  1 2 \n3 4   5\n# end\n", ("2001", "2002", "2101")),
+        ("a.1D", "# Left Right Both\n0.5 1 2\n3 4 5\n", ("Left", "Right", "Both")),
+        ("a.1D", "# 3dmaskave\n0.5 1 2\n3 4 5\n", None),
+        # as pandas and numpy write them
+        ("a.csv", "0,1,2\n0.5,1,2\n3,4,5\n", ("0", "1", "2")),
+        ("a.csv", "0.5,1,2\n3,4,5\n", None),
+        ("a.tsv", "7\t9\t8\n0.5\t1\t2\n3\t4\t5\n", ("7", "9", "8")),
+    ],
+)  # fmt: skip
+def test_numbered_or_absent_headers_of_tables(tmp_path: Path, name: str, content: str, rois: tuple | None) -> None:
+    (tmp_path / name).write_text(content)
+    table = read_scan(tmp_path / name)
+    assert table.rois == rois
+    np.testing.assert_array_equal(table.values, [[0.5, 1, 2], [3, 4, 5]])
+
+
+# --- the BIDS sidecar's repetition time
+
+
+@pytest.mark.parametrize(
+    "name, sidecar",
+    [
+        ("b.nii.gz", "b.json"),
+        ("a.dtseries.nii", "a.json"),
+        ("a.dtseries.nii", "a.dtseries.json"),
+        ("a.ptseries.nii", "a.json"),
+        ("lh.func.gii", "lh.json"),
+        ("a.lh.mgz", "a.lh.json"),
+        ("a.npy", "a.json"),
+        ("a.csv", "a.json"),
+    ],
+)
+def test_sidecar_goes_before_a_header_that_disagrees(tmp_path: Path, caplog, name: str, sidecar: str) -> None:
+    path = write_all(tmp_path)[name]
+    header = read_scan(path).tr
+    (tmp_path / sidecar).write_text('{"RepetitionTime": 1.25, "TaskName": "rest"}')
+    scan = read_scan(path)
+    assert (scan.tr, scan.tr_from) == (1.25, sidecar)
+    # a conflict is a warning with both values
+    assert len(caplog.messages) == bool(header)
+    assert not header or f"1.25 s of {sidecar}; the header has {header:g} s" in caplog.messages[0]
+    other = "rh.func.gii" if "func" in name else "a.rh.mgz"
+    if "h." in name:
+        assert read_scan((path, tmp_path / other)).tr == 1.25
+    (tmp_path / sidecar).write_text('{"TaskName": "rest"}')
+    assert read_scan(path).tr == header
+
+
+@pytest.mark.parametrize("tr", [1.0, 0.0, 1000.0])
+def test_headers_with_a_wrong_repetition_time_are_read_with_their_sidecar(tmp_path: Path, tr: float) -> None:
+    nib.save(volume_image(tr), tmp_path / "a.nii")
+    (tmp_path / "a.json").write_text('{"RepetitionTime": 2}')
+    content = (tmp_path / "a.nii").read_bytes()
+    rows = Dataset.from_dict({"scan": [str(tmp_path / "a.nii")]}).cast_column("scan", Nifti())
+    in_file = {"path": str(tmp_path / "a.nii"), "bytes": content}
+    for scan in (tmp_path / "a.nii", nib.load(tmp_path / "a.nii"), rows[0]["scan"], in_file):
+        assert read_scan(scan).tr == 2.0
+    # a row that holds the bytes alone has no file beside which one could look
+    assert read_scan({"path": "a.nii", "bytes": content}).tr == tr
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"RepetitionTime": "2"}', '{"RepetitionTime": NaN}', "\xff"])
+def test_broken_sidecar_is_refused(tmp_path: Path, content: str) -> None:
+    np.save(tmp_path / "a.npy", noise(FRAMES, 3))
+    (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.json: (not a readable sidecar|expected RepetitionTime in seconds, got)"):
+        read_scan(tmp_path / "a.npy")
+
+
 # --- what is refused
 
 
@@ -240,14 +316,15 @@ def packed(content: bytes) -> bytes:
     [
         (changed(40, "5h", 4, 32767, 32767, 9, 1), "needs .* bytes, but the file has 592 bytes"),
         (changed(42, "h", -4), r"at least one voxel along every axis, got shape \(-4,"),
-        (changed(40, "h", 8), "1 to 7 dimensions in the header, got 8"),
-        (changed(40, "h", -1), "1 to 7 dimensions in the header, got -1"),
+        (changed(40, "h", 0), "1 to 7 dimensions in the header, got 0"),
+        (changed(40, "h", 8), "expected a NIfTI-1 or NIfTI-2 file"),
+        (changed(40, "h", -1), "expected a NIfTI-1 or NIfTI-2 file"),
         (changed(70, "h", 32), "NIfTI data type 32"),
         (changed(108, "f", np.nan), "values to start at byte"),
         (changed(108, "f", 0), "values to start at byte 352 or later, got 0.0"),
         (changed(108, "f", 10), "values to start at byte"),
-        (changed(112, "ff", 1, np.inf), "finite scl_inter"),
-        (changed(252, "hh3f", 1, 0, 1, 1, 1), "expected a unit quaternion"),
+        (changed(112, "ff", 1, np.inf), "Valid slope but invalid intercept inf"),
+        (changed(252, "hh3f", 1, 0, 1, 1, 1), "w2 should be positive"),
         (changed(344, "4s", b"xxxx"), "expected a NIfTI-1 or NIfTI-2 file"),
         (changed(0, "i", 100), "expected a NIfTI-1 or NIfTI-2 file"),
         (changed(0, "i", 348, data=200), "needs 592 bytes, but the file has 552"),
@@ -263,7 +340,7 @@ def packed(content: bytes) -> bytes:
 def test_damaged_volume_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inflated: Callable, content: bytes, message: str
 ) -> None:
-    monkeypatch.setattr(nifti_fmrilm, "inflated", inflated)
+    monkeypatch.setattr(scan_io_fmrilm, "inflated", inflated)
     (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         parcellate(read_scan(tmp_path / "a.nii"), Parcels(np.ones(SHAPE, int), AFFINE), (1,))
@@ -283,7 +360,7 @@ def test_false_size_is_refused_in_bounded_memory(tmp_path: Path, pack) -> None:
 
 
 def test_huge_volume_within_the_reach_of_compression_is_refused() -> None:
-    volumes = nifti_fmrilm.Volumes("x", (2048, 2048, 2048, 1), AFFINE, 2.0, np.dtype("i2"), 352, 1.0, 0.0, b"")
+    volumes = scan_io_fmrilm.Volumes("x", (2048, 2048, 2048, 1), AFFINE, 2.0, np.dtype("i2"), 352, 1.0, 0.0, b"")
     with pytest.raises(ValueError, match="below 2 GiB"):
         next(volumes.stored())
 
@@ -291,8 +368,11 @@ def test_huge_volume_within_the_reach_of_compression_is_refused() -> None:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.csv", "1,2\n3,4\n", "first row must hold ROI names"),
-        ("a.csv", "A,B\n", "got 1 rows"),
+        ("a.csv", "A,B\n", "got no row of numbers"),
+        ("a.csv", "A;B\n1;2\n", "separated by commas or tabs, got semicolons"),
+        ("a.tsv", "A;B\n1;2\n", "separated by commas or tabs, got semicolons"),
+        ("a.1D", "#1 #2\n1 2\n3\n", "line 3: expected 2 cells, got 1"),
+        ("a.1D", "# nothing\n", "got no row of numbers"),
         ("a.csv", "A,B\n1,2\n3\n", "line 3: expected 2 cells, got 1"),
         ("a.csv", "A,B\n1,x\n", "expected numbers below the header"),
         ("a.txt", "1", "got a.txt"),
@@ -342,16 +422,29 @@ def test_hemispheres_of_two_scans_are_refused(tmp_path: Path) -> None:
 # --- fuzz: bytes of real files flipped, cut out and cut off
 
 PARCELS = Parcels(np.ones(SHAPE, int), AFFINE, left=np.ones(5, int), right=np.ones(5, int))
-FORMATS = ["a.nii", "b.nii.gz", "a.dtseries.nii", "a.ptseries.nii", "lh.func.gii", "a.lh.mgz", "a.npy", "a.csv"]
+FORMATS = [
+    "a.nii",
+    "b.nii.gz",
+    "a.dtseries.nii",
+    "a.ptseries.nii",
+    "lh.func.gii",
+    "a.lh.mgz",
+    "a.npy",
+    "a.csv",
+    "a.1D",
+]
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("originals"))
+    folder = tmp_path_factory.mktemp("originals")
+    files = write_all(folder)
+    (folder / "sidecar.json").write_text('{"RepetitionTime": 2.0, "TaskName": "rest"}')
+    return {**files, "sidecar.json": folder / "sidecar.json"}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "sidecar.json"])
 @settings(max_examples=100, deadline=None)
 @given(
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
@@ -373,6 +466,8 @@ def test_damaged_files_give_a_value_error_or_a_signal(
     # next to the undamaged other hemisphere
     path = originals[name].with_name(f"damaged.{name}")
     path.write_bytes(data)
+    if name == "sidecar.json":
+        path = Path(shutil.copy(originals["a.npy"], path.with_suffix(".npy")))
     try:
         scan = read_scan((path, originals[name]) if "lh" in name else path)
         signal = scan.values if hasattr(scan, "rois") else parcellate(scan, PARCELS, (1,))

@@ -107,11 +107,14 @@ def _fit(args: TrainingArguments) -> None:
 
 
 def read_scans(script_args: ScanArguments, extractor: "FmriLMFeatureExtractor") -> tuple["Scans", "Scans"]:
-    """Training and held-out scans; extractor: that of the codec."""
+    """Training and held-out scans; extractor: that of the codec, which gets to know their atlases."""
     from .data.dataset import load_scans
     from .data.splits import split_scans
 
-    return split_scans(load_scans(script_args.data, extractor), script_args)
+    scans = load_scans(script_args.data, extractor)
+    known = {atlas["name"] for atlas in extractor.atlases}
+    extractor.atlases += [atlas.to_dict() for name, atlas in scans.atlases.items() if name not in known]
+    return split_scans(scans, script_args)
 
 
 def fit_cohort(scans: "Scans", window_length: int, stride: int) -> "Cohort":

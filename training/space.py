@@ -25,7 +25,7 @@ import numpy as np
 
 from fmrilm import Atlas, load
 from fmrilm.processors.descriptors.text import level_answers
-from fmrilm.processors.nifti_fmrilm import read_nifti
+from fmrilm.processors.scan_io_fmrilm import read_nifti
 
 from .cli.options import DEFAULT_MODEL, MODEL_VARIABLE
 from .report.scan_figures import carpet, token_map

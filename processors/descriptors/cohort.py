@@ -1,4 +1,4 @@
-"""What the training subjects look like: the reference that levels and z-scores are relative to."""
+"""Descriptors of the training subjects: the reference of tercile labels and z-scores."""
 
 import json
 import os
@@ -12,13 +12,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..atlases import Atlas
-from ..limits_fmrilm import check_text_size
+from ..atlases_fmrilm import Atlas
+from ..scan_io_fmrilm import check_text_size
 from .measures import describe, descriptor_names
 
 
+# labels of the terciles
 LEVELS = ("low", "typical", "high")
-# between them lie the thirds that are called low, typical and high
+# the bounds between terciles
 QUANTILES = (1 / 3, 2 / 3)
 JSON_FILE, ARRAYS_FILE = "cohort.json", "cohort.safetensors"
 _REFERENCE = "references."
@@ -26,13 +27,12 @@ _REFERENCE = "references."
 
 @dataclass(frozen=True, eq=False)
 class Cohort:
-    """
-    Moments and quantiles of each descriptor over the windows of the training subjects.
+    """Moments and quantiles of each descriptor over the windows of the training subjects.
 
     Attributes:
-        name: what the cohort is called where its z-scores are reported.
+        name: the cohort's name beside its z-scores.
         names: descriptor names, those of whole measures.
-        mean, deviation: float64 [names], NaN where no window has the descriptor; deviation also where it never varies.
+        mean, std: float64 [names], NaN where no window has the descriptor; std also where it never varies.
         quantiles: float64 [2, names] at `QUANTILES`.
         subjects, windows: how many it was fitted on.
         atlases: checksum of each atlas by its name.
@@ -42,7 +42,7 @@ class Cohort:
     name: str
     names: list[str]
     mean: np.ndarray
-    deviation: np.ndarray
+    std: np.ndarray
     quantiles: np.ndarray
     subjects: int
     windows: int
@@ -52,7 +52,7 @@ class Cohort:
     def __post_init__(self) -> None:
         if self.names != descriptor_names(self.measures):
             raise ValueError(f"cohort {self.name!r}: expected all descriptors of {self.measures}, got {self.names}")
-        for what, shape in (("mean", ()), ("deviation", ()), ("quantiles", (len(QUANTILES),))):
+        for what, shape in (("mean", ()), ("std", ()), ("quantiles", (len(QUANTILES),))):
             expected, found = (*shape, len(self.names)), getattr(self, what).shape
             if found != expected:
                 raise ValueError(f"cohort {self.name!r}: expected {what} {expected}, got {found}")
@@ -75,12 +75,12 @@ class Cohort:
             # numpy warns about columns of NaN alone, which stay NaN as they should
             warnings.simplefilter("ignore", RuntimeWarning)
             quantiles = np.nanquantile(descriptors, QUANTILES, axis=0)
-            mean, deviation = np.nanmean(descriptors, axis=0), np.nanstd(descriptors, axis=0)
+            mean, std = np.nanmean(descriptors, axis=0), np.nanstd(descriptors, axis=0)
         return cls(
             name=name,
             names=names,
             mean=mean,
-            deviation=np.where(deviation > 0, deviation, np.nan),
+            std=np.where(std > 0, std, np.nan),
             quantiles=quantiles,
             subjects=subjects,
             windows=len(descriptors),
@@ -100,15 +100,15 @@ class Cohort:
         return describe(signal, atlas, self.measures, repetition_time, self.references)
 
     def z_scores(self, descriptors: np.ndarray) -> np.ndarray:
-        """Deviations [..., names] from the cohort's mean in units of its standard deviation."""
-        return (self._checked(descriptors) - self.mean) / self.deviation
+        """Distances [..., names] from the cohort's mean in units of its standard deviation."""
+        return (self._checked(descriptors) - self.mean) / self.std
 
     def from_z_scores(self, z_scores: np.ndarray) -> np.ndarray:
         """Descriptors [..., names] with these z-scores: the inverse of `z_scores`."""
-        return self._checked(z_scores) * self.deviation + self.mean
+        return self._checked(z_scores) * self.std + self.mean
 
     def named_z_scores(self, descriptors: np.ndarray) -> dict[str, Any]:
-        """Z-scores of one scan, [names], with what they are relative to: ready for JSON, absent ones left out."""
+        """Z-scores of one scan, [names], with their cohort: ready for JSON, absent ones left out."""
         scores = zip(self.names, self.z_scores(descriptors).tolist(), strict=True)
         return {
             "cohort": self.name,
@@ -118,9 +118,9 @@ class Cohort:
         }
 
     def levels(self, descriptors: np.ndarray) -> np.ndarray:
-        """
-        Index into `LEVELS` [..., names] of each descriptor; -1 where it or the cohort's is NaN, and where the cohort
-        has no thirds because a third or more of it shares one value.
+        """Tercile label of each descriptor: index into `LEVELS` [..., names].
+
+        -1 where it or the cohort's is NaN, and where a third or more of the cohort shares one value.
         """
         lower, upper = self.quantiles
         level = (self._checked(descriptors) > lower).astype(int) + (descriptors > upper)
@@ -138,7 +138,7 @@ class Cohort:
         """Writes `cohort.json` and `cohort.safetensors`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"mean": self.mean, "deviation": self.deviation, "quantiles": self.quantiles}
+        arrays = {"mean": self.mean, "std": self.std, "quantiles": self.quantiles}
         arrays |= {_REFERENCE + name: array for name, array in self.references.items()}
         facts = {key: getattr(self, key) for key in ("name", "names", "subjects", "windows", "atlases")}
         staged = {name: folder / f"{name}.partial" for name in (ARRAYS_FILE, JSON_FILE)}

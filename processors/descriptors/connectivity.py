@@ -10,8 +10,7 @@ PAIRS = [f"{a}-{b}" for i, a in enumerate(NETWORKS) for b in list(NETWORKS)[i:]]
 
 
 def network_blocks(standardized: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """
-    Mean Pearson correlation [..., networks, networks] between the ROIs of two networks of standardized
+    """Mean Pearson correlation [..., networks, networks] between the ROIs of two networks of standardized
     [..., time, rois]; members: indicator [rois, networks].
 
     The mean over a block of the correlation matrix is the product of two network means, so the matrix itself is

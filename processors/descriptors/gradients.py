@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy.sparse.linalg import eigsh
 
-from ..atlases import Atlas
+from ..atlases_fmrilm import Atlas
 from .networks import correlation, membership, network_series, standardize
 
 
@@ -17,10 +17,10 @@ ALPHA = 0.5
 
 
 def affinity(connectivity: np.ndarray) -> np.ndarray | None:
-    """
-    Cosine similarity [rois, rois] of the rows of a connectivity matrix, of each row the highest tenth alone (the ROI
-    itself among them, rounded down as brainspace does); negative similarities are 0. None for an atlas so small
-    that a tenth holds no other ROI.
+    """Cosine similarity [rois, rois] of the rows of a connectivity matrix, of each row the highest tenth alone.
+
+    The ROI itself is among the tenth, which is rounded down as in brainspace; negative similarities are 0. None for
+    an atlas so small that a tenth holds no other ROI.
     """
     rois = len(connectivity)
     kept = int(rois * (1 - SPARSITY))
@@ -33,8 +33,7 @@ def affinity(connectivity: np.ndarray) -> np.ndarray | None:
 
 
 def diffusion_gradients(connectivity: np.ndarray) -> np.ndarray:
-    """
-    Gradients [rois, 3] of a connectivity matrix [rois, rois]: multiscale diffusion map of `affinity`, scaled as
+    """Gradients [rois, 3] of a connectivity matrix [rois, rois]: multiscale diffusion map of `affinity`, scaled as
     brainspace does. NaN where the affinity falls apart into unconnected sets of ROIs or is too small for one.
     """
     rois = len(connectivity)
@@ -71,25 +70,31 @@ def aligned_gradients(standardized: np.ndarray, reference: np.ndarray) -> np.nda
 
 
 def fit_references(scans: Iterable[tuple[np.ndarray, Atlas]]) -> dict[str, np.ndarray]:
-    """
-    Reference gradients [rois, 3] by atlas name: those of the mean connectivity matrix of all scans of the atlas,
-    signal [time, rois]. The atlas with the most ROIs sets the orientation of all, so that a network's place on a
-    gradient compares across atlases.
+    """Reference gradients [rois, 3] by atlas name: those of the mean connectivity matrix of all scans of the atlas.
+
+    scans: signals [time, rois], missing ROIs NaN. The atlas with the most ROIs sets the orientation of all, so that a
+    network's position on a gradient compares across atlases. A ROI that is missing in all scans is NaN.
     """
     sums, counts, atlases = {}, {}, {}
     for signal, atlas in scans:
         known = atlases.setdefault(atlas.name, atlas)
         if known != atlas:
             raise ValueError(f"expected one atlas called {atlas.name!r}, got {known} and {atlas}")
-        sums[atlas.name] = sums.get(atlas.name, 0) + correlation(standardize(signal))
-        counts[atlas.name] = counts.get(atlas.name, 0) + 1
+        present = np.flatnonzero(~np.isnan(signal).all(axis=0))
+        matrix, pairs = np.zeros((len(atlas), len(atlas))), np.ix_(present, present)
+        matrix[pairs] = correlation(standardize(signal[:, present]))
+        sums[atlas.name] = sums.get(atlas.name, 0) + matrix
+        counts.setdefault(atlas.name, np.zeros(matrix.shape))[pairs] += 1
     references, profile = {}, None
     for name in sorted(sums, key=lambda name: (-len(sums[name]), name)):
-        gradients = diffusion_gradients(sums[name] / counts[name])
+        seen = counts[name].diagonal() > 0
+        pairs = np.ix_(seen, seen)
+        # two ROIs that no scan has together count as unrelated
+        gradients = diffusion_gradients(sums[name][pairs] / np.maximum(counts[name][pairs], 1))
         if np.isfinite(gradients).all():
-            networks = network_means(gradients, membership(atlases[name]))
+            networks = network_means(gradients, membership(atlases[name])[seen])
             if profile is None:
-                # an eigenvector's sign means nothing: the ROI furthest from 0 is called positive
+                # an eigenvector's sign is arbitrary: the ROI furthest from 0 is made positive
                 furthest = gradients[np.abs(gradients).argmax(0), range(COMPONENTS)]
                 rotation = np.diag(np.sign(furthest))
                 profile = networks @ rotation
@@ -97,7 +102,8 @@ def fit_references(scans: Iterable[tuple[np.ndarray, Atlas]]) -> dict[str, np.nd
                 shared = np.isfinite(networks[:, 0]) & np.isfinite(profile[:, 0])
                 rotation = procrustes(networks[shared], profile[shared])
             gradients = gradients @ rotation
-        references[name] = gradients
+        references[name] = np.full((len(seen), COMPONENTS), np.nan)
+        references[name][seen] = gradients
     return references
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import shortest_path
 from sknetwork.clustering import Louvain, get_modularity
 
 from .networks import correlation
@@ -14,8 +15,7 @@ DENSITY = 0.1
 
 
 def strength(standardized: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """
-    Mean over a network's ROIs of their mean correlation with all other ROIs, [..., networks] of standardized
+    """Mean over a network's ROIs of their mean correlation with all other ROIs, [..., networks] of standardized
     [..., time, rois] (node strength of the signed, unthresholded graph, divided by the number of other nodes).
     """
     rois, time = members.shape[0], standardized.shape[-2]
@@ -26,8 +26,7 @@ def strength(standardized: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 
 def graph_metrics(standardized: np.ndarray) -> np.ndarray:
-    """
-    Global efficiency, modularity and clustering [3] of one scan, standardized [time, rois]; NaN where 10 % of the
+    """Global efficiency, modularity and clustering [3] of one scan, standardized [time, rois]; NaN where 10 % of the
     ROI pairs are not one edge.
     """
     weights = strongest_edges(correlation(standardized))
@@ -37,8 +36,7 @@ def graph_metrics(standardized: np.ndarray) -> np.ndarray:
 
 
 def strongest_edges(matrix: np.ndarray) -> np.ndarray:
-    """
-    Absolute correlations [rois, rois] of the `DENSITY` strongest pairs of ROIs, zero elsewhere and on the diagonal.
+    """Absolute correlations [rois, rois] of the `DENSITY` strongest pairs of ROIs, zero elsewhere and on the diagonal.
     Pairs as strong as the weakest that is kept are kept too, so the order of ROIs does not matter.
     """
     weights = np.abs(matrix)
@@ -51,31 +49,16 @@ def strongest_edges(matrix: np.ndarray) -> np.ndarray:
 
 
 def global_efficiency(weights: np.ndarray) -> float:
-    """
-    Mean inverse number of edges on the shortest path between two ROIs, 0 where there is none; the weights do not
+    """Mean inverse number of edges on the shortest path between two ROIs, 0 where there is none; the weights do not
     count (Latora & Marchiori 2001).
     """
-    rois = len(weights)
-    # one bit for each ROI within d edges of another, d = 1, 2, ...: who is within d + 1 is what the neighbours reach
-    edges = np.zeros((rois, -(-rois // 64) * 64), bool)
-    edges[:, :rois] = weights > 0
-    np.fill_diagonal(edges, True)
-    sources, neighbours = np.nonzero(edges)
-    starts = np.searchsorted(sources, np.arange(rois))
-    reached = np.packbits(edges, axis=1).view(np.uint64)
-    count = len(sources)
-    total, distance = count - rois, 1
-    while True:
-        reached = np.bitwise_or.reduceat(reached[neighbours], starts, axis=0)
-        distance, before, count = distance + 1, count, int(np.bitwise_count(reached).sum())
-        if count == before:
-            return total / (rois * (rois - 1))
-        total += (count - before) / distance
+    distances = shortest_path(csr_matrix(weights), unweighted=True)
+    np.fill_diagonal(distances, np.inf)
+    return float((1 / distances).sum() / (len(weights) * (len(weights) - 1)))
 
 
 def modularity(weights: np.ndarray) -> float:
-    """
-    Newman's modularity, weighted, resolution 1, of the communities that the Louvain method finds (Blondel et al.
+    """Newman's modularity, weighted, resolution 1, of the communities that the Louvain method finds (Blondel et al.
     2008), visiting nodes in the order of the atlas and not at random: the same graph gives the same value.
     """
     graph = csr_matrix(weights)
@@ -86,8 +69,7 @@ def modularity(weights: np.ndarray) -> float:
 
 
 def average_clustering(weights: np.ndarray) -> float:
-    """
-    Mean over ROIs of the geometric mean weight of the triangles around them, weights relative to the largest
+    """Mean over ROIs of the geometric mean weight of the triangles around them, weights relative to the largest
     (Onnela et al. 2005); 0 for ROIs with fewer than two edges.
     """
     roots = np.cbrt(weights / weights.max())

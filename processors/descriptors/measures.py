@@ -1,4 +1,4 @@
-"""Everything that is measured of a scan: names, families, and the one function that computes any of it."""
+"""All descriptors of a scan: names, families, and the one function that computes any of them."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..atlases import Atlas
+from ..atlases_fmrilm import Atlas
 from .connectivity import PAIRS, connectivity
 from .gradients import COMPONENTS, aligned_gradients, network_means
 from .graph import graph_metrics, strength
@@ -25,7 +25,7 @@ from .temporal import (
 
 
 class Parts:
-    """What several measures of one signal need, each part computed when it is first asked for."""
+    """What several measures of one signal need, each part computed when it is first used."""
 
     def __init__(
         self,
@@ -34,8 +34,6 @@ class Parts:
         repetition_time: float | None,
         references: dict[str, np.ndarray] | None,
     ):
-        if signal.ndim < 2 or signal.shape[-1] != len(atlas):
-            raise ValueError(f"expected signal [..., time, {len(atlas)}] for atlas {atlas.name!r}, got {signal.shape}")
         self.signal = signal
         self.atlas = atlas
         self.references = references
@@ -89,10 +87,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Measure:
-    """
-    family: which of the four families it belongs to. targets: what it is measured of, in order.
-    compute: values [..., targets], NaN where the atlas, the scan's length or its repetition time has none.
-    """
+    """family: one of four. targets: what is measured, in order. compute: values [..., targets], NaN if absent."""
 
     family: str
     targets: tuple[str, ...]
@@ -153,7 +148,7 @@ MEASURES = {
     "fnc": Measure("temporal", tuple(NETWORK_PAIRS), lambda parts: fnc(parts.series)),
 }
 FAMILIES = {name: measure.family for name, measure in MEASURES.items()}
-# closed forms over any number of windows at once: cheap enough to compute anew for every training example
+# closed forms over any number of windows at once: cheap enough to compute for every training example
 CORE_MEASURES = ("connectivity", "strength", "autocorrelation")
 
 
@@ -170,6 +165,13 @@ def descriptor_names(measures: Iterable[str]) -> list[str]:
 CORE_NAMES = descriptor_names(CORE_MEASURES)
 
 
+def _without(references: dict[str, np.ndarray] | None, missing: np.ndarray) -> dict[str, np.ndarray] | None:
+    """References of the ROIs that are not missing; those of other atlases are left as they are."""
+    return references and {
+        name: array[~missing] if len(array) == len(missing) else array for name, array in references.items()
+    }
+
+
 def describe(
     signal: np.ndarray,
     atlas: Atlas,
@@ -177,12 +179,12 @@ def describe(
     repetition_time: float | None = None,
     references: dict[str, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """
-    Descriptors float64 [..., names] of signal [..., time, rois], `descriptor_names(measures)` their names.
+    """Descriptors float64 [..., names] of signal [..., time, rois], `descriptor_names(measures)` their names.
 
-    Absent, and then NaN, is what the atlas cannot support (networks it does not have; connectivity within a network
-    of one ROI; gradients of fewer than 21 ROIs; a graph of fewer than 5), what the scan is too short or too slow for
-    (`spectral_ratio`, `falff`), and gradients of a scan whose affinity graph is not connected.
+    Missing ROIs, NaN throughout, are left out. Absent, and then NaN, is what the atlas cannot support (networks it
+    does not have; connectivity within a network of one ROI; gradients of fewer than 21 ROIs; a graph of fewer than
+    5), what the scan is too short or too slow for (`spectral_ratio`, `falff`), and gradients of a scan whose affinity
+    graph is not connected.
 
     Args:
         signal: robust z-scores per ROI, as the feature extractor prepares them, for `amplitude` and `variability` to
@@ -191,10 +193,22 @@ def describe(
         references: reference gradients [rois, 3] by atlas name (`fit_references`), needed by the gradient measures.
 
     Raises:
-        ValueError: for an atlas whose networks are not those of `NETWORKS`, ROIs that are constant, missing or not
+        ValueError: for an atlas whose networks are not those of `NETWORKS`, ROIs that are constant or in part not
             finite, unknown measures, and gradients without a reference of this atlas.
     """
     measures = list(measures)
-    descriptor_names(measures)
+    names = descriptor_names(measures)
+    if signal.ndim < 2 or signal.shape[-1] != len(atlas):
+        raise ValueError(f"expected signal [..., time, {len(atlas)}] for atlas {atlas.name!r}, got {signal.shape}")
+    missing = np.isnan(signal).all(-2)
+    if missing.any():
+        windows = zip(signal.reshape(-1, *signal.shape[-2:]), missing.reshape(-1, len(atlas)), strict=True)
+        values = [
+            describe(
+                window[:, ~absent], atlas.without(absent), measures, repetition_time, _without(references, absent)
+            )
+            for window, absent in windows
+        ]
+        return np.reshape(values, (*missing.shape[:-1], len(names)))
     parts = Parts(signal, atlas, repetition_time, references)
     return np.concatenate([MEASURES[measure].compute(parts) for measure in measures], axis=-1)

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from ..atlases import Atlas
+from ..atlases_fmrilm import Atlas
 
 
-# Yeo's seven in their usual order, then subcortex; a descriptor's name holds the key, its text the value.
+# Yeo's seven in their usual order, then subcortex: the key in a descriptor's name, the value in its text
 NETWORKS = {
     "Vis": "visual",
     "SomMot": "somatomotor",
@@ -22,21 +22,22 @@ CONSTANT_BELOW = 1e-12
 
 def membership(atlas: Atlas) -> np.ndarray:
     """Indicator float64 [rois, networks] of each ROI's network, in the order of `NETWORKS`."""
-    unknown = sorted(set(atlas.networks) - set(NETWORKS))
+    # a ROI may be of no network
+    unknown = sorted(set(atlas.networks) - set(NETWORKS) - {""})
     if unknown:
         raise ValueError(f"expected the networks {list(NETWORKS)} in atlas {atlas.name!r}, got also {unknown}")
     return (np.array(atlas.networks)[:, None] == np.array(list(NETWORKS))).astype(np.float64)
 
 
 def standardize(signal: np.ndarray) -> np.ndarray:
-    """Zero mean and unit deviation over time, float64, of signal [..., time, rois]."""
+    """Zero mean and unit standard deviation over time, float64, of signal [..., time, rois]."""
     signal = np.asarray(signal, np.float64)
-    deviation = signal.std(-2, keepdims=True)
+    std = signal.std(-2, keepdims=True)
     # one such ROI would silently make NaN or rounding noise of the descriptors of all networks
-    bad = ~(deviation > CONSTANT_BELOW * np.abs(signal).max(-2, keepdims=True))
+    bad = ~(std > CONSTANT_BELOW * np.abs(signal).max(-2, keepdims=True))
     if bad.any():
         raise ValueError(f"expected finite ROIs that vary over time, got {int(bad.sum())} that do not")
-    return (signal - signal.mean(-2, keepdims=True)) / deviation
+    return (signal - signal.mean(-2, keepdims=True)) / std
 
 
 def network_series(standardized: np.ndarray, members: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Whether another wording of a text still says the same of a scan, no more and no less."""
+"""Whether a paraphrase of a description still makes exactly its statements."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from .phrases import MEASURE_PHRASES, ORDINALS
 from .text import BUCKETS, Statement, z_text
 
 
-# Beside the wordings of the templates, these may stand for a level or a measure; nothing else may.
+# The only other wordings of a level or a measure than those of the templates.
 LEVEL_SYNONYMS = {
     "markedly lower": ("markedly lower", "markedly reduced", "markedly decreased", "far below average"),
     "somewhat lower": ("somewhat lower", "somewhat decreased", "slightly reduced", "slightly below average"),
@@ -29,7 +29,7 @@ MEASURE_SYNONYMS = {
 NETWORK_SYNONYMS = {"default mode": ("default-mode",), "whole brain": ("whole-brain", "entire brain")}
 GRAPH_MEASURES = ("efficiency", "modularity", "clustering")
 RELATIONS = ("within", "between")
-# Words that say nothing of a scan's values. No negation, comparison, hedge, number word or quantifier is among them,
+# Words without a statement about a scan. No negation, comparison, hedge, number word or quantifier is among them,
 # and none of the words of which levels are made.
 FREE_WORDS = frozenset(
     """
@@ -52,14 +52,11 @@ class Fact(NamedTuple):
 
 
 def differences(statements: Sequence[Statement], text: str) -> list[str]:
-    """
-    What keeps a text from saying exactly these statements (of buckets, with z-scores), each once, in any order; empty
-    if it does.
+    """Differences between a text and these statements (of buckets, with z-scores), each once, in any order.
 
     Sound rather than lenient: the facts of a statement (measure, networks, level, z-score with its sign) have to
-    stand together, in one sentence and with no fact of another one between them, and every other word has to be one
-    of `FREE_WORDS`. What cannot be recognised counts as a difference, so a good rewrite may be refused, and one that
-    lost, added or exchanged something is not accepted.
+    be together, in one sentence and with no fact of another one between them, and every other word has to be one
+    of `FREE_WORDS`. What cannot be recognised counts as a difference.
     """
     missing = list(statements)
     problems = []

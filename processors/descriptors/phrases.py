@@ -1,4 +1,4 @@
-"""What descriptors are called in English, and which descriptor an English phrase is."""
+"""English phrases of descriptors, and the way back."""
 
 from .measures import FAMILIES, descriptor_names
 from .networks import NETWORKS
@@ -25,12 +25,9 @@ MEASURE_PHRASES = {
     "fnc": "time-course coupling between the {0} and {1} networks",
 }
 
-# as words behind a network or two
-SHORT_MEASURES = {"connectivity": "", "strength": "overall", "autocorrelation": "persistence"}
-
 
 def phrase(name: str) -> str:
-    """What a descriptor is called in English, for instance "connectivity within the visual network"."""
+    """A descriptor in English, for instance "connectivity within the visual network"."""
     measure, _, target = name.partition("/")
     parts = target.split("-")
     if measure == "connectivity" and parts[0] == parts[1]:
@@ -38,13 +35,6 @@ def phrase(name: str) -> str:
     if measure in ("connectivity", "fnc"):
         return MEASURE_PHRASES[measure].format(*(NETWORKS[part] for part in parts))
     return MEASURE_PHRASES[measure].format(*(_target(part) for part in parts))
-
-
-def short_phrase(name: str) -> str:
-    """The same in the fewest words that tell the core descriptors apart, for instance "visual overall"."""
-    measure, _, target = name.partition("/")
-    words = " and ".join(dict.fromkeys(NETWORKS[part] for part in target.split("-")))
-    return f"{words} {SHORT_MEASURES[measure]}".rstrip()
 
 
 def _target(part: str) -> str:

@@ -1,4 +1,4 @@
-"""Questions about scans whose answers are computed from descriptors, drawn so that the answers are balanced."""
+"""Questions about scans, answered from descriptors and drawn so that the answers are balanced."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -19,12 +19,11 @@ CANDIDATES = 8
 
 @dataclass(frozen=True)
 class Question:
-    """
-    A question and its answer.
+    """A question and its answer.
 
     kind: one of `KINDS`. choices: the allowed answers; none for an open question. margin: distance of the value from
-    where the answer would be another one, in standard deviations of the cohort; near-ties have a small one.
-    descriptors: what it is about. scans: rows of the scans it is about, in the order of their blocks in the chat.
+    where the answer changes, in standard deviations of the cohort. descriptors: what it is about. scans: rows of its
+    scans, in the order of their blocks in the chat.
     """
 
     kind: str
@@ -37,10 +36,9 @@ class Question:
 
 
 class Questioner:
-    """
-    Asks about scans. What has been asked counts: each next question is the one, of several possible ones, whose
-    answer has been given least often about its descriptor, then in its kind. Depends on the arguments, the seed and
-    the order of the calls alone.
+    """Draws questions: of several possible ones, the one whose answer was given least often.
+
+    Answers are counted by descriptor, then by kind. Depends on the arguments, the seed and the order of the calls.
 
     Args:
         descriptors: [scans, descriptors] in the order of the cohort's names, NaN where absent.
@@ -61,7 +59,7 @@ class Questioner:
         self.z_scores = cohort.z_scores(descriptors)
         terciles = cohort.quantiles.T
         # [scans, descriptors, 2]
-        self.to_terciles = np.abs(descriptors[..., None] - terciles) / cohort.deviation[:, None]
+        self.to_terciles = np.abs(descriptors[..., None] - terciles) / cohort.std[:, None]
         known = np.isfinite(self.z_scores) & (self.levels >= 0)
         self.known = [np.flatnonzero(row) for row in known]
         members = defaultdict(list)

@@ -11,11 +11,11 @@ NETWORK_PAIRS = [f"{a}-{b}" for i, a in enumerate(NETWORKS) for b in list(NETWOR
 # Hz; the upper end of HIGH_BAND is the Nyquist frequency where that is lower
 LOW_BAND, HIGH_BAND = (0.01, 0.1), (0.1, 0.25)
 FALFF_BAND = (0.01, 0.08)
-# a scan has to hold one period of the slowest frequency that is asked about
+# a scan has to hold one period of the slowest frequency
 SHORTEST_SECONDS = 1 / LOW_BAND[0]
 # 256 frames at a TR of 2 s
 WELCH_SECONDS = 512
-OUTLIER_DEVIATIONS = 3
+OUTLIER_STDS = 3
 
 
 def detrend(series: np.ndarray) -> np.ndarray:
@@ -38,7 +38,7 @@ def variability(series: np.ndarray) -> np.ndarray:
 def outliers(series: np.ndarray) -> np.ndarray:
     """Share of frames [..., networks] more than 3 standard deviations from the mean, of detrended series."""
     scores = np.abs(series) / series.std(-2, keepdims=True)
-    return np.where(np.isnan(scores), np.nan, scores > OUTLIER_DEVIATIONS).mean(-2)
+    return np.where(np.isnan(scores), np.nan, scores > OUTLIER_STDS).mean(-2)
 
 
 def autocorrelation(series: np.ndarray) -> np.ndarray:
@@ -54,8 +54,7 @@ def fnc(series: np.ndarray) -> np.ndarray:
 
 
 def spectral_ratio(series: np.ndarray, repetition_time: float) -> np.ndarray:
-    """
-    Power at 0.01-0.1 Hz by power at 0.1-0.25 Hz [..., networks] (Welch, Hann windows of up to 512 s, half
+    """Power at 0.01-0.1 Hz by power at 0.1-0.25 Hz [..., networks] (Welch, Hann windows of up to 512 s, half
     overlapping). NaN for scans shorter than 100 s, and for repetition times of 5 s and more, which leave no high band.
     """
     length = min(series.shape[-2], round(WELCH_SECONDS / repetition_time))
@@ -68,8 +67,7 @@ def spectral_ratio(series: np.ndarray, repetition_time: float) -> np.ndarray:
 
 
 def falff(signal: np.ndarray, repetition_time: float) -> np.ndarray:
-    """
-    Fractional amplitude of low-frequency fluctuations [..., rois] of detrended signal [..., time, rois]: summed
+    """Fractional amplitude of low-frequency fluctuations [..., rois] of detrended signal [..., time, rois]: summed
     amplitude (root of the power spectrum) at 0.01-0.08 Hz by that of all frequencies above 0 (Zou et al. 2008). NaN
     for scans shorter than 100 s, and where the Nyquist frequency is not above the band. Depends on the repetition
     time, which sets the highest frequency.

@@ -8,7 +8,7 @@ import numpy as np
 
 from .cohort import LEVELS
 from .measures import CORE_NAMES, FAMILIES
-from .phrases import NAMES, PHRASES, short_phrase
+from .phrases import NAMES, PHRASES
 
 
 REQUESTS = ("Describe this scan.", "What does this scan show?", "Summarize the brain activity in this scan.")
@@ -32,8 +32,8 @@ SENTENCES = (
     "{phrase} (z = {z}) is {level}",
     "with z = {z}, {phrase} is {level}",
 )
-# What a value outside the typical range comes down to, below and above it, by the definition of the descriptor. What
-# a gradient runs between depends on the cohort, and what a network is for is no finding: neither is interpreted.
+# What a value below and above the typical range is by the definition of the descriptor. The ends of a gradient depend
+# on the cohort, and what a network does is no finding: neither is interpreted.
 INTERPRETATIONS = {
     "efficiency/global": (
         "Paths between regions of the brain graph are longer than usual.",
@@ -51,21 +51,14 @@ INTERPRETATIONS = {
 
 
 class Statement(NamedTuple):
-    """
-    What a sentence says of a descriptor.
+    """A statement about a descriptor.
 
-    level: one of `LEVELS` (terciles of the cohort), or a key of `BUCKETS`, which goes by the z-score.
-    z: as written, to two decimals; None beside a tercile.
+    level: a tercile label (`LEVELS`), or a key of `BUCKETS`, by the z-score. z: two decimals; None beside a tercile.
     """
 
     descriptor: str
     level: str
     z: float | None = None
-
-
-def fact_sheet(names: Sequence[str], values: Sequence[str]) -> str:
-    """A line for each core descriptor: what it is, a colon and the value as it is given."""
-    return "".join(f"\n{short_phrase(name)}:{value}" for name, value in zip(names, values, strict=True)) + "\n"
 
 
 def z_statement(name: str, z: float) -> Statement:
@@ -90,7 +83,7 @@ def sentence(statement: Statement, rng: np.random.Generator | None = None) -> st
 
 
 def interpretation(statement: Statement) -> str | None:
-    """What a bucket outside the typical range comes down to, for the descriptors of which that can be said."""
+    """The meaning of a value outside the typical range, for the descriptors that have one by definition."""
     below, above = INTERPRETATIONS.get(statement.descriptor, (None, None))
     place = list(BUCKETS).index(statement.level)
     return None if place == 2 else above if place > 2 else below
@@ -99,10 +92,10 @@ def interpretation(statement: Statement) -> str | None:
 def choose_statements(
     names: Sequence[str], z_scores: np.ndarray, count: int, rng: np.random.Generator
 ) -> list[list[Statement]]:
-    """
-    What a description of a scan says, by family: of each up to `count` statements, first the furthest from the
-    cohort's mean, and of the rest as many at random, so that what is usual is said as well. z_scores: [names], not
-    finite where absent; a family without any is left out.
+    """Statements of a description of a scan, by family: of each up to `count`.
+
+    Half are the furthest from the cohort's mean, the others are drawn from the rest, so that typical values occur as
+    well. z_scores: [names], not finite where absent; a family without any is left out.
     """
     columns: dict[str, list[int]] = {}
     for column in np.flatnonzero(np.isfinite(z_scores)).tolist():
@@ -117,7 +110,7 @@ def choose_statements(
 
 
 def reference(cohort: str, subjects: int) -> str:
-    """The line that tells what levels and z-scores refer to."""
+    """The line that names what labels and z-scores refer to."""
     if "\n" in cohort:
         raise ValueError(f"expected a cohort's name in one line, got {cohort!r}")
     return f"Compared with {subjects} training subjects of {cohort}:"
@@ -141,7 +134,7 @@ def question(name: str, variant: int = 0) -> str:
 
 
 def level_answers(text: str) -> tuple[str, ...] | None:
-    """The allowed answers, `LEVELS`, of a question that is one about a level; None for any other."""
+    """The allowed answers, `LEVELS`, of a question about a tercile label; None for any other."""
     plain = " ".join(text.split()).casefold()
     return LEVELS if plain.endswith("low, typical or high?") or plain in _BARE_QUESTIONS else None
 
@@ -169,7 +162,7 @@ def _sentence(words: str) -> str:
 
 def _pattern() -> re.Pattern:
     """Any sentence of `SENTENCES` or of levels."""
-    # by their first word, because hundreds of alternatives at every letter of a text take long
+    # by their first word: hundreds of alternatives at every letter of a text are slow
     rests: dict[str, list[str]] = {}
     for text in NAMES:
         first, _, rest = text.partition(" ")

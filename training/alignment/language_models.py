@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from fmrilm.processors.atlas_sources import package_folder
+from fmrilm.processors.atlases_fmrilm import package_folder
 
 from ..data.caches import CACHE
 

@@ -23,12 +23,12 @@ from .examples import Examples
 
 # questions that go through the language model together
 BATCH = 8
-# size of the tokens' noise around the mean word, in sizes of a word: they then differ
-SPREAD = 0.3
 # ridge penalty on the tokens, as a share of the mean squared gradient
 PENALTY = 1e-2
 # inverse penalty of the logistic regression of answers on scores
 LOGISTIC_C = 10.0
+# log-odds a standard deviation, at most: further away the language model is not linear any more
+MAX_SLOPE = 1.5
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,11 @@ def _log_odds(
     fitted = LogisticRegression(C=LOGISTIC_C, max_iter=1000).fit(scores[:, columns], answers)
     coefficients, intercepts = fitted.coef_, fitted.intercept_
     if len(fitted.classes_) == 2:
-        coefficients, intercepts = np.stack([-coefficients[0], coefficients[0]]) / 2, np.array([-1, 1]) * intercepts / 2
+        signs = np.array([-0.5, 0.5])
+        coefficients, intercepts = signs[:, None] * coefficients, signs * intercepts
+    # both by one factor, so that the choices change places at the same scores
+    factor = min(1.0, MAX_SLOPE / np.abs(coefficients).max())
+    coefficients, intercepts = factor * coefficients, factor * intercepts
     slopes, offsets = np.zeros((choices, scores.shape[1])), np.full(choices, intercepts.min())
     slopes[np.ix_(fitted.classes_, columns)] = coefficients
     offsets[fitted.classes_] = intercepts
@@ -92,32 +96,27 @@ def fit_summary_tokens(
     model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, codes: np.ndarray, probes: Sequence[Probe]
 ) -> float:
     """
-    Sets the map from scores to summary tokens so that, to first order, the frozen language model's log-odds of the
-    choices' first tokens are those of the probes: least squares on the gradients of its logits with respect to the
-    tokens, at the mean word plus noise. codes: int [tokens, levels] of a scan that stands before them.
+    Moves the map from scores to summary tokens so that, to first order, the language model's log-odds of the choices'
+    first tokens are those of the probes: one Gauss-Newton step from where the map is, on the gradients of the logits
+    with respect to the tokens at scores of zero. codes: int [tokens, levels] of a scan that stands before them.
 
     Returns:
-        Share of the log-odds' variance over scores of standard deviation one that the linear solution gives.
+        Share of the log-odds' variance, over scores of standard deviation one, that the linear solution reaches.
     """
     summary = model.model.summary
     if summary is None:
         raise ValueError("expected a model with score_names, got one without")
-    words = model.get_input_embeddings()
-    with torch.no_grad():
-        mean = model.model.boundaries.weight.mean(0)
-        size = model.model.projector.output_norm.weight.mean()
-        noise = torch.randn(summary.tokens, len(mean), generator=torch.Generator().manual_seed(0)).to(mean)
-        base = mean + SPREAD * size * noise
+    base = summary.output_proj.bias.detach().view(summary.tokens, -1)
     prompts = [_prompt(processor, probe.text, codes) for probe in probes]
     first = int((prompts[0] == model.config.fmri_summary_token_id).nonzero()[0])
     after = first + summary.tokens
     gradients, offsets, slopes = [], [], []
     with torch.no_grad():
-        fmri_codes = pad_codes([codes]).to(model.device)
         scan = model.model.embed(
-            prompts[0][None, :after].to(model.device), fmri_codes=fmri_codes,
+            prompts[0][None, :after].to(model.device),
+            fmri_codes=pad_codes([codes]).to(model.device),
             fmri_scores=torch.zeros(1, len(model.config.score_names), device=model.device),
-        )  # fmt: skip
+        )
     was_training = model.training
     model.eval()
     for start in tqdm(range(0, len(probes), BATCH), desc="summary tokens", unit="batch"):
@@ -135,21 +134,22 @@ def fit_summary_tokens(
             odds = torch.stack([_odds(logits[row], part[row], processor, choice) for row in asked])
             (gradient,) = torch.autograd.grad(odds.sum(), tokens, retain_graph=True)
             gradients.append(gradient[asked].flatten(1))
-            offsets += [part[row].intercepts[choice] - part[row].intercepts[0] - float(odds[i])
-                        for i, row in enumerate(asked)]  # fmt: skip
-            slopes += [part[row].slopes[choice] - part[row].slopes[0] for row in asked]
+            for row, found in zip(asked, odds.tolist(), strict=True):
+                offsets.append(part[row].intercepts[choice] - part[row].intercepts[0] - found)
+                slopes.append(part[row].slopes[choice] - part[row].slopes[0])
     model.train(was_training)
     jacobian = torch.cat(gradients).double()
-    targets = torch.cat([torch.tensor(np.array(slopes)), torch.tensor(offsets)[:, None]], dim=1).to(jacobian)
+    weight, bias = summary.output_proj.weight, summary.output_proj.bias
+    wanted = torch.from_numpy(np.array(slopes)).to(jacobian)
+    missing = torch.cat([wanted - jacobian @ weight.double(), torch.tensor(offsets).to(jacobian)[:, None]], dim=1)
     gram = jacobian @ jacobian.T
     gram = gram + PENALTY * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-    solution = jacobian.T @ torch.linalg.solve(gram, targets)
+    change = jacobian.T @ torch.linalg.solve(gram, missing)
     with torch.no_grad():
-        summary.output_proj.weight.copy_(solution[:, :-1])
-        summary.output_proj.bias.copy_(base.flatten() + solution[:, -1])
-    del words
-    missed = (jacobian @ solution[:, :-1] - targets[:, :-1]).pow(2).sum()
-    return float(1 - missed / targets[:, :-1].pow(2).sum())
+        weight += change[:, :-1].to(weight)
+        bias += change[:, -1].to(bias)
+        missed = (jacobian @ weight.double() - wanted).pow(2).sum()
+    return float(1 - missed / wanted.pow(2).sum())
 
 
 def _prompt(processor: FmriLMProcessor, text: str, codes: np.ndarray) -> torch.Tensor:

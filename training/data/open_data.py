@@ -10,7 +10,7 @@ import scipy.io
 from nilearn import datasets, signal, surface
 
 from fmrilm.processors import Atlas, Parcels, parcellate, read_scan
-from fmrilm.processors.atlas_sources import package_folder
+from fmrilm.processors.atlases_fmrilm import package_folder
 
 
 @dataclass(frozen=True)

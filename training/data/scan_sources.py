@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fmrilm.processors.limits_fmrilm import check_text_size
+from fmrilm.processors.scan_io_fmrilm import check_text_size
 
 
 ENDINGS = (".nii.gz", ".dtseries.nii", ".ptseries.nii", ".nii", ".npy", ".csv", ".tsv")
