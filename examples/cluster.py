@@ -3,8 +3,8 @@ Prepare and describe scans on a Dask cluster, then train the codec on several GP
 
     python examples/cluster.py scans/manifest.csv work --scheduler tcp://head:8786
 
-Without --scheduler, the processes of this machine are the cluster. The workers need this package and no common files.
-Stopped anywhere, the same command goes on.
+Without --scheduler, processes of this machine are the cluster. Workers need this package and no shared files. After an
+interruption, the same command resumes.
 """
 
 import argparse
@@ -27,9 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="Manifest, fMRIPrep folder or folder of scans.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--atlas", help="Where the manifest tells none.")
+    parser.add_argument("--atlas", help="Of scans for which the manifest has none.")
     parser.add_argument("--scheduler", help="Address of a Dask scheduler.")
-    parser.add_argument("--config", type=Path, default=CONFIGS / "codec_base.yaml", help="Of the codec.")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "release" / "codec.yaml", help="Of the codec.")
     parser.add_argument("--accelerate", type=Path, default=CONFIGS / "accelerate" / "fsdp2.yaml")
     options = parser.parse_args()
     prepared, corpus = options.output / "prepared", options.output / "corpus"
