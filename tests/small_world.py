@@ -19,7 +19,7 @@ from official_checkpoint import WIDTH, brain_tensors, language_tensors
 
 
 ATLAS, TR, FRAMES = "aal2-94", 0.72, 120
-# p2 and p3 are held out everywhere; of them, and of the others, there are both sexes
+# p2, p3, s04 and s05 are held out everywhere; of them, and of the others, there are both sexes
 SUBJECTS = 6
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 # what makes runs of the programs' own configurations short
@@ -58,13 +58,13 @@ def write_small_world(folder: Path) -> Path:
     nib.save(volume(1, TR), folder / "scan.nii.gz")
     write_scans(folder / "scans")
     for number in range(SUBJECTS):
-        write_fmriprep(folder / "derivatives" / "fmriprep", f"{number + 1:02}")
+        write_fmriprep(folder / "derivatives" / "fmriprep", number + 1)
     (folder / "recordings").mkdir()
     for path in (folder / "scans").glob("*.npy"):
         shutil.copy(path, folder / "recordings")
     kinds = [f"p{number + 1},{'FM'[number % 2]},{'mme'[number % 3]}" for number in range(SUBJECTS)]
     (folder / "labels.csv").write_text("\n".join(["subject,sex,chronotype", *kinds]) + "\n")
-    labels = [f"sub-{number + 1:02}\t{20 + 5 * number}\t{'fm'[number % 2]}" for number in range(SUBJECTS)]
+    labels = [f"sub-s{number + 1:02}\t{20 + 5 * number}\t{'fm'[number % 2]}" for number in range(SUBJECTS)]
     (folder / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *labels]) + "\n")
     write_configs(folder / "training" / "configs" / "demo")
     return folder
@@ -117,11 +117,12 @@ def write_scans(folder: Path) -> None:
     (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
 
 
-def write_fmriprep(folder: Path, subject: str) -> None:
-    stem = folder / f"sub-{subject}" / "func" / f"sub-{subject}_task-rest"
+def write_fmriprep(folder: Path, number: int) -> None:
+    subject = f"sub-s{number:02}"
+    stem = folder / subject / "func" / f"{subject}_task-rest"
     stem.parent.mkdir(parents=True)
-    nib.save(volume(int(subject), 2.0), f"{stem}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
-    table = confounds_table(int(subject), FRAMES)
+    nib.save(volume(number, 2.0), f"{stem}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
+    table = confounds_table(number, FRAMES)
     table.to_csv(f"{stem}_desc-confounds_timeseries.tsv", sep="\t", na_rep="n/a", index=False)
 
 
