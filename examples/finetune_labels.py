@@ -54,6 +54,6 @@ tuned = sft.main([word for name, value in arguments.items() for word in (f"--{na
 
 # %%
 settings = EvaluationSettings(conditions=("zero-shot", "majority", "fc_ridge"))
-results = table(evaluate(tuned, prepared, [options.task], options.output / "evaluation", settings))
+results = table(evaluate(tuned, prepared, options.output / "evaluation", [options.task], settings=settings))
 shown = results[results.comparison.isin(["right", "shuffled"]) & (results.variant == "")]
 print(shown[["condition", "comparison", "metric", "value", "low", "high"]].to_string(index=False))

@@ -25,14 +25,14 @@ CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 # what makes runs of the programs' own configurations short
 SHORT_RUNS = {
     "codec": {
-        "max_steps": 1,
-        "start_steps": 2,
+        "window_length": 32,
+        "mixtures": 8,
         "tokens_per_patch": 2,
         "num_quantizers": 2,
         "codebook_size": 8,
+        "codebook_dim": 8,
         "num_basis_functions": 8,
-        "max_rois": 8,
-        "window_length": 32,
+        "start_steps": 2,
     },
     "alignment": {
         "model_name_or_path": "qwen3",

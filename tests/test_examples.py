@@ -11,13 +11,13 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from distributed import LocalCluster
 
-from fmrilm.training.codec import program as codec_program
+from fmrilm.training.alignment import program as alignment_program
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from small_world import ATLAS, write_parcels
 
 
-PROGRAM = "fmrilm.training.codec.program"
+PROGRAM = "fmrilm.training.alignment.program"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ACCELERATE = EXAMPLES.parent / "training" / "configs" / "accelerate"
 MODEL = "runs/demo/model"
@@ -84,14 +84,14 @@ def test_cluster_prepares_and_launches_a_training_that_runs(run, monkeypatch: py
     with LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
         said = run(
             "cluster.py", "scans/manifest.csv", "work", "--scheduler", cluster.scheduler_address,
-            "--config", "training/configs/demo/codec.yaml", "--accelerate", str(ACCELERATE / "fsdp2.yaml"),
+            "--configs", "training/configs/demo", "--accelerate", str(ACCELERATE / "fsdp2.yaml"),
         )  # fmt: skip
     assert "6 prepared, 0 done before, 0 failed" in said and "6 described" in said
     [command] = launched
     assert command[:3] == ["accelerate", "launch", "--config_file"] and command[4:6] == ["-m", PROGRAM]
     assert load_config_from_file(command[3]).distributed_type == "FSDP"
-    codec_program.main(command[6:])
-    assert Path("work/codec/model/model.safetensors").exists()
+    alignment_program.main(command[6:])
+    assert Path("work/alignment/model/model.safetensors").exists()
 
 
 def test_scripts_are_short() -> None:
