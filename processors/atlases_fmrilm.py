@@ -380,7 +380,8 @@ class Atlas:
             atlas = cls.from_dict(source) if isinstance(source, dict) else source
         else:
             # code loaded from a checkpoint has an Atlas class of its own
-            atlas = cls.from_dict(source.to_dict(), source.parcels)
+            other: Any = source
+            atlas = cls.from_dict(other.to_dict(), other.parcels)
         return atlas if label_image is None else atlas.with_parcels(read_parcels(label_image))
 
     def with_parcels(self, parcels: Parcels) -> "Atlas":
