@@ -1,7 +1,7 @@
 """The codec: fMRI to discrete tokens and back (stage 1, the paper's neural tokenizer)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -227,6 +227,13 @@ class FmriCodecTransformer(nn.Module):
         return self.output_proj(states.mean(2) if self.pooled else states)
 
 
+def sum_of_codes(codebooks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Vectors [..., dim] of codes [..., levels], all levels or the first ones, in codebooks [levels, codes, dim]."""
+    levels, size = codes.shape[-1], codebooks.shape[1]
+    rows = codes + size * torch.arange(levels, device=codes.device)
+    return F.embedding(rows, codebooks[:levels].flatten(0, 1)).sum(-2)
+
+
 class ResidualVectorQuantizer(nn.Module):
     """
     A vector as the sum of `num_quantizers` codebook vectors, each the nearest one to what the levels before left over
@@ -269,16 +276,6 @@ class ResidualVectorQuantizer(nn.Module):
             residual = residual - codebook[codes[-1]]
         return torch.stack(codes, -1).unflatten(0, z.shape[:-1])
 
-    def embed(self, codes: torch.Tensor) -> torch.Tensor:
-        """Sums [..., codebook_dim] of the codebook vectors of codes [..., levels], all levels or the first ones."""
-        levels = codes.shape[-1]
-        rows = codes + self.codebook_size * torch.arange(levels, device=codes.device)
-        return F.embedding(rows, self.codebooks[:levels].flatten(0, 1)).sum(-2)
-
-    def embed_level(self, codes: torch.Tensor, level: int) -> torch.Tensor:
-        """Codebook vectors [..., codebook_dim] of codes [...] of one level."""
-        return self.codebooks[level][codes]
-
     def forward(self, z: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -291,7 +288,7 @@ class ResidualVectorQuantizer(nn.Module):
         """
         valid = z.detach()[mask]
         if self.training and not self.started:
-            self.start(valid)
+            self.start(gather_rows(valid)[0])
         codes = self.encode(z)
         kept = torch.full((len(z),), self.num_quantizers, device=z.device)
         if self.training and self.dropout:
@@ -310,10 +307,10 @@ class ResidualVectorQuantizer(nn.Module):
     @torch.no_grad()
     def start(self, vectors: torch.Tensor) -> None:
         """
-        k-means of vectors [n, codebook_dim] of all ranks and of what each level leaves over of them. With fewer
-        distinct vectors than codes, the codes left over wait for revival.
+        k-means of vectors [n, codebook_dim], the same on all ranks, and of what each level leaves over of them. With
+        fewer distinct vectors than codes, the codes left over wait for revival.
         """
-        residual = gather_rows(vectors)[0]
+        residual = vectors
         if not len(residual):
             raise ValueError("expected vectors to start the codebooks from, got none")
         for codebook, usage in zip(self.codebooks, self.usage, strict=True):
@@ -368,14 +365,17 @@ class ResidualFiniteScalarQuantizer(nn.Module):
     a level's digits, the first one counting least. Nothing is learned and nothing can die out.
     """
 
+    values: torch.Tensor
+
     def __init__(self, config: FmriCodecConfig):
         super().__init__()
-        self.values: Sequence[int] = tuple(config.fsq_levels or ())
-        self.num_quantizers = config.num_quantizers
+        self.num_quantizers, self.codebook_size = config.num_quantizers, config.codebook_size
+        # a tensor, so that it is where the model is
+        self.register_buffer("values", torch.tensor(config.fsq_levels))
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Codes int64 [..., levels] of the vectors z [..., len(fsq_levels)]."""
-        values, half_width, offset, basis = self._grid(z.device)
+        values, half_width, offset, basis = self._grid()
         place, codes = self._bound(z), []
         for _ in range(self.num_quantizers):
             digits = place.round().clamp(-half_width, values - 1 - half_width)
@@ -384,31 +384,27 @@ class ResidualFiniteScalarQuantizer(nn.Module):
             place = (place - digits) * values - offset
         return torch.stack(codes, -1)
 
-    def embed(self, codes: torch.Tensor) -> torch.Tensor:
-        """The grid's vectors [..., len(fsq_levels)] of codes [..., levels], all levels or the first ones."""
-        vectors = [self.embed_level(codes[..., level], level) for level in range(codes.shape[-1])]
-        return torch.stack(vectors).sum(0)
-
-    def embed_level(self, codes: torch.Tensor, level: int) -> torch.Tensor:
-        """What codes [...] of one level add, [..., len(fsq_levels)]."""
-        values, half_width, offset, basis = self._grid(codes.device)
-        digits = codes[..., None] // basis % values - half_width
+    @property
+    def codebooks(self) -> torch.Tensor:
+        """The grid's vectors [levels, codes, len(fsq_levels)]."""
+        values, half_width, offset, basis = self._grid()
+        digits = torch.arange(self.codebook_size, device=values.device)[:, None] // basis % values - half_width
+        level = torch.arange(self.num_quantizers, device=values.device)[:, None, None]
         return (digits + offset * (level > 0)) / values.float() ** level / half_width
 
     def forward(self, z: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As [`ResidualVectorQuantizer`], with a loss of zero."""
-        bounded = self._bound(z) / self._grid(z.device)[1]
+        bounded = self._bound(z) / (self.values // 2)
         codes = self.encode(z)
-        return bounded + (self.embed(codes) - bounded).detach(), codes, z.new_zeros(())
+        return bounded + (sum_of_codes(self.codebooks, codes) - bounded).detach(), codes, z.new_zeros(())
 
-    def _grid(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        values = torch.tensor(self.values, device=device)
-        basis = [math.prod(self.values[:place]) for place in range(len(self.values))]
-        return values, values // 2, (values % 2 == 0) * 0.5, torch.tensor(basis, device=device)
+    def _grid(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        values = self.values
+        return values, values // 2, (values % 2 == 0) * 0.5, values.cumprod(0) // values
 
     def _bound(self, z: torch.Tensor) -> torch.Tensor:
         """z so that rounding gives as many values as there are (the authors' `bound`)."""
-        values, _, offset, _ = self._grid(z.device)
+        values, _, offset, _ = self._grid()
         half = (values - 1) * (1 - 1e-3) / 2
         return (z + (offset / half).tan()).tanh() * half - offset
 
@@ -659,6 +655,8 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
             module.init_weights()
         elif isinstance(module, FmriCodecTransformer):
             module.init_weights(self.config.initializer_range)
+        elif isinstance(module, ResidualFiniteScalarQuantizer):
+            init.copy_(module.values, torch.tensor(self.config.fsq_levels))
 
 
 class FmriCodecModel(FmriCodecPreTrainedModel):
@@ -714,7 +712,11 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         """
         if not 1 <= codes.shape[-1] <= self.config.num_quantizers:
             raise ValueError(f"expected codes of 1 to {self.config.num_quantizers} levels, got {codes.shape[-1]}")
-        return self.quantizer.embed(codes.clamp(min=0)) * (codes[..., :1] >= 0)
+        return sum_of_codes(self.quantizer.codebooks, codes.clamp(min=0)) * (codes[..., :1] >= 0)
+
+    def codebooks(self) -> torch.Tensor:
+        """Vectors float32 [levels, codes, codebook_dim] of all codes."""
+        return self.quantizer.codebooks
 
     def decode(self, codes: torch.Tensor, roi_coordinates: torch.Tensor) -> torch.Tensor:
         """Signal [batch, rois, time] of codes [batch, tokens, levels] at any coordinates [batch, rois, 3] (MNI mm)."""
@@ -724,16 +726,11 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         self, vectors: torch.Tensor, roi_coordinates: torch.Tensor, token_mask: torch.Tensor
     ) -> torch.Tensor:
         """
-        As `decode`, of vectors [batch, tokens, codebook_dim], which may lie between the codes'; token_mask bool
+        As `decode`, of vectors [batch, tokens, codebook_dim], which may lie between those of codes; token_mask bool
         [batch, tokens]: tokens that hold data.
         """
         with maybe_autocast(vectors.device.type, enabled=False):
             return self.spatial_basis(roi_coordinates) @ self._coefficients(vectors, token_mask)
-
-    def codebooks(self) -> torch.Tensor:
-        """Vectors [levels, codebook_size, codebook_dim] of all codes: a token is the sum of one of each level."""
-        codes = torch.arange(self.config.codebook_size, device=self.device)
-        return torch.stack([self.quantizer.embed_level(codes, level) for level in range(self.config.num_quantizers)])
 
     def decode_coefficients(self, codes: torch.Tensor) -> torch.Tensor:
         """Coefficients [batch, basis functions, time] of codes [batch, tokens, levels]; zero on padding."""

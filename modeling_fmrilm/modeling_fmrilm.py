@@ -20,6 +20,8 @@ from .pipeline_fmrilm import CUSTOM_PIPELINES
 
 # label of what carries no loss
 IGNORED = -100
+# of the summary tokens before they are fitted, in sizes of a word
+SUMMARY_NOISE = 0.3
 # what a forward pass may hold beside text, one entry a scan
 SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes", "fmri_scores")
 # what a saved folder can be opened with; register_for_auto_class alone writes one Auto class per class
@@ -326,12 +328,12 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         size = words.pow(2).mean().sqrt()
         self.model.projector.output_norm.weight.fill_(size)
         self.model.boundaries.weight.copy_(words.mean(0))
-        if self.model.summary is not None:
-            weight = self.model.summary.output_proj.weight
-            generator = torch.Generator().manual_seed(0)
-            directions = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1])
-            weight.copy_(size * directions)
-            self.model.summary.output_proj.bias.zero_()
+        summary = self.model.summary
+        if summary is not None:
+            # apart from one another by some noise, and without any score yet
+            noise = torch.randn(summary.tokens, words.shape[1], generator=torch.Generator().manual_seed(0))
+            summary.output_proj.bias.copy_((words.mean(0) + SUMMARY_NOISE * size * noise.to(words)).flatten())
+            summary.output_proj.weight.zero_()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -39,10 +39,10 @@ BUCKETS_HELP = "group_by_length: rows of similar length in each step; random; or
 class ScanArguments(SplitArguments):
     """Which scans are learned from."""
 
-    data: str | None = field(
-        default=None,
+    data: list[str] = field(
+        default_factory=list,
         metadata={
-            "help": "Folder that `fmrilm prepare` wrote, or `fmrilm describe` (a corpus: its texts are learned, too)."
+            "help": "Folders that `fmrilm prepare` wrote, or `fmrilm describe` (a corpus: its texts are learned, too)."
         },
     )
     window_stride: int = field(default=80, metadata={"help": "Frames from one window of a scan to the next."})
@@ -107,13 +107,14 @@ def _fit(args: TrainingArguments) -> None:
 
 
 def read_scans(script_args: ScanArguments, extractor: "FmriLMFeatureExtractor") -> tuple["Scans", "Scans"]:
-    """Training and held-out scans; extractor: that of the codec."""
+    """Training and held-out scans; extractor: that of the codec, which gets to know their atlases."""
     from .data.dataset import load_scans
     from .data.splits import split_scans
 
-    if script_args.data is None:
-        raise ValueError("expected data, a folder that `fmrilm prepare` or `fmrilm describe` wrote, got none")
-    return split_scans(load_scans(script_args.data, extractor), script_args)
+    scans = load_scans(script_args.data, extractor)
+    known = {atlas["name"] for atlas in extractor.atlases}
+    extractor.atlases += [atlas.to_dict() for name, atlas in scans.atlases.items() if name not in known]
+    return split_scans(scans, script_args)
 
 
 def fit_cohort(scans: "Scans", window_length: int, stride: int) -> "Cohort":
@@ -157,14 +158,15 @@ def make_examples(
     codes, features, z_scores = list(encoded.codes), encoded.features, cohort.z_scores(descriptors)
     levels = cohort.levels(descriptors)
     if mixtures:
-        mixed = MixedWindows(windows, cohort, mixtures, seed)
+        mixed = MixedWindows(scans, window_length, cohort, mixtures, seed)
         more = encode_windows(codec, mixed, cache)
-        z_mixed = np.stack([mixed[index]["descriptors"] for index in range(mixtures)])
+        items = [mixed[index] for index in range(mixtures)]
+        z_mixed = np.stack([item["descriptors"] for item in items])
         codes += list(more.codes)
         features = np.concatenate([features, more.features])
         z_scores = np.concatenate([z_scores, z_mixed])
         levels = np.concatenate([levels, cohort.levels(cohort.from_z_scores(z_mixed))])
-        rows += [{"subject": mixed[index]["subject"]} for index in range(mixtures)]
+        rows += [{"subject": item["subject"]} for item in items]
     return Examples(codes, features, z_scores, levels, rows, np.zeros((len(codes), 0), np.float32))
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..data.held_out import HELD_OUT_SHARE
+from ..data.splits import HELD_OUT_SHARE
 from .options import Backend, Jobs, Scheduler, ShardSize, check_backend
 
 

@@ -22,7 +22,7 @@ from fmrilm.processors.descriptors.questions import Questioner
 from ..data.parallel import run_parallel
 from ..data.shards import content_version, write_whole
 from .card import corpus_card
-from .source import Source, held_out_subjects
+from .source import Source, test_subjects_of
 from .writer import CorpusSettings, CorpusWriter, Shard, plan_shards
 
 
@@ -54,7 +54,7 @@ def describe_dataset(
     """
     if output.exists():
         raise ValueError(f"{output} exists: expected a new folder")
-    held_out = held_out_subjects(source, settings.test_share)
+    held_out = test_subjects_of(source, settings.test_share)
     if cohort is not None:
         _check_cohort(cohort, source.atlases)
     shards = plan_shards(source, held_out, settings.shard_size)

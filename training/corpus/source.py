@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fmrilm.processors import Atlas
 
-from ..data.held_out import held_out_people
+from ..data.splits import held_out_subjects
 
 
 COLUMNS = ("signal", "tr", "atlas", "subject")
@@ -93,14 +93,13 @@ def load_source(dataset: str, atlases: dict[str, Atlas] | None = None) -> Source
     )
 
 
-def held_out_subjects(source: Source, share: float) -> set[str]:
+def test_subjects_of(source: Source, share: float) -> set[str]:
     """
     The subjects of the test split: those of the source's own one, if it has one, and always those of
-    `held_out_people`, whom other programs test. A name that stands at several sites counts as one subject, so nobody
-    can be on both sides.
+    `held_out_subjects`, whom other programs test. A name that stands at several sites counts as one subject.
     """
     subjects = set(source.subjects)
-    held_out = held_out_people(subjects, share) | source.test_subjects
+    held_out = held_out_subjects(subjects, share) | source.test_subjects
     if len(held_out) >= len(subjects):
         raise ValueError(f"no training subject left: {len(held_out)} of {len(subjects)} subjects are test subjects")
     return held_out

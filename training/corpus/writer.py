@@ -16,7 +16,7 @@ from fmrilm.processors.descriptors.text import REQUESTS, choose_statements, inte
 
 from ..alignment.chats import assistant, scan_block, text_block, user
 from ..alignment.language_models import load_language_model
-from ..data.held_out import HELD_OUT_SHARE
+from ..data.splits import HELD_OUT_SHARE
 from .rewrite import rewrite
 from .source import Source
 
@@ -37,7 +37,7 @@ class CorpusSettings:
     """
     What is written about each scan.
 
-    test_share: of the subjects, see `held_out_people`. statements: per family, in a description.
+    test_share: of the subjects, see `held_out_subjects`. statements: per family, in a description.
     questions: about a scan. minimum_margin: of a question, in standard deviations of the cohort. rewrite: language
     model (packaged name, folder or Hub id) that words the descriptions anew. shard_size: scans per file.
     """

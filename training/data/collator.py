@@ -10,7 +10,7 @@ from datasets import Dataset, Features, List, Value
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FmriLMProcessor
+from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor
 
 
 IGNORED = -100
@@ -18,12 +18,20 @@ IGNORED = -100
 LENGTH_MULTIPLE = 32
 ROWS_AT_A_TIME = 256
 IDS = List(Value("int32"))
-ENCODED_FEATURES = Features({"input_ids": IDS, "labels": IDS, "codes": List(IDS), "length": Value("int32")})
+ENCODED_FEATURES = Features(
+    {
+        "input_ids": IDS,
+        "labels": IDS,
+        "codes": List(List(IDS)),
+        "scores": List(List(Value("float32"))),
+        "length": Value("int32"),
+    }
+)
 
 
 @dataclass
 class RowCollator:
-    """Rows {"input_ids", "labels", "codes"}, as `ChatCollator.encode` makes them, to padded model inputs."""
+    """Rows {"input_ids", "labels", "codes", "scores"}, as `encode_dataset` makes them, to padded model inputs."""
 
     pad_token_id: int
 
@@ -31,6 +39,7 @@ class RowCollator:
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
         labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
         codes = [np.asarray(scan) for row in rows for scan in row["codes"]]
+        scores = [np.asarray(scan, np.float32) for row in rows for scan in row["scores"]]
         missing = -max(map(len, ids)) % LENGTH_MULTIPLE
         batch = {
             "input_ids": _padded(ids, self.pad_token_id, missing),
@@ -38,73 +47,68 @@ class RowCollator:
             "labels": _padded(labels, IGNORED, missing),
         }
         # a batch may be text alone
-        return {**batch, "fmri_codes": pad_codes(codes)} if codes else batch
-
-
-@dataclass
-class ChatCollator:
-    """
-    Rows {"messages": chat, "codes": int [scans][tokens], "text": str} to model inputs. Blocks of a chat stand for the
-    row's codes in order, and only what the assistant says carries a label. A row without a chat is a scan alone,
-    which carries no text label, or plain text, of which all does.
-    """
-
-    processor: FmriLMProcessor
-
-    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        return RowCollator(self.processor.tokenizer.pad_token_id)(self.encode(rows))
-
-    def encode(self, rows: Sequence[dict]) -> list[dict]:
-        """The rows as `RowCollator` takes them: input_ids [length], labels [length] and codes of each."""
-        chats = iter(self._chats([row for row in rows if row["messages"]]))
-        pairs = [next(chats) if row["messages"] else self._plain(row) for row in rows]
-        return [
-            {"input_ids": ids, "labels": labels, "codes": row["codes"]}
-            for row, (ids, labels) in zip(rows, pairs, strict=True)
-        ]
-
-    def _chats(self, rows: Sequence[dict]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Token ids [length] and labels [length] of each chat."""
-        if not rows:
-            return []
-        inputs = self.processor.apply_chat_template(
-            [with_token_counts(row["messages"], row["codes"]) for row in rows],
-            return_assistant_tokens_mask=True,
-            return_tensors="pt",
-            padding_side="right",
-        )
-        labels = inputs["input_ids"].masked_fill(inputs["assistant_masks"] == 0, IGNORED)
-        if not (labels != IGNORED).any(-1).all():
-            raise ValueError("expected an assistant's answer in every chat, got a row without one")
-        lengths = inputs["attention_mask"].sum(-1).tolist()
-        return [(inputs["input_ids"][row, :end], labels[row, :end]) for row, end in enumerate(lengths)]
-
-    def _plain(self, row: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        if row["codes"]:
-            if len(row["codes"]) != 1:
-                raise ValueError(f"expected one scan in a row without a chat, got {len(row['codes'])}")
-            start, pad, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_END])
-            count = int((np.asarray(row["codes"][0]) >= 0).sum())
-            ids = torch.tensor([start, *[pad] * count, end])
-            return ids, torch.full_like(ids, IGNORED)
-        if not row["text"]:
-            raise ValueError("expected a chat, a scan or text in every row, got a row without any")
-        ids = torch.tensor(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
-        return ids, ids
+        if codes:
+            batch["fmri_codes"] = pad_codes(codes)
+        if any(len(one) for one in scores):
+            batch["fmri_scores"] = torch.from_numpy(np.stack(scores))
+        return batch
 
 
 def encode_dataset(rows: Dataset, processor: FmriLMProcessor) -> Dataset:
     """
-    Rows as `ChatCollator` takes them, each tokenised once: {"input_ids", "labels", "codes", "length"} for
-    `RowCollator` and for batches of rows of similar length.
+    Rows {"messages": chat, "codes": int [scans][tokens][levels], "scores": [scans][scores], "text": str}, each
+    tokenised once: {"input_ids", "labels", "codes", "scores", "length"}. Blocks of a chat stand for the row's codes in
+    order, and only what the assistant says carries a label. A row without a chat is a scan alone, which carries no
+    text label, or plain text, of which all does.
     """
-    collator, encoded = ChatCollator(processor), []
+    encoded = []
     for start in tqdm(range(0, len(rows), ROWS_AT_A_TIME), desc="tokens", unit="batch"):
-        for row in collator.encode(rows.skip(start).take(ROWS_AT_A_TIME).to_list()):
-            ids, labels = (row[name].numpy().astype(np.int32) for name in ("input_ids", "labels"))
-            encoded.append({"input_ids": ids, "labels": labels, "codes": row["codes"], "length": len(ids)})
+        part = rows.skip(start).take(ROWS_AT_A_TIME).to_list()
+        chats = iter(_chats([row for row in part if row["messages"]], processor))
+        for row in part:
+            ids, labels = next(chats) if row["messages"] else _plain(row, processor)
+            encoded.append(
+                {
+                    "input_ids": ids.numpy().astype(np.int32),
+                    "labels": labels.numpy().astype(np.int32),
+                    "codes": row["codes"],
+                    "scores": row["scores"],
+                    "length": len(ids),
+                }
+            )
     return Dataset.from_list(encoded, features=ENCODED_FEATURES)
+
+
+def _chats(rows: Sequence[dict], processor: FmriLMProcessor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids [length] and labels [length] of each chat."""
+    if not rows:
+        return []
+    inputs = processor.apply_chat_template(
+        [with_token_counts(row["messages"], row["codes"]) for row in rows],
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        padding_side="right",
+    )
+    labels = inputs["input_ids"].masked_fill(inputs["assistant_masks"] == 0, IGNORED)
+    if not (labels != IGNORED).any(-1).all():
+        raise ValueError("expected an assistant's answer in every chat, got a row without one")
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    return [(inputs["input_ids"][row, :end], labels[row, :end]) for row, end in enumerate(lengths)]
+
+
+def _plain(row: dict, processor: FmriLMProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+    tokenizer = processor.tokenizer
+    if row["codes"]:
+        if len(row["codes"]) != 1:
+            raise ValueError(f"expected one scan in a row without a chat, got {len(row['codes'])}")
+        start, pad, summary, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END])
+        count = len(row["codes"][0])
+        ids = torch.tensor([start, *[pad] * count, *[summary] * processor.summary_tokens, end])
+        return ids, torch.full_like(ids, IGNORED)
+    if not row["text"]:
+        raise ValueError("expected a chat, a scan or text in every row, got a row without any")
+    ids = torch.tensor(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
+    return ids, ids
 
 
 def _padded(rows: Sequence[torch.Tensor], fill: int, missing: int) -> torch.Tensor:
@@ -112,7 +116,7 @@ def _padded(rows: Sequence[torch.Tensor], fill: int, missing: int) -> torch.Tens
 
 
 def pad_codes(codes: Sequence[np.ndarray]) -> torch.Tensor:
-    """Codes int64 [scans, tokens] of scans of differing lengths; -1 is padding."""
+    """Codes int64 [scans, tokens, levels] of scans [tokens, levels] of differing lengths; -1 is padding."""
     return pad_sequence(
         [torch.as_tensor(scan, dtype=torch.long) for scan in codes], batch_first=True, padding_value=-1
     )
@@ -120,7 +124,7 @@ def pad_codes(codes: Sequence[np.ndarray]) -> torch.Tensor:
 
 def with_token_counts(messages: Sequence[dict], codes: Sequence[np.ndarray]) -> list[dict]:
     """The chat with each fMRI block told how many tokens it takes; ValueError if blocks and codes do not pair up."""
-    counts = [int((np.asarray(scan) >= 0).sum()) for scan in codes]
+    counts = [len(scan) for scan in codes]
     chat, used = [], 0
     for message in messages:
         content = message["content"]

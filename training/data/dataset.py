@@ -1,211 +1,406 @@
-"""Scans on their way to the three stages: preparation, split by subject, windows, mixing augmentation."""
+"""Scans on their way to the three stages: read from Parquet, standardised once, cut into windows, encoded once."""
 
+import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch.utils.data import Dataset
+from datasets import Array2D, Dataset, Features, Value, concatenate_datasets, load_dataset
+from tqdm import tqdm
 
+from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.processors.descriptors.networks import membership
 
-from .open_data import Scan
+from .shards import content_version, write_whole
 
 
-# of the items of `MixedWindows`: scans as they are
+SIGNAL_COLUMNS = ("signal", "censored")
+# windows that are encoded and kept together
+SHARD = 256
+BATCH = 16
+# of the items of `MixedWindows`: windows as they are
 PLAIN_SHARE = 0.3
 
 
-class DamagedShard(ValueError):
-    """A Parquet file that cannot be read."""
+class Scans:
+    """
+    Scans of folders that `fmrilm prepare` or `fmrilm describe` wrote. Signals stay on disk, memory-mapped.
+
+    Attributes: `table` (a row a scan without its signal: subject, site, atlas, labels, and of a corpus its texts),
+    `atlases` by name.
+    """
+
+    def __init__(self, parts: dict[str, Dataset], table: pd.DataFrame, atlases: dict[str, Atlas], patch_length: int):
+        """parts: standardised signals by atlas. table: its columns atlas and row say where a scan's signal is."""
+        self.parts, self.table, self.atlases, self.patch_length = parts, table, atlases, patch_length
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "Scans":
+        table = self.table.iloc[list(rows)].reset_index(drop=True)
+        atlases = {name: self.atlases[name] for name in table["atlas"].unique()}
+        return Scans(self.parts, table, atlases, self.patch_length)
+
+    def signal(self, scan: int) -> np.ndarray:
+        """Robust z-scores float32 [time, rois] at the codec's repetition time; NaN where a ROI is missing."""
+        row: Any = self.parts[self.table.at[scan, "atlas"]][int(self.table.at[scan, "row"])]
+        return np.asarray(row["signal"], np.float32)
+
+    def atlas(self, scan: int) -> Atlas:
+        return self.atlases[self.table.at[scan, "atlas"]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the signals and with which scans these are."""
+        digest = hashlib.sha256(json.dumps(self.table[["atlas", "row"]].to_numpy().tolist()).encode())
+        for name in sorted(self.atlases):
+            # the datasets library's own fingerprint of what a part holds
+            digest.update(self.parts[name]._fingerprint.encode())
+        return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class PreparedScan:
-    """A scan as the models see it. signal: float32 [time, rois], robust z-scores at the codec's repetition time."""
+def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeatureExtractor) -> Scans:
+    """
+    The scans of folders that `fmrilm prepare` or `fmrilm describe` wrote, standardised by the extractor once and kept
+    in the cache of `datasets`. The column `dataset` names scans of one site, or without sites of one folder.
+    """
+    listed = [folders] if isinstance(folders, str | Path) else list(folders)
+    if not listed:
+        raise ValueError("expected a folder that `fmrilm prepare` or `fmrilm describe` wrote, got none")
+    signals: dict[str, list[Dataset]] = {}
+    tables, atlases, offsets = [], {}, {}
+    for folder in map(Path, listed):
+        for atlas, shards in _shards(folder, extractor):
+            if atlases.setdefault(atlas.name, atlas).checksum != atlas.checksum:
+                raise ValueError(f"expected one atlas {atlas.name!r}, got another one of that name in {folder.name}")
+            rows = _read(shards)
+            signals.setdefault(atlas.name, []).append(_standardised(rows, atlas, extractor))
+            known = [name for name in rows.column_names if name not in SIGNAL_COLUMNS]
+            table = pd.DataFrame(rows.select_columns(known).to_list())
+            first = offsets.get(atlas.name, 0)
+            table["row"] = np.arange(first, first + len(rows))
+            offsets[atlas.name] = first + len(rows)
+            table["frames"] = signals[atlas.name][-1]["frames"][:]
+            table["atlas"] = atlas.name
+            site = table["site"] if "site" in table else pd.Series([None] * len(table))
+            table["dataset"] = site.where(site.notna(), folder.name)
+            tables.append(table)
+    parts = {name: part[0] if len(part) == 1 else concatenate_datasets(part) for name, part in signals.items()}
+    table = pd.concat(tables, ignore_index=True)
+    table["subject"] = table["subject"].astype(str)
+    return Scans(parts, table, atlases, extractor.patch_length)
 
-    signal: np.ndarray
-    atlas: Atlas
-    dataset: str
-    subject: str
-    session: str
+
+def _shards(folder: Path, extractor: FmriLMFeatureExtractor) -> Iterator[tuple[Atlas, list[Path]]]:
+    """Parquet files of a folder by atlas."""
+    found = sorted(path.parent for path in folder.glob("*/*.parquet"))
+    if not found:
+        raise ValueError(
+            f"no prepared scans in {folder}: expected a folder that `fmrilm prepare` or `fmrilm describe` wrote"
+        )
+    own = [Atlas.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("atlases/*.json")]
+    known = {atlas["name"]: atlas for atlas in extractor.atlases}
+    known |= {atlas.name: atlas.to_dict() for atlas in own}
+    for place in dict.fromkeys(found):
+        shards = sorted(place.glob("*.parquet"))
+        name = _parquet(lambda first=shards[0]: pq.read_table(first, columns=["atlas"]), shards[0])["atlas"][0].as_py()
+        yield Atlas.from_dict(known[name]) if name in known else Atlas.load(name), shards
+
+
+def _parquet(read: Any, path: Path) -> Any:
+    try:
+        return read()
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"{path.parent.name}/{path.name} is damaged: {error}") from error
+
+
+def _read(shards: list[Path]) -> Dataset:
+    """The rows of Parquet files, memory-mapped from the cache of `datasets`."""
+    try:
+        rows: Any = load_dataset(
+            "parquet",
+            # the same names in another folder, or written anew, are other rows
+            name=f"scans-{content_version(shards)}",
+            data_files=[str(path) for path in shards],
+            split="train",
+        )
+        return rows
+    except Exception as error:
+        for path in shards:
+            _parquet(lambda path=path: pq.read_table(path, page_checksum_verification=True), path)
+        raise ValueError(f"{shards[0].parent} cannot be read: {error}") from error
+
+
+def _standardised(rows: Dataset, atlas: Atlas, extractor: FmriLMFeatureExtractor) -> Dataset:
+    """Signals as the codec takes them, {"signal", "frames"}, kept in the cache of `datasets`."""
+    settings = {**extractor.to_dict(), "atlases": [atlas.to_dict()]}
+
+    def standardise(row: dict[str, Any]) -> dict[str, Any]:
+        scan = {name: row[name] for name in ("signal", "tr", "censored") if row.get(name) is not None}
+        try:
+            signal, _ = extractor.prepare_signal(scan, atlas=atlas)
+        except ValueError as error:
+            raise ValueError(f"scan of subject {row['subject']}: {error}") from error
+        return {"signal": signal, "frames": len(signal)}
+
+    digest = hashlib.sha256(json.dumps([rows._fingerprint, settings], default=str, sort_keys=True).encode())
+    return rows.with_format("numpy").map(
+        standardise,
+        remove_columns=rows.column_names,
+        features=Features({"signal": Array2D((None, len(atlas)), "float32"), "frames": Value("int64")}),
+        new_fingerprint=digest.hexdigest()[:16],
+        desc="standardising",
+    ).with_format("numpy")
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a scan. signal: [window_length, rois]; descriptors: `CORE_NAMES`, NaN where absent."""
+    """A stretch of a scan. scan: row in `Scans`; start, length: frames."""
 
-    signal: np.ndarray
-    descriptors: np.ndarray
-    scan: PreparedScan
+    scan: int
     start: int
+    length: int
 
 
-def prepare_scans(scans: Sequence[Scan], extractor: FmriLMFeatureExtractor) -> list[PreparedScan]:
-    prepared = []
-    for scan in scans:
-        signal, atlas = extractor.prepare_signal(scan.signal, tr=scan.tr, atlas=scan.atlas)
-        prepared.append(PreparedScan(signal, atlas, scan.dataset, scan.subject, scan.session))
-    return prepared
+class Items(Protocol):
+    """What can be encoded: items {"signal": [time, rois], "coordinates": [rois, 3]} that depend on their index."""
+
+    def __len__(self) -> int: ...
+
+    def item(self, index: int) -> dict[str, Any]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
 
-def load_prepared(folder: Path, extractor: FmriLMFeatureExtractor) -> list[PreparedScan]:
-    """Scans that `fmrilm prepare` wrote. Those of one site are one dataset; without sites, all of the folder are."""
-    return [scan for shard, atlas in prepared_shards(folder) for scan in read_shard(shard, atlas, extractor)]
+class Windows(Sequence[Window]):
+    """Windows of scans, in the order of the scans."""
+
+    def __init__(self, scans: Scans, windows: Sequence[Window]):
+        self.scans, self.windows = scans, list(windows)
+        self._read: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index):
+        return self.windows[index]
+
+    @property
+    def fingerprint(self) -> str:
+        places = [(window.scan, window.start, window.length) for window in self.windows]
+        return hashlib.sha256(f"{self.scans.fingerprint} {places}".encode()).hexdigest()[:16]
+
+    def signal(self, index: int) -> np.ndarray:
+        """float32 [length, rois]; NaN where a ROI is missing."""
+        window = self.windows[index]
+        # the windows of a scan follow one another
+        if self._read is None or self._read[0] != window.scan:
+            self._read = window.scan, self.scans.signal(window.scan)
+        return self._read[1][window.start : window.start + window.length]
+
+    def item(self, index: int) -> dict[str, Any]:
+        """{"signal": float32 [length, rois present], "coordinates": [rois present, 3]}."""
+        return _item(self.signal(index), self.scans.atlas(self.windows[index].scan))
+
+    def items(self) -> list[dict[str, Any]]:
+        return [self.item(index) for index in range(len(self))]
+
+    def descriptors(self) -> np.ndarray:
+        """Core descriptors float64 [windows, names], NaN where absent."""
+        return np.stack([core_descriptors(self.signal(i), self.scans.atlas(w.scan)) for i, w in enumerate(self)])
 
 
-def prepared_shards(folder: Path) -> list[tuple[Path, Atlas]]:
-    """The Parquet files of a folder that `fmrilm prepare` wrote, each with the atlas of its scans."""
-    shards = []
-    for table in sorted((folder / "atlases").glob("*.json")):
-        atlas = Atlas.from_dict(json.loads(table.read_text(encoding="utf-8")))
-        shards += [(shard, atlas) for shard in sorted((folder / atlas.name).glob("*.parquet"))]
-    if not shards:
-        raise ValueError(f"no prepared scans in {folder}: expected a folder that `fmrilm prepare` wrote")
-    return shards
-
-
-def read_shard(
-    shard: Path, atlas: Atlas, extractor: FmriLMFeatureExtractor, rows: np.ndarray | None = None
-) -> list[PreparedScan]:
-    """Scans of one Parquet file of a prepared folder, or those in the given rows; a damaged one is named."""
-    try:
-        table = pq.read_table(shard, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedShard(f"{shard.parent.name}/{shard.name} is damaged: {error}") from error
-    prepared = []
-    row: Any
-    for row in datasets.Dataset(table if rows is None else table.take(rows)).with_format("numpy"):
-        scan = {key: row[key] for key in ("signal", "tr", "censored")}
-        signal, _ = extractor.prepare_signal(scan, atlas=atlas)
-        dataset = row["site"] or shard.parents[1].name
-        prepared.append(PreparedScan(signal, atlas, dataset, row["subject"], row["session"] or ""))
-    return prepared
-
-
-def split_subjects(
-    scans: Sequence[PreparedScan], held_out: dict[str, int]
-) -> tuple[list[PreparedScan], list[PreparedScan]]:
-    """Training and held-out scans of few people: the last subjects of each dataset by name, `held_out[dataset]`."""
-    subjects = defaultdict(set)
-    for scan in scans:
-        subjects[scan.dataset].add(scan.subject)
-    away = set()
-    for dataset, members in subjects.items():
-        count = held_out.get(dataset, 0)
-        if count > len(members):
-            raise ValueError(f"expected at most {len(members)} subjects to hold out of {dataset!r}, got {count}")
-        away.update((dataset, subject) for subject in sorted(members)[len(members) - count :])
-    training = [scan for scan in scans if (scan.dataset, scan.subject) not in away]
-    return training, [scan for scan in scans if (scan.dataset, scan.subject) in away]
-
-
-def cut_windows(scans: Sequence[PreparedScan], length: int, stride: int) -> list[Window]:
-    """Every full window of `length` frames at each `stride` frames, with its descriptors."""
+def cut_windows(scans: Scans, length: int, stride: int) -> Windows:
+    """
+    Every full window of `length` frames at each `stride` frames of each scan; of a shorter scan, all its whole
+    patches. ValueError if no scan has a patch.
+    """
     windows = []
-    for scan in scans:
-        for start in range(0, len(scan.signal) - length + 1, stride):
-            signal = scan.signal[start : start + length]
-            windows.append(Window(signal, describe(signal, scan.atlas, CORE_MEASURES), scan, start))
-    return windows
+    for scan, frames in enumerate(scans.table["frames"]):
+        size = min(length, int(frames) // scans.patch_length * scans.patch_length)
+        if size:
+            windows += [Window(scan, start, size) for start in range(0, int(frames) - size + 1, stride)]
+    if not windows and len(scans):
+        raise ValueError(f"expected scans of at least one patch of {scans.patch_length} frames, got none")
+    return Windows(scans, windows)
 
 
-class MixedWindows(Dataset):
+def _present(signal: np.ndarray, atlas: Atlas) -> tuple[np.ndarray, Atlas]:
+    """The ROIs of a signal [time, rois] that are not missing, and the atlas of these alone."""
+    present = np.flatnonzero(~np.isnan(signal).any(0))
+    if len(present) == len(atlas):
+        return signal, atlas
+    rois, networks = (tuple(values[roi] for roi in present) for values in (atlas.rois, atlas.networks))
+    return signal[:, present], Atlas(atlas.name, rois, networks, atlas.coordinates[present])
+
+
+def _item(signal: np.ndarray, atlas: Atlas) -> dict[str, Any]:
+    signal, atlas = _present(signal, atlas)
+    return {"signal": np.ascontiguousarray(signal, np.float32), "coordinates": atlas.coordinates}
+
+
+def core_descriptors(signal: np.ndarray, atlas: Atlas) -> np.ndarray:
+    """Core descriptors [names] of the ROIs of a signal [time, rois] that are not missing."""
+    return describe(*_present(signal, atlas), CORE_MEASURES)
+
+
+class MixedWindows(torch.utils.data.Dataset):
     """
     An endless supply of new connectivity patterns from few subjects: item i is sqrt(a) x one random window plus
     sqrt(1-a) x another of the same atlas plus white noise of random size in each ROI, or now and then a window as it
-    is, with the descriptors computed from the result. At most `max_rois` ROIs of it, drawn at random, are given. Items
-    depend on (seed, i) alone.
+    is, with the descriptors computed from the result, as z-scores. At most `max_rois` ROIs of it, drawn at random, are
+    given. Items depend on (seed, i) alone. `subject` of an item is that of the first window.
     """
 
-    def __init__(
-        self,
-        scans: Sequence[PreparedScan],
-        cohort: Cohort,
-        window_length: int,
-        max_rois: int | None,
-        size: int,
-        seed: int,
-    ):
-        self.groups = defaultdict(list)
-        for scan in scans:
-            self.groups[scan.atlas.name].append(scan)
-        self.scans = list(scans)
-        self.cohort = cohort
-        self.window_length = window_length
-        self.max_rois = max_rois
-        self.size = size
-        self.seed = seed
+    def __init__(self, scans: Scans, length: int, cohort: Cohort, size: int, seed: int, max_rois: int | None = None):
+        usable = np.flatnonzero(scans.table["frames"].to_numpy() >= length)
+        if not len(usable):
+            raise ValueError(f"expected a scan of at least {length} frames to mix windows of, got none")
+        self.scans = [(scans.signal(int(scan)), scans.atlas(int(scan))) for scan in usable]
+        self.subjects = scans.table["subject"].to_numpy()[usable]
+        self.groups = {name: [s for s, atlas in self.scans if atlas.name == name] for name in scans.atlases}
+        self.length, self.cohort, self.size, self.seed, self.max_rois = length, cohort, size, seed, max_rois
+        self._fingerprint = f"{scans.fingerprint} {length} {size} {seed} {max_rois} {cohort.mean.tobytes().hex()}"
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng((self.seed, index))
-        return self.mix(self.scans[rng.integers(len(self.scans))], rng)
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._fingerprint.encode()).hexdigest()[:16]
 
-    def mix(self, scan: PreparedScan, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """An item whose first part is of this scan."""
-        mixed = self._window(scan, rng) if rng.uniform() < PLAIN_SHARE else self._mixture(scan, rng)
-        mixed = mixed / mixed.std(0)
+    def item(self, index: int) -> dict[str, Any]:
+        return self[index]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self.seed, index))
+        scan = int(rng.integers(len(self.scans)))
+        signal, atlas = self.scans[scan]
+        mixed = self._window(signal, rng) if rng.uniform() < PLAIN_SHARE else self._mixture(signal, atlas, rng)
+        mixed, atlas = _present(mixed / mixed.std(0), atlas)
         chosen = np.sort(rng.permutation(mixed.shape[1])[: self.max_rois])
         return {
             "signal": mixed[:, chosen].astype(np.float32),
-            "coordinates": scan.atlas.coordinates[chosen],
-            "descriptors": self.cohort.z_scores(self.cohort.describe(mixed, scan.atlas)).astype(np.float32),
+            "coordinates": atlas.coordinates[chosen],
+            "descriptors": self.cohort.z_scores(self.cohort.describe(mixed, atlas)).astype(np.float32),
+            "subject": self.subjects[scan],
         }
 
-    def _mixture(self, scan: PreparedScan, rng: np.random.Generator) -> np.ndarray:
-        group = self.groups[scan.atlas.name]
+    def _mixture(self, signal: np.ndarray, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
+        group = self.groups[atlas.name]
         share = rng.uniform() if rng.uniform() < 0.75 else 1.0
-        mixed = np.sqrt(share) * self._window(scan, rng)
-        mixed += np.sqrt(1 - share) * self._window(group[rng.integers(len(group))], rng)
-        mixed += self._sources(scan, rng)
+        mixed = np.sqrt(share) * self._window(signal, rng)
+        mixed = mixed + np.sqrt(1 - share) * self._window(group[rng.integers(len(group))], rng)
+        mixed += self._sources(atlas, rng)
         return mixed + rng.uniform(0, 0.5) * rng.uniform(0, 1, mixed.shape[1]) * rng.standard_normal(mixed.shape)
 
-    def _sources(self, scan: PreparedScan, rng: np.random.Generator) -> np.ndarray:
-        """Zero to three series of other scans' ROIs, shared by the networks at random: [window_length, rois]."""
+    def _sources(self, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
+        """Zero to three series of other scans' ROIs, shared by the networks at random: [length, rois]."""
         count = rng.integers(4)
-        series = np.zeros((self.window_length, count))
+        series = np.zeros((self.length, count))
         for column in range(count):
-            window = self._window(self.scans[rng.integers(len(self.scans))], rng)
-            series[:, column] = window[:, rng.integers(window.shape[1])]
-        members = membership(scan.atlas)
+            window = self._window(self.scans[rng.integers(len(self.scans))][0], rng)
+            series[:, column] = np.nan_to_num(window[:, rng.integers(window.shape[1])])
+        members = membership(atlas)
         weights = rng.normal(0, 0.4, (members.shape[1], count)) * (rng.uniform(size=(members.shape[1], count)) < 0.4)
         return series @ (members @ weights).T
 
-    def _window(self, scan: PreparedScan, rng: np.random.Generator) -> np.ndarray:
-        start = rng.integers(len(scan.signal) - self.window_length + 1)
-        return scan.signal[start : start + self.window_length]
+    def _window(self, signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        start = rng.integers(len(signal) - self.length + 1)
+        return signal[start : start + self.length]
 
 
-def collate_signals(items: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+def collate_signals(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
-    Codec inputs from windows of one length and differing numbers of ROIs (padded and masked), with the embeddings of
-    their descriptions where the items have them.
+    Codec inputs from items of one length and differing numbers of ROIs (padded and masked), with their descriptors
+    and the embeddings of their descriptions where the items have them.
     """
     rois, time = max(item["signal"].shape[1] for item in items), len(items[0]["signal"])
     batch = {
         "fmri_values": torch.zeros(len(items), rois, time),
         "roi_coordinates": torch.zeros(len(items), rois, 3),
         "fmri_mask": torch.zeros(len(items), rois, time, dtype=torch.bool),
-        "descriptors": torch.from_numpy(np.stack([item["descriptors"] for item in items])),
     }
     for row, item in enumerate(items):
         count = item["signal"].shape[1]
         batch["fmri_values"][row, :count] = torch.from_numpy(item["signal"].T)
         batch["roi_coordinates"][row, :count] = torch.tensor(item["coordinates"])
         batch["fmri_mask"][row, :count] = True
-    if "text_embedding" in items[0]:
-        batch["text_embeddings"] = torch.from_numpy(np.stack([item["text_embedding"] for item in items]))
+    for name, target in (("descriptors", "descriptors"), ("text_embedding", "text_embeddings")):
+        if name in items[0]:
+            batch[target] = torch.from_numpy(np.stack([item[name] for item in items]))
     return batch
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """codes: int32 [tokens, levels] of each window; features: float32 [windows, features] of the codes."""
+
+    codes: list[np.ndarray]
+    features: np.ndarray
+
+
+def encode_windows(codec: FmriCodecModel, windows: Items, cache: Path) -> Encoded:
+    """
+    Codes of windows and their scan features, computed once: kept in `cache` under a name that changes with the
+    codec's weights and the windows, shard by shard, so that a run that was stopped goes on.
+    """
+    target = Path(cache) / f"codes-{codec_fingerprint(codec)[:12]}-{windows.fingerprint}"
+    codes, features = [], []
+    starts = range(0, len(windows), SHARD)
+    for start in tqdm(starts, desc="encoding", unit="shard", disable=None if len(starts) > 1 else True):
+        path = target / f"part-{start // SHARD:05d}.npz"
+        if not path.exists():
+            found = encode_items(codec, [windows.item(i) for i in range(start, min(start + SHARD, len(windows)))])
+
+            def save(temporary: Path, found: Encoded = found) -> None:
+                with open(temporary, "wb") as handle:
+                    lengths = [len(rows) for rows in found.codes]
+                    np.savez(handle, codes=np.concatenate(found.codes), lengths=lengths, features=found.features)
+
+            write_whole(path, save)
+        with np.load(path, allow_pickle=False) as kept:
+            codes += np.split(kept["codes"], np.cumsum(kept["lengths"])[:-1])
+            features.append(kept["features"])
+    return Encoded(codes, np.concatenate(features))
+
+
+@torch.no_grad()
+def encode_items(codec: FmriCodecModel, items: Sequence[dict[str, Any]]) -> Encoded:
+    """Codes and scan features of items of any lengths, in batches of one length and similar numbers of ROIs."""
+    order = sorted(range(len(items)), key=lambda i: items[i]["signal"].shape)
+    codes: list[Any] = [None] * len(items)
+    features = np.empty((len(items), codec.config.num_scan_features), np.float32)
+    start = 0
+    while start < len(order):
+        length = len(items[order[start]]["signal"])
+        rows = [row for row in order[start : start + BATCH] if len(items[row]["signal"]) == length]
+        start += len(rows)
+        batch = collate_signals([items[row] for row in rows])
+        inputs = [batch[name].to(codec.device) for name in ("fmri_values", "roi_coordinates", "fmri_mask")]
+        found = codec.encode(*inputs)
+        features[rows] = codec.scan_features(found).cpu().numpy()
+        for row, one in zip(rows, found.cpu().numpy().astype(np.int32), strict=True):
+            codes[row] = one[one[:, 0] >= 0]
+    return Encoded(codes, features)
+
+
+def codec_fingerprint(codec: FmriCodecModel) -> str:
+    """Changes with the configuration and the weights of a codec."""
+    digest = hashlib.sha256(codec.config.to_json_string().encode())
+    for name, tensor in codec.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,12 +1,115 @@
-"""Training and test sets that share no subject, drawn with a seed."""
+"""Who is learned from and who is held out: one rule for all programs, and the folds of evaluations."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import csv
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, StratifiedShuffleSplit
 
-from .held_out import held_out_people
+
+if TYPE_CHECKING:
+    from .dataset import Scans
+
+
+HELD_OUT_SHARE = 0.2
+# another one holds out other subjects: checkpoints from before a change would be tested on those they were trained on
+SALT = "held out 83"
+SPLITS = ("train", "test")
+# names that an error lists
+SHOWN = 5
+
+
+@dataclass
+class SplitArguments:
+    """Which subjects are held out, in every program alike."""
+
+    held_out_share: float = field(
+        default=HELD_OUT_SHARE, metadata={"help": "Share of the subjects that are held out, by a hash of their names."}
+    )
+    splits: str | None = field(
+        default=None,
+        metadata={"help": "Table (.csv) with the columns subject and split (train or test), in place of the hash."},
+    )
+    leave_out: str | None = field(
+        default=None, metadata={"help": "COLUMN=VALUE: hold out the subjects with this value, in place of the hash."}
+    )
+
+
+def held_out_subjects(subjects: Iterable[str], share: float = HELD_OUT_SHARE) -> set[str]:
+    """
+    About this share of the subjects, drawn by a hash of each one's name. Nothing else counts, neither a seed nor who
+    else is there: a codec, a corpus, a tuned model and an evaluation hold out the same subjects, whatever part of the
+    data each of them reads, and those of a smaller share are among those of a larger one.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"expected a share of held-out subjects from 0 to below 1, got {share}")
+    return {subject for subject in subjects if _place(subject) < share}
+
+
+def _place(subject: str) -> float:
+    """Uniform from 0 to below 1."""
+    digest = hashlib.sha256(f"{SALT} {subject}".encode()).digest()
+    return int.from_bytes(digest[:4]) / 2**32
+
+
+def split_scans(scans: "Scans", args: SplitArguments) -> "tuple[Scans, Scans]":
+    """Training and held-out scans, no subject in both; the held-out part may be empty, the training part not."""
+    subjects = scans.table["subject"].astype(str).to_numpy()
+    if args.splits is not None and args.leave_out is not None:
+        raise ValueError(f"expected splits or leave_out, got both: {args.splits} and {args.leave_out}")
+    if args.splits is not None:
+        sides = read_splits(Path(args.splits), set(subjects))
+        training, test = (np.array([sides.get(name) == side for name in subjects]) for side in SPLITS)
+    else:
+        if args.leave_out is not None:
+            held_out = _with_value(scans, args.leave_out)
+        else:
+            held_out = held_out_subjects(subjects, args.held_out_share)
+        test = np.isin(subjects, list(held_out))
+        training = ~test
+    if not training.any():
+        raise ValueError(f"expected subjects to learn from, got {len(set(subjects))} subjects, all of them held out")
+    return scans.select(np.flatnonzero(training)), scans.select(np.flatnonzero(test))
+
+
+def read_splits(path: Path, known: set[str]) -> dict[str, str]:
+    """
+    Split of each subject of a table with the columns subject and split; subjects without a row are in neither.
+    ValueError for another split than train and test, a subject in two, and one that no scan is of.
+    """
+    with open(path, newline="", encoding="utf-8-sig") as handle:
+        rows = list(csv.DictReader(handle))
+    columns = set(rows[0]) if rows else set()
+    if not {"subject", "split"} <= columns:
+        raise ValueError(f"{path.name}: expected the columns subject and split, got {', '.join(sorted(columns))}")
+    sides: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        subject, side = row["subject"], row["split"]
+        if side not in SPLITS:
+            raise ValueError(f"{path.name}, line {number}: expected split train or test, got {side!r}")
+        if sides.setdefault(subject, side) != side:
+            raise ValueError(f"{path.name}, line {number}: expected subject {subject!r} in one split, got it in two")
+    if unknown := sorted(set(sides) - known):
+        raise ValueError(
+            f"{path.name}: expected subjects that have scans, got {len(unknown)} others: {', '.join(unknown[:SHOWN])}"
+        )
+    return sides
+
+
+def _with_value(scans: "Scans", condition: str) -> set[str]:
+    """Subjects of the scans with COLUMN=VALUE."""
+    column, equals, value = condition.partition("=")
+    if not equals or column not in scans.table:
+        raise ValueError(f"expected COLUMN=VALUE of a column out of {', '.join(scans.table)}, got {condition!r}")
+    chosen = scans.table[column].astype(str) == value
+    if not chosen.any():
+        values = sorted(scans.table[column].dropna().astype(str).unique())
+        raise ValueError(f"expected a value of {column!r} out of {', '.join(values[:20])}, got {value!r}")
+    return set(scans.table.loc[chosen, "subject"].astype(str))
 
 
 @dataclass(frozen=True)
@@ -31,18 +134,6 @@ def hold_out(subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None, sh
     splitter = (StratifiedShuffleSplit if stratified else ShuffleSplit)(1, test_size=share, random_state=seed)
     training, test = next(splitter.split(names, classes if stratified else None))
     return _split(subjects, names[training], names[test])
-
-
-def hold_out_known(subjects: Sequence[str], share: float) -> Split:
-    """The people of `held_out_people` for the test."""
-    names = set(subjects)
-    test = held_out_people(names, share)
-    if not test or test == names:
-        raise ValueError(
-            f"expected subjects to learn from and to test, got {len(test)} to test of {len(names)} with a share of "
-            f"{share}"
-        )
-    return _split(subjects, np.array(sorted(names - test)), np.array(sorted(test)))
 
 
 def k_fold(subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None, folds: int, seed: int) -> Iterator[Split]:

@@ -104,6 +104,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
 
     from ..alignment.examples import fit_scores, read_scores, score_targets
     from ..alignment.joint import with_score_names
+    from ..alignment.start import descriptor_probes, fit_summary_tokens, task_probes
     from ..checkpoints import last_checkpoint, output_folder
     from ..data.tasks import load_task
     from ..hub.model_folder import base_of, load_model
@@ -128,8 +129,6 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     processor = FmriLMProcessor.from_pretrained(name)
     extractor = processor.feature_extractor
     training, test = read_scans(script_args, extractor)
-    known = {atlas["name"] for atlas in extractor.atlases}
-    extractor.atlases += [atlas.to_dict() for atlas in training.atlases.values() if atlas.name not in known]
     cohort = Cohort.load(base_of(name) or name)
     model = load_model(name, model_args.dtype, script_args.merge_adapter, quantization(model_args))
     joint: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -154,6 +153,10 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     for one, value in zip(names, r_squared, strict=True):
         if one not in cohort.names:
             print(f"score {one}: R2 {value:.2f} on subjects left out of each fold")
+    if widened:
+        probes = [*descriptor_probes(examples, names), *task_probes(examples, tasks, names)]
+        reached = fit_summary_tokens(joint, processor, examples.codes[0], probes)
+        print(f"summary tokens give {reached:.2f} of the answers' log-odds, to first order")
     if held_out is not None:
         held_out = read_scores(joint, held_out)
     if model_args.use_peft and (widened or script_args.merge_adapter):
