@@ -137,19 +137,20 @@ def test_model_with_more_scores_reads_the_old_ones_as_before(llama) -> None:
 
 
 def test_targets_are_z_scores_numbers_and_choices() -> None:
-    sex, asked = ["F", "M", "M", None], ["AD", "CN", "MCI", "CN"]
-    columns = {"session": [None] * 4, "sex": sex, "age": [20.0, None, 40.0, 60.0], "ad": asked}
+    sex, hand = ["F", "M", "M", None], ["left", "right", "both", "left"]
+    columns = {"session": [None] * 4, "sex": sex, "age": [20.0, None, 40.0, 60.0], "handedness": hand}
     rows = [{"subject": f"s{row}", **{name: cells[row] for name, cells in columns.items()}} for row in range(4)]
     examples = random_examples(4, rows)
-    tasks = [load_task(name) for name in ("age", "sex", "ad")]
+    tasks = [load_task(name) for name in ("age", "sex", "handedness")]
     names, targets = score_targets(examples, list(CORE_NAMES), tasks)
-    words = {task.name: task.choice_words for task in tasks}
-    assert names[-2 - len(words["ad"]) :] == ["age", f"sex={words['sex'][1]}", *(f"ad={word}" for word in words["ad"])]
-    assert np.array_equal(targets[:, : -2 - len(words["ad"])], examples.z_scores, equal_nan=True)
-    age, male = targets[:, -2 - len(words["ad"])], targets[:, -1 - len(words["ad"])]
-    assert np.array_equal(age, [20, np.nan, 40, 60], equal_nan=True)
-    assert np.array_equal(male, [float(tasks[1].answer(v) == words["sex"][1]) if v else np.nan for v in sex], True)
-    assert (targets[:, -len(words["ad"]) :].sum(1) == 1).all()
+    second = tasks[1].choice_words[1]
+    assert names[-5:-3] == ["age", f"sex={second}"]
+    assert names[-3:] == [f"handedness={word}" for word in tasks[2].choice_words]
+    assert np.array_equal(targets[:, :-5], examples.z_scores, equal_nan=True)
+    assert np.array_equal(targets[:, -5], [20, np.nan, 40, 60], equal_nan=True)
+    found = [np.nan if value is None else float(tasks[1].answer(value) == second) for value in sex]
+    assert np.array_equal(targets[:, -4], found, equal_nan=True)
+    assert targets[:, -3:].argmax(1).tolist() == [tasks[2].choice_words.index(word) for word in hand]
 
 
 def test_next_codes_start_at_their_frequencies(llama) -> None:
