@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer
+from typer.testing import CliRunner
 
 from fmrilm import load
 from fmrilm.processors.descriptors.cohort import Cohort
@@ -22,7 +23,7 @@ from fmrilm.training.data.collator import RowCollator, encode_dataset
 from fmrilm.training.sft import program as sft
 from helpers import chats
 from program_runs import CONFIGS, assert_equal_weights, checkpoints, command_line, run, weights
-from typer.testing import CliRunner
+
 
 
 RUNS = ["alignment", "further", "anew"]
@@ -167,7 +168,6 @@ def test_programs_hold_out_the_same_subjects(stage: str, program_folders: Path, 
 @pytest.mark.parametrize("stage", ["alignment", "sft"])
 def test_calls_of_the_demo_do_what_the_command_does(stage: str, program_folders, tmp_path, monkeypatch) -> None:
     """Rows, losses and weights: the demo's own arguments, and `fmrilm train` with the same YAML."""
-    monkeypatch.setitem(demo.QUICK, stage, [])
     tiny = [
         *("--max_steps", "2", "--mixtures", "4", "--rows", "8", "--window_stride", "20", "--held_out_share", "0.34"),
         *("--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no", "--logging_steps", "1"),
