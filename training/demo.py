@@ -18,7 +18,7 @@ from .corpus.source import load_source
 from .data.open_data import TERMS, open_scans
 from .data.prepare import Preparation, prepare
 from .data.scan_sources import find_scans
-from .evaluation.program import evaluate
+from .evaluation.program import EvaluationSettings, evaluate
 from .hub.model_card import fill_card
 from .report.report import write_report
 from .run_log import Clock, run_costs
@@ -66,8 +66,9 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
     def train(stage: str, program, *options: str) -> None:
         program.main(
             [
-                *("--config", str(CONFIGS / f"{stage}.yaml"), "--output_dir", str(work / stage)),
-                *("--seed", str(seed), *options, *(QUICK[stage] if quick else ())),
+                *("--config", str(CONFIGS / f"{stage}.yaml"), "--output_dir", str(work / stage), "--seed", str(seed)),
+                *options,
+                *(QUICK[stage] if quick else ()),
             ]
         )
 
@@ -83,7 +84,10 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
         train("sft", sft, "--data", str(work / "corpus"), "--model_name_or_path", str(work / "alignment" / "model"))
     shutil.move(work / "sft" / "model", work / "model")
     with clock.part("evaluate", "Questions about held-out subjects"):
-        results = evaluate(work / "model", work / "corpus", work / "evaluation", descriptors=True, quick=quick)
+        settings_of = EvaluationSettings.quick() if quick else EvaluationSettings()
+        results = evaluate(
+            work / "model", work / "corpus", work / "evaluation", descriptors=True, settings=settings_of, show=True
+        )
     results |= {"run": run_costs(clock), "settings": settings, "model": PACKAGED_MODEL_CARD}
     results["data"] = {**results.get("data", {}), "terms": TERMS}
     write_report(work / "report.html", results)
