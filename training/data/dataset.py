@@ -82,7 +82,7 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
         raise ValueError("expected a folder that `fmrilm prepare` or `fmrilm describe` wrote, got none")
     signals: dict[str, list[Dataset]] = {}
     tables, atlases, offsets = [], {}, {}
-    for folder in map(Path, listed):
+    for number, folder in enumerate(map(Path, listed)):
         for atlas, shards in _shards(folder, extractor):
             if atlases.setdefault(atlas.name, atlas).checksum != atlas.checksum:
                 raise ValueError(f"expected one atlas {atlas.name!r}, got another one of that name in {folder.name}")
@@ -95,6 +95,8 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
             offsets[atlas.name] = first + len(rows)
             table["frames"] = signals[atlas.name][-1]["frames"][:]
             table["atlas"] = atlas.name
+            # each corpus numbers its scans
+            table["folder"] = number
             site = table["site"] if "site" in table else pd.Series([None] * len(table))
             table["dataset"] = site.where(site.notna(), folder.name)
             tables.append(table)
