@@ -193,7 +193,9 @@ def test_split_file_and_left_out_value_go_before_the_rule(scans: Path, tmp_path)
         ({"leave_out": "handedness=left"}, {"train": {"p0", "p2", "p4"}, "test": {"p1", "p3", "p5"}}),
     ):
         output = tmp_path / next(iter(options))
-        outcome = describe_dataset(load_source(str(scans)), output, CorpusSettings(statements=3, questions=4, **options))
+        outcome = describe_dataset(
+            load_source(str(scans)), output, CorpusSettings(statements=3, questions=4, **options)
+        )
         assert outcome.scans == sum(map(len, splits.values()))
         assert {split: set(rows["subject"]) for split, rows in load_dataset(str(output)).items()} == splits
 
@@ -203,9 +205,13 @@ def test_folder_of_which_no_scan_can_be_described_is_refused(corpus: Path, tmp_p
     rows = {"signal": [[[1.0] * 24] * 60] * 3, "tr": [2.0] * 3, "atlas": ["net"] * 3, "subject": ["a", "b", "c"]}
     source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, {"c"})
     settings = CorpusSettings(test_share=0)
-    with pytest.raises(ValueError, match="no training scan could be described; the first: 24 of the 24 ROIs of 'net' are missing"):
+    with pytest.raises(
+        ValueError, match="no training scan could be described; the first: 24 of the 24 ROIs of 'net' are missing"
+    ):
         describe_dataset(source, tmp_path / "fitted", settings)
-    with pytest.raises(ValueError, match="no scan could be described; the first: 24 of the 24 ROIs of 'net' are missing"):
+    with pytest.raises(
+        ValueError, match="no scan could be described; the first: 24 of the 24 ROIs of 'net' are missing"
+    ):
         describe_dataset(source, tmp_path / "known", settings, Cohort.load(corpus / "cohort"))
 
 

@@ -107,7 +107,7 @@ RawScan = tuple[np.ndarray, float, str]
 
 
 def prepare_shard(scans: Sequence[RawScan], atlases: dict[str, Atlas]) -> list[np.ndarray | str]:
-    """Signals as the models see them, float32 [time, rois], missing ROIs NaN; in place of an unusable one, the reason."""
+    """Signals as the models see them, float32 [time, rois], missing ROIs NaN; of an unusable one, the reason."""
     # `prepare` refused the scans that lack too much
     extractor = FmriLMFeatureExtractor(atlases=list(atlases.values()), max_missing_rois=1.0)
     prepared: list[np.ndarray | str] = []

@@ -37,9 +37,9 @@ class CorpusSettings:
     """
     The texts about each scan.
 
-    test_share, splits, leave_out: which subjects are held out, see `SplitArguments`. statements: per family, in a description.
-    questions: about a scan. minimum_margin: of a question, in standard deviations of the cohort. rewrite: language
-    model (packaged name, folder or Hub id) that rewrites the descriptions. shard_size: scans per file.
+    test_share, splits, leave_out: which subjects are held out, see `SplitArguments`. statements: per family, in a
+    description. questions: about a scan. minimum_margin: of a question, in standard deviations of the cohort.
+    rewrite: language model (packaged name, folder or Hub id) that rewrites the descriptions. shard_size: scans a file.
     """
 
     test_share: float = HELD_OUT_SHARE

@@ -161,13 +161,17 @@ def _standardised(rows: Dataset, atlas: Atlas, extractor: FmriLMFeatureExtractor
         return {"signal": signal, "frames": len(signal)}
 
     digest = hashlib.sha256(json.dumps([rows._fingerprint, settings], default=str, sort_keys=True).encode())
-    return rows.with_format("numpy").map(
-        standardise,
-        remove_columns=rows.column_names,
-        features=Features({"signal": Array2D((None, len(atlas)), "float32"), "frames": Value("int64")}),
-        new_fingerprint=digest.hexdigest()[:16],
-        desc="standardising",
-    ).with_format("numpy")
+    return (
+        rows.with_format("numpy")
+        .map(
+            standardise,
+            remove_columns=rows.column_names,
+            features=Features({"signal": Array2D((None, len(atlas)), "float32"), "frames": Value("int64")}),
+            new_fingerprint=digest.hexdigest()[:16],
+            desc="standardising",
+        )
+        .with_format("numpy")
+    )
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,9 @@ class MixedWindows(torch.utils.data.Dataset):
         if not len(usable):
             raise ValueError(f"expected a scan of at least {length} frames to mix windows of, got none")
         self.scans = scans.select(usable)
-        self.groups = {name: rows.to_numpy() for name, rows in self.scans.table.groupby("atlas")["atlas"].groups.items()}
+        self.groups = {
+            name: rows.to_numpy() for name, rows in self.scans.table.groupby("atlas")["atlas"].groups.items()
+        }
         # the signals that were read last
         self._read: dict[int, np.ndarray] = {}
         self.length, self.cohort, self.size, self.seed, self.max_rois = length, cohort, size, seed, max_rois
