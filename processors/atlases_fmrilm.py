@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from .scan_io_fmrilm import (
     CORTEX,
@@ -137,6 +136,8 @@ class Parcels:
         if self.volume.shape == tuple(shape) and np.allclose(affine, self.affine, atol=1e-3):
             return self.volume
         to_label = np.linalg.inv(self.affine) @ affine
+        from scipy import ndimage
+
         # with a diagonal alone, scipy goes axis by axis: faster
         matrix = to_label[:3, :3]
         matrix = np.diag(matrix) if np.array_equal(matrix, np.diag(np.diag(matrix))) else matrix
@@ -648,6 +649,8 @@ def volume_centers(parcels: Parcels) -> tuple[np.ndarray, np.ndarray]:
     if parcels.volume is None or parcels.affine is None:
         raise ValueError("expected a label volume, got surface labels only")
     numbers = np.unique(parcels.volume[parcels.volume > 0])
+    from scipy import ndimage
+
     voxels = ndimage.center_of_mass(np.ones(parcels.volume.shape, np.uint8), parcels.volume, numbers)
     return numbers, np.array(voxels).reshape(-1, 3) @ parcels.affine[:3, :3].T + parcels.affine[:3, 3]
 

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import CubicSpline, make_interp_spline
 from scipy.linalg import qr
-from scipy.signal import butter, resample_poly, sosfiltfilt
 
 from .scan_io_fmrilm import read_table
 
@@ -195,6 +194,9 @@ def _band_pass(values: np.ndarray, tr: float, cleaning: Cleaning) -> np.ndarray:
     if max(cutoffs) >= 0.5 / tr:
         raise ValueError(f"expected cutoffs under {0.5 / tr:.3f} Hz, half the sampling rate, got {max(cutoffs)} Hz")
     kind = "bandpass" if len(cutoffs) == 2 else "lowpass" if cleaning.high_pass is None else "highpass"
+    # takes a while to import
+    from scipy.signal import butter, sosfiltfilt
+
     sections = butter(FILTER_ORDER, cutoffs if len(cutoffs) == 2 else cutoffs[0], kind, output="sos", fs=1 / tr)
     try:
         return sosfiltfilt(sections, values, axis=0)
@@ -249,6 +251,8 @@ def resample(signal: np.ndarray, tr: float, repetition_time: float) -> np.ndarra
         return signal
     # at both ends a mirror image keeps slow fluctuations, where zeros would bend them towards the mean; point
     # reflection would keep them better, but lets fast ones through unfiltered
+    from scipy.signal import resample_poly
+
     resampled = resample_poly(signal, ratio.numerator, ratio.denominator, axis=0, padtype="symmetric")
     return resampled[: resampled_length(len(signal), tr, repetition_time)]
 

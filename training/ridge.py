@@ -13,7 +13,8 @@ FOLDS = 5
 class Ridge:
     """
     weight [features, targets] and bias [targets] of all rows; out_of_fold [rows, targets]: predictions for each row
-    without any row of its subject, NaN where no fold could be fitted; r_squared [targets]: of these.
+    without any row of its subject, NaN where no fold could be fitted; r_squared [targets]: of these, NaN without
+    any.
     """
 
     weight: np.ndarray
@@ -66,9 +67,13 @@ def cross_fitted_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.n
             of_penalty = best == penalty
             weight[:, columns[of_penalty]] = _solve(x, y[:, of_penalty], PENALTIES[penalty])
         bias[columns] = y.mean(0) - x.mean(0) @ weight[:, columns]
-    residual = np.where(known, targets - out_of_fold, np.nan)
+    predicted = np.isfinite(out_of_fold)
+    count = predicted.sum(0).clip(min=1)
+    values = np.where(predicted, targets, 0)
+    around_mean = np.where(predicted, values - values.sum(0) / count, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        r_squared = 1 - np.nansum(residual**2, 0) / np.nansum((targets - np.nanmean(targets, 0)) ** 2, 0)
+        missed = np.where(predicted, targets - out_of_fold, 0)
+        r_squared = 1 - (missed**2).sum(0) / (around_mean**2).sum(0)
     weight = weight * scale[:, None]
     return Ridge(weight, bias - mean @ weight, out_of_fold, r_squared)
 

@@ -64,6 +64,7 @@ def align(
     script_args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: "ModelConfig"
 ) -> Path:
     """Trains and writes the joint model's folder, which is returned. Rows are about training subjects alone."""
+    import numpy as np
     import torch
     from transformers import AutoFeatureExtractor, set_seed
 
@@ -110,7 +111,7 @@ def align(
     fit_frequencies(model, examples.codes)
     reached = fit_summary_tokens(model, processor, examples.codes[0], descriptor_probes(examples, names))
     print(f"summary tokens give {reached:.2f} of the answers' log-odds, to first order")
-    print(f"scores of {len(names)} descriptors: mean R2 {r_squared.mean():.2f} on subjects left out of each fold")
+    print(f"scores of {len(names)} descriptors: mean R2 {np.nanmean(r_squared):.2f} on subjects left out of each fold")
     if held_out is not None:
         held_out = read_scores(model, held_out)
     if last is not None and model_args.use_peft:

@@ -30,6 +30,8 @@ SHARD = 256
 BATCH = 16
 # of the items of `MixedWindows`: windows as they are
 PLAIN_SHARE = 0.3
+# signals that `MixedWindows` keeps in memory
+SIGNALS_READ = 512
 
 
 class Scans:
@@ -80,7 +82,7 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
         raise ValueError("expected a folder that `fmrilm prepare` or `fmrilm describe` wrote, got none")
     signals: dict[str, list[Dataset]] = {}
     tables, atlases, offsets = [], {}, {}
-    for folder in map(Path, listed):
+    for number, folder in enumerate(map(Path, listed)):
         for atlas, shards in _shards(folder, extractor):
             if atlases.setdefault(atlas.name, atlas).checksum != atlas.checksum:
                 raise ValueError(f"expected one atlas {atlas.name!r}, got another one of that name in {folder.name}")
@@ -93,6 +95,8 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
             offsets[atlas.name] = first + len(rows)
             table["frames"] = signals[atlas.name][-1]["frames"][:]
             table["atlas"] = atlas.name
+            # each corpus numbers its scans
+            table["folder"] = number
             site = table["site"] if "site" in table else pd.Series([None] * len(table))
             table["dataset"] = site.where(site.notna(), folder.name)
             tables.append(table)
@@ -144,7 +148,9 @@ def _read(shards: list[Path]) -> Dataset:
 
 def _standardised(rows: Dataset, atlas: Atlas, extractor: FmriLMFeatureExtractor) -> Dataset:
     """Signals as the codec takes them, {"signal", "frames"}, kept in the cache of `datasets`."""
-    settings = {**extractor.to_dict(), "atlases": [atlas.to_dict()]}
+    # `prepare` refused the scans that lack too much
+    settings = {**extractor.to_dict(), "atlases": [atlas.to_dict()], "max_missing_rois": 1.0}
+    extractor = FmriLMFeatureExtractor.from_dict(settings)
 
     def standardise(row: dict[str, Any]) -> dict[str, Any]:
         scan = {name: row[name] for name in ("signal", "tr", "censored") if row.get(name) is not None}
@@ -239,11 +245,8 @@ def cut_windows(scans: Scans, length: int, stride: int) -> Windows:
 
 def _present(signal: np.ndarray, atlas: Atlas) -> tuple[np.ndarray, Atlas]:
     """The ROIs of a signal [time, rois] that are not missing, and the atlas of these alone."""
-    present = np.flatnonzero(~np.isnan(signal).any(0))
-    if len(present) == len(atlas):
-        return signal, atlas
-    rois, networks = (tuple(values[roi] for roi in present) for values in (atlas.rois, atlas.networks))
-    return signal[:, present], Atlas(atlas.name, rois, networks, atlas.coordinates[present])
+    missing = np.isnan(signal).any(0)
+    return (signal[:, ~missing], atlas.without(missing)) if missing.any() else (signal, atlas)
 
 
 def _item(signal: np.ndarray, atlas: Atlas) -> dict[str, Any]:
@@ -268,9 +271,10 @@ class MixedWindows(torch.utils.data.Dataset):
         usable = np.flatnonzero(scans.table["frames"].to_numpy() >= length)
         if not len(usable):
             raise ValueError(f"expected a scan of at least {length} frames to mix windows of, got none")
-        self.scans = [(scans.signal(int(scan)), scans.atlas(int(scan))) for scan in usable]
-        self.subjects = scans.table["subject"].to_numpy()[usable]
-        self.groups = {name: [s for s, atlas in self.scans if atlas.name == name] for name in scans.atlases}
+        self.scans = scans.select(usable)
+        self.groups = {name: rows.to_numpy() for name, rows in self.scans.table.groupby("atlas")["atlas"].groups.items()}
+        # the signals that were read last
+        self._read: dict[int, np.ndarray] = {}
         self.length, self.cohort, self.size, self.seed, self.max_rois = length, cohort, size, seed, max_rois
         self._fingerprint = f"{scans.fingerprint} {length} {size} {seed} {max_rois} {cohort.mean.tobytes().hex()}"
 
@@ -287,21 +291,21 @@ class MixedWindows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, index))
         scan = int(rng.integers(len(self.scans)))
-        signal, atlas = self.scans[scan]
-        mixed = self._window(signal, rng) if rng.uniform() < PLAIN_SHARE else self._mixture(signal, atlas, rng)
+        atlas = self.scans.atlas(scan)
+        mixed = self._window(scan, rng) if rng.uniform() < PLAIN_SHARE else self._mixture(scan, atlas, rng)
         mixed, atlas = _present(mixed / mixed.std(0), atlas)
         chosen = np.sort(rng.permutation(mixed.shape[1])[: self.max_rois])
         return {
             "signal": mixed[:, chosen].astype(np.float32),
             "coordinates": atlas.coordinates[chosen],
             "descriptors": self.cohort.z_scores(self.cohort.describe(mixed, atlas)).astype(np.float32),
-            "subject": self.subjects[scan],
+            "subject": self.scans.table.at[scan, "subject"],
         }
 
-    def _mixture(self, signal: np.ndarray, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
+    def _mixture(self, scan: int, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
         group = self.groups[atlas.name]
         share = rng.uniform() if rng.uniform() < 0.75 else 1.0
-        mixed = np.sqrt(share) * self._window(signal, rng)
+        mixed = np.sqrt(share) * self._window(scan, rng)
         mixed = mixed + np.sqrt(1 - share) * self._window(group[rng.integers(len(group))], rng)
         mixed += self._sources(atlas, rng)
         return mixed + rng.uniform(0, 0.5) * rng.uniform(0, 1, mixed.shape[1]) * rng.standard_normal(mixed.shape)
@@ -311,15 +315,23 @@ class MixedWindows(torch.utils.data.Dataset):
         count = rng.integers(4)
         series = np.zeros((self.length, count))
         for column in range(count):
-            window = self._window(self.scans[rng.integers(len(self.scans))][0], rng)
+            window = self._window(rng.integers(len(self.scans)), rng)
             series[:, column] = np.nan_to_num(window[:, rng.integers(window.shape[1])])
         members = membership(atlas)
         weights = rng.normal(0, 0.4, (members.shape[1], count)) * (rng.uniform(size=(members.shape[1], count)) < 0.4)
         return series @ (members @ weights).T
 
-    def _window(self, signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _window(self, scan: int, rng: np.random.Generator) -> np.ndarray:
+        signal = self._signal(int(scan))
         start = rng.integers(len(signal) - self.length + 1)
         return signal[start : start + self.length]
+
+    def _signal(self, scan: int) -> np.ndarray:
+        if scan not in self._read:
+            if len(self._read) == SIGNALS_READ:
+                del self._read[next(iter(self._read))]
+            self._read[scan] = self.scans.signal(scan)
+        return self._read[scan]
 
 
 def collate_signals(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -154,7 +154,8 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         if one not in cohort.names:
             print(f"score {one}: R2 {value:.2f} on subjects left out of each fold")
     if widened:
-        probes = [*descriptor_probes(examples, names), *task_probes(examples, tasks, names)]
+        known = joint.config.score_names
+        probes = [*descriptor_probes(examples, known), *task_probes(examples, tasks, known)]
         reached = fit_summary_tokens(joint, processor, examples.codes[0], probes)
         print(f"summary tokens give {reached:.2f} of the answers' log-odds, to first order")
     if held_out is not None:
