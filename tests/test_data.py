@@ -1,6 +1,5 @@
 """Windows, splits and mixtures of scans."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -135,7 +135,9 @@ def test_several_tasks_and_descriptors_in_one_report(cohort, saved, tasks, tmp_p
 
 
 def test_single_answers_are_shown_under_pseudonyms(cohort, saved, tmp_path) -> None:
-    results = evaluate(saved, cohort, tmp_path / "out", descriptors=True, settings=EvaluationSettings.quick(), show=True)
+    results = evaluate(
+        saved, cohort, tmp_path / "out", descriptors=True, settings=EvaluationSettings.quick(), show=True
+    )
     shown = results["descriptors"]["answers"]
     tested = held_out_subjects(f"made-up-{row:03d}" for row in range(SUBJECTS))
     assert {answer["subject"] for answer in shown} == {each["subject"] for each in results["codec"]["subjects"]}
@@ -163,7 +165,9 @@ def test_held_out_subjects_are_those_of_every_program(cohort, saved, tasks, tmp_
     results = evaluate(saved, cohort, tmp_path / "hash", tasks[:1], settings=FEW)
     assert results["data"]["test_subjects"] == [len(held_out_subjects(everyone))]
     splits = tmp_path / "splits.csv"
-    splits.write_text("subject,split\n" + "".join(f"{name},{'test' if name[-1] in '01' else 'train'}\n" for name in everyone))
+    splits.write_text(
+        "subject,split\n" + "".join(f"{name},{'test' if name[-1] in '01' else 'train'}\n" for name in everyone)
+    )
     split = SplitArguments(splits=str(splits))
     results = evaluate(saved, cohort, tmp_path / "file", tasks[:1], split=split, settings=FEW)
     assert results["data"]["test_subjects"] == [6] and results["data"]["training_subjects"] == [18]
@@ -191,7 +195,10 @@ def test_a_site_of_one_class_is_named_and_left_out_of_the_auc_within_sites(saved
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [({"group": ["x", *"ab" * 11, "b"]}, "expected one of a, b, got 'x' in row 0"), ({"group": ["a"] * 24}, "only 'younger'")],
+    [
+        ({"group": ["x", *"ab" * 11, "b"]}, "expected one of a, b, got 'x' in row 0"),
+        ({"group": ["a"] * 24}, "only 'younger'"),
+    ],
 )
 def test_unusable_labels_are_refused_before_anything_is_written(saved, tasks, tmp_path, labels, message) -> None:
     cohort = write_cohort(tmp_path / "labels", **labels)

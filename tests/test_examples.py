@@ -24,9 +24,7 @@ MODEL = "runs/demo/model"
 
 
 @pytest.fixture
-def run(
-    in_small_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., str]:
+def run(in_small_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a script with its arguments in the small world; returns what it prints."""
 
     def run(script: str, *arguments: str) -> str:
