@@ -143,7 +143,8 @@ class ScanChats:
 
     def __init__(self, examples: Examples, tasks: Sequence[Task], mixture: Mixture):
         self.examples, self.mixture = examples, mixture
-        labels = [labels_of(task, examples.rows) for task in tasks]
+        # held-out subjects may all have one
+        labels = [labels_of(task, examples.rows, least=0) for task in tasks]
         self.labels = [
             [(task, values[row]) for task, values in zip(tasks, labels, strict=True) if values[row] is not None]
             for row in range(len(examples))
