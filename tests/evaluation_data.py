@@ -23,7 +23,7 @@ AGE = Task("made_up_age", "age", ("How old?",), range=(20, 40), unit="years")
 AGE_GROUP = Task(
     "made_up_age_group", "age", ("How old?",), {"young": "young", "old": "old"}, (20, 40), "years", cuts=(30,)
 )
-SUBJECTS, FRAMES = 24, 40
+SUBJECTS, FRAMES = 24, 24
 ATLAS = labelled_atlas()
 
 

@@ -1,16 +1,17 @@
 """Scans and codes that several test files make, and a place to run in without this package."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
+from datasets import Array2D, Dataset, Features, Value
 from packaging.requirements import Requirement
 
 from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.training.data.dataset import Scans
 
 
 def atlas(name: str = "small", rois: int = 9) -> Atlas:
@@ -59,12 +60,26 @@ def confounds_table(seed: int, frames: int) -> pd.DataFrame:
     return table
 
 
-def prepared(subject: str, dataset: str = "study", frames: int = 40, of: Atlas | None = None, seed: int = 0):
-    """A scan of noise with some memory: [frames, rois]."""
-    from fmrilm.training.data.dataset import PreparedScan
+def noise_signal(subject: str, frames: int = 40, of: Atlas | None = None, seed: int = 0) -> np.ndarray:
+    """Noise with some memory: float32 [frames, rois]."""
+    return noise(subject, frames, len(of or atlas()), seed)
 
+
+def noise_scans(*subjects: str, frames: int = 40, of: Atlas | None = None, seed: int = 0) -> Scans:
+    """A scan of each subject as training reads it, in memory."""
     of = of or atlas()
-    return PreparedScan(noise(subject, frames, len(of), seed), of, dataset, subject, "1")
+    signals = [noise_signal(subject, frames, of, seed) for subject in subjects]
+    return scans_of(signals, of, subject=list(subjects))
+
+
+def scans_of(signals: Sequence[np.ndarray], of: Atlas, **columns: list) -> Scans:
+    """Scans of these signals [time, rois], in memory; columns: of the table."""
+    features = Features({"signal": Array2D((None, len(of)), "float32"), "frames": Value("int64")})
+    frames = [len(signal) for signal in signals]
+    part = Dataset.from_dict({"signal": list(signals), "frames": frames}, features).with_format("numpy")
+    known = {"subject": [f"p{row}" for row in range(len(signals))], "dataset": "study", "session": None, **columns}
+    table = pd.DataFrame({**known, "atlas": of.name, "row": range(len(signals)), "frames": frames})
+    return Scans({of.name: part}, table, {of.name: of}, patch_length=4)
 
 
 def noise(subject: str, frames: int, rois: int, seed: int = 0) -> np.ndarray:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from evaluation_data import AGE, GROUP, build_model, encoded
 
-from evaluation_data import GROUP, AGE, build_model, encoded
 from fmrilm.processors import FMRI_END, FMRI_START, FmriLMProcessor
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import description, family

@@ -7,12 +7,10 @@ subjects. Regressions work with the Gram matrix [rows, rows] of the features, ho
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from nilearn.connectome import ConnectivityMeasure
-from sklearn.base import BaseEstimator
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from fmrilm.processors.descriptors.networks import NETWORKS, correlation, membership, network_series, standardize
@@ -33,6 +31,9 @@ INNER_FOLDS = 5
 LARGEST_CORRELATION = 0.999
 # of a correlation matrix towards the identity, so that it has a logarithm
 SHRINKAGE = 0.3
+# of the geometric mean, by the norm of its gradient over the number of its cells
+MEAN_TOLERANCE = 1e-6
+MEAN_ITERATIONS = 10
 COVARIATES = ("site", "sex", "age", "mean_fd")
 BASELINES = ("majority", "covariates", "fc_ridge", "tangent_ridge", "codes_ridge")
 
@@ -122,25 +123,35 @@ def fisher_z(matrices: np.ndarray, training: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), mean, values)
 
 
-class _Given(BaseEstimator):
-    """Covariance matrices in place of series, for nilearn."""
-
-    def fit(self, X: np.ndarray, y: None = None) -> "_Given":
-        self.covariance_ = X
-        return self
-
-
 def tangent(matrices: np.ndarray, training: np.ndarray) -> np.ndarray:
     """
     Tangent-space features float32 [scans, rois * (rois + 1) / 2] at the geometric mean of the training rows, of
-    correlations [scans, rois, rois] shrunk towards the identity. ROIs that a scan lacks are what the others predict.
+    correlations [scans, rois, rois] shrunk towards the identity, as nilearn's ConnectivityMeasure(kind="tangent")
+    makes them. ROIs that a scan lacks are what the others predict.
     """
-    shrunk = (1 - SHRINKAGE) * matrices.astype(np.float64) + SHRINKAGE * np.eye(matrices.shape[-1])
-    mean = np.nan_to_num(_nanmean(shrunk[training])) + 1e-6 * np.eye(matrices.shape[-1])
-    filled = [_fill(matrix, mean) for matrix in shrunk]
-    measure: Any = ConnectivityMeasure(cov_estimator=_Given(), kind="tangent", vectorize=True, standardize=False)
-    measure.fit([filled[row] for row in training])
-    return measure.transform(filled).astype(np.float32)
+    rois = matrices.shape[-1]
+    shrunk = (1 - SHRINKAGE) * matrices.astype(np.float64) + SHRINKAGE * np.eye(rois)
+    middle = np.nan_to_num(_nanmean(shrunk[training])) + 1e-6 * np.eye(rois)
+    filled = np.stack([_fill(matrix, middle) for matrix in shrunk])
+    mean = _spectral(np.log, filled[training]).mean(0)
+    mean = _spectral(np.exp, mean)
+    for _ in range(MEAN_ITERATIONS):
+        root, whitening = _spectral(np.sqrt, mean), _spectral(lambda values: values**-0.5, mean)
+        gradient = _spectral(np.log, whitening @ filled[training] @ whitening).mean(0)
+        mean = root @ _spectral(np.exp, gradient) @ root
+        if np.linalg.norm(gradient) / gradient.size < MEAN_TOLERANCE:
+            break
+    whitening = _spectral(lambda values: values**-0.5, mean)
+    logarithms = _spectral(np.log, whitening @ filled @ whitening)
+    upper = np.triu_indices(rois)
+    # a value off the diagonal stands twice in a matrix
+    return (logarithms[:, *upper] * np.where(upper[0] == upper[1], np.sqrt(0.5), 1)).astype(np.float32)
+
+
+def _spectral(function: Callable[[np.ndarray], np.ndarray], matrices: np.ndarray) -> np.ndarray:
+    """A function of the eigenvalues of symmetric matrices [..., n, n]."""
+    values, vectors = np.linalg.eigh(matrices)
+    return (vectors * function(values)[..., None, :]) @ vectors.swapaxes(-1, -2)
 
 
 def _fill(matrix: np.ndarray, mean: np.ndarray) -> np.ndarray:

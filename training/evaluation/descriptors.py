@@ -22,7 +22,7 @@ from fmrilm.processors.descriptors.text import REQUESTS, description, family, pa
 from ..data.splits import Split
 from ..ridge import cross_fitted_ridge
 from .ask import answer_windows, score_windows
-from .metrics import bootstrap, mean_recall, minus
+from .metrics import distributions, estimate, mean_recall
 from .scans import EvaluationScans, encode_noise, pseudonyms
 
 
@@ -152,7 +152,7 @@ def ridge_labels(scans: EvaluationScans, training: np.ndarray, z_scores: np.ndar
 def question_results(answered: Answered, seed: int) -> dict:
     """
     Balanced accuracy by family and condition with 95 % bootstrap intervals over subjects, for the families that were
-    asked about. `subjects` holds each subject's share of right answers, and how often each label was the answer.
+    asked about.
     """
     names, of_subject = np.unique(answered.subjects, return_inverse=True)
     of_descriptor = np.array([family(name) for name in CORE_NAMES])[answered.descriptors]
@@ -172,22 +172,14 @@ def question_results(answered: Answered, seed: int) -> dict:
             key: partial(mean_recall, np.diagonal(table, axis1=1, axis2=2), table.sum(-1))
             for key, table in confusion.items()
         }
-        everyone = np.arange(asked.sum())
-        found = {key: bootstrap(recall, everyone, seed=seed) for key, recall in recalls.items()}
-        difference = bootstrap(minus(recalls["right"], recalls["shuffled"]), everyone, seed=seed)
-        right = confusion["right"]
+        values = distributions(recalls, np.arange(asked.sum()), seed=seed)
+        found = {key: estimate(each) for key, each in values.items()}
+        difference = estimate(values["right"] - values["shuffled"])
         results[name] = {
             "questions": len(rows),
             **{key: {"accuracy": one["value"], "interval": one["interval"]} for key, one in found.items()},
             "difference": {key: difference[key] for key in ("value", "interval")},
             "beats_shuffled": difference["interval"] is not None and difference["interval"][0] > 0,
-            "subjects": [
-                {
-                    **{key: float(confusion[key][i].trace() / right[i].sum()) for key in ("right", "shuffled")},
-                    "answers": right[i].sum(0).astype(int).tolist(),
-                }
-                for i in range(len(right))
-            ],
         }
     beaten = [name for name in results if name != "all" and results[name]["beats_shuffled"]]
     verdict = (

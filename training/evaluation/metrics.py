@@ -6,7 +6,7 @@ Every metric takes arrays over rows (one answer each) and `weights` [..., rows],
 where the rows that count do not define it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,11 +19,13 @@ CHUNK = 20_000_000
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 
-def bootstrap(statistic: Statistic, subjects: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+def distributions(
+    statistics: Mapping[str, Statistic], subjects: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, np.ndarray]:
     """
-    A statistic and its 95 % percentile interval when subjects are resampled, each with all of its rows: {"value",
-    "interval", "resamples", "undefined_resamples"}. value and interval are None where undefined; resamples that leave
-    the statistic undefined are not in the interval.
+    Values [1 + resamples] of each statistic: of the rows as they are, then when subjects are resampled, each with all
+    of its rows. The resamples are the same for all statistics, and for every call about these subjects, so that the
+    difference of two is that of their values.
 
     Args:
         subjects: whose each row is, [rows].
@@ -32,23 +34,38 @@ def bootstrap(statistic: Statistic, subjects: np.ndarray, resamples: int = RESAM
     if not len(names):
         raise ValueError("expected at least one subject to resample, got none")
     rng = np.random.default_rng(seed)
+    found = {name: [statistic(np.ones((1, len(rows))))] for name, statistic in statistics.items()}
     chunk = max(1, CHUNK // len(rows))
-    sampled = []
     for start in range(0, resamples, chunk):
         counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=min(chunk, resamples - start))
-        sampled.append(statistic(counts[:, rows].astype(float)))
-    sampled = np.concatenate(sampled)
+        weights = counts[:, rows].astype(float)
+        for name, statistic in statistics.items():
+            found[name].append(statistic(weights))
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
+def estimate(values: np.ndarray) -> dict:
+    """
+    {"value", "interval", "resamples", "undefined_resamples"} of values as `distributions` gives them: the 95 %
+    percentile interval. value and interval are None where undefined; resamples that leave the statistic undefined are
+    not in the interval.
+    """
+    value, sampled = values[0], values[1:]
     defined = sampled[~np.isnan(sampled)]
-    value = float(statistic(np.ones(len(rows))))
     interval = None
     if len(defined) and not np.isnan(value):
         interval = [float(bound) for bound in np.quantile(defined, [0.025, 0.975])]
     return {
-        "value": None if np.isnan(value) else value,
+        "value": None if np.isnan(value) else float(value),
         "interval": interval,
-        "resamples": resamples,
-        "undefined_resamples": resamples - len(defined),
+        "resamples": len(sampled),
+        "undefined_resamples": len(sampled) - len(defined),
     }
+
+
+def bootstrap(statistic: Statistic, subjects: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+    """The `estimate` of one statistic."""
+    return estimate(distributions({"": statistic}, subjects, resamples, seed)[""])
 
 
 def accuracy(truth: np.ndarray, answers: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -203,11 +220,6 @@ def calibration_curve(truth: np.ndarray, answers: Sequence[np.ndarray]) -> list[
 def among(statistic: Statistic, rows: np.ndarray) -> Statistic:
     """The statistic of some rows alone, bool [rows]."""
     return lambda weights: statistic(weights * rows)
-
-
-def minus(statistic: Statistic, other: Statistic) -> Statistic:
-    """The difference of two statistics over the same resamples."""
-    return lambda weights: statistic(weights) - other(weights)
 
 
 def _likeliest(probabilities: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .baselines import BASELINES
-from .metrics import Statistic, among, bootstrap, calibration_curve, minus, statistics
+from .metrics import among, calibration_curve, distributions, estimate, statistics
 from .scans import Labelled
 
 
@@ -42,21 +42,28 @@ def summarize(
                 found[name, shots, variant] = np.asarray(truth)[rows], [each[key] for each in merged]
         failures[name, shots, ""] = sum(int(each["failures"].sum()) for each in merged if "failures" in each)
     has_other = shuffled >= 0
+    others = np.where(has_other, shuffled, 0)
+    values = {key: distributions(statistics(*both, sites), subjects) for key, both in found.items()}
     entries = []
-    for (name, shots, variant), (truth, given) in found.items():
-        right = statistics(truth, given, sites)
-        comparisons: dict[str, dict[str, Statistic]] = {"right": right}
+    for key, (truth, given) in found.items():
+        name, shots, variant = key
+        right = values[key]
+        comparisons = {"right": right}
         if has_other.any():
             # the scans change places, and their answers with them: nothing has to be asked again
-            other = statistics(truth, [each[np.where(has_other, shuffled, 0)] for each in given], sites)
-            comparisons["shuffled"] = {key: among(value, has_other) for key, value in other.items()}
-            comparisons["minus shuffled"] = {key: among(minus(right[key], other[key]), has_other) for key in right}
+            other, own = (
+                distributions({one: among(each, has_other) for one, each in measured.items()}, subjects)
+                for measured in (
+                    statistics(truth, [each[others] for each in given], sites),
+                    statistics(truth, given, sites),
+                )
+            )
+            comparisons |= {"shuffled": other, "minus shuffled": {one: own[one] - other[one] for one in own}}
         for baseline in BASELINES if name not in BASELINES and variant != "uncalibrated" else ():
             places = [(baseline, count, kind) for kind in (variant, "") for count in (shots, FULL)]
             place = next((each for each in places if each in found and found[each][0].dtype == truth.dtype), None)
             if place is not None:
-                beside = statistics(truth, found[place][1], sites)
-                comparisons[f"minus {baseline}"] = {key: minus(right[key], beside[key]) for key in right}
+                comparisons[f"minus {baseline}"] = {one: right[one] - values[place][one] for one in right}
         entries.append(
             {
                 "condition": name,
@@ -64,10 +71,10 @@ def summarize(
                 "variant": variant,
                 "resamples": len(given),
                 "scans": len(truth),
-                "parse_failures": failures.get((name, shots, variant), 0),
+                "parse_failures": failures.get(key, 0),
                 "metrics": {
-                    comparison: {key: bootstrap(statistic, subjects) for key, statistic in values.items()}
-                    for comparison, values in comparisons.items()
+                    comparison: {one: estimate(each) for one, each in measured.items()}
+                    for comparison, measured in comparisons.items()
                 },
                 "calibration": None if truth.dtype.kind == "f" else calibration_curve(truth, given),
             }
