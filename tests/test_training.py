@@ -87,7 +87,9 @@ def test_lora_trains_attention_and_what_a_scan_passes_through(backbone: str, tin
     codec = copy.deepcopy(model.model.codec.state_dict())
     adapted = add_lora(model, 2)
     trainable = {name for name, value in adapted.named_parameters() if value.requires_grad}
-    whole = {f"projector.modules_to_save.default.{name}" for name, _ in tiny_model().model.projector.named_parameters()}
+    whole = {
+        f"projector.modules_to_save.default.{name}" for name, _ in tiny_model().model.projector.named_parameters()
+    }
     whole |= {f"fmri_head.modules_to_save.default.{name}" for name in ("proj.weight", "frequencies")}
     whole |= {"boundaries.modules_to_save.default.weight"}
     layer = "causal_lm.model.layers.{}.self_attn.{}.lora_{}.default.weight"

@@ -123,9 +123,7 @@ class Mixture:
     paragraphs: int | None = 2
 
 
-def instruction_rows(
-    examples: Examples, tasks: Sequence[Task], rows: int, mixture: Mixture, seed: int
-) -> Dataset:
+def instruction_rows(examples: Examples, tasks: Sequence[Task], rows: int, mixture: Mixture, seed: int) -> Dataset:
     """Stage 3: `rows` chats. Every window comes once before any comes again; one without a question never does."""
     chats = ScanChats(examples, tasks, mixture)
     if not len(chats.known):
