@@ -40,6 +40,10 @@ CHATS = {"window_stride": 4, "paragraphs": 1, "mixtures": 4, "lora_r": 2, "lora_
 STAGES = {
     "codec": {
         "window_length": 16,
+        "window_stride": 4,
+        "mixtures": 4,
+        "num_quantizers": 2,
+        "num_basis_functions": 6,
         "patch_length": 4,
         "tokens_per_patch": 2,
         "codebook_size": 8,

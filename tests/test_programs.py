@@ -27,7 +27,6 @@ from helpers import chats
 from program_runs import CONFIGS, assert_equal_weights, checkpoints, command_line, run, weights
 
 
-
 RUNS = ["alignment", "further", "anew"]
 
 
