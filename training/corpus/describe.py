@@ -19,10 +19,10 @@ from fmrilm.processors.descriptors.measures import FAMILIES, describe, descripto
 from fmrilm.processors.descriptors.networks import standardize
 from fmrilm.processors.descriptors.questions import Questioner
 
-from ..data.card import corpus_card
 from ..data.parallel import run_parallel
 from ..data.prepare import ATLASES
 from ..data.shards import content_version, write_whole
+from .card import corpus_card
 from .source import Source, test_subjects_of
 from .writer import CorpusSettings, CorpusWriter, Shard, plan_shards
 
