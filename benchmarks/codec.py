@@ -26,7 +26,7 @@ from sklearn.model_selection import GroupKFold, StratifiedKFold
 
 from fmrilm import Atlas, FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor
 from fmrilm.modeling_fmricodec import FmriCodecSummary
-from fmrilm.training.codec.fit import fit_codec, fit_spatial_basis, fit_summary, fit_transform, present
+from fmrilm.training.codec.fit import fit_codec, fit_summary, fit_transform, present
 from fmrilm.training.codec.metrics import fc_correlation, r_squared
 
 
