@@ -217,12 +217,9 @@ def test_weights_missing_from_a_file_start_as_in_a_new_model(built, tmp_path: Pa
 def test_casts_keep_a_working_model_and_every_code_and_score(dtype: torch.dtype, built, tmp_path: Path) -> None:
     expected, is_joint = answer(built), isinstance(built, FmriLMForConditionalGeneration)
     exact = {name: value.clone() for name, value in built.state_dict().items() if is_exact(name, is_joint)}
-    scan = {
-        name: value
-        for name, value in inputs_of(built.model.codec if is_joint else built).items()
-        if "mask" in name or "fmri" in name or "roi" in name
-    }
-    codec_codes = (built.model if is_joint else built).get_fmri_codes(**scan) if is_joint else built.encode(**scan)
+    inputs = inputs_of(built.model.codec if is_joint else built)
+    scan = {name: inputs[name] for name in ("fmri_values", "roi_coordinates", "fmri_mask")}
+    codec_codes = built.model.get_fmri_codes(**scan) if is_joint else built.encode(**scan)
     scores = built.model.get_fmri_scores(codec_codes) if is_joint else None
     built.save_pretrained(tmp_path / "full")
     loaded = type(built).from_pretrained(tmp_path / "full", dtype=dtype)
