@@ -287,7 +287,8 @@ class ResidualVectorQuantizer(nn.Module):
             `dropout` of the rows gets the sum of a random prefix of the levels.
         """
         valid = z.detach()[mask]
-        if self.training and not self.started:
+        moving = self.training and bool(self.started)
+        if self.training and not moving:
             self.start(gather_rows(valid)[0])
         codes = self.encode(z)
         kept = torch.full((len(z),), self.num_quantizers, device=z.device)
@@ -298,7 +299,7 @@ class ResidualVectorQuantizer(nn.Module):
         for level, codebook in enumerate(self.codebooks):
             vectors = codebook[codes[..., level]]
             loss = loss + F.mse_loss(residual[mask], vectors[mask])
-            if self.training:
+            if moving:
                 self.update(level, residual.detach()[mask], codes[mask][:, level])
             residual = residual - vectors
             quantized = quantized + vectors * (level < kept)[:, None, None]
@@ -638,6 +639,12 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
         "descriptor_head",
         "alignment_head",
     ]
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """What a language model has beside these two, its codec has no need of: it is small, and stays in float32."""
+        if requested_attention not in (None, "eager", "sdpa"):
+            requested_attention = "sdpa"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FmriCodecPreTrainedModel":
         """Follows the model it is a part of to other devices, but stays in float32."""

@@ -31,7 +31,7 @@ from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.hub.model_card import fill_card
 from fmrilm.training.report.scan_report import write_scan_report
-from helpers import atlas, prepared
+from helpers import atlas, noise_signal
 
 
 PERSON, FOLDER, DATE, HEADER = "zqperson", "zqfolder", "1987-06-05", "zqheader"
@@ -47,7 +47,7 @@ def write_scans(folder: Path, of: Atlas) -> Path:
         rows = csv.writer(handle)
         rows.writerow(["path", "subject", "tr"])
         for number in range(PEOPLE):
-            series = prepared(f"p{number}", frames=FRAMES, of=of).signal
+            series = noise_signal(f"p{number}", FRAMES, of)
             image = nib.Nifti1Image((1000 + 10 * series).T[:, None, None].astype(np.float32), np.eye(4))
             image.header.set_zooms((1, 1, 1, 2.0))
             image.header.set_xyzt_units("mm", "sec")

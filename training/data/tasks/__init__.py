@@ -51,12 +51,13 @@ class Task:
     """
     A question about the subject of a scan.
 
-    column: holds the labels. other_columns: names that it may have instead. questions: paraphrases. choices: value in the column (in any case) to the answer, in
-    the answers' order; none if the answer is a number. cuts: upwards, where the column holds numbers and a choice is a
-    range of them; a number on a cut belongs to the upper one. range: least and largest number, in `unit`. decimals: of
-    a number as an answer. left_out: values of subjects who are not asked about. per_session: the label may differ
-    between sessions of a subject. per_scan: also between scans of a session. title: what an open-ended answer calls it. reveals: words that give the answer away,
-    beside the choices, their values and the unit. about: sentence that may stand before the question.
+    column: holds the labels. other_columns: names that it may have instead. questions: paraphrases. choices: value in
+    the column (in any case) to the answer, in the answers' order; none if the answer is a number. cuts: upwards, where
+    the column holds numbers and a choice is a range of them; a number on a cut belongs to the upper one. range: least
+    and largest number, in `unit`. decimals: of a number as an answer. left_out: values of subjects who are not asked
+    about. per_session: the label may differ between sessions of a subject. per_scan: also between scans of a session.
+    title: what an open-ended answer calls it. reveals: words that give the answer away, beside the choices, their
+    values and the unit. about: sentence that may stand before the question.
     """
 
     name: str
@@ -230,10 +231,10 @@ def _texts(name: str, value: Any) -> list[str]:
 Rows = Dataset | Sequence[Mapping[str, Any]]
 
 
-def labels_of(task: Task, rows: Rows) -> list[Label | None]:
+def labels_of(task: Task, rows: Rows, least: int = 2) -> list[Label | None]:
     """
     The label of each row, None where there is none. ValueError that names the rows: an unknown value, a number outside
-    the range, labels that differ between sessions of a subject; a column that is missing; fewer than two classes.
+    the range, labels that differ between sessions of a subject; a column that is missing; fewer than `least` classes.
     """
     labels, unreadable = [], defaultdict(list)
     names = column_names(rows)
@@ -252,7 +253,7 @@ def labels_of(task: Task, rows: Rows) -> list[Label | None]:
         raise ValueError(f"task {task.name!r}, column {task.column!r}: {'; '.join(reasons[:SHOWN])}{more}")
     _check_agreement(task, labels, rows)
     classes = sorted({task.answer(label) for label in labels if label is not None})
-    if len(classes) < 2:
+    if len(classes) < least:
         labelled = [row for row, label in enumerate(labels) if label is not None]
         got = f"only {classes[0]!r} in {_named(labelled)}" if classes else f"no label in {len(labels)} rows"
         raise ValueError(f"task {task.name!r}, column {task.column!r}: expected at least two classes, got {got}")
