@@ -28,7 +28,13 @@ task = load_task(options.task)
 print(f"{task.name}: {task.questions[0]} {' / '.join(task.choice_words)}")
 settings = EvaluationSettings(conditions=("zero-shot", "majority", "fc_ridge"))
 results = evaluate(
-    options.model, options.prepared, options.output, [options.task], folds=options.folds, new_subjects=True, settings=settings
+    options.model,
+    options.prepared,
+    options.output,
+    [options.task],
+    folds=options.folds,
+    new_subjects=True,
+    settings=settings,
 )
 rows = table(results).query("comparison == 'right' and variant == ''")
 print(rows[["condition", "shots", "metric", "value", "low", "high"]].to_string(index=False))

@@ -6,8 +6,8 @@
 #     python examples/finetune_labels.py --scans scans/ --labels labels.csv --task sex --atlas aal2-94 --tr 0.72
 #
 # `scans/` holds one file a subject (`s01.npy`, `s01.nii.gz`, ...) or is an fMRIPrep folder. `labels.csv` has a column
-# `subject` and the task's column. A task is a packaged one (`sex`, `handedness`, ...) or a YAML file of your own. These
-# are the calls of `fmrilm prepare`, `fmrilm train sft` and `fmrilm evaluate`.
+# `subject` and the task's column. A task is a packaged one (`sex`, `handedness`, ...) or a YAML file of your own. The
+# commands `fmrilm prepare`, `fmrilm train sft` and `fmrilm evaluate` do the same.
 
 # %%
 import argparse

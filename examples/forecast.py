@@ -45,5 +45,6 @@ def correlation(guess: np.ndarray) -> float:
 
 
 print(f"context {context * options.tr:.0f} s, forecast {options.seconds:g} s: [frames, rois] {forecast.shape}")
-print(f"correlation with the truth: {correlation(forecast):+.2f} (last frame repeated: {correlation(persistence):+.2f})")
+print(f"correlation with the truth: {correlation(forecast):+.2f}")
+print(f"correlation of the last frame, repeated: {correlation(persistence):+.2f}")
 print(f"standard deviation between samples: {np.nanmean(samples.std(0)):.2f} z-scores")

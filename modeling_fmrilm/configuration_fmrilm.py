@@ -39,6 +39,7 @@ CODEC_SIZES = {
     },
 }
 
+
 class FmriCodecConfig(PreTrainedConfig):
     """
     Configuration of [`FmriCodecModel`]. The defaults are the release's: 16 tokens of 8 levels of 512 codes, 1,152

@@ -300,7 +300,7 @@ class Atlas:
         for what, values in (("ROI name", rois), ("label", labels)):
             if len(set(values)) < len(values):
                 repeated = next(value for value in values if values.count(value) > 1)
-                raise ValueError(f"atlas {self.name!r}: {what} {repeated!r} stands twice, expected it once")
+                raise ValueError(f"atlas {self.name!r}: {what} {repeated!r} is there twice, expected once")
         if min(labels) < 1:
             raise ValueError(f"atlas {self.name!r}: expected labels >= 1 (0 is background), got {min(labels)}")
         coordinates.setflags(write=False)

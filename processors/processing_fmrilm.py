@@ -32,7 +32,7 @@ _TOKENIZER_OPTIONS = (
     "sanitize_control_tokens",
 )
 
-# What the assistant has to produce, end token included, stands between the generation tags, which TRL looks for.
+# What the assistant has to produce, end token included, is between the generation tags, which TRL looks for.
 _MESSAGES = """\
 {%- for message in messages -%}
     {{- start + message['role'] + '\\n' -}}
@@ -63,7 +63,7 @@ def add_fmri_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 class FmriLMProcessor(ProcessorMixin):
     """Joins a feature extractor and a tokenizer.
 
-    A scan stands in the text as a start token, `patches * tokens_per_patch` pad tokens, `summary_tokens` summary
+    A scan in the text is a start token, `patches * tokens_per_patch` pad tokens, `summary_tokens` summary
     tokens and an end token.
 
     Args:
@@ -104,7 +104,7 @@ class FmriLMProcessor(ProcessorMixin):
         return files
 
     def scan_text(self, tokens: int) -> str:
-        """A scan of that many latent tokens as it stands in a text."""
+        """A scan of that many latent tokens in a text."""
         return FMRI_START + FMRI_PAD * tokens + FMRI_SUMMARY * self.summary_tokens + FMRI_END
 
     @property
@@ -341,7 +341,7 @@ class FmriLMProcessor(ProcessorMixin):
         texts = []
         for block in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             if block["type"] == "fmri":
-                # without a number of tokens, one stands for all
+                # without a number of tokens, one is the placeholder of all
                 texts.append(self.scan_text(block.get("tokens") or 1))
             elif block["type"] == "text":
                 texts.append(block["text"] if special is None else mark_control_tokens(block["text"], special))
@@ -411,7 +411,7 @@ def _refuse_typed(texts: Iterable[str | None]) -> None:
         for token in FMRI_TOKENS:
             if text is not None and token in text:
                 raise ValueError(
-                    f"typed placeholder: {token} stands in the text by itself; in a chat, scans go into blocks "
+                    f"typed placeholder: {token} is in the text by itself; in a chat, scans go into blocks "
                     '{"type": "fmri", "fmri": scan}, elsewhere one placeholder block stands for each scan'
                 )
 

@@ -71,7 +71,7 @@ class Volumes:
         slope, inter: stored value * slope + inter is the value meant.
         source: path, bytes, or the array itself.
         cifti: the file is a CIFTI matrix, not an image.
-        tr_from: where the TR stands.
+        tr_from: where the TR was found: the header, or the name of a sidecar.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Volumes:
             for _ in range(frames):
                 _fill(stream, target)
                 yield volume
-            # at the end of compressed data stands their checksum
+            # compressed data end with their checksum
             stream.read(1)
 
 

@@ -32,7 +32,6 @@ SHARED = {
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,
     "logging_steps": 1,
-    "held_out_share": 0.34,
     "disable_tqdm": "true",
     "use_cpu": "true",
     "bf16": "false",
@@ -41,6 +40,10 @@ CHATS = {"window_stride": 4, "paragraphs": 1, "mixtures": 4, "lora_r": 2, "lora_
 STAGES = {
     "codec": {
         "window_length": 16,
+        "window_stride": 4,
+        "mixtures": 4,
+        "num_quantizers": 2,
+        "num_basis_functions": 6,
         "patch_length": 4,
         "tokens_per_patch": 2,
         "codebook_size": 8,
@@ -71,7 +74,7 @@ def make_folders(
             handedness = "left" if subject % 3 == 1 else "right"
             writer.writerow([f"{subject}.npy", f"p{subject}", "AB"[subject % 2], 2.0, handedness])
     prepare(find_scans(root / "manifest.csv"), root / "prepared", str(root / "net.tsv"), Preparation())
-    settings = CorpusSettings(test_share=0.34, statements=1, questions=3)
+    settings = CorpusSettings(statements=1, questions=3)
     describe_dataset(load_source(str(root / "prepared")), root / "corpus", settings)
     codec.save_pretrained(root / "codec")
     FmriLMFeatureExtractor(patch_length=4, window_length=16).save_pretrained(root / "codec")

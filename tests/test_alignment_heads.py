@@ -26,9 +26,7 @@ GRADIENT_REACHES = {
 
 @pytest.fixture(scope="module", params=["latent", "roi"])
 def codec(request: pytest.FixtureRequest, make_codec: MakeCodec) -> FmriCodecModel:
-    return make_codec(
-        token_layout=request.param, descriptor_names=["a", "b"], text_hidden_size=12, alignment_size=5
-    )
+    return make_codec(token_layout=request.param, descriptor_names=["a", "b"], text_hidden_size=12, alignment_size=5)
 
 
 def batch(seed: int = 1) -> dict[str, torch.Tensor]:

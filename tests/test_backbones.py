@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from fmrilm.modeling_fmrilm import check_backbone
+from fmrilm.modeling_fmrilm import SUMMARY_NOISE, check_backbone
 from scan_rows import LONG, SHORT, Model, choice_scores, codes, ids, pad, positions
 
 
@@ -138,9 +138,8 @@ def test_scans_enter_at_the_size_of_what_the_embedding_module_returns(pair: tupl
     words = plain.get_input_embeddings()(torch.arange(plain.config.vocab_size))
     size = words.pow(2).mean().sqrt()
     assert torch.allclose(model.model.get_fmri_features(codes(LONG)).pow(2).mean().sqrt(), size, rtol=0.05)
-    # standardised scores
-    summaries = model.model.summary(torch.randn(50, 2))
-    assert torch.allclose(summaries.pow(2).mean().sqrt(), size, rtol=0.3)
+    around = model.model.summary.output_proj.bias.unflatten(-1, (2, -1)) - words.mean(0)
+    assert torch.allclose(around.pow(2).mean().sqrt(), SUMMARY_NOISE * size, rtol=0.4)
 
 
 @pytest.mark.parametrize(

@@ -237,16 +237,16 @@ def test_answers_are_the_labels_and_levels_of_the_scan() -> None:
         row = rows[window_of(chat["codes"][0])]
         assert len(chat["codes"]) == 1 and chat["text"] is None
         stated += check_claims(chat, levels)
-        for question, answer in zip(asked(chat), texts(chat)[1::2], strict=True):
-            if question in OF_QUESTION:
-                assert answer == OF_QUESTION[question].answer(row[OF_QUESTION[question].column])
-                seen.add((OF_QUESTION[question].name, question))
-            elif question in REQUESTS:
+        for text, answer in zip(asked(chat), texts(chat)[1::2], strict=True):
+            if text in OF_QUESTION:
+                assert answer == OF_QUESTION[text].answer(row[OF_QUESTION[text].column])
+                seen.add((OF_QUESTION[text].name, text))
+            elif text in REQUESTS:
                 statements = {task.statement(row[task.column]).lower() for task in TASKS.values()}
                 said = re.split(r"\. ", answer.removesuffix(".").lower())
                 assert set(said) <= statements and len(said) == len({task.column for task in TASKS.values()})
             else:
-                assert question in ASKED or question in SCAN_REQUESTS
+                assert text in ASKED or text in SCAN_REQUESTS
     assert {name for name, _ in seen} == set(TASKS) and len(seen) > 2 * len(TASKS) and stated > 100
 
 
@@ -287,17 +287,17 @@ def test_comparisons_of_a_corpus_come_last_with_their_own_scans() -> None:
     for chat in instructed(rows, tasks, 200, weights=[0.3, 0.5, 0.2], questions=4):
         blocks = [[block["type"] for block in message["content"]].count("fmri") for message in chat["messages"][::2]]
         assert sum(blocks) == len(chat["codes"]) == len(chat["scores"])
-        for place, (question, answer) in enumerate(zip(asked(chat), texts(chat)[1::2], strict=True)):
-            assert blocks[place] == (2 if question == COMPARISON else place == 0)
-            if question == COMPARISON:
+        for place, (text, answer) in enumerate(zip(asked(chat), texts(chat)[1::2], strict=True)):
+            assert blocks[place] == (2 if text == COMPARISON else place == 0)
+            if text == COMPARISON:
                 compared += 1
                 assert place == len(blocks) - 1
                 own, other = map(window_of, chat["codes"][-2:])
                 assert answer == "first" and other == (own + 1) % SCANS and window_of(chat["codes"][0]) == own
-            if question == SINGLE:
+            if text == SINGLE:
                 # about no descriptor that was asked for, whose level in the window may be another
                 assert place == len(blocks) - 1
-                assert not {ASKED.get(text) for text in asked(chat)[:-1]} & set(CORE_NAMES[:40])
+                assert not {ASKED.get(each) for each in asked(chat)[:-1]} & set(CORE_NAMES[:40])
     assert compared > 20
     # one with a scan that is not there is left out
     without = [row for number, row in enumerate(rows) if number % 2]

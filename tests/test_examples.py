@@ -24,9 +24,7 @@ MODEL = "runs/demo/model"
 
 
 @pytest.fixture
-def run(
-    in_small_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., str]:
+def run(in_small_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a script with its arguments in the small world; returns what it prints."""
 
     def run(script: str, *arguments: str) -> str:
@@ -44,7 +42,8 @@ def test_quickstart_asks_and_reconstructs(run) -> None:
 
 
 def test_labels_of_ones_own_are_learned(run) -> None:
-    said = run("finetune_labels.py", "--scans", "recordings", "--labels", "labels.csv", "--atlas", ATLAS, "--tr", "0.72")
+    scans = ["--scans", "recordings", "--labels", "labels.csv", "--atlas", ATLAS, "--tr", "0.72"]
+    said = run("finetune_labels.py", *scans)
     assert "score sex=" in said and "shuffled" in said and "majority" in said
     assert Path("runs/finetuned/model/model.safetensors").exists()
 

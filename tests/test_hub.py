@@ -283,7 +283,14 @@ def pulled(hub: Hub, place: Path, said: dict) -> dict:
     site.mkdir()
     linked_site(site, "transformers", "torch", "numpy", "scipy", "datasets", "peft", "accelerate")
     process = start(
-        hub, place, "pull", PULL, "-I", "-S", places=[str(site)], commit=commit_of(said["model"]),
+        hub,
+        place,
+        "pull",
+        PULL,
+        "-I",
+        "-S",
+        places=[str(site)],
+        commit=commit_of(said["model"]),
     )
     return torch.load(finish(process, place, "pull"), weights_only=True)
 
@@ -363,7 +370,9 @@ def test_card_names_task_library_and_base(hub: Hub, pulled: dict) -> None:
     assert pulled["task"] == "fmri-text-to-text"
     adapter = ModelCard(hub.files("tester/adapter")["README.md"].decode()).data
     assert (adapter.library_name, adapter.base_model, adapter.base_model_relation) == (
-        "peft", "tester/model", "adapter",
+        "peft",
+        "tester/model",
+        "adapter",
     )
 
 

@@ -189,7 +189,9 @@ def test_answers_follow_the_scores_from_the_start(backbone: str, tiny_model, pro
     probes = [Probe(text, LEVELS, np.zeros((3, 2)), np.zeros(3)) for text in texts]
     before = log_odds(model, processor, probes, codes, np.zeros((1, 2)))[0].reshape(3, 2)
     probes = [
-        dataclasses.replace(probe, slopes=0.02 * rng.standard_normal((3, 2)), intercepts=np.array([0, *odds]) + [0, 0.02, 0])
+        dataclasses.replace(
+            probe, slopes=0.02 * rng.standard_normal((3, 2)), intercepts=np.array([0, *odds]) + [0, 0.02, 0]
+        )
         for probe, odds in zip(probes, before, strict=True)
     ]
     # choices that begin alike: nothing can be asked of their first token

@@ -203,7 +203,7 @@ def trainable(
 
 
 def keep_base(
-    model: "FmriLMForConditionalGeneration | PeftModel", args: TrainingArguments, last: Path | None
+    model: "FmriLMForConditionalGeneration | PeftModel", cohort: "Cohort", args: TrainingArguments, last: Path | None
 ) -> None:
     """Writes a model that is nowhere else to `base/` of a run that begins, for the run's adapters to name."""
     from .checkpoints import output_folder
@@ -211,7 +211,12 @@ def keep_base(
 
     folder = output_folder(args) / "base"
     if last is None and args.should_save:
-        write_folder(folder, lambda part: model.save_pretrained(str(part)))
+
+        def write(part: Path) -> None:
+            model.save_pretrained(str(part))
+            cohort.save(part)
+
+        write_folder(folder, write)
     # a property, which a module's attributes hide
     model.name_or_path = str(folder)  # pyright: ignore[reportArgumentType]
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .data.splits import subject_folds
+
 
 PENALTIES = tuple(10.0**power for power in np.arange(-3, 2.1, 0.5))
-FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,14 @@ def cross_fitted_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.n
     """
     Args:
         features: [rows, features], standardised here. targets: [rows, targets], NaN where unknown.
-        subjects: [rows]; all rows of a subject are in one fold.
+        subjects: [rows]; all rows of a subject are in one fold (see `subject_folds`).
 
     The penalty of each target is the one of `PENALTIES` (of features whose squares sum to one on average) with the
     least out-of-fold error.
     """
-    names, whose = np.unique(np.asarray(subjects), return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"expected at least 2 subjects to fit scores on, got {len(names)}")
-    folds = np.random.default_rng(seed).permutation(len(names))[whose] % min(FOLDS, len(names))
+    if len(set(subjects)) < 2:
+        raise ValueError(f"expected at least 2 subjects to fit scores on, got {len(set(subjects))}")
+    folds = subject_folds(subjects, seed)
     mean, std = features.mean(0), features.std(0)
     scale = 1 / (np.where(std > 1e-8 * std.max(initial=1e-12), std, np.inf) * np.sqrt(features.shape[1]))
     inputs = ((features - mean) * scale).astype(np.float64)

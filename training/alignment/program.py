@@ -118,7 +118,7 @@ def align(
         # an adapter's checkpoint does not hold what it was trained on
         model = load_model(str(output_folder(training_args) / "base"), torch.float32, merge=False)
     if model_args.use_peft:
-        keep_base(model, training_args, last)
+        keep_base(model, cohort, training_args, last)
     texts, held_out_texts = plain_texts()
 
     def draw(of, count, seed):

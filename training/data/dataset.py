@@ -22,6 +22,7 @@ from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.processors.descriptors.networks import membership
 
 from .shards import content_version, write_whole
+from .splits import subject_folds
 
 
 SIGNAL_COLUMNS = ("signal", "censored")
@@ -264,7 +265,8 @@ class MixedWindows(torch.utils.data.Dataset):
     An endless supply of new connectivity patterns from few subjects: item i is sqrt(a) x one random window plus
     sqrt(1-a) x another of the same atlas plus white noise of random size in each ROI, or now and then a window as it
     is, with the descriptors computed from the result, as z-scores. At most `max_rois` ROIs of it, drawn at random, are
-    given. Items depend on (seed, i) alone. `subject` of an item is that of the first window.
+    given. Items depend on (seed, i) alone. Both windows, and all else, are of subjects of one fold of `subject_folds`;
+    `subject` of an item is that of the first window.
     """
 
     def __init__(self, scans: Scans, length: int, cohort: Cohort, size: int, seed: int, max_rois: int | None = None):
@@ -272,7 +274,13 @@ class MixedWindows(torch.utils.data.Dataset):
         if not len(usable):
             raise ValueError(f"expected a scan of at least {length} frames to mix windows of, got none")
         self.scans = scans.select(usable)
-        self.groups = {name: rows.to_numpy() for name, rows in self.scans.table.groupby("atlas")["atlas"].groups.items()}
+        # a mixture is of one fold's subjects: what is fitted without this fold has seen nothing of it
+        self.folds = subject_folds(scans.table["subject"].to_numpy(), seed)[usable]
+        atlases = self.scans.table["atlas"].to_numpy()
+        self.groups = {
+            (name, fold): np.flatnonzero((atlases == name) & (self.folds == fold))
+            for name, fold in set(zip(atlases, self.folds.tolist(), strict=True))
+        }
         # the signals that were read last
         self._read: dict[int, np.ndarray] = {}
         self.length, self.cohort, self.size, self.seed, self.max_rois = length, cohort, size, seed, max_rois
@@ -303,19 +311,20 @@ class MixedWindows(torch.utils.data.Dataset):
         }
 
     def _mixture(self, scan: int, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
-        group = self.groups[atlas.name]
+        group = self.groups[atlas.name, int(self.folds[scan])]
         share = rng.uniform() if rng.uniform() < 0.75 else 1.0
         mixed = np.sqrt(share) * self._window(scan, rng)
         mixed = mixed + np.sqrt(1 - share) * self._window(group[rng.integers(len(group))], rng)
-        mixed += self._sources(atlas, rng)
+        mixed += self._sources(scan, atlas, rng)
         return mixed + rng.uniform(0, 0.5) * rng.uniform(0, 1, mixed.shape[1]) * rng.standard_normal(mixed.shape)
 
-    def _sources(self, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
+    def _sources(self, scan: int, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
         """Zero to three series of other scans' ROIs, shared by the networks at random: [length, rois]."""
         count = rng.integers(4)
         series = np.zeros((self.length, count))
+        group = np.flatnonzero(self.folds == self.folds[scan]) if count else ()
         for column in range(count):
-            window = self._window(rng.integers(len(self.scans)), rng)
+            window = self._window(group[rng.integers(len(group))], rng)
             series[:, column] = np.nan_to_num(window[:, rng.integers(window.shape[1])])
         members = membership(atlas)
         weights = rng.normal(0, 0.4, (members.shape[1], count)) * (rng.uniform(size=(members.shape[1], count)) < 0.4)

@@ -123,9 +123,7 @@ class Mixture:
     paragraphs: int | None = 2
 
 
-def instruction_rows(
-    examples: Examples, tasks: Sequence[Task], rows: int, mixture: Mixture, seed: int
-) -> Dataset:
+def instruction_rows(examples: Examples, tasks: Sequence[Task], rows: int, mixture: Mixture, seed: int) -> Dataset:
     """Stage 3: `rows` chats. Every window comes once before any comes again; one without a question never does."""
     chats = ScanChats(examples, tasks, mixture)
     if not len(chats.known):
@@ -143,7 +141,8 @@ class ScanChats:
 
     def __init__(self, examples: Examples, tasks: Sequence[Task], mixture: Mixture):
         self.examples, self.mixture = examples, mixture
-        labels = [labels_of(task, examples.rows) for task in tasks]
+        # held-out subjects may all have one
+        labels = [labels_of(task, examples.rows, least=0) for task in tasks]
         self.labels = [
             [(task, values[row]) for task, values in zip(tasks, labels, strict=True) if values[row] is not None]
             for row in range(len(examples))

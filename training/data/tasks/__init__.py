@@ -230,10 +230,10 @@ def _texts(name: str, value: Any) -> list[str]:
 Rows = Dataset | Sequence[Mapping[str, Any]]
 
 
-def labels_of(task: Task, rows: Rows) -> list[Label | None]:
+def labels_of(task: Task, rows: Rows, least: int = 2) -> list[Label | None]:
     """
     The label of each row, None where there is none. ValueError that names the rows: an unknown value, a number outside
-    the range, labels that differ between sessions of a subject; a column that is missing; fewer than two classes.
+    the range, labels that differ between sessions of a subject; a column that is missing; fewer than `least` classes.
     """
     labels, unreadable = [], defaultdict(list)
     names = column_names(rows)
@@ -252,7 +252,7 @@ def labels_of(task: Task, rows: Rows) -> list[Label | None]:
         raise ValueError(f"task {task.name!r}, column {task.column!r}: {'; '.join(reasons[:SHOWN])}{more}")
     _check_agreement(task, labels, rows)
     classes = sorted({task.answer(label) for label in labels if label is not None})
-    if len(classes) < 2:
+    if len(classes) < least:
         labelled = [row for row, label in enumerate(labels) if label is not None]
         got = f"only {classes[0]!r} in {_named(labelled)}" if classes else f"no label in {len(labels)} rows"
         raise ValueError(f"task {task.name!r}, column {task.column!r}: expected at least two classes, got {got}")
