@@ -142,7 +142,7 @@ def test_scans_enter_at_the_size_of_what_the_embedding_module_returns(pair: tupl
     scores = torch.randn(200, len(model.config.score_names), generator=torch.Generator().manual_seed(0))
     summaries = model.model.summary(scores) - words.mean(0)
     # two directions drawn at random
-    assert 0.5 < summaries.pow(2).mean().sqrt() / size < 2
+    assert 0.3 < summaries.pow(2).mean().sqrt() / size < 3
 
 
 @pytest.mark.parametrize(
