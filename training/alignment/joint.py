@@ -48,7 +48,7 @@ def join(
     model.generation_config.suppress_tokens = [start, pad, summary, end]
     ends = model.generation_config.eos_token_id or []
     ends = [ends] if isinstance(ends, int) else list(ends)
-    model.generation_config.eos_token_id = sorted({*ends, tokenizer.eos_token_id})
+    model.generation_config.eos_token_id = sorted({*ends, *processor.eos_token_ids})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
