@@ -150,7 +150,10 @@ def _read(shards: list[Path]) -> Dataset:
 def _standardised(rows: Dataset, atlas: Atlas, extractor: FmriLMFeatureExtractor) -> Dataset:
     """Signals as the codec takes them, {"signal", "frames"}, kept in the cache of `datasets`."""
     # `prepare` refused the scans that lack too much
-    settings = {**extractor.to_dict(), "atlases": [atlas.to_dict()], "max_missing_rois": 1.0}
+    # what a signal depends on: not how it is cut afterwards, nor who holds the extractor
+    kept = ("repetition_time", "detrend_order", "clip", "median", "iqr", "cleaning")
+    known = extractor.to_dict()
+    settings = {**{name: known[name] for name in kept}, "atlases": [atlas.to_dict()], "max_missing_rois": 1.0}
     extractor = FmriLMFeatureExtractor.from_dict(settings)
 
     def standardise(row: dict[str, Any]) -> dict[str, Any]:
