@@ -640,6 +640,12 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
         "alignment_head",
     ]
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """What a language model has beside these two, its codec has no need of: it is small, and stays in float32."""
+        if requested_attention not in (None, "eager", "sdpa"):
+            requested_attention = "sdpa"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FmriCodecPreTrainedModel":
         """Follows the model it is a part of to other devices, but stays in float32."""
 

@@ -1,139 +1,171 @@
-"""Baselines are fitted on training subjects alone, and another's scan is of the same dataset and site."""
-
-import dataclasses
-import warnings
+"""Baselines are fitted on training subjects alone, and equal those of the libraries."""
 
 import numpy as np
+import pandas as pd
 import pytest
-from sklearn.linear_model import LogisticRegression, Ridge
+from nilearn.connectome import ConnectivityMeasure
+from sklearn.covariance import ShrunkCovariance
+from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
-from sklearn.preprocessing import StandardScaler
 
+from fmrilm.processors import Atlas
 from fmrilm.training.evaluation import baselines
 from fmrilm.training.evaluation.baselines import (
-    connectivity_features,
-    logistic_regression,
-    majority,
-    ridge_regression,
-    swap_scans,
+    correlations,
+    covariates,
+    fisher_z,
+    ridge_probabilities,
+    ridge_values,
+    shuffle_subjects,
+    tangent,
 )
-from helpers import labelled_atlas, prepared
+from helpers import labelled_atlas
 
 
-def people(rows: int, features: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Two scans of each subject; the first feature tells the class."""
-    rng = np.random.default_rng(seed)
+class Signals:
+    """Scans in memory."""
+
+    def __init__(self, signals: list[np.ndarray], atlases: list[Atlas]):
+        self.signals, self.atlases = signals, atlases
+
+    def __len__(self) -> int:
+        return len(self.signals)
+
+    def signal(self, row: int) -> np.ndarray:
+        return self.signals[row]
+
+    def atlas(self, row: int) -> Atlas:
+        return self.atlases[row]
+
+
+def scans(count: int, of: Atlas | None = None, frames: int = 60) -> Signals:
+    rng, of = np.random.default_rng(0), of or labelled_atlas()
+    mixing = rng.standard_normal((len(of), len(of)))
+    return Signals([rng.standard_normal((frames, len(of))) @ mixing for _ in range(count)], [of] * count)
+
+
+def labelled(rows: int, features: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two rows of each subject; the first feature holds the class."""
+    rng = np.random.default_rng(0)
     classes = np.repeat(np.arange(rows // 2) % 2, 2)
     values = rng.standard_normal((rows, features))
     values[:, 0] += 3 * classes
-    return values, classes, [f"sub-{i // 2}" for i in range(rows)]
-
-
-def test_majority_says_how_common_the_answers_are() -> None:
-    np.testing.assert_allclose(majority(np.array([0, 2, 2, 2]), 3, rows=2), [[0.25, 0, 0.75]] * 2)
+    return values, classes, np.array([f"sub-{i // 2}" for i in range(rows)])
 
 
 def test_features_are_the_fisher_z_of_the_upper_triangle() -> None:
-    scans = [prepared("a"), prepared("b")]
-    found = connectivity_features(scans)
-    expected = np.arctanh(np.corrcoef(scans[1].signal.T)[np.triu_indices(9, k=1)])
-    np.testing.assert_allclose(found[1], expected, atol=1e-5)
+    some = scans(3)
+    found = fisher_z(correlations(some), np.arange(2))
+    expected = np.arctanh(np.corrcoef(some.signals[2].T)[np.triu_indices(len(some.atlases[0]), k=1)])
+    np.testing.assert_allclose(found[2], expected, atol=1e-4)
+
+
+def test_tangent_features_are_those_of_nilearn() -> None:
+    some, training = scans(12), np.arange(8)
+    series = [(signal - signal.mean(0)) / signal.std(0) for signal in some.signals]
+    measure = ConnectivityMeasure(cov_estimator=ShrunkCovariance(shrinkage=baselines.SHRINKAGE), kind="tangent")
+    expected = measure.fit(series[:8]).transform(series)
+    found = tangent(correlations(some), training)
+    upper = np.triu_indices(expected.shape[-1])
+    scaled = expected[:, *upper] * np.where(upper[0] == upper[1], np.sqrt(0.5), 1)
+    np.testing.assert_allclose(found, scaled, atol=1e-4)
+
+
+def test_missing_rois_are_filled_from_training_scans() -> None:
+    some, training = scans(12), np.arange(8)
+    whole = correlations(some)
+    for row in (2, 10):
+        some.signals[row] = np.where(np.arange(whole.shape[-1]) == 3, np.nan, some.signals[row])
+    holed = correlations(some)
+    assert np.isnan(holed[10, 3]).all() and np.isnan(holed[10]).sum() == 2 * whole.shape[-1] - 1
+    found = fisher_z(holed, training)
+    pair = list(zip(*np.triu_indices(whole.shape[-1], k=1), strict=True)).index((3, 4))
+    known = np.delete(training, 2)
+    assert found[10, pair] == pytest.approx(np.arctanh(whole[known, 3, 4]).mean(), abs=1e-4)
+    features = tangent(holed, training)
+    assert np.isfinite(features).all()
+    # what the others predict is nearer to the truth than nothing: the features of uncorrelated ROIs
+    truth = tangent(whole, training)[10]
+    unrelated = np.where(np.isnan(holed), np.eye(whole.shape[-1]), holed)
+    assert np.abs(features[10] - truth).sum() < np.abs(tangent(unrelated, training)[10] - truth).sum()
 
 
 def test_scans_of_several_atlases_are_compared_by_the_networks_they_share() -> None:
-    whole, few = labelled_atlas(), labelled_atlas({"Vis": 3, "Default": 5, "Cont": 2}, name="few")
-    scans = [prepared("a", of=whole), prepared("b", of=few)]
-    found = connectivity_features(scans)
-    assert found.shape == (2, 3)
-    means = [scans[1].signal[:, np.array(few.networks) == name] for name in ("Vis", "Cont", "Default")]
+    few = labelled_atlas({"Vis": 3, "Default": 5, "Cont": 2}, name="few")
+    whole, other = scans(1), scans(1, few)
+    both = Signals(whole.signals + other.signals, whole.atlases + other.atlases)
+    means = [other.signals[0][:, np.array(few.networks) == name] for name in ("Vis", "Cont", "Default")]
     series = [((part - part.mean(0)) / part.std(0)).mean(1) for part in means]
-    np.testing.assert_allclose(np.tanh(found[1]), np.corrcoef(series)[np.triu_indices(3, k=1)], atol=1e-5)
+    np.testing.assert_allclose(correlations(both)[1], np.corrcoef(series), atol=1e-5)
+    two = scans(1, labelled_atlas({"Vis": 3, "Cont": 4}, name="two"))
+    with pytest.raises(ValueError, match="atlases .made-up, two.*at least 3 that all scans have, got 2: Vis, Cont"):
+        correlations(Signals(whole.signals + two.signals, whole.atlases + two.atlases))
 
 
-def test_a_missing_roi_leaves_the_networks() -> None:
-    whole, other = prepared("a", of=labelled_atlas()), prepared("b", of=labelled_atlas())
-    holed = dataclasses.replace(other, signal=np.where(np.arange(len(other.atlas)) == 3, np.nan, other.signal))
-    found = connectivity_features([whole, holed])
-    assert found.shape == (2, 7 * 6 // 2) and np.isfinite(found).all()
+def test_covariates_leave_out_the_label_and_use_the_training_mean() -> None:
+    table = pd.DataFrame({"site": list("xyxy"), "age": [10.0, 20, np.nan, 90], "sex": list("FMFM"), "other": range(4)})
+    found = covariates(table, np.arange(3), without="sex")
+    # zeros, two sites, age
+    assert found.shape == (4, 4)
+    np.testing.assert_allclose(found[:, 3], [-1, 1, 0, 15])
+    assert covariates(table[["other"]], np.arange(3), "other").shape == (4, 1)
 
 
-def test_atlases_that_share_too_little_are_refused() -> None:
-    scans = [prepared("a", of=labelled_atlas()), prepared("b", of=labelled_atlas({"Vis": 3, "Cont": 4}, name="two"))]
-    with pytest.raises(ValueError, match="atlases made-up, two.*at least 3 that all scans have, got 2: Vis, Cont"):
-        connectivity_features(scans)
+@pytest.mark.parametrize("penalty", [1.0, 0.01])
+def test_regression_in_the_gram_matrix_is_ridge(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "PENALTIES", np.array([penalty]))
+    features, _, subjects = labelled(30, 50)
+    values, training, test = features[:, 0] + 5, np.arange(24), np.arange(24, 30)
+    centred = features[training] - features[training].mean(0)
+    alpha = penalty * np.trace(centred @ centred.T) / 24
+    expected = Ridge(alpha=alpha).fit(features[training], values[training]).predict(features[test])
+    found = ridge_values(features @ features.T, training, test, values[training], subjects[training])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_logistic_regression_finds_the_class_of_new_subjects() -> None:
-    features, classes, subjects = people(80, 300)
-    probabilities = logistic_regression(features[:60], classes[:60], subjects[:60], 2, features[60:])
-    np.testing.assert_allclose(probabilities.sum(1), 1)
-    assert roc_auc_score(classes[60:], probabilities[:, 1]) > 0.7
-
-
-@pytest.mark.parametrize("penalty", [1e4, 1.0])
-def test_components_change_nothing_about_the_regressions(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "PENALTIES", (penalty,))
-    features, classes, subjects = people(30, 50)
-    scaler = StandardScaler().fit(features[:24])
-    training, test = scaler.transform(features[:24]), scaler.transform(features[24:])
-    regression = LogisticRegression(C=1 / penalty, max_iter=2000, tol=1e-8)
-    expected = regression.fit(training, classes[:24]).predict_proba(test)
-    found = logistic_regression(features[:24], classes[:24], subjects[:24], 2, features[24:])
-    np.testing.assert_allclose(found, expected, atol=1e-3)
-    values = features[:, 0] + 5
-    expected = Ridge(alpha=penalty).fit(training, values[:24]).predict(test)
-    np.testing.assert_allclose(
-        ridge_regression(features[:24], values[:24], subjects[:24], features[24:]), expected, atol=1e-6
-    )
-
-
-def test_few_training_subjects_are_enough_for_a_baseline() -> None:
-    features, classes, subjects = people(20, 40)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for count in (4, 8):
-            found = logistic_regression(features[:count], classes[:count], subjects[:count], 2, features[10:])
-            assert found.shape == (10, 2) and np.isfinite(found).all()
-
-
-@pytest.mark.parametrize(("subjects", "classes"), [("aabbc", [0, 0, 1, 0, 1]), ("aaabbc", [0, 1, 0, 0, 0, 1])])
-def test_folds_that_leave_no_row_of_a_class_are_left_out(subjects: str, classes: list[int]) -> None:
-    features = np.random.default_rng(0).standard_normal((len(subjects), 4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = logistic_regression(features, np.array(classes), list(subjects), 2, features)
+def test_ridge_finds_classes_and_values_of_new_subjects() -> None:
+    features, classes, subjects = labelled(160, 300)
+    gram, training, test = features @ features.T, np.arange(120), np.arange(120, 160)
+    found = ridge_probabilities(gram, training, test, classes[training], subjects[training], 2)
     np.testing.assert_allclose(found.sum(1), 1)
-
-
-def test_two_subjects_are_enough_for_ridge_regression() -> None:
-    features = np.array([[1.0, 0.0], [3.0, 1.0]])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = ridge_regression(features, np.array([20.0, 40.0]), ["a", "b"], np.array([[2.0, 0.5]]))
-    np.testing.assert_allclose(found, [30])
-
-
-def test_a_class_that_was_never_seen_has_probability_zero() -> None:
-    features, classes, subjects = people(16, 5)
-    found = logistic_regression(features, 2 * classes, subjects, 4, features)
-    np.testing.assert_array_equal(found[:, [1, 3]], 0)
-
-
-def test_ridge_regression_tells_the_value_of_new_subjects() -> None:
-    rng = np.random.default_rng(0)
-    features = rng.standard_normal((80, 20))
+    assert roc_auc_score(classes[test], found[:, 1]) > 0.75
+    # about as sure as it is right
+    assert found.max(1).mean() == pytest.approx((found.argmax(1) == classes[test]).mean(), abs=0.15)
+    few = features[:, :20] @ features[:, :20].T
     values = 40 + 10 * features[:, 0]
-    found = ridge_regression(features[:60], values[:60], [f"sub-{i}" for i in range(60)], features[60:])
-    assert np.abs(found - values[60:]).mean() < 2
+    assert np.abs(ridge_values(few, training, test, values[training], subjects[training]) - values[test]).mean() < 3
 
 
-def test_swapped_scans_are_of_another_subject_of_the_same_group() -> None:
+def test_test_rows_change_nothing_about_the_fit() -> None:
+    features, classes, subjects = labelled(40, 30)
+    training, changed = np.arange(30), features.copy()
+    changed[35:] += 100
+    first, second = (
+        ridge_probabilities(each @ each.T, training, np.array([31]), classes[training], subjects[training], 2)
+        for each in (features, changed)
+    )
+    np.testing.assert_allclose(first, second, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_few_subjects_are_enough_and_unseen_classes_improbable(count: int) -> None:
+    features, classes, subjects = labelled(20, 40)
+    rows = np.sort(np.concatenate([np.flatnonzero(classes == label)[: count // 2] for label in (0, 1)]))
+    gram = features @ features.T
+    found = ridge_probabilities(gram, rows, np.arange(20), 2 * classes[rows], subjects[rows], 4)
+    assert found.shape == (20, 4) and np.isfinite(found).all()
+    assert (found[:, [1, 3]].max(1) < found[:, [0, 2]].max(1)).all()
+    values = ridge_values(gram, rows, np.arange(20), classes[rows] + 0.0, subjects[rows])
+    assert np.isfinite(values).all()
+
+
+def test_shuffled_scans_are_of_another_subject_of_the_same_group() -> None:
     subjects = np.array([f"sub-{i}" for i in (0, 0, 1, 2, 2, 3, 4, 5)])
     groups = np.array(["x", "x", "x", "x", "x", "y", "y", "lonely"])
-    swapped = swap_scans(subjects, groups, seed=0)
-    assert swapped[-1] == -1
-    for row, other in enumerate(swapped[:-1]):
+    shuffled = shuffle_subjects(subjects, groups, seed=0)
+    assert shuffled[-1] == -1
+    for row, other in enumerate(shuffled[:-1]):
         assert groups[other] == groups[row] and subjects[other] != subjects[row]
     # everyone's scan is somebody else's once
-    assert sorted(set(subjects[swapped[:5]])) == ["sub-0", "sub-1", "sub-2"]
-    assert any((swap_scans(subjects, groups, seed) != swapped).any() for seed in range(1, 5))
+    assert sorted(set(subjects[shuffled[:5]])) == ["sub-0", "sub-1", "sub-2"]
+    assert any((shuffle_subjects(subjects, groups, seed) != shuffled).any() for seed in range(1, 5))

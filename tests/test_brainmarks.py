@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from brainmarks.models.registry import create_model, list_models
+from evaluation_data import build_model
 from torch.utils.data import default_collate
 
-from fmrilm.training.evaluation.adapt import embed_scans
+from fmrilm.training.evaluation.ask import EncodedWindow, embed_windows
 
 
 @pytest.fixture
@@ -19,6 +20,11 @@ def centroids(tmp_path):
     ]
     path.write_text("\n".join(["ROI Label,ROI Name,R,A,S", *rows]) + "\n")
     return path
+
+
+@pytest.fixture
+def llama(make_codec, make_language_model, processor):
+    return build_model(make_codec(), make_language_model("llama", len(processor.tokenizer) - 4), processor)
 
 
 @pytest.fixture
@@ -44,19 +50,20 @@ def test_brainmarks_finds_the_model_and_gets_its_embeddings(frames: int, saved, 
     batch = default_collate(samples)
     assert batch["target"].tolist() == [1, 1]
     pooled, registers, tokens = model(batch)
-    # a window of 16 frames of 2 s holds 4 steps of 2 tokens
-    steps = min(4, -(-max(frames // 2, 4) // 4))
-    assert pooled.shape == (2, 1, 32) and registers is None and tokens.shape == (2, 8, 32)
-    torch.testing.assert_close(tokens.mean(1), pooled[:, 0])
-    # one step of so small a codec may well be the same in both
+    # a window of 16 frames of 2 s holds 4 patches of 2 tokens
+    patches = min(4, -(-max(frames // 2, 4) // 4))
+    assert pooled.shape == (2, 1, 32) and registers.shape == (2, 8, 32) and tokens.shape == (2, 8, 32)
+    assert frames < 160 or torch.allclose(torch.cat([tokens, registers], 1).mean(1), pooled[:, 0], atol=1e-5)
+    # one patch of so small a codec may well be the same in both
     assert frames < 160 or not torch.allclose(pooled[0], pooled[1])
     with torch.no_grad():
         codes = llama.model.get_fmri_codes(
             batch["fmri_values"], model.coordinates.expand(2, -1, -1), batch["fmri_mask"]
         )
-    kept = [row[row >= 0].numpy() for row in codes]
-    assert len(kept[0]) == 2 * steps
-    np.testing.assert_allclose(embed_scans(llama, kept), pooled[:, 0].numpy(), atol=1e-5)
+    kept = [row[row[:, 0] >= 0] for row in codes]
+    assert len(kept[0]) == 2 * patches
+    windows = [EncodedWindow(row.numpy(), llama.model.codec.scan_features(row[None])[0].numpy()) for row in kept]
+    np.testing.assert_allclose(embed_windows(llama, windows), pooled[:, 0].numpy(), atol=1e-5)
 
 
 def test_constant_parcels_are_missing(saved, centroids) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from program_runs import assert_equal_weights, checkpoints
+from program_runs import STAGES, assert_equal_weights, checkpoints
 
 
 SCRIPT = """
@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from fmrilm import load
-from program_runs import run
+from program_runs import STAGES, run
 
 torch.set_num_threads(1)
 folders, output = map(Path, sys.argv[1:])
-for stage in ("codec", "alignment", "sft"):
+for stage in STAGES:
     run(stage, folders, output / stage, max_steps=2)
 reader = load(output / "sft" / "model")
 scan = {"signal": str(folders / "0.npy"), "tr": 2.0, "atlas": "net"}
@@ -44,7 +44,7 @@ def both(program_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return runs
 
 
-@pytest.mark.parametrize("stage", ["codec", "alignment", "sft"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_same_seed_gives_the_same_losses_and_weights(stage: str, both: list[Path]) -> None:
     states = [checkpoints(run / stage)[-1] / "trainer_state.json" for run in both]
     logs = [json.loads(state.read_text())["log_history"] for state in states]
@@ -56,4 +56,4 @@ def test_same_seed_gives_the_same_losses_and_weights(stage: str, both: list[Path
 def test_same_seed_gives_the_same_codes_and_words(both: list[Path]) -> None:
     (codes, said), other = [json.loads((run / "read.json").read_text()) for run in both]
     assert [codes, said] == other
-    assert len({code for step in codes for code in step}) > 1 and said
+    assert len({str(token) for token in codes}) > 1 and said

@@ -1,185 +1,165 @@
-"""What evaluation measures."""
-
+"""Questions about scans are answered as if each were asked alone, and descriptors are scored by family."""
 
 import numpy as np
 import pytest
 import torch
+from evaluation_data import AGE, GROUP, build_model, encoded
 
-from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.processors import FMRI_END, FMRI_START
-from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors import FMRI_END, FMRI_START, FmriLMProcessor
 from fmrilm.processors.descriptors.measures import CORE_NAMES
-from fmrilm.processors.descriptors.text import description, family, question
-from fmrilm.training.alignment.chats import scan_block, text_block, user
-from fmrilm.training.codec.metrics import codebook_results
-from fmrilm.training.data.collator import pad_codes, with_token_counts
-from fmrilm.training.data.dataset import Window, cut_windows
-from fmrilm.training.evaluation import levels as evaluate
-from fmrilm.training.evaluation.baselines import most_frequent
-from helpers import atlas, prepared, random_scans
+from fmrilm.processors.descriptors.text import description, family
+from fmrilm.training.alignment.chats import assistant, text_block, user
+from fmrilm.training.data.collator import pad_codes
+from fmrilm.training.evaluation import descriptors
+from fmrilm.training.evaluation.ask import (
+    Example,
+    answer_windows,
+    calibrated,
+    embed_windows,
+    parse_number,
+    score_windows,
+)
 
 
-Model = FmriLMForConditionalGeneration
+@pytest.fixture(params=["llama", "gpt2"])
+def model(request, make_codec, make_language_model, processor: FmriLMProcessor):
+    return build_model(make_codec(), make_language_model(request.param, len(processor.tokenizer) - 4), processor)
 
 
-@pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
-def test_questions_of_one_scan_score_as_if_asked_one_by_one(backbone: str, tiny_model, processor) -> None:
-    model, codes = tiny_model(backbone), np.array([3, 1, 4, 1, 5, 9])
-    asked = [0, 30, len(CORE_NAMES) - 1]
-    scores = evaluate.score_questions(model, processor, codes, asked)
-    for row, index in enumerate(asked):
-        chat = with_token_counts([user(scan_block(), text_block(question(CORE_NAMES[index])))], [codes])
-        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-        for column, level in enumerate(LEVELS):
-            answer = torch.tensor([processor.tokenizer(level, add_special_tokens=False)["input_ids"]])
-            with torch.no_grad():
-                logits = model(torch.cat([prompt, answer], -1), fmri_codes=pad_codes([codes])).logits
-            likely = logits[0, -answer.shape[1] - 1 : -1].log_softmax(-1).gather(1, answer[0, :, None]).sum()
-            assert scores[row, column] == pytest.approx(likely.item(), abs=1e-4)
+@pytest.fixture
+def windows(model) -> list:
+    return [encoded(model, tokens, seed) for seed, tokens in enumerate((4, 6, 4))]
 
 
-def test_descriptions_start_after_the_prompt(tiny_model, processor) -> None:
-    texts = evaluate.describe_windows(tiny_model(), processor, [np.array([3, 1, 4, 1]), np.array([5, 9])], 5)
-    assert len(texts) == 2 and not any(FMRI_START in text or FMRI_END in text or "assistant" in text for text in texts)
+def slow_scores(model, processor, question: str, words, window, examples=()) -> torch.Tensor:
+    """By one uncached run over each whole conversation."""
+    chat, shown = [], [*(example.window for example in examples), window]
+    for place, each in enumerate(shown):
+        chat.append(user({"type": "fmri", "tokens": len(each.codes)}, text_block(question)))
+        if place < len(examples):
+            chat.append(assistant(examples[place].answer))
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    totals = []
+    for word in words:
+        answer = torch.tensor([processor.tokenizer(word, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            codes = pad_codes([each.codes for each in shown])
+            logits = model(torch.cat([prompt, answer], -1), fmri_codes=codes).logits
+        likely = logits[0, -answer.shape[1] - 1 : -1].log_softmax(-1).gather(1, answer[0, :, None])
+        totals.append(likely.sum())
+    return torch.stack(totals).log_softmax(0)
 
 
-def window(subject: str, dataset: str = "study") -> Window:
-    scan = prepared(subject, dataset)
-    return Window(scan.signal[:16], np.zeros(len(CORE_NAMES)), scan, 0)
+def test_windows_and_questions_that_share_a_prefix_score_as_if_asked_alone(model, processor, windows) -> None:
+    questions, words = ["Which group?", "Is it low or high?"], [GROUP.choice_words, ["low", "high", "middle"]]
+    choices = [processor.encode_choices(each) for each in words]
+    found = score_windows(model, processor, windows, questions, choices)
+    for place, question in enumerate(questions):
+        for row, window in enumerate(windows):
+            expected = slow_scores(model, processor, question, words[place], window)
+            np.testing.assert_allclose(found[place][row], expected, atol=1e-4)
+    assert np.ptp(found[0][:, 0]) > 1e-3
 
 
-def scored(subject: str, truth: list[int], **answers: list[int]) -> evaluate.Scored:
+def test_examples_stand_before_every_window(model, processor, windows) -> None:
+    examples = [Example(windows[2], "younger"), Example(windows[1], "the older")]
+    choices = [processor.encode_choices(GROUP.choice_words)]
+    (found,) = score_windows(model, processor, windows, ["Which group?"], choices, examples)
+    for row, window in enumerate(windows):
+        expected = slow_scores(model, processor, "Which group?", GROUP.choice_words, window, examples)
+        np.testing.assert_allclose(found[row], expected, atol=1e-4)
+    with pytest.raises(ValueError, match="one question with examples"):
+        score_windows(model, processor, windows, ["One?", "Two?"], choices * 2, examples)
+
+
+def test_answers_and_embeddings_do_not_depend_on_the_other_windows(model, processor, windows) -> None:
+    texts = answer_windows(model, processor, windows, "Which group?")
+    assert texts == [answer_windows(model, processor, [window], "Which group?")[0] for window in windows]
+    assert not any(FMRI_START in text or FMRI_END in text or "assistant" in text for text in texts)
+    together = embed_windows(model, windows)
+    alone = np.concatenate([embed_windows(model, [window]) for window in windows])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_calibration_takes_out_what_the_model_prefers_whatever_the_scan() -> None:
+    rng = np.random.default_rng(0)
+    informative = rng.normal(0, 1, (200, 1)) * [1, -1]
+    scores = informative + np.array([3.0, -1.0])
+    scores -= np.logaddexp.reduce(scores, axis=-1, keepdims=True)
+    found = calibrated(scores[100:], scores[:100], np.full(2, 0.5))
+    np.testing.assert_allclose(found[:, 0] / found[:, 1], np.exp(2 * informative[100:, 0]), rtol=0.7)
+    assert found.argmax(1).mean() == pytest.approx(0.5, abs=0.15) and scores.argmax(1).mean() < 0.1
+    # the order of the scans stays, and known shares of the classes come back
+    assert (np.argsort(found[:, 0]) == np.argsort(scores[100:, 0])).all()
+    shares = calibrated(scores[100:], scores[:100], np.array([0.9, 0.1]))
+    np.testing.assert_allclose(shares[:, 0] / shares[:, 1], 9 * found[:, 0] / found[:, 1])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("34 years", 34), ("about 34.5.", 34.5), ("between 30 and 40", None), ("7", None), ("old", None), ("x34", None)],
+)
+def test_an_answer_holds_one_number_in_the_range(text: str, expected: float | None) -> None:
+    assert parse_number(AGE, text) == expected
+
+
+FAMILIES = sorted({family(name) for name in CORE_NAMES})
+
+
+def answered(subject: str, truth: list[int], **answers: list[int]) -> descriptors.Answered:
     """The same four questions in each family, and what is answered to them under each condition."""
-    families = sorted({family(name) for name in CORE_NAMES})
-    asked = [[i for i, name in enumerate(CORE_NAMES) if family(name) == wanted][:4] for wanted in families]
-    scores = {name: np.log(np.eye(3)[answer * len(families)] + 0.1) for name, answer in answers.items()}
-    return evaluate.Scored(window(subject), np.concatenate(asked), np.array(truth * len(families)), scores)
+    asked = [[i for i, name in enumerate(CORE_NAMES) if family(name) == wanted][:4] for wanted in FAMILIES]
+    count = len(truth) * len(FAMILIES)
+    given = dict.fromkeys(descriptors.CONDITIONS, [1] * len(truth)) | answers
+    shares = {name: np.tile(np.eye(3)[each], (len(FAMILIES), 1)) for name, each in given.items()}
+    labels, places = np.array(truth * len(FAMILIES)), np.zeros(count, int)
+    return descriptors.Answered(
+        np.full(count, subject), places, np.concatenate(asked), labels, shares, shares["right"]
+    )
 
 
-def test_results_are_balanced_accuracies() -> None:
-    answers = {"right": [0, 1, 1, 2], "swapped": [0, 0, 0, 0], "noise": [2, 2, 2, 1]}
-    rows = [scored("a", [0, 0, 1, 2], **answers), scored("b", [0, 0, 1, 2], **answers)]
-    results = evaluate.question_results(rows, np.ones(len(CORE_NAMES), int), seed=0)["families"]
+def test_results_are_balanced_accuracies_with_intervals_over_subjects() -> None:
+    answers = {"right": [0, 1, 1, 2], "shuffled": [0, 0, 0, 0], "noise": [2, 2, 2, 1]}
+    rows = descriptors.joined([answered(name, [0, 0, 1, 2], **answers) for name in "ab"])
+    results = descriptors.question_results(rows, seed=0)["families"]
     assert list(results) == [*dict.fromkeys(family(name) for name in CORE_NAMES), "all"]
     for name, result in results.items():
-        assert result["questions"] == (24 if name == "all" else 8)
-        # recalls of low, typical and high: 1/2, 1, 1; then 1, 0, 0; then 0, 0, 0; the majority says typical
-        for key, expected in (("right", 5 / 6), ("swapped", 1 / 3), ("noise", 0), ("majority", 1 / 3)):
+        assert result["questions"] == (8 * len(FAMILIES) if name == "all" else 8)
+        # recalls of low, typical and high: 1/2, 1, 1; then 1, 0, 0; then 0, 0, 0; the majority is typical
+        for key, expected in (("right", 5 / 6), ("shuffled", 1 / 3), ("noise", 0), ("majority", 1 / 3)):
             assert result[key]["accuracy"] == pytest.approx(expected)
-            # both subjects alike: no draw of subjects differs
+            # both subjects alike: resamples do not differ
             assert result[key]["interval"] == pytest.approx([expected, expected])
-        assert result["difference"]["value"] == pytest.approx(0.5) and result["beats_swapped"]
+        assert result["difference"]["value"] == pytest.approx(0.5) and result["beats_shuffled"]
 
-
-def test_answers_with_several_swapped_scans_count_as_one() -> None:
-    truth = [0, 1, 2, 0]
-    row = scored("a", truth, right=truth, swapped=truth, noise=truth)
-    wrong = scored("a", truth, right=[1, 2, 0, 1], swapped=[1, 2, 0, 1], noise=truth)
-    both = np.stack([row.scores["swapped"], wrong.scores["swapped"]])
-    item = evaluate.Scored(row.window, row.asked, row.truth, {**row.scores, "swapped": both})
-    results = evaluate.question_results([item], np.zeros(len(CORE_NAMES), int), seed=0)["families"]["all"]
-    assert results["questions"] == len(row.truth)
-    assert results["right"]["accuracy"] == 1
-    assert results["swapped"]["accuracy"] == 0.5
-    assert results["people"] == [{"right": 1.0, "swapped": 0.5, "answers": [6, 3, 3]}]
-
-
-def test_intervals_are_as_wide_as_subjects_differ() -> None:
     perfect, wrong = [0, 1, 2, 0], [1, 2, 0, 1]
-    rows = [
-        scored("a", perfect, right=perfect, swapped=wrong, noise=wrong),
-        scored("b", perfect, right=wrong, swapped=wrong, noise=wrong),
-    ]
-    result = evaluate.question_results(rows, np.zeros(len(CORE_NAMES), int), seed=0)["families"]["all"]
+    rows = [answered("a", perfect, right=perfect, shuffled=wrong), answered("b", perfect, right=wrong, shuffled=wrong)]
+    result = descriptors.question_results(descriptors.joined(rows), seed=0)["families"]["all"]
     assert result["right"]["accuracy"] == pytest.approx(0.5)
-    # one draw in four takes the same subject twice
-    assert result["right"]["interval"] == pytest.approx([0, 1])
-    assert result["difference"]["interval"] == pytest.approx([0, 1]) and not result["beats_swapped"]
-
-
-def test_swapped_window_is_of_another_subject_of_the_same_dataset() -> None:
-    windows = [window(subject, dataset) for dataset in ("one", "two") for subject in ("a", "b", "c") for _ in range(3)]
-    swapped = evaluate.swapped_windows(windows, windows, seed=0)
-    for own, other in zip(windows, swapped, strict=True):
-        assert own.scan.dataset == other.scan.dataset and own.scan.subject != other.scan.subject
-    assert len({id(other) for other in swapped}) > 6
-    again = evaluate.swapped_windows(windows, windows, seed=0)
-    assert all(first is second for first, second in zip(swapped, again, strict=True))
-
-
-def test_only_subject_of_a_dataset_has_none_to_swap_with() -> None:
-    windows = [window("a", "one"), window("a", "one"), window("b", "two")]
-    with pytest.raises(ValueError, match="another subject in dataset 'one'"):
-        evaluate.swapped_windows(windows[:1], windows, seed=0)
+    # one resample in four takes the same subject twice
+    assert result["right"]["interval"] == result["difference"]["interval"] == pytest.approx([0, 1])
+    assert not result["beats_shuffled"]
 
 
 def test_questions_are_of_known_descriptors_of_all_families() -> None:
-    levels = random_scans(1)[1][0]
-    asked = evaluate.choose_questions(levels, 3, np.random.default_rng(0))
-    assert (levels[asked] >= 0).all() and len(set(asked)) == len(asked)
+    labels = np.random.default_rng(0).integers(-1, 3, size=len(CORE_NAMES))
+    asked = descriptors.choose_questions(labels, 3, np.random.default_rng(0))
+    assert (labels[asked] >= 0).all() and len(set(asked)) == len(asked)
     families = [family(name) for name in CORE_NAMES]
-    known = [name for name, level in zip(families, levels, strict=True) if level >= 0]
+    known = [name for name, label in zip(families, labels, strict=True) if label >= 0]
     chosen = [families[index] for index in asked]
     assert all(chosen.count(name) == min(3, known.count(name)) for name in set(families))
 
 
 def test_share_of_true_statements() -> None:
-    levels = np.full((2, len(CORE_NAMES)), -1)
-    levels[0, :3] = [0, 1, 2]
+    labels = np.full((2, len(CORE_NAMES)), -1)
+    labels[0, :3] = [0, 1, 2]
     texts = [description(np.array([0, 2, 2]), [0, 1, 2]) + " " + description(np.ones(9, int), [8]), "nothing known"]
-    assert evaluate.statement_accuracy(texts, levels) == pytest.approx(2 / 3)
-    said = np.ones(len(CORE_NAMES), int)
-    assert evaluate.statement_accuracy(texts, levels, said) == pytest.approx(1 / 3)
-    assert evaluate.statement_accuracy(["nothing"], levels[:1]) is None
+    assert descriptors.statement_accuracy(texts, labels) == pytest.approx(2 / 3)
+    assert descriptors.statement_accuracy(texts, labels, np.ones(len(CORE_NAMES), int)) == pytest.approx(1 / 3)
+    assert descriptors.statement_accuracy(["nothing"], labels[:1]) is None
 
 
-def test_most_frequent_level_leaves_out_what_is_unknown() -> None:
-    levels = np.array([[-1, 2, 0], [-1, 2, 1], [2, 0, 1]])
-    assert most_frequent(levels).tolist() == [2, 2, 1]
-
-
-def test_pca_of_patches_is_exact_with_enough_components() -> None:
-    scans = [prepared("a"), prepared("b", of=atlas("large", 12))]
-    windows = cut_windows(scans, 16, 8)
-    exact, coarse = (evaluate.PatchPCA(scans, 4, components) for components in (36, 2))
-    for item in windows:
-        # 37 patches of each scan span 36 dimensions around their mean
-        assert np.allclose(exact.reconstruct(item), item.signal, atol=1e-4)
-    signals = [item.signal for item in windows]
-    assert 0 < evaluate.r_squared(signals, [coarse.reconstruct(item) for item in windows]) < 0.9
-
-
-def test_r_squared_of_known_guesses() -> None:
-    signals = [item.signal for item in cut_windows([prepared("a")], 16, 8)]
-    means = [np.full_like(signal, signal.mean()) for signal in signals]
-    halves = [(signal + mean) / 2 for signal, mean in zip(signals, means, strict=True)]
-    assert evaluate.r_squared(signals, signals) == 1
-    assert evaluate.r_squared(signals, means) == pytest.approx(0, abs=1e-6)
-    # half of the deviation is missing: a quarter of its square
-    assert evaluate.r_squared(signals, halves) == pytest.approx(0.75, abs=1e-5)
-
-
-def test_fc_correlation_of_known_guesses() -> None:
-    signals = [item.signal for item in cut_windows([prepared("a")], 16, 8)]
-    assert evaluate.fc_correlation(signals, signals) == pytest.approx(1)
-    # correlations ignore offset and scale of each ROI
-    assert evaluate.fc_correlation(signals, [3 * signal + np.arange(9) for signal in signals]) == pytest.approx(1)
-    assert evaluate.fc_correlation(signals, [signal[:, ::-1] for signal in signals]) < 0.9
-    flat = [signal.copy() for signal in signals]
-    flat[1][:, 4] = 7
-    assert evaluate.fc_correlation(signals, flat) is None
-
-
-def test_codebook_results_of_known_codes() -> None:
-    results = codebook_results(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), codebook_size=16)
-    assert results["codebook_used"] == 4 and results["perplexity"] == pytest.approx(4)
-    assert results["numbers_per_window"] == 4 and results["bits_per_window"] == 16
-
-
-def test_reconstruction_is_the_decoded_codes(tiny_codec) -> None:
-    windows = cut_windows([prepared("a"), prepared("b", of=atlas("large", 12))], 16, 16)
-    for item, guess in zip(windows, evaluate.reconstruct(tiny_codec, windows), strict=True):
-        values = torch.from_numpy(item.signal.T)[None]
-        coordinates = torch.from_numpy(item.scan.atlas.coordinates.copy())[None]
-        expected = tiny_codec.decode(tiny_codec.encode(values, coordinates), coordinates)[0].T.detach().numpy()
-        assert guess.shape == item.signal.shape and np.allclose(guess, expected, atol=1e-5)
+def test_most_frequent_label_leaves_out_what_is_unknown() -> None:
+    labels = np.array([[-1, 2, 0], [-1, 2, 1], [2, 0, 1]])
+    assert descriptors.most_frequent(labels).tolist() == [2, 2, 1]

@@ -1,6 +1,5 @@
 """Forecasts and surprise: causal, independent of padding and batch-mates, in line with the model's own losses."""
 
-
 import pytest
 import torch
 

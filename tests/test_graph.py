@@ -35,9 +35,7 @@ def test_modularity_is_as_high_as_the_best_of_networkx(seed: int) -> None:
     weights = random_graph(seed)
     graph = nx.from_numpy_array(weights)
     found = modularity(weights)
-    best = max(
-        nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=run)) for run in range(20)
-    )
+    best = max(nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=run)) for run in range(20))
     assert best - 0.01 < found < best + 0.01
     assert modularity(weights) == found
 

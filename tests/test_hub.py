@@ -203,7 +203,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def parts(make_codec, make_language_model, extractor, module_tokenizer):
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     language_model = make_language_model("llama", len(module_tokenizer) - 3)
     return join(make_codec(), language_model, processor).eval(), processor
 
@@ -277,7 +277,14 @@ def pulled(hub: Hub, place: Path, said: dict) -> dict:
     site.mkdir()
     linked_site(site, "transformers", "torch", "numpy", "scipy", "datasets", "peft", "accelerate")
     process = start(
-        hub, place, "pull", PULL, "-I", "-S", places=[str(site)], commit=commit_of(said["model"]),
+        hub,
+        place,
+        "pull",
+        PULL,
+        "-I",
+        "-S",
+        places=[str(site)],
+        commit=commit_of(said["model"]),
     )
     return torch.load(finish(process, place, "pull"), weights_only=True)
 
@@ -357,7 +364,9 @@ def test_card_names_task_library_and_base(hub: Hub, pulled: dict) -> None:
     assert pulled["task"] == "fmri-text-to-text"
     adapter = ModelCard(hub.files("tester/adapter")["README.md"].decode()).data
     assert (adapter.library_name, adapter.base_model, adapter.base_model_relation) == (
-        "peft", "tester/model", "adapter",
+        "peft",
+        "tester/model",
+        "adapter",
     )
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
 from fmrilm.training.evaluation import metrics
-from fmrilm.training.evaluation.metrics import UNPARSED, Answers, bootstrap
+from fmrilm.training.evaluation.metrics import bootstrap, distributions
 
 
 def answers_of(seed: int, rows: int, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,78 +66,83 @@ def test_calibration_error_is_the_weighted_gap_of_the_bins() -> None:
     assert metrics.calibration_error(truth, certain, np.ones(4)) == 0
 
 
-def test_answers_that_were_not_parsed_are_wrong_and_make_no_class() -> None:
-    truth, answers = np.array([0, 0, 1, 1]), np.array([0, UNPARSED, 1, UNPARSED])
-    weights = np.ones(4)
-    assert metrics.accuracy(truth, answers, weights) == 0.5
-    assert metrics.balanced_accuracy(truth, answers, weights) == 0.5
-    expected = sklearn.metrics.f1_score(truth, answers, labels=[0, 1], average="macro")
-    assert metrics.macro_f1(truth, answers, weights) == pytest.approx(expected)
-
-
 def test_interval_is_that_of_resampled_subjects() -> None:
     rng = np.random.default_rng(0)
     subjects = np.repeat([f"sub-{i}" for i in range(30)], 3)
     truth = np.repeat(rng.integers(2, size=30), 3)
     answers = np.where(np.repeat(rng.uniform(size=30) < 0.7, 3), truth, 1 - truth)
-    estimate = bootstrap(lambda weights: metrics.accuracy(truth, answers, weights), subjects, draws=4000)
+    estimate = bootstrap(lambda weights: metrics.accuracy(truth, answers, weights), subjects, 4000)
     slow = []
     for _ in range(1000):
         rows = np.concatenate([np.flatnonzero(subjects == name) for name in rng.choice(np.unique(subjects), 30)])
         slow.append(np.mean(truth[rows] == answers[rows]))
-    assert estimate.value == pytest.approx(np.mean(truth == answers))
-    np.testing.assert_allclose(estimate.interval, np.quantile(slow, [0.025, 0.975]), atol=0.03)
+    assert estimate["value"] == pytest.approx(np.mean(truth == answers))
+    np.testing.assert_allclose(estimate["interval"], np.quantile(slow, [0.025, 0.975]), atol=0.03)
     # scans of one subject say the same thing: as many independent ones would make a narrower interval
-    rows = bootstrap(lambda weights: metrics.accuracy(truth, answers, weights), np.arange(90), draws=4000)
-    assert np.ptp(rows.interval) < 0.8 * np.ptp(estimate.interval)
+    rows = bootstrap(lambda weights: metrics.accuracy(truth, answers, weights), np.arange(90), 4000)
+    assert np.ptp(rows["interval"]) < 0.8 * np.ptp(estimate["interval"])
 
 
-def test_draws_without_a_class_are_left_out_and_counted() -> None:
+def test_resamples_without_a_class_are_left_out_and_counted() -> None:
     truth, answers = np.array([0, 1, 1, 1]), np.array([1, 1, 1, 1])
-    estimate = bootstrap(lambda weights: metrics.balanced_accuracy(truth, answers, weights), np.arange(4), draws=500)
-    assert estimate.value == 0.5 and estimate.interval == (0.5, 0.5)
-    # a draw of four misses the only subject of class 0 with probability 0.316
-    assert 0.24 < estimate.undefined / estimate.draws < 0.40
+    estimate = bootstrap(lambda weights: metrics.balanced_accuracy(truth, answers, weights), np.arange(4), 500)
+    assert estimate["value"] == 0.5 and estimate["interval"] == [0.5, 0.5]
+    # a resample of four misses the only subject of class 0 with probability 0.316
+    assert 0.24 < estimate["undefined_resamples"] / estimate["resamples"] < 0.40
 
 
 def test_a_metric_that_is_never_defined_has_neither_value_nor_interval() -> None:
-    truth = np.zeros(3, int)
-    found = metrics.statistics(truth, [Answers(truth, np.full((3, 2), 0.5))])
-    estimate = bootstrap(found["roc_auc"], np.arange(3), draws=20)
-    assert estimate.to_dict() == {"value": None, "interval": None, "draws": 20, "undefined_draws": 20}
-    assert bootstrap(found["accuracy"], np.arange(3), draws=20).value == 1
+    found = metrics.statistics(np.zeros(3, int), [np.full((3, 2), 0.5)])
+    estimate = bootstrap(found["roc_auc"], np.arange(3), 20)
+    assert estimate == {"value": None, "interval": None, "resamples": 20, "undefined_resamples": 20}
+    assert bootstrap(found["accuracy"], np.arange(3), 20)["value"] == 1
 
 
-def test_statistics_are_means_over_the_draws_of_training_subjects() -> None:
+def test_statistics_are_means_over_the_resamples_of_training_subjects() -> None:
     truth = np.array([0, 1, 0, 1])
-    found = metrics.statistics(truth, [Answers(truth), Answers(1 - truth), Answers(np.zeros(4, int))])
-    assert sorted(found) == ["accuracy", "balanced_accuracy", "f1"]
-    assert found["accuracy"](np.ones(4)) == pytest.approx(0.5)
-    numbers = metrics.statistics(truth.astype(float), [Answers(values=truth + 2.0), Answers(values=truth + 4.0)])
+    found = metrics.statistics(truth, [np.eye(2)[truth], np.eye(2)[1 - truth], np.eye(2)[[0, 0, 0, 0]]])
+    assert found["accuracy"](np.ones(4)) == pytest.approx(0.5) and "within_site_auc" not in found
+    numbers = metrics.statistics(truth.astype(float), [truth + 2.0, truth + 4.0])
     assert numbers["mean_absolute_error"](np.ones(4)) == 3
 
 
-def test_differences_are_drawn_with_the_same_subjects() -> None:
+def test_auc_within_sites_counts_pairs_of_one_site() -> None:
+    truth, sites = np.array([0, 1, 0, 1, 1]), np.array(["x", "x", "y", "y", "z"])
+    scores = np.array([0.6, 0.5, 0.1, 0.2, 0.9])
+    probabilities = np.stack([1 - scores, scores], 1)
+    # one of the two pairs is in order; the site of one class has none
+    assert metrics.within_site_auc(truth, probabilities, sites, np.ones(5)) == 0.5
+    assert metrics.within_site_auc(truth, probabilities, sites, np.array([1.0, 3, 1, 1, 1])) == 0.25
+    assert np.isnan(metrics.within_site_auc(truth, probabilities, np.arange(5), np.ones(5)))
+    one = metrics.within_site_auc(truth, probabilities, np.zeros(5), np.ones((2, 5)))
+    np.testing.assert_allclose(one, sklearn.metrics.roc_auc_score(truth, scores))
+
+
+def test_differences_are_of_the_same_resamples() -> None:
     rng = np.random.default_rng(0)
     truth = rng.integers(2, size=60)
     answers = np.where(rng.uniform(size=60) < 0.6, truth, 1 - truth)
-    # wrong on the same subjects and on one more: they differ by one row in each draw that has it
+    # wrong on the same subjects and on one more: they differ by one row in each resample that has it
     worse = answers.copy()
     worse[0] = 1 - truth[0]
     answers[0] = truth[0]
-    own, other = (metrics.statistics(truth, [Answers(classes)])["accuracy"] for classes in (answers, worse))
-    difference = bootstrap(metrics.minus(own, other), np.arange(60))
-    assert difference.value == pytest.approx(1 / 60) and 0 <= difference.interval[0] < difference.interval[1] <= 4 / 60
+    own, other = (metrics.statistics(truth, [np.eye(2)[classes]])["accuracy"] for classes in (answers, worse))
+    values = distributions({"own": own, "other": other}, np.arange(60))
+    np.testing.assert_array_equal(distributions({"other": other}, np.arange(60))["other"], values["other"])
+    difference = metrics.estimate(values["own"] - values["other"])
+    low, high = difference["interval"]
+    assert difference["value"] == pytest.approx(1 / 60) and 0 <= low < high <= 4 / 60
     rows = np.arange(60) < 20
     assert metrics.among(own, rows)(np.ones(60)) == np.mean(answers[:20] == truth[:20])
 
 
-def test_large_tables_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tables_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=50)
-    whole = bootstrap(lambda weights: metrics.mean_absolute_error(values, 0 * values, weights), np.arange(50), 300)
-    monkeypatch.setattr(metrics, "CHUNK", 50 * 7)
-    parts = bootstrap(lambda weights: metrics.mean_absolute_error(values, 0 * values, weights), np.arange(50), 300)
-    assert parts.interval == pytest.approx(whole.interval) and parts.draws == whole.draws == 300
+    whole, parts = [], []
+    for found, chunk in ((whole, metrics.CHUNK), (parts, 50 * 7)):
+        monkeypatch.setattr(metrics, "CHUNK", chunk)
+        found.append(bootstrap(lambda weights: metrics.mean(values, weights), np.arange(50), 300))
+    assert parts[0]["interval"] == pytest.approx(whole[0]["interval"]) and parts[0]["resamples"] == 300
 
 
 def test_no_subject_is_refused() -> None:

@@ -23,9 +23,7 @@ def built(request, make_codec: Callable, tiny_model: Callable) -> PreTrainedMode
     """Each model with every part that a configuration can ask for."""
     if request.param in BACKBONES:
         return tiny_model(request.param)
-    return make_codec(
-        token_layout=request.param, descriptor_names=["a", "b"], text_hidden_size=12, alignment_size=8
-    )
+    return make_codec(token_layout=request.param, descriptor_names=["a", "b"], text_hidden_size=12, alignment_size=8)
 
 
 def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:

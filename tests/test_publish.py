@@ -26,7 +26,7 @@ from helpers import chats
 
 @pytest.fixture(scope="module")
 def model(make_codec, make_language_model, extractor, module_tokenizer) -> FmriLMForConditionalGeneration:
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     return join(make_codec(), make_language_model("llama", len(module_tokenizer) - 3), processor).eval()
 
 
@@ -34,7 +34,7 @@ def model(make_codec, make_language_model, extractor, module_tokenizer) -> FmriL
 def saved(model, extractor, module_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "tiny"
     model.save_pretrained(folder)
-    FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2).save_pretrained(folder)
+    FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2).save_pretrained(folder)
     return folder
 
 
@@ -46,7 +46,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def saved_adapter(make_codec, make_language_model, extractor, module_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "adapter"
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     model = join(make_codec(), make_language_model("llama", len(module_tokenizer) - 3), processor)
     add_lora(model, 2).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -95,10 +95,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a pickle in an archive": (lambda f: torch.save({"a": 1}, f / "notes.dat"), "notes.dat: expected no pickle"),
     "a pickle in an array": (
-        lambda f: np.save(f / "codes.npy", np.array([{}], dtype=object), allow_pickle=True), "codes.npy: expected no",
+        lambda f: np.save(f / "codes.npy", np.array([{}], dtype=object), allow_pickle=True),
+        "codes.npy: expected no",
     ),
     "a pickle in arrays": (
-        lambda f: np.savez(f / "codes.npz", np.array([{}], dtype=object)), "codes.npz: expected no pickle",
+        lambda f: np.savez(f / "codes.npz", np.array([{}], dtype=object)),
+        "codes.npz: expected no pickle",
     ),
     "a pickle in a subfolder": (
         lambda f: ((f / "checkpoint-1").mkdir(), (f / "checkpoint-1" / "optimizer.pt").touch()),
@@ -106,7 +108,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other code": (lambda f: (f / "setup.py").touch(), "setup.py: expected no Python but"),
     "code in a subfolder": (
-        lambda f: ((f / "more").mkdir(), shutil.copy(f / "atlases.py", f / "more")), "more/atlases.py: expected no",
+        lambda f: ((f / "more").mkdir(), shutil.copy(f / "atlases.py", f / "more")),
+        "more/atlases.py: expected no",
     ),
     "changed code": (lambda f: (f / "atlases.py").write_text("pass\n"), "atlases.py: expected this version's code"),
     "code missing": (lambda f: (f / "steps_fmrilm.py").unlink(), "without steps_fmrilm.py it does not load"),
@@ -114,7 +117,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "another model": (lambda f: change(f / "config.json", model_type="llama"), "expected model_type fmrilm, got 'll"),
     "neither model nor adapter": (lambda f: (f / "config.json").unlink(), "got neither"),
     "placeholders may be spoken": (
-        lambda f: change(f / "generation_config.json", suppress_tokens=None), "expected suppress_tokens with",
+        lambda f: change(f / "generation_config.json", suppress_tokens=None),
+        "expected suppress_tokens with",
     ),
     "broken JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: expected JSON"),
     "a file too large": (lambda f: enormous(f / "model.dat"), "expected at most 50000000000 bytes"),
@@ -227,7 +231,11 @@ def results(training: tuple[str, ...] = ("a", "b", "c"), held_out: tuple[str, ..
         "questions": {"families": {"connectivity": family}, "verdict": "nothing beats anything"},
         "codec": {"subjects": [{**subject, "pca_fc_correlation": 0.5}]},
         "settings": {
-            "codec_steps": 10, "codec_batch": 4, "alignment_steps": 5, "sft_steps": 6, "rows_per_step": 2,
+            "codec_steps": 10,
+            "codec_batch": 4,
+            "alignment_steps": 5,
+            "sft_steps": 6,
+            "rows_per_step": 2,
         },
         "run": {
             "hardware": "2 CPU cores, no GPU",
@@ -241,13 +249,16 @@ def results(training: tuple[str, ...] = ("a", "b", "c"), held_out: tuple[str, ..
 def test_card_is_filled_from_folder_and_results(folder: Path) -> None:
     card = ModelCard(str(fill_card(folder, results(), "me/tiny")))
     text = card.text
-    assert card.data.to_dict().items() >= {
-        "license": "apache-2.0",
-        "library_name": "transformers",
-        "pipeline_tag": "any-to-any",
-        "base_model": "someone/words",
-        "base_model_relation": "finetune",
-    }.items()
+    assert (
+        card.data.to_dict().items()
+        >= {
+            "license": "apache-2.0",
+            "library_name": "transformers",
+            "pipeline_tag": "any-to-any",
+            "base_model": "someone/words",
+            "base_model_relation": "finetune",
+        }.items()
+    )
     for expected in (
         '"me/tiny", "<commit>"',
         "| tiny | 5 |",
@@ -286,7 +297,9 @@ def test_card_without_results_claims_nothing(folder: Path) -> None:
 def test_card_of_an_adapter_names_its_base(saved_adapter: Path) -> None:
     card = ModelCard(str(fill_card(saved_adapter)))
     assert (card.data.base_model, card.data.base_model_relation, card.data.library_name) == (
-        "someone/base", "adapter", "peft",
+        "someone/base",
+        "adapter",
+        "peft",
     )
     assert "AutoPeftModelForCausalLM" in card.text and "AutoModelForMultimodalLM" not in card.text
 
@@ -326,10 +339,16 @@ def test_hashes_cannot_be_tried_out_afterwards() -> None:
 
 def test_stage_two_checkpoints_hold_the_processor(model, extractor, module_tokenizer, tmp_path: Path) -> None:
     args = TrainingArguments(
-        str(tmp_path), max_steps=1, save_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True,
-        remove_unused_columns=False, disable_tqdm=True,
+        str(tmp_path),
+        max_steps=1,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
     )
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     copy = FmriLMForConditionalGeneration(model.config)
     train_alignment(add_lora(copy, 2), chats(2), processor, args)
     files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}

@@ -12,17 +12,17 @@ import pytest
 from transformers import DefaultFlowCallback
 
 from fmrilm.training.checkpoints import SEAL, is_whole, last_checkpoint, remove_broken, seal
-from program_runs import assert_equal_weights, checkpoints, in_process, run, wait_for
+from program_runs import STAGES, assert_equal_weights, checkpoints, in_process, run, wait_for
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(program_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs of the three stages."""
     root = tmp_path_factory.mktemp("uninterrupted")
-    return {stage: run(stage, program_folders, root / stage) for stage in ("codec", "alignment", "sft")}
+    return {stage: run(stage, program_folders, root / stage) for stage in STAGES}
 
 
-@pytest.mark.parametrize("stage", ["codec", "alignment", "sft"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_run_ends_as_an_uninterrupted_one(stage: str, program_folders, uninterrupted, tmp_path) -> None:
     output = tmp_path / "run"
     rng = np.random.default_rng()

@@ -1,61 +1,70 @@
-"""The three stages on tiny models."""
+"""Trainers of stages 2 and 3 on tiny models: what they train, by which loss, and no step on numbers that are none."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
-from peft import PeftModel
 from transformers import Trainer, TrainingArguments
+from trl import SFTTrainer
 
 from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.training.alignment.chats import alignment_dataset, chat_dataset
-from fmrilm.training.alignment.joint import add_lora, train_alignment
-from fmrilm.training.data.collator import ChatCollator
-from fmrilm.training.sft.trainer import train_sft
-from fmrilm.training.trainer import JointTrainer
-from helpers import chats, random_scans
+from fmrilm.training.alignment.chats import alignment_rows, chat_dataset
+from fmrilm.training.alignment.joint import add_lora
+from fmrilm.training.checkpoints import is_whole, last_checkpoint
+from fmrilm.training.data.collator import RowCollator, encode_dataset
+from fmrilm.training.program import AlignmentTrainingArguments, FmriLMSFTConfig
+from fmrilm.training.trainer import AlignmentTrainer, FmriLMSFTTrainer
+from helpers import chats, random_examples
+from program_runs import checkpoints
 
 
-Model = FmriLMForConditionalGeneration
-
-
-def options(folder, **changes) -> dict:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        **changes,
-    }
-
-
-def trainer(model: Model, processor, folder, of: type[Trainer] = Trainer, **changes) -> Trainer:
-    return of(
-        model=model,
-        args=TrainingArguments(**options(folder, **changes)),
-        train_dataset=chats(),
-        eval_dataset=chats(2),
-        data_collator=ChatCollator(processor),
-    )
+ARGUMENTS = {
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 2,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+}
+CONFIGS = {Trainer: TrainingArguments, AlignmentTrainer: AlignmentTrainingArguments}
+# as the language model reads scans: the head of the next codes has no part in TRL's loss
+FITTED = ("model.codec.", "model.summary.readout.")
 
 
 def mixed_rows(rows: int = 8) -> Dataset:
-    """Rows of all three kinds of stage 2."""
-    codes, levels = random_scans(8)
+    """Rows of all four kinds of stage 2."""
     texts = ["the visual network talks to the default mode network", "a brain at rest is never at rest"]
-    return alignment_dataset(codes, levels, texts, rows, statements=1, weights=[0.4, 0.3, 0.3], seed=1)
+    return alignment_rows(random_examples(), texts, rows, [0.3, 0.2, 0.25, 0.25], 2, 1, None, seed=1)
+
+
+def build(of: type[Trainer], model, processor, output: Path, rows: Dataset | None = None, **changes) -> Trainer:
+    config = CONFIGS.get(of, FmriLMSFTConfig)
+    plain = {"remove_unused_columns": False} if of is Trainer else {}
+    if config is FmriLMSFTConfig:
+        plain = {"gradient_checkpointing": False}
+    return of(
+        model=model,
+        args=config(str(output), **{**ARGUMENTS, **plain, **changes}),
+        train_dataset=encode_dataset(chats() if rows is None else rows, processor),
+        data_collator=RowCollator(processor.tokenizer.pad_token_id),
+        processing_class=processor,
+    )
+
+
+def batch_of(rows, processor) -> dict[str, torch.Tensor]:
+    encoded = encode_dataset(chat_dataset(list(rows)), processor)
+    return RowCollator(processor.tokenizer.pad_token_id)(list(encoded))
 
 
 @torch.no_grad()
-def loss(model: Model | PeftModel, processor) -> float:
-    return model.eval()(**ChatCollator(processor)(list(chats()))).loss.item()
+def text_loss(model, processor) -> float:
+    return model.eval()(**batch_of(chats(), processor)).text_loss.item()
 
 
 def equal_states(first: torch.nn.Module, second: dict[str, torch.Tensor]) -> bool:
@@ -63,138 +72,109 @@ def equal_states(first: torch.nn.Module, second: dict[str, torch.Tensor]) -> boo
     return state.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
-def test_plain_trainer_lowers_the_loss(backbone: str, tiny_model, processor, tmp_path) -> None:
+@pytest.mark.parametrize(("of", "backbone"), [(Trainer, "llama"), (Trainer, "gpt2"), (SFTTrainer, "qwen3")])
+def test_plain_trainers_lower_the_loss(of: type[Trainer], backbone: str, tiny_model, processor, tmp_path) -> None:
+    """Those of transformers and TRL, on rows of this package."""
     model = tiny_model(backbone)
-    before = loss(model, processor)
-    trainer(model, processor, tmp_path, max_steps=12).train()
-    assert loss(model, processor) < 0.8 * before
-
-
-def test_resumed_training_equals_uninterrupted_training(tiny_model, processor, tmp_path) -> None:
-    whole, resumed = tiny_model("gpt2"), tiny_model("gpt2")
-    trainer(whole, processor, tmp_path / "whole", save_strategy="steps", save_steps=3).train()
-    untrained = copy.deepcopy(resumed.state_dict())
-    second = trainer(resumed, processor, tmp_path / "resumed")
-    second.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert second.state.global_step == 6
-    assert not equal_states(whole, untrained) and equal_states(resumed, whole.state_dict())
-    assert "model.codec.quantizer.codebook" in untrained
+    before = text_loss(model, processor)
+    build(of, model, processor, tmp_path, max_steps=12).train()
+    assert text_loss(model, processor) < 0.8 * before
 
 
 @pytest.mark.parametrize("backbone", ["llama", "gpt2"])
 def test_lora_trains_attention_and_what_a_scan_passes_through(backbone: str, tiny_model, processor, tmp_path) -> None:
     model = tiny_model(backbone)
     codec = copy.deepcopy(model.model.codec.state_dict())
-    frozen = model.model.language_model.get_input_embeddings().weight.clone()
     adapted = add_lora(model, 2)
     trainable = {name for name, value in adapted.named_parameters() if value.requires_grad}
-    projector = dict(tiny_model().model.projector.named_parameters())
-    whole = {f"model.projector.modules_to_save.default.{name}" for name in projector}
-    whole |= {"fmri_head.modules_to_save.default.weight", "model.boundaries.modules_to_save.default.weight"}
-    layer = "model.language_model.layers.{}.self_attn.{}.lora_{}.default.weight"
+    whole = {
+        f"projector.modules_to_save.default.{name}" for name, _ in tiny_model().model.projector.named_parameters()
+    }
+    whole |= {f"fmri_head.modules_to_save.default.{name}" for name in ("proj.weight", "frequencies")}
+    whole |= {"boundaries.modules_to_save.default.weight"}
+    layer = "causal_lm.model.layers.{}.self_attn.{}.lora_{}.default.weight"
     projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
     if backbone == "gpt2":
-        layer, projections = "model.language_model.h.{}.attn.{}.lora_{}.default.weight", ["c_attn"]
+        layer, projections = "causal_lm.transformer.h.{}.attn.{}.lora_{}.default.weight", ["c_attn"]
     lora = {layer.format(index, name, part) for index in range(2) for name in projections for part in "AB"}
-    assert trainable == {f"base_model.model.{name}" for name in whole | lora}
-
+    assert trainable == {f"base_model.model.model.{name}" for name in whole | lora}
     before = {name: value.detach().clone() for name, value in adapted.named_parameters()}
-    train_alignment(adapted, chats(), processor, TrainingArguments(**options(tmp_path)))
+    build(AlignmentTrainer, adapted, processor, tmp_path, mixed_rows()).train()
     changed = {name for name, value in adapted.named_parameters() if not torch.equal(value, before[name])}
-    assert changed == trainable
-    assert equal_states(adapted.base_model.model.model.codec, codec)
-    assert torch.equal(adapted.get_input_embeddings().weight, frozen)
-
-
-def test_alignment_logs_both_losses(tiny_model, processor, tmp_path) -> None:
-    model = tiny_model()
-    aligned = trainer(model, processor, tmp_path, JointTrainer, max_steps=4, eval_strategy="steps", eval_steps=1)
-    aligned.train()
-    logs = [entry for entry in aligned.state.log_history if "loss" in entry]
-    assert len(logs) == 2
-    for entry in logs:
-        expected = entry["text_loss"] + model.config.fmri_loss_weight * entry["fmri_loss"]
-        # losses are logged with the batches' shares of the labels, parts as means of the batches
-        assert entry["loss"] == pytest.approx(expected, rel=0.02)
+    assert changed == trainable and equal_states(adapted.base_model.model.model.codec, codec)
 
 
 def test_full_tuning_leaves_what_is_fitted_before_as_it_was(tiny_model, processor, tmp_path) -> None:
     model = tiny_model()
-    codec = copy.deepcopy(model.model.codec.state_dict())
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    train_alignment(model, mixed_rows(), processor, TrainingArguments(**options(tmp_path)))
-    unchanged = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
-    assert unchanged == {name for name in before if name.startswith(("model.codec.", "fmri_autoregression."))}
-    assert equal_states(model.model.codec, codec)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = build(AlignmentTrainer, model, processor, tmp_path, mixed_rows())
+    trainer.train()
+    unchanged = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert unchanged == {name for name in before if name.startswith(FITTED)}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 3 and all({"text_loss", "fmri_loss"} <= set(entry) for entry in logs)
 
 
-def test_scan_alone_teaches_next_codes_and_plain_text_teaches_words(tiny_model, processor) -> None:
+def test_scan_alone_teaches_next_codes_and_plain_text_teaches_words(tiny_model, processor, tmp_path) -> None:
     rows, model = list(mixed_rows()), tiny_model()
-    scan = next(row for row in rows if row["codes"] and not row["messages"])
-    text = next(row for row in rows if row["text"])
-    inputs = ChatCollator(processor)([scan])
+    alone = [row for row in rows if row["codes"] and not row["messages"]]
+    inputs = batch_of(alone, processor)
     assert (inputs["labels"] == -100).all()
     outputs = model(**inputs)
-    assert outputs.text_loss == 0 and outputs.loss == model.config.fmri_loss_weight * outputs.fmri_loss > 0
-    inputs = ChatCollator(processor)([text])
+    before = outputs.fmri_loss
+    assert outputs.text_loss == 0 and torch.isclose(outputs.loss, model.config.fmri_loss_weight * before)
+    build(AlignmentTrainer, model, processor, tmp_path, chat_dataset(alone), max_steps=12).train()
+    assert model.eval()(**inputs).fmri_loss < 0.9 * before
+    text = next(row for row in rows if row["text"])
+    inputs = batch_of([text], processor)
     assert "fmri_codes" not in inputs and torch.equal(inputs["labels"] != -100, inputs["attention_mask"].bool())
     assert processor.tokenizer.decode(inputs["input_ids"][0][inputs["attention_mask"][0] == 1]) == text["text"]
     assert model(**inputs).fmri_loss is None
 
 
-@pytest.mark.parametrize("of", [Trainer, JointTrainer])
-def test_batches_of_scans_alone_lower_their_loss(of: type[Trainer], tiny_model, processor, tmp_path) -> None:
-    rows = chat_dataset([row for row in mixed_rows() if row["codes"] and not row["messages"]])
-    model, inputs = tiny_model(), ChatCollator(processor)(list(rows))
-    before = model(**inputs).fmri_loss
-    args = TrainingArguments(**options(tmp_path, max_steps=12))
-    of(model=model, args=args, train_dataset=rows, data_collator=ChatCollator(processor)).train()
-    assert model.eval()(**inputs).fmri_loss < 0.9 * before
-
-
 def test_accumulated_batches_of_mixed_rows_train_as_one(tiny_model, processor, tmp_path) -> None:
-    rows = list(mixed_rows(8))
+    rows = mixed_rows()
     kinds = {(bool(row["messages"]), bool(row["codes"])) for row in rows}
     assert kinds == {(True, True), (False, True), (False, False)}
-    assert_batch_size_does_not_matter(JointTrainer, rows, tiny_model, processor, tmp_path)
-
-
-def test_accumulated_batches_of_equal_rows_train_as_one_by_the_plain_trainer(tiny_model, processor, tmp_path) -> None:
-    # one text about four scans: each has the same number of labels
-    rows = [{**chats(1)[0], "codes": [codes.tolist()]} for codes in random_scans(4)[0]]
-    assert_batch_size_does_not_matter(Trainer, rows, tiny_model, processor, tmp_path)
-
-
-def assert_batch_size_does_not_matter(of: type[Trainer], rows: list[dict], tiny_model, processor, tmp_path) -> None:
-    models = []
+    models = [tiny_model()]
     for size in (len(rows), 1):
-        model = tiny_model()
         values = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 1, "max_grad_norm": 0.0}
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": len(rows) // size}
-        args = TrainingArguments(**options(tmp_path, **values, **sizes))
-        of(model=model, args=args, train_dataset=rows, data_collator=ChatCollator(processor)).train()
-        models.append(model)
-    for name in ("lm_head", "fmri_head"):
-        untrained, whole, parts = (model.get_submodule(name).weight for model in (tiny_model(), *models))
+        models.append(tiny_model())
+        build(AlignmentTrainer, models[-1], processor, tmp_path, rows, **values, **sizes).train()
+    for name in ("model.causal_lm.lm_head", "model.fmri_head.proj"):
+        untrained, whole, parts = (model.get_submodule(name).weight for model in models)
         assert not torch.allclose(whole, untrained, atol=1e-3)
         assert torch.allclose(whole, parts, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gpt2"])
+def test_loss_of_stage_3_is_that_of_trl_and_of_the_logits(backbone: str, tiny_model, processor, tmp_path) -> None:
+    model, batch = tiny_model(backbone), batch_of(chats(4), processor)
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    gradients = []
+    for of in (SFTTrainer, FmriLMSFTTrainer):
+        trainer = build(of, copy.deepcopy(model), processor, tmp_path)
+        for items in (None, (labels != -100).sum()):
+            trained = trainer.model.train()
+            trained.zero_grad()
+            loss = trainer.compute_loss(trained, dict(batch), num_items_in_batch=items)
+            loss.backward()
+            assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+            gradients.append(trained.get_input_embeddings().weight.grad.clone())
+    assert all(torch.allclose(gradient, gradients[0], atol=1e-4) for gradient in gradients)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_tuned_adapter_merges_into_the_same_model(checkpointing: bool, tiny_model, processor, tmp_path) -> None:
     adapted = add_lora(tiny_model("qwen3"), 4)
-    before = loss(adapted, processor)
+    before = text_loss(adapted, processor)
     codec = copy.deepcopy(adapted.base_model.model.model.codec.state_dict())
-    tuned = train_sft(
-        adapted,
-        chats(),
-        processor,
-        **options(tmp_path, max_steps=12, bf16=False, gradient_checkpointing=checkpointing),
-    )
-    assert tuned is adapted and loss(adapted, processor) < 0.9 * before
-    inputs = ChatCollator(processor)(list(chats(2)))
-    inputs.pop("labels")
+    build(FmriLMSFTTrainer, adapted, processor, tmp_path, max_steps=12, gradient_checkpointing=checkpointing).train()
+    assert text_loss(adapted, processor) < 0.9 * before
+    inputs = {name: value for name, value in batch_of(chats(2), processor).items() if name != "labels"}
     expected = adapted(**inputs).logits
     merged = adapted.merge_and_unload()
     assert isinstance(merged, FmriLMForConditionalGeneration) and equal_states(merged.model.codec, codec)
@@ -202,3 +182,26 @@ def test_tuned_adapter_merges_into_the_same_model(checkpointing: bool, tiny_mode
     merged.save_pretrained(tmp_path / "merged")
     loaded = FmriLMForConditionalGeneration.from_pretrained(tmp_path / "merged")
     assert torch.equal(loaded(**inputs).logits, merged(**inputs).logits)
+
+
+@pytest.mark.parametrize("of", [AlignmentTrainer, FmriLMSFTTrainer])
+def test_loss_that_is_no_number_ends_training(of: type[Trainer], llama, processor, tmp_path) -> None:
+    trainer = build(of, llama, processor, tmp_path, save_strategy="steps", save_steps=2)
+
+    def broken(module, arguments, found: torch.Tensor) -> torch.Tensor:
+        return found * (float("nan") if trainer.state.global_step == 3 else 1)
+
+    llama.model.projector.register_forward_hook(broken)
+    with pytest.raises(FloatingPointError, match="step 4: loss is nan"):
+        trainer.train()
+    (last,) = checkpoints(tmp_path)
+    assert last.name == "checkpoint-2" and is_whole(last) and last_checkpoint(tmp_path) == last
+
+
+def test_weights_that_are_no_numbers_are_not_saved(llama, processor, tmp_path) -> None:
+    trainer = build(AlignmentTrainer, llama, processor, tmp_path)
+    with torch.no_grad():
+        llama.model.fmri_head.proj.weight[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="step 0: model.fmri_head.proj.weight"):
+        trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()

@@ -110,4 +110,3 @@ def fit_frequencies(model: FmriLMForConditionalGeneration, codes: Sequence[np.nd
         flat = (places[:, None] * config.num_quantizers + levels) * config.codebook_size + scan
         counts.view(-1).index_add_(0, torch.from_numpy(flat.ravel()).long(), torch.ones(flat.size))
     head.frequencies.copy_((counts / counts.sum(-1, keepdim=True)).log())
-

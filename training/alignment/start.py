@@ -45,10 +45,13 @@ class Probe:
 
 
 def descriptor_probes(examples: Examples, score_names: Sequence[str]) -> list[Probe]:
-    """Of the descriptors' questions, in all their wordings; log-odds by logistic regression on each one's score."""
-    probes = []
+    """
+    Of the descriptors' questions, in all their wordings; log-odds by logistic regression on each one's score, over the
+    windows themselves: mixtures have other levels.
+    """
+    probes, windows = [], np.array(["scan" in row for row in examples.rows])
     for column, name in enumerate(CORE_NAMES):
-        known = examples.levels[:, column] >= 0
+        known = (examples.levels[:, column] >= 0) & windows
         if name in score_names and len(np.unique(examples.levels[known, column])) == len(LEVELS):
             place = [list(score_names).index(name)]
             odds = _log_odds(examples.scores[known], place, examples.levels[known, column], len(LEVELS))

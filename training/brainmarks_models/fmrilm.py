@@ -20,7 +20,7 @@ from brainmarks.models.base import Embeddings, ModelTransform, ModelWrapper
 from brainmarks.models.registry import register_model
 
 from fmrilm import Atlas, FmriLMFeatureExtractor, FmriLMForConditionalGeneration, FmriLMProcessor
-from fmrilm.training.evaluation.adapt import scan_states
+from fmrilm.training.evaluation.ask import scan_states
 
 
 PARCELS = 400
@@ -39,7 +39,7 @@ class FmriLMTransform(ModelTransform):
         if signal.shape[1] != len(self.atlas):
             raise ValueError(f"expected {len(self.atlas)} parcels, got {signal.shape[1]}")
         signal[:, signal.std(0) == 0] = np.nan
-        # a clip of less than a step goes on as its mirror image: there is nothing shorter that the codec reads
+        # a clip of less than a patch goes on as its mirror image: there is nothing shorter that the codec reads
         tr, last = float(sample["tr"]), (self.extractor.patch_length - 1) * self.extractor.repetition_time
         missing = max(0, math.ceil(last / tr) + 1 - len(signal))
         signal = np.pad(signal, ((0, missing), (0, 0)), mode="symmetric")
@@ -54,7 +54,7 @@ class FmriLMTransform(ModelTransform):
 
 
 class FmriLMWrapper(ModelWrapper):
-    """The language model's last hidden states at the tokens of a scan, without any text."""
+    """The language model's last hidden states at the latent and summary tokens of a scan, without any text."""
 
     __space__ = "schaefer400"
     coordinates: torch.Tensor
@@ -68,10 +68,12 @@ class FmriLMWrapper(ModelWrapper):
         values = batch["fmri_values"]
         coordinates = self.coordinates.expand(len(values), -1, -1)
         codes = self.model.model.get_fmri_codes(values, coordinates, batch["fmri_mask"])
-        states, valid = scan_states(self.model, codes), (codes >= 0)[..., None]
-        pooled = (states * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+        states, summary = scan_states(self.model, codes)
+        valid = (codes[..., 0] >= 0)[..., None]
+        total = (states * valid).sum(1, keepdim=True) + summary.sum(1, keepdim=True)
+        pooled = total / (valid.sum(1, keepdim=True) + summary.shape[1])
         # where a scan has no tokens any more its mean stands, so that means over the tokens are those of the scan
-        return Embeddings(cls_embeds=pooled, reg_embeds=None, patch_embeds=torch.where(valid, states, pooled))
+        return Embeddings(cls_embeds=pooled, reg_embeds=summary, patch_embeds=torch.where(valid, states, pooled))
 
 
 @register_model

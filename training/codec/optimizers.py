@@ -16,9 +16,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(
         self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], lr: float, weight_decay: float
     ):
-        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
-        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self.parts: list[torch.optim.Optimizer] = []
+        # a codec without transformers has none
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.parts.append(muon)
+        self.parts.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98)))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
     @classmethod
@@ -40,9 +44,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         )
 
     def _share(self) -> None:
-        for optimizer, groups in ((self.muon, self.param_groups[:1]), (self.adamw, self.param_groups[1:])):
-            optimizer.param_groups = groups
-            optimizer.state = self.state
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups = [group]
+            part.state = self.state
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -54,6 +58,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.muon.step()
-        self.adamw.step()
+        for part in self.parts:
+            part.step()
         return loss

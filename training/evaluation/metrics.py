@@ -6,89 +6,71 @@ Every metric takes arrays over rows (one answer each) and `weights` [..., rows],
 where the rows that count do not define it.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 
-BOOTSTRAPS = 2000
+RESAMPLES = 2000
 CALIBRATION_BINS = 10
-# answers that could not be parsed: never right, and no class of their own
-UNPARSED = -1
 # cells of weights held at a time
 CHUNK = 20_000_000
 # weights [..., rows] to values [...], NaN where undefined
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Answers:
+def distributions(
+    statistics: Mapping[str, Statistic], subjects: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, np.ndarray]:
     """
-    Answers to rows of questions: classes int [rows], `UNPARSED` where there is none, and perhaps probabilities
-    [rows, classes]; or values float [rows].
-    """
-
-    classes: np.ndarray | None = None
-    probabilities: np.ndarray | None = None
-    values: np.ndarray | None = None
-
-    def take(self, rows: np.ndarray) -> "Answers":
-        """The answers in other places: those to `rows` int [rows]."""
-        kinds = (self.classes, self.probabilities, self.values)
-        return Answers(*(None if kind is None else kind[rows] for kind in kinds))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """
-    A metric and its 95 % interval over subjects, None where it is undefined; `undefined` of the `draws` left it
-    undefined and are not in the interval.
-    """
-
-    value: float | None
-    interval: tuple[float, float] | None
-    draws: int
-    undefined: int
-
-    def to_dict(self) -> dict:
-        return {
-            "value": self.value,
-            "interval": None if self.interval is None else list(self.interval),
-            "draws": self.draws,
-            "undefined_draws": self.undefined,
-        }
-
-
-def bootstrap(statistic: Statistic, subjects: np.ndarray, draws: int = BOOTSTRAPS, seed: int = 0) -> Estimate:
-    """
-    A statistic and its percentile interval when subjects are drawn with replacement, each with all of its rows.
+    Values [1 + resamples] of each statistic: of the rows as they are, then when subjects are resampled, each with all
+    of its rows. The resamples are the same for all statistics, and for every call about these subjects, so that the
+    difference of two is that of their values.
 
     Args:
         subjects: whose each row is, [rows].
     """
     names, rows = np.unique(np.asarray(subjects), return_inverse=True)
     if not len(names):
-        raise ValueError("expected at least one subject to draw from, got none")
+        raise ValueError("expected at least one subject to resample, got none")
     rng = np.random.default_rng(seed)
+    found = {name: [statistic(np.ones((1, len(rows))))] for name, statistic in statistics.items()}
     chunk = max(1, CHUNK // len(rows))
-    sampled = []
-    for start in range(0, draws, chunk):
-        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=min(chunk, draws - start))
-        sampled.append(statistic(counts[:, rows].astype(float)))
-    sampled = np.concatenate(sampled)
+    for start in range(0, resamples, chunk):
+        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=min(chunk, resamples - start))
+        weights = counts[:, rows].astype(float)
+        for name, statistic in statistics.items():
+            found[name].append(statistic(weights))
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
+def estimate(values: np.ndarray) -> dict:
+    """
+    {"value", "interval", "resamples", "undefined_resamples"} of values as `distributions` gives them: the 95 %
+    percentile interval. value and interval are None where undefined; resamples that leave the statistic undefined are
+    not in the interval.
+    """
+    value, sampled = values[0], values[1:]
     defined = sampled[~np.isnan(sampled)]
-    value = float(statistic(np.ones(len(rows))))
     interval = None
     if len(defined) and not np.isnan(value):
-        low, high = np.quantile(defined, [0.025, 0.975])
-        interval = (float(low), float(high))
-    return Estimate(None if np.isnan(value) else value, interval, draws, draws - len(defined))
+        interval = [float(bound) for bound in np.quantile(defined, [0.025, 0.975])]
+    return {
+        "value": None if np.isnan(value) else float(value),
+        "interval": interval,
+        "resamples": len(sampled),
+        "undefined_resamples": len(sampled) - len(defined),
+    }
+
+
+def bootstrap(statistic: Statistic, subjects: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+    """The `estimate` of one statistic."""
+    return estimate(distributions({"": statistic}, subjects, resamples, seed)[""])
 
 
 def accuracy(truth: np.ndarray, answers: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Share of right answers; truth, answers: int [rows]."""
-    return _mean(truth == answers, weights)
+    return mean(truth == answers, weights)
 
 
 def mean_recall(hits: np.ndarray, members: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -113,7 +95,7 @@ def macro_f1(truth: np.ndarray, answers: np.ndarray, weights: np.ndarray) -> np.
     members = _one_hot(truth)
     answered = (answers[:, None] == classes).astype(float)
     hits, truths, given = (weights @ table for table in (members * answered, members, answered))
-    # a class without truth in a draw leaves it undefined, as in balanced accuracy
+    # a class without truth in a resample leaves it undefined, as in balanced accuracy
     return np.where(truths > 0, _ratio(2 * hits, truths + given), np.nan).mean(-1)
 
 
@@ -128,13 +110,36 @@ def roc_auc(truth: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -
     return np.mean([_binary_auc(truth == k, probabilities[:, k], weights) for k in classes], 0)
 
 
+def within_site_auc(
+    truth: np.ndarray, probabilities: np.ndarray, sites: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """
+    ROC-AUC over pairs of rows of one site alone: what a site's share of each class predicts counts for nothing. sites:
+    [rows]. Sites without pairs do not count; NaN without any pair.
+    """
+    classes = np.unique(truth)
+    found = []
+    for label in classes[1:] if len(classes) == 2 else classes:
+        wins, pairs = np.zeros(weights.shape[:-1]), np.zeros(weights.shape[:-1])
+        for site in np.unique(sites):
+            rows = np.flatnonzero(sites == site)
+            of_site = _pairs(truth[rows] == label, probabilities[rows, label], weights[..., rows])
+            wins, pairs = wins + of_site[0], pairs + of_site[1]
+        found.append(_ratio(wins, pairs))
+    return np.mean(found, 0)
+
+
 def _binary_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Share of pairs of a positive and a negative row of which the positive one has the higher score."""
+    return _ratio(*_pairs(positive, scores, weights))
+
+
+def _pairs(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many pairs of a positive and a negative row there are with the positive one higher, and in all."""
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
     above, below = (np.add.reduceat((weights * mask)[..., order], starts, axis=-1) for mask in (positive, ~positive))
     wins = (above * (below.cumsum(-1) - below / 2)).sum(-1)
-    return _ratio(wins, above.sum(-1) * below.sum(-1))
+    return wins, above.sum(-1) * below.sum(-1)
 
 
 def calibration_error(truth: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -155,45 +160,61 @@ def calibration_bins(confidence: np.ndarray) -> np.ndarray:
 
 def mean_absolute_error(truth: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """In the unit of the truth."""
-    return _mean(np.abs(truth - values), weights)
+    return mean(np.abs(truth - values), weights)
 
 
 def pearson_r(truth: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Correlation of truth and values; NaN where either is constant."""
     # centred once, so that subtracting squares loses nothing
     x, y = truth - truth.mean(), values - values.mean()
-    mean_x, mean_y = _mean(x, weights), _mean(y, weights)
-    covariance = _mean(x * y, weights) - mean_x * mean_y
-    variances = [_mean(x * x, weights) - mean_x**2, _mean(y * y, weights) - mean_y**2]
+    mean_x, mean_y = mean(x, weights), mean(y, weights)
+    covariance = mean(x * y, weights) - mean_x * mean_y
+    variances = [mean(x * x, weights) - mean_x**2, mean(y * y, weights) - mean_y**2]
     rounding = [1e-12 * (z * z).mean() for z in (x, y)]
     varies = (variances[0] > rounding[0]) & (variances[1] > rounding[1])
     return _ratio(covariance, np.where(varies, np.sqrt(np.abs(variances[0] * variances[1])), 0))
 
 
-def statistics(truth: np.ndarray, draws: Sequence[Answers]) -> dict[str, Statistic]:
+def statistics(
+    truth: np.ndarray, answers: Sequence[np.ndarray], sites: np.ndarray | None = None
+) -> dict[str, Statistic]:
     """
-    All metrics that the answers have; of several draws of training subjects, which answered the same rows, the mean.
-    truth: int [rows] class, or float [rows].
+    All metrics of answers to the same rows, mean over `answers`, one array for each resample of training subjects:
+    probabilities [rows, choices] where truth is int [rows], values [rows] where it is float [rows]. sites: [rows].
     """
-    first = draws[0]
-    if first.values is not None:
-        found = {"mean_absolute_error": ("values", mean_absolute_error), "pearson_r": ("values", pearson_r)}
-    else:
-        found = {
-            "accuracy": ("classes", accuracy),
-            "balanced_accuracy": ("classes", balanced_accuracy),
-            "f1": ("classes", macro_f1),
-        }
-    if first.probabilities is not None:
-        found |= {
-            "roc_auc": ("probabilities", roc_auc),
-            "calibration_error": ("probabilities", calibration_error),
-        }
 
-    def mean_over_draws(kind: str, metric: Callable) -> Statistic:
-        return lambda weights: np.mean([metric(truth, getattr(draw, kind), weights) for draw in draws], 0)
+    def over_resamples(metric: Callable, kind: Callable = np.asarray) -> Statistic:
+        return lambda weights: np.mean([metric(truth, kind(each), weights) for each in answers], 0)
 
-    return {name: mean_over_draws(kind, metric) for name, (kind, metric) in found.items()}
+    if truth.dtype.kind == "f":
+        return {"mean_absolute_error": over_resamples(mean_absolute_error), "pearson_r": over_resamples(pearson_r)}
+    found = {
+        "accuracy": over_resamples(accuracy, _likeliest),
+        "balanced_accuracy": over_resamples(balanced_accuracy, _likeliest),
+        "f1": over_resamples(macro_f1, _likeliest),
+        "roc_auc": over_resamples(roc_auc),
+        "calibration_error": over_resamples(calibration_error),
+    }
+    if sites is not None:
+        found["within_site_auc"] = over_resamples(
+            lambda truth, each, weights: within_site_auc(truth, each, sites, weights)
+        )
+    return found
+
+
+def calibration_curve(truth: np.ndarray, answers: Sequence[np.ndarray]) -> list[dict]:
+    """Share of right answers among those of about the same probability; arguments as in `statistics`."""
+    confidence = np.concatenate([each.max(-1) for each in answers])
+    right = np.concatenate([each.argmax(-1) == truth for each in answers])
+    bins = calibration_bins(confidence)
+    return [
+        {
+            "answers": int((bins == place).sum()),
+            "probability": float(confidence[bins == place].mean()),
+            "right": float(right[bins == place].mean()),
+        }
+        for place in np.unique(bins)
+    ]
 
 
 def among(statistic: Statistic, rows: np.ndarray) -> Statistic:
@@ -201,12 +222,12 @@ def among(statistic: Statistic, rows: np.ndarray) -> Statistic:
     return lambda weights: statistic(weights * rows)
 
 
-def minus(statistic: Statistic, other: Statistic) -> Statistic:
-    """The difference of two statistics when the same subjects are drawn for both."""
-    return lambda weights: statistic(weights) - other(weights)
+def _likeliest(probabilities: np.ndarray) -> np.ndarray:
+    return probabilities.argmax(-1)
 
 
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of values [rows]."""
     return _ratio(weights @ values.astype(float), weights.sum(-1))
 
 

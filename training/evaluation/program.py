@@ -1,16 +1,17 @@
 """
-What a model knows of a task: unseen subjects, real probabilities, beside baselines and other people's scans.
+What a model reads in the scans of held-out subjects, beside baselines and a subject-shuffled control.
 
-`evaluate` splits subjects, lets the model learn from none, k of each class or all training subjects, and asks it about
-the test subjects. Whatever learned from the same training subjects stands beside it: the commonest answer and
-regression on functional connectivity. Each answer is also compared with the truth about another person of the same
-dataset, site and atlas ("swapped"): what is right there, the scan did not tell.
+Tasks ask about labels of the subject: as the model is ("zero-shot"), with labelled scans in the prompt ("few-shot"),
+tuned on them ("tuned"), or by ridge regression on its hidden states ("probe"). Beside them stand baselines that learn
+from the same training subjects. Descriptor questions ask about the window itself (see `descriptors`). Answers about
+a scan are means over all of its windows. In the control, each answer is compared with the label of another subject of
+the same site and atlas: what is right there does not come from the scan.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,88 +21,109 @@ import torch
 
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
+from fmrilm.processors.descriptors.cohort import JSON_FILE, Cohort
 
+from ..data.dataset import Scans, load_scans
 from ..data.shards import write_whole
-from ..data.splits import HELD_OUT_SHARE, Split, hold_out, hold_out_known, k_fold, k_shot
-from ..data.tasks import Task, load_task
+from ..data.splits import Split, SplitArguments, k_fold, k_shot, split_scans
+from ..data.tasks import Task, labels_of, load_task
 from ..trainer import half_precision
-from .adapt import Tuning, as_examples, embed_scans, tune
-from .ask import Example, answer_scans, calibrated, parse_answer, score_scans
-from .baselines import logistic_regression, majority, ridge_regression, swap_scans
-from .labelled_scans import LabelledScans, load_labelled
-from .metrics import UNPARSED, Answers
+from . import descriptors as descriptor_questions
+from .ask import Example, answer_windows, calibrated, embed_windows, parse_number, score_windows
+from .baselines import BASELINES, Baselines, shuffle_subjects
 from .report import write_report
-from .results import BASELINES, FULL, Answered, summarize
+from .results import FULL, Answers, summarize
+from .scans import EvaluationScans, Labelled, encode_scans, reconstruction_results
+from .tuning import Tuning, tune
 
 
+CONDITIONS = ("zero-shot", "few-shot", "tuned", "probe", *BASELINES)
 SETTINGS = "settings.json"
-METHODS = ("zero-shot", "tuned", "context", "probe", *BASELINES)
-# training scans that tell which words the model prefers whatever the scan
+# training scans that show which answers the model prefers whatever the scan
 REFERENCE_SCANS = 48
+# numbers that are scored one by one for the expected value, at most
+MOST_NUMBERS = 200
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationSettings:
     """
-    How a task is evaluated.
-
-    shots: training subjects of each class: 0, k or "full" (all of them). draws: of k subjects. methods: of `METHODS`:
-    the model as it is, tuned on the shots, shown the shots in the prompt, logistic or ridge regression on its hidden
-    states, and the baselines. new_people: the model was trained on nobody in the data. Then the test subjects are
-    drawn from all of them: `test_share`, or everyone once in a cross-validation with `folds`. Otherwise they are those
-    whom no program trains on, see `held_out_subjects`. open_ended: answers in words in place of choices; tasks about
-    numbers always are.
+    shots: training subjects of each class: 0, k or "full" (all of them). resamples: of k subjects. conditions: of
+    `CONDITIONS`. questions_per_family: about descriptors of a window. described: subjects whose scans are described
+    in free text, with `description_tokens` tokens. window_stride: frames between the windows of a scan; by default
+    half of a window.
     """
 
-    shots: tuple[int | str, ...] = (0, FULL)
-    draws: int = 3
-    methods: tuple[str, ...] = ("zero-shot", "tuned", "connectivity", "majority")
-    new_people: bool = False
-    folds: int | None = None
-    test_share: float = HELD_OUT_SHARE
-    open_ended: bool = False
+    shots: tuple[int | str, ...] = (0,)
+    resamples: int = 10
+    conditions: tuple[str, ...] = ("zero-shot", *BASELINES)
     tuning: Tuning = Tuning()
+    questions_per_family: int = 8
+    described: int = 64
+    description_tokens: int = 80
+    window_stride: int | None = None
     seed: int = 0
 
+    @classmethod
+    def quick(cls) -> "EvaluationSettings":
+        """What shows that every part works, and not how well."""
+        return cls(questions_per_family=1, described=2, description_tokens=8)
+
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.methods) - set(METHODS)):
-            raise ValueError(f"expected methods of {', '.join(METHODS)}, got {', '.join(unknown)}")
+        if unknown := sorted(set(self.conditions) - set(CONDITIONS)):
+            raise ValueError(f"expected conditions of {', '.join(CONDITIONS)}, got {', '.join(unknown)}")
         for shots in self.shots:
             if shots != FULL and (not isinstance(shots, int) or shots < 0):
                 raise ValueError(f"expected shots of 0, a number of subjects or {FULL!r}, got {shots!r}")
-        if not self.new_people and (self.folds is not None or self.test_share > HELD_OUT_SHARE):
-            raise ValueError(
-                f"expected no folds and a test_share of at most {HELD_OUT_SHARE}, the people whom no program trains "
-                f"on, got folds={self.folds} and test_share={self.test_share}: if the model was trained on nobody in "
-                "the data, say so (new_people)"
-            )
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to an answer: a method that learned from so many shots, in one draw of them, in one fold."""
-
-    method: str
-    shots: int | str
-    draw: int
-    fold: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.shots}-draw{self.draw}-fold{self.fold}"
-
-
-def evaluate(model_folder: Path, data: Path, task_name: str, output: Path, protocol: Protocol = Protocol()) -> dict:
+def evaluate(
+    model_folder: Path,
+    data: Path,
+    output: Path,
+    tasks: Sequence[str] = (),
+    descriptors: bool = False,
+    *,
+    split: SplitArguments | None = None,
+    folds: int | None = None,
+    new_subjects: bool = False,
+    columns: Sequence[str] = (),
+    settings: EvaluationSettings = EvaluationSettings(),
+    show: bool = False,
+) -> dict:
     """
-    Results of a model folder on a prepared dataset, also as results.json, results.csv and plots in `output`. Each arm
-    is kept there when it is done, so that the same call goes on where it was stopped.
+    Results of a model folder on a prepared dataset, also as results.json, results.csv and results.png in `output`.
+    What is answered is kept there, so that the same call goes on where it was stopped.
+
+    descriptors: questions about descriptors, descriptions, and what the codec keeps of the scans. split: whom the
+    model was not trained on, as in every program; folds: of a cross-validation over all subjects, and `leave_out`
+    without a value: each value of the column is left out in turn; both need `new_subjects`, a model that was trained
+    on none of the data. columns: NAME of the one task's label column, or TASK=NAME. show: answers about single
+    subjects, too, under pseudonyms.
     """
-    task = load_task(task_name)
-    _check_settings(output, {"model": str(model_folder), "data": str(data), "task": asdict(task)}, protocol)
+    split = split or SplitArguments()
+    loaded = with_columns([load_task(task) for task in tasks], columns)
+    if not loaded and not descriptors:
+        raise ValueError("expected tasks or descriptor questions to ask, got neither")
+    _check_settings(
+        output,
+        {
+            "model": str(model_folder),
+            "data": str(data),
+            "tasks": [asdict(task) for task in loaded],
+            "split": {**asdict(split), "folds": folds},
+            "descriptors": descriptors,
+            "settings": asdict(settings),
+        },
+    )
     model = FmriLMForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32).eval()
     processor = FmriLMProcessor.from_pretrained(model_folder)
-    scans = load_labelled(data, task, processor.feature_extractor, model.model.codec)
-    results = evaluate_scans(model, processor, task, scans, protocol, output / "arms")
+    if descriptors and not (model_folder / JSON_FILE).exists():
+        raise ValueError(f"expected {JSON_FILE} in {model_folder} for questions about descriptors, got none")
+    cohort = Cohort.load(model_folder) if descriptors else None
+    scans = load_scans(data, processor.feature_extractor)
+    splits = make_splits(scans, split, folds, new_subjects, loaded, settings.seed)
+    results = evaluate_scans(model, processor, scans, splits, loaded, settings, output, cohort, show)
     results["data"]["dataset"] = data.name
     write_report(results, output)
     return results
@@ -110,179 +132,356 @@ def evaluate(model_folder: Path, data: Path, task_name: str, output: Path, proto
 def evaluate_scans(
     model: FmriLMForConditionalGeneration,
     processor: FmriLMProcessor,
-    task: Task,
-    scans: LabelledScans,
-    protocol: Protocol,
-    arms: Path,
+    scans: Scans,
+    splits: Sequence[Split],
+    tasks: Sequence[Task],
+    settings: EvaluationSettings,
+    work: Path,
+    cohort: Cohort | None = None,
+    show: bool = False,
 ) -> dict:
-    """See `evaluate`. arms: folder for the answers of each arm, in the order of the test rows."""
-    splits = splits_of(task, scans, protocol)
-    run = _Run(model, processor, task, scans, protocol, splits)
-    made = {arm: _kept(arms / f"{arm.name}.npz", lambda arm=arm: run.answers(arm)) for arm in _arms(protocol)}
-    return {
-        "task": task.name,
-        "question": task.questions[0],
-        "choices": task.choice_words,
-        "unit": task.unit,
-        "data": _counts(task, scans, splits),
-        "settings": json.loads(json.dumps(asdict(protocol))),
-        "methods": _joined(task, scans, splits, made, protocol),
+    """
+    See `evaluate`. splits: rows of the scans, for each fold; every scan is tested once at most. cohort: of the model,
+    for questions about descriptors. work: folder for codes and for the answers of each condition.
+    """
+    extractor = processor.feature_extractor
+    stride = settings.window_stride or extractor.window_length // 2
+    encoded = encode_scans(model.model.codec, extractor, scans, stride, work / "codes")
+    subjects = encoded.subjects
+    results: dict[str, Any] = {
+        "data": {
+            "scans": len(scans),
+            "subjects": len(set(subjects)),
+            "windows": len(encoded.encoded),
+            "training_subjects": [len(set(subjects[split.training])) for split in splits],
+            "test_subjects": [len(set(subjects[split.test])) for split in splits],
+        },
+        "settings": json.loads(json.dumps(asdict(settings))),
     }
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision()):
+        run = _Run(model, processor, encoded, splits, [Labelled.read(task, scans) for task in tasks], settings, work)
+        results["tasks"] = {task.task.name: run.results(task) for task in run.tasks}
+        if cohort is not None:
+            results["descriptors"] = run.descriptors(cohort, show)
+            tested = np.concatenate([split.test for split in splits])
+            results["codec"] = reconstruction_results(model.model.codec, encoded, tested, show)
+    return results
+
+
+def with_columns(tasks: Sequence[Task], columns: Sequence[str]) -> list[Task]:
+    """The tasks with other label columns: each "TASK=NAME", or one "NAME" where there is one task."""
+    changed = {task.name: task for task in tasks}
+    for column in columns:
+        name, _, value = column.rpartition("=")
+        if not name and len(tasks) == 1:
+            name = tasks[0].name
+        if name not in changed:
+            raise ValueError(f"expected TASK=COLUMN with a task of {', '.join(changed)}, got {column!r}")
+        changed[name] = replace(changed[name], column=value)
+    return list(changed.values())
+
+
+def make_splits(
+    scans: Scans, split: SplitArguments, folds: int | None, new_subjects: bool, tasks: Sequence[Task], seed: int
+) -> list[Split]:
+    """
+    Rows to learn from and to test. Folds are stratified by site and the first task's answers where these have enough
+    subjects, or by one of them.
+    """
+    table = scans.table
+    subjects = table["subject"].astype(str).to_numpy()
+    every_value = split.leave_out is not None and "=" not in split.leave_out
+    if (folds is not None or every_value) and not new_subjects:
+        raise ValueError(
+            "expected no folds, and leave_out as COLUMN=VALUE: if the model was trained on none of the data's "
+            "subjects, say so (new_subjects)"
+        )
+    if every_value:
+        return _leave_out_each(scans, str(split.leave_out))
+    if folds is None:
+        training, test = (set(part.table["subject"].astype(str)) for part in split_scans(scans, split))
+        parts = [np.flatnonzero(np.isin(subjects, sorted(part))) for part in (training, test)]
+        if not all(map(len, parts)):
+            raise ValueError(f"expected training and test subjects, got {len(training)} and {len(test)}")
+        return [Split(*parts)]
+    answers = np.full(len(table), "")
+    if tasks and tasks[0].choices is not None and not tasks[0].per_session:
+        labels = labels_of(tasks[0], table.to_dict("records"))
+        answers = np.array(["" if label is None else tasks[0].answer(label) for label in labels])
+    sites = table["site"].fillna("").astype(str).to_numpy() if "site" in table else np.full(len(table), "")
+    strata = np.array([f"{site} {answer}" for site, answer in zip(sites, answers, strict=True)])
+    for labels in (strata, answers):
+        codes = np.unique(labels, return_inverse=True)[1]
+        _, first = np.unique(subjects, return_index=True)
+        if np.bincount(codes[first]).min() >= folds:
+            return list(k_fold(subjects, codes, folds, seed))
+    return list(k_fold(subjects, None, folds, seed))
+
+
+def _leave_out_each(scans: Scans, column: str) -> list[Split]:
+    if column not in scans.table:
+        raise ValueError(f"expected a column to leave out values of, among {', '.join(scans.table)}, got {column!r}")
+    values = scans.table[column].to_numpy()
+    subjects = scans.table["subject"].astype(str).to_numpy()
+    splits = []
+    for value in scans.table[column].dropna().unique():
+        test = np.flatnonzero(values == value)
+        # a subject with scans of two values is not learned from while one of them is left out
+        splits.append(Split(np.flatnonzero(~np.isin(subjects, subjects[test])), test))
+    if len(splits) < 2:
+        raise ValueError(f"expected at least 2 values of {column!r} to leave out in turn, got {len(splits)}")
+    return splits
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """A condition that learned from so many shots, in one resample of them, in one fold."""
+
+    name: str
+    shots: int | str
+    resample: int
+    fold: int
 
 
 @dataclass
 class _Run:
-    """Everything the arms have in common."""
+    """What all conditions of all tasks have in common."""
 
     model: FmriLMForConditionalGeneration
     processor: FmriLMProcessor
-    task: Task
-    scans: LabelledScans
-    protocol: Protocol
+    scans: EvaluationScans
     splits: Sequence[Split]
+    tasks: list[Labelled]
+    settings: EvaluationSettings
+    work: Path
 
-    @property
-    def open_ended(self) -> bool:
-        return self.protocol.open_ended or self.task.choices is None
+    def __post_init__(self) -> None:
+        features = {"codes_ridge": lambda: self.scans.features, "probe": self._embeddings}
+        self.baselines = Baselines(self.scans.scans, features)
 
-    def answers(self, arm: Arm) -> dict[str, np.ndarray]:
+    def descriptors(self, cohort: Cohort, show: bool) -> dict:
+        settings, scans = self.settings, self.scans
+        answered = descriptor_questions.joined(
+            [
+                descriptor_questions.ask_descriptors(
+                    self.model, self.processor, scans, split, cohort, settings.questions_per_family, settings.seed
+                )
+                for split in self.splits
+            ]
+        )
+        results = descriptor_questions.question_results(answered, settings.seed)
+        if settings.described:
+            results["descriptions"] = descriptor_questions.description_results(
+                self.model,
+                self.processor,
+                scans,
+                self.splits[0],
+                cohort,
+                settings.described,
+                settings.description_tokens,
+                settings.seed,
+                show,
+            )
+        if show:
+            repetition_time = self.processor.feature_extractor.repetition_time
+            results["answers"] = descriptor_questions.shown_answers(answered, scans, repetition_time)
+        return results
+
+    def results(self, labelled: Labelled) -> dict:
+        """Of one task: metrics of each condition over the test rows of all folds."""
+        task, scans = labelled.task, self.scans
+        parts = [labelled.known(split.test) for split in self.splits]
+        rows = np.concatenate(parts)
+        if not len(rows):
+            raise ValueError(f"task {task.name!r}: expected a test scan with a label, got none")
+        # within a fold: what answers about the other one's scan has learned from neither of the two
+        groups = [f"{fold} {scans.groups[row]}" for fold, part in enumerate(parts) for row in part]
+        shuffled = shuffle_subjects(scans.subjects[rows], groups, self.settings.seed)
+        made: dict[tuple, list[list[Answers]]] = defaultdict(list)
+        for condition in self._conditions(task):
+            of_resample = made[condition.name, condition.shots]
+            if len(of_resample) == condition.resample:
+                of_resample.append([])
+            of_resample[-1].append(self._kept(labelled, condition))
+        sites = None if scans.sites is None else scans.sites[rows]
+        return {
+            "question": task.questions[0],
+            "choices": task.choice_words,
+            "unit": task.unit,
+            "scans": len(labelled.rows),
+            "subjects": len(set(scans.subjects[labelled.rows])),
+            "unlabelled_scans": len(scans) - len(labelled.rows),
+            "answers": dict(Counter(task.answer(labelled.labels[row]) for row in labelled.rows if task.choices)),
+            "test_scans": len(rows),
+            **summarize(labelled, rows, scans.subjects[rows], sites, shuffled, made),
+        }
+
+    def _conditions(self, task: Task) -> Iterator[_Condition]:
+        settings = self.settings
+        for name in settings.conditions:
+            if name == "zero-shot":
+                counts = [0] if 0 in settings.shots else []
+            else:
+                # a prompt does not hold all scans; baselines of a model that learned from nothing know all labels
+                counts = [shots for shots in settings.shots if shots != 0 and (shots, name) != (FULL, "few-shot")]
+                # a number has no classes to draw subjects from
+                counts = [shots for shots in counts if task.choices or shots == FULL]
+                if name in BASELINES:
+                    counts = dict.fromkeys([*counts, FULL])
+            for shots in counts:
+                for resample in range(1 if shots in (0, FULL) else settings.resamples):
+                    for fold in range(len(self.splits)):
+                        yield _Condition(name, shots, resample, fold)
+
+    def _kept(self, labelled: Labelled, condition: _Condition) -> Answers:
+        name = f"{labelled.task.name}.{condition.name}.{condition.shots}.{condition.resample}.{condition.fold}.npz"
+        path = self.work / "answers" / name
+        if not path.exists():
+            made: dict[str, Any] = self._answers(labelled, condition)
+
+            def save(temporary: Path) -> None:
+                with open(temporary, "wb") as handle:
+                    np.savez(handle, **made)
+
+            write_whole(path, save)
+        with np.load(path, allow_pickle=False) as kept:
+            return dict(kept)
+
+    def _answers(self, labelled: Labelled, condition: _Condition) -> Answers:
         """
-        Of the arm's test rows: probabilities and uncalibrated probabilities [rows, choices], or "classes" [rows], or
-        "values" [rows] with "failures" [rows] where there was no number.
+        Of the test rows of a condition: "probabilities" (and "uncalibrated") [rows, choices], or "values" [rows], with
+        "failures" [rows] where no number could be parsed; "expected" [rows] is the mean of the answers' numbers by
+        their probabilities.
         """
-        split = self.splits[arm.fold]
-        training = self._training(arm, split)
-        print(f"{arm.name}: {len(training)} training scans, {len(split.test)} test scans", flush=True)
-        if arm.method == "majority":
-            return self._majority(training, split)
-        if arm.method in ("connectivity", "probe"):
-            features = self.scans.features if arm.method == "connectivity" else self.embeddings
-            return self._regression(features, training, split)
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half_precision()):
-            return self._ask(arm, training, split)
+        split = self.splits[condition.fold]
+        training, test = labelled.known(split.training), labelled.known(split.test)
+        if isinstance(condition.shots, int) and condition.shots:
+            seed = self.settings.seed + 1000 * (condition.resample + 1)
+            chosen = k_shot(self.scans.subjects[training], labelled.truth[training], condition.shots, seed)
+            training = training[chosen]
+        print(f"{labelled.task.name} {condition}: {len(training)} training, {len(test)} test scans", flush=True)
+        if condition.name in (*BASELINES, "probe"):
+            found = self.baselines.answers(condition.name, labelled, split.training, training, test)
+        else:
+            found = self._ask(labelled, condition, training, test)
+        if labelled.numbers is not None and "probabilities" in found and "expected" not in found:
+            found["expected"] = found["probabilities"] @ self._bin_means(labelled, split)
+        return found
 
-    def _training(self, arm: Arm, split: Split) -> np.ndarray:
-        """Rows whose labels the arm may know."""
-        rows = split.training
-        if arm.shots == 0:
-            return rows[:0]
-        if arm.shots == FULL:
-            return rows
-        seed = self.protocol.seed + 1000 * (arm.draw + 1)
-        return rows[k_shot(self.scans.subjects[rows], self.scans.truth[rows], int(arm.shots), seed)]
+    def _bin_means(self, labelled: Labelled, split: Split) -> np.ndarray:
+        """Mean number [choices] of the training scans that have each answer; of all, where none has."""
+        rows = labelled.known(split.training)
+        numbers, truth = labelled.numbers[rows], labelled.truth[rows]  # pyright: ignore[reportOptionalSubscript]
+        return np.array(
+            [numbers[truth == k].mean() if (truth == k).any() else numbers.mean() for k in range(labelled.choices)]
+        )
 
-    def _majority(self, training: np.ndarray, split: Split) -> dict[str, np.ndarray]:
-        truth = self.scans.truth[training]
-        if self.task.choices is None:
-            return {"values": np.full(len(split.test), truth.mean())}
-        return {"probabilities": majority(truth, len(self.task.choice_words), len(split.test))}
+    def _embeddings(self) -> np.ndarray:
+        return self.scans.mean_over_windows(embed_windows(self.model, self.scans.encoded))
 
-    def _regression(self, features: np.ndarray, training: np.ndarray, split: Split) -> dict[str, np.ndarray]:
-        known = features[training], self.scans.truth[training], self.scans.subjects[training]
-        if self.task.choices is None:
-            return {"values": ridge_regression(*known, features[split.test])}
-        choices = len(self.task.choice_words)
-        return {"probabilities": logistic_regression(*known, choices, features[split.test])}
-
-    def _ask(self, arm: Arm, training: np.ndarray, split: Split) -> dict[str, np.ndarray]:
-        model, codes, answers = self.model, self.scans.codes, self.scans.answers
-        seed = self.protocol.seed + arm.draw
-        shown = [codes[row] for row in training], [answers[row] for row in training]
-        examples = as_examples(*shown, seed) if arm.method == "context" else []
-        if arm.method == "tuned":
-            model = tune(model, self.processor, self.task, *shown, self.protocol.tuning, seed)
-        if self.open_ended:
-            return self._in_words(model, split)
-        rng = np.random.default_rng(seed)
-        reference = rng.permutation(split.training)[:REFERENCE_SCANS]
-        rows = np.concatenate([split.test, reference])
-        scores = self._scores(model, rows, examples)
-        scores, reference = scores[: len(split.test)], scores[len(split.test) :]
-        choices = len(self.task.choice_words)
-        shares = np.full(choices, 1 / choices)
-        if arm.shots != 0:
+    def _ask(self, labelled: Labelled, condition: _Condition, training: np.ndarray, test: np.ndarray) -> Answers:
+        model, task, seed = self.model, labelled.task, self.settings.seed + condition.resample
+        split = self.splits[condition.fold]
+        examples = []
+        if condition.name == "tuned":
+            windows, labels = self.scans.windows_of(training), [labelled.labels[row] for row in training]
+            subjects = self.scans.subjects[training].tolist()
+            model = tune(model, self.processor, task, windows, labels, subjects, self.settings.tuning, seed)
+        elif condition.name == "few-shot":
+            order = np.random.default_rng(seed).permutation(training)
+            examples = [
+                Example(windows[0], task.answer(labelled.labels[row]))
+                for row, windows in zip(order, self.scans.windows_of(order), strict=True)
+            ]
+        if task.choices is None:
+            return self._numbers(model, labelled, split, test)
+        reference = np.random.default_rng(seed).permutation(split.training)[:REFERENCE_SCANS]
+        if condition.name == "zero-shot":
+            scores = self._zero_shot[task.name]
+        else:
+            scores = self._scores(model, np.concatenate([test, reference]), [task], examples)[task.name]
+        shares = np.full(labelled.choices, 1 / labelled.choices)
+        if condition.shots != 0:
             # add-one: a class that few training subjects happen to miss is not impossible
-            counts = np.bincount(self.scans.truth[training], minlength=choices) + 1
+            counts = np.bincount(labelled.truth[training], minlength=labelled.choices) + 1
             shares = counts / counts.sum()
-        return {"probabilities": calibrated(scores, reference, shares), "uncalibrated": np.exp(scores)}
-
-    def _scores(
-        self, model: FmriLMForConditionalGeneration, rows: np.ndarray, examples: Sequence[Example]
-    ) -> np.ndarray:
-        """Log-probabilities [rows, choices], mean over each scan's windows and normalised again."""
-        windows = [window for row in rows for window in self.scans.codes[row]]
-        question, choices = self.task.questions[0], self.task.choice_words
-        scored = score_scans(model, self.processor, question, choices, windows, examples)
-        ends = np.cumsum([len(self.scans.codes[row]) for row in rows])
-        means = np.stack([part.mean(0) for part in np.split(scored, ends[:-1])])
-        return means - np.logaddexp.reduce(means, axis=-1, keepdims=True)
-
-    def _in_words(self, model: FmriLMForConditionalGeneration, split: Split) -> dict[str, np.ndarray]:
-        """Greedy answers about the first window of each test scan."""
-        windows = [self.scans.codes[row][0] for row in split.test]
-        texts = answer_scans(model, self.processor, self.task.questions[0], windows)
-        parsed = [parse_answer(self.task, text) for text in texts]
-        failures = np.array([answer is None for answer in parsed])
-        if self.task.choices is None:
-            # a model that says nothing is taken to say what is said without a model: it gains nothing by silence
-            mean = self.scans.truth[split.training].mean()
-            values = np.array([mean if answer is None else answer for answer in parsed])
-            return {"values": values, "failures": failures}
-        words: list[Any] = self.task.choice_words
-        classes = np.array([UNPARSED if answer is None else words.index(answer) for answer in parsed])
-        return {"classes": classes, "failures": failures}
+        return {
+            "probabilities": calibrated(scores[test], scores[reference], shares),
+            "uncalibrated": np.exp(scores[test]),
+        }
 
     @cached_property
-    def embeddings(self) -> np.ndarray:
-        """[rows, hidden], mean over each scan's windows."""
-        windows = [window for codes in self.scans.codes for window in codes]
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half_precision()):
-            embedded = embed_scans(self.model, windows)
-        ends = np.cumsum([len(codes) for codes in self.scans.codes])
-        return np.stack([part.mean(0) for part in np.split(embedded, ends[:-1])])
+    def _zero_shot(self) -> dict[str, np.ndarray]:
+        """Log-probabilities of all tasks' answers about every scan that is needed: it is read once for all tasks."""
+        rows = [np.concatenate([split.test for split in self.splits])]
+        for split in self.splits:
+            rows.append(np.random.default_rng(self.settings.seed).permutation(split.training)[:REFERENCE_SCANS])
+        tasks = [labelled.task for labelled in self.tasks if labelled.task.choices is not None]
+        return self._scores(self.model, np.unique(np.concatenate(rows)), tasks)
+
+    def _scores(
+        self,
+        model: FmriLMForConditionalGeneration,
+        rows: np.ndarray,
+        tasks: Sequence[Task],
+        examples: Sequence[Example] = (),
+    ) -> dict[str, np.ndarray]:
+        """By task, log-probabilities [scans, choices] of these scans, mean over windows; NaN for other scans."""
+        places = np.flatnonzero(np.isin(self.scans.of_window, rows))
+        windows = [self.scans.encoded[place] for place in places]
+        choices = [self.processor.encode_choices(task.choice_words) for task in tasks]
+        scored = score_windows(
+            model, self.processor, windows, [task.questions[0] for task in tasks], choices, examples
+        )
+        found = {}
+        for task, values in zip(tasks, scored, strict=True):
+            means = self._mean(places, values)
+            found[task.name] = means - np.logaddexp.reduce(means, axis=-1, keepdims=True)
+        return found
+
+    def _mean(self, places: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Of values [places, ...] of these windows, for every scan; NaN for scans without any."""
+        every = np.full((len(self.scans.encoded), *values.shape[1:]), np.nan)
+        every[places] = values
+        return self.scans.mean_over_windows(every)
+
+    def _numbers(
+        self, model: FmriLMForConditionalGeneration, labelled: Labelled, split: Split, test: np.ndarray
+    ) -> Answers:
+        """
+        Numbers that the model generates, mean over the windows of a scan in which one can be parsed; and the expected
+        value over all whole numbers in the task's range.
+        """
+        task, scans = labelled.task, self.scans
+        places = np.flatnonzero(np.isin(scans.of_window, test))
+        windows = [scans.encoded[place] for place in places]
+        question = task.questions[0]
+        parsed = [parse_number(task, text) for text in answer_windows(model, self.processor, windows, question)]
+        values, failures = np.empty(len(test)), np.zeros(len(test), bool)
+        # a model that gives no number is taken to give what is known without a model: it gains nothing by it
+        mean = labelled.truth[labelled.known(split.training)].mean()
+        for place, row in enumerate(test):
+            of_scan = np.flatnonzero(scans.of_window[places] == row)
+            given = [number for number in (parsed[window] for window in of_scan) if number is not None]
+            values[place], failures[place] = np.mean(given) if given else mean, not given
+        found: Answers = {"values": values, "failures": failures}
+        low, high = task.range or (0, np.inf)
+        if task.decimals == 0 and high - low < MOST_NUMBERS:
+            numbers = np.arange(int(np.ceil(low)), int(high) + 1)
+            # with the end of the answer: 1 is no beginning of 12 then
+            end = self.processor.eos_token_ids[0]
+            ids = [
+                [*self.processor.tokenizer(str(number), add_special_tokens=False)["input_ids"], end]
+                for number in numbers
+            ]
+            (scores,) = score_windows(model, self.processor, windows, [question], [ids])
+            found["expected"] = self._mean(places, np.exp(scores) @ numbers)[test]
+        return found
 
 
-def _arms(protocol: Protocol) -> Iterator[Arm]:
-    for method in protocol.methods:
-        if method == "zero-shot":
-            counts = [0] if 0 in protocol.shots else []
-        else:
-            # a prompt does not hold all scans; the baselines of a model that learned from nothing know everything
-            counts = [shots for shots in protocol.shots if shots != 0 and (shots, method) != (FULL, "context")]
-            if method in BASELINES:
-                counts = dict.fromkeys([*counts, FULL])
-        for shots in counts:
-            for draw in range(1 if shots in (0, FULL) else protocol.draws):
-                for fold in range(protocol.folds or 1):
-                    yield Arm(method, shots, draw, fold)
-
-
-def splits_of(task: Task, scans: LabelledScans, protocol: Protocol) -> list[Split]:
-    """Whom the model may learn from and whom it is asked about."""
-    if not protocol.new_people:
-        return [hold_out_known(list(scans.subjects), protocol.test_share)]
-    classes = None if task.choices is None or task.per_session else scans.truth
-    if protocol.folds is None:
-        return [hold_out(scans.subjects, classes, protocol.test_share, protocol.seed)]
-    return list(k_fold(scans.subjects, classes, protocol.folds, protocol.seed))
-
-
-def _kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    if not path.exists():
-        made: dict[str, Any] = make()
-
-        def save(temporary: Path) -> None:
-            with open(temporary, "wb") as handle:
-                np.savez(handle, **made)
-
-        write_whole(path, save)
-    with np.load(path, allow_pickle=False) as kept:
-        return dict(kept)
-
-
-def _check_settings(output: Path, what: dict, protocol: Protocol) -> None:
-    """ValueError if the arms in a folder are those of other settings."""
-    settings = json.loads(json.dumps({**what, "protocol": asdict(protocol)}))
+def _check_settings(output: Path, settings: dict) -> None:
+    """ValueError if the answers in a folder are those of other settings."""
+    settings = json.loads(json.dumps(settings))
     path = output / SETTINGS
     if not path.exists():
         write_whole(path, json.dumps(settings, indent=2))
@@ -292,44 +491,4 @@ def _check_settings(output: Path, what: dict, protocol: Protocol) -> None:
         raise ValueError(f"{output} holds an evaluation with another {' and '.join(changed)}: choose another folder")
 
 
-def _counts(task: Task, scans: LabelledScans, splits: Sequence[Split]) -> dict:
-    subjects = scans.subjects
-    return {
-        "scans": len(scans),
-        "subjects": len(set(subjects)),
-        "unlabelled_scans": scans.unlabelled,
-        "answers": {word: scans.answers.count(word) for word in task.choice_words},
-        "groups": len(set(scans.groups)),
-        "training_subjects": [len(set(subjects[split.training])) for split in splits],
-        "test_subjects": [len(set(subjects[split.test])) for split in splits],
-    }
-
-
-def _joined(
-    task: Task, scans: LabelledScans, splits: Sequence[Split], made: dict[Arm, dict], protocol: Protocol
-) -> list[dict]:
-    """Metrics of each method and number of shots over the test rows of all folds."""
-    rows = np.concatenate([split.test for split in splits])
-    # within a fold: what answers about the other one's scan has learned from neither of the two
-    folds = np.concatenate([np.full(len(split.test), fold) for fold, split in enumerate(splits)])
-    groups = [f"{fold} {group}" for fold, group in zip(folds, scans.groups[rows], strict=True)]
-    swapped = swap_scans(scans.subjects[rows], groups, protocol.seed)
-    answered = []
-    for method, shots in dict.fromkeys((arm.method, arm.shots) for arm in made):
-        by_draw = defaultdict(list)
-        for arm, kept in made.items():
-            if (arm.method, arm.shots) == (method, shots):
-                by_draw[arm.draw].append(kept)
-        draws = [{key: np.concatenate([fold[key] for fold in draw]) for key in draw[0]} for draw in by_draw.values()]
-        failures = sum(int(draw["failures"].sum()) for draw in draws) if "failures" in draws[0] else None
-        answered.append(Answered(method, shots, "", [_answers(draw) for draw in draws], failures))
-        if "uncalibrated" in draws[0]:
-            raw = [Answers(draw["uncalibrated"].argmax(-1), draw["uncalibrated"]) for draw in draws]
-            answered.append(Answered(method, shots, "uncalibrated", raw))
-    return summarize(scans.truth[rows], scans.subjects[rows], swapped, answered)
-
-
-def _answers(kept: dict[str, np.ndarray]) -> Answers:
-    if "probabilities" in kept:
-        return Answers(kept["probabilities"].argmax(-1), kept["probabilities"])
-    return Answers(kept.get("classes"), values=kept.get("values"))
+__all__ = ["EvaluationSettings", "Tuning", "evaluate", "evaluate_scans", "make_splits"]

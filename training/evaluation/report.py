@@ -1,7 +1,6 @@
-"""Results of an evaluation as files: JSON, CSV, plots, and entries of a model card."""
+"""Results of an evaluation as files: JSON, CSV, one plot, and entries of a model card."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,156 +9,112 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..data.shards import write_whole
 from ..hub.model_card import PIPELINE_TAG
-from .results import BASELINES, FULL
+from .descriptors import CONDITIONS as DESCRIPTOR_CONDITIONS
 
 
-RESULTS = "results.json"
-# what the plots show of each kind of task, and what guessing gives
-MAIN_METRICS = ("roc_auc", "balanced_accuracy", "mean_absolute_error", "pearson_r")
 TITLES = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "f1": "macro F1",
     "roc_auc": "ROC-AUC",
+    "within_site_auc": "ROC-AUC within sites",
     "calibration_error": "expected calibration error",
     "mean_absolute_error": "mean absolute error",
     "pearson_r": "Pearson r",
 }
+# what the plot shows of a task with choices, of one about a number, and of descriptor questions
+MAIN_METRICS = ("roc_auc", "pearson_r", "balanced_accuracy")
+NAMES = {"right": "model", "shuffled": "subject-shuffled control"}
 
 
 def write_report(results: dict, output: Path) -> None:
-    """results.json, results.csv (a row for each metric), metrics.png and, of probabilities, calibration.png."""
-    write_whole(output / RESULTS, json.dumps(results, indent=2) + "\n")
+    """results.json, results.csv (a row for each metric) and results.png."""
+    write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(output / "results.csv", table(results).to_csv(index=False))
-    _plot_metrics(results, output / "metrics.png")
-    if any(entry["calibration"] for entry in results["methods"]):
-        _plot_calibration(results, output / "calibration.png")
+    _plot(table(results), output / "results.png")
 
 
 def table(results: dict) -> pd.DataFrame:
-    """A row for each method, number of shots, reading ("right", "swapped", ...) and metric."""
-    return pd.DataFrame(
-        {
-            "task": results["task"],
-            "method": entry["method"],
-            "shots": entry["shots"],
-            "variant": entry["variant"],
-            "reading": reading,
-            "metric": metric,
-            "value": estimate["value"],
-            "low": estimate["interval"] and estimate["interval"][0],
-            "high": estimate["interval"] and estimate["interval"][1],
-            "undefined_draws": estimate["undefined_draws"],
-            "training_draws": entry["draws"],
-            "scans": entry["rows"] if reading in ("right", "minus connectivity") else entry["swapped_rows"],
-            "parse_failures": entry["parse_failures"],
-        }
-        for entry in results["methods"]
-        for reading, values in entry["metrics"].items()
-        for metric, estimate in values.items()
-    )
+    """
+    A row for each task (or family of descriptor questions), condition, number of shots, variant of the answers,
+    comparison ("right", "shuffled", "minus shuffled", "minus fc_ridge", ...) and metric.
+    """
+    rows = []
 
+    def add(task: str, condition: str, comparison: str, metric: str, estimate: dict, **more: Any) -> None:
+        low, high = estimate["interval"] or (None, None)
+        row = {"task": task, "condition": condition, "shots": "", "variant": "", "comparison": comparison}
+        rows.append({**row, "metric": metric, "value": estimate["value"], "low": low, "high": high, **more})
 
-def eval_results(results: dict) -> list[EvalResult]:
-    """Entries for the model-index of a card: the model's own answers, and their lead over swapped scans."""
-    data = results["data"]
-    entries = []
-    for entry in results["methods"]:
-        if entry["method"] in BASELINES or entry["variant"]:
-            continue
-        for reading in ("right", "right minus swapped"):
-            for metric, estimate in entry["metrics"].get(reading, {}).items():
-                if estimate["value"] is None:
-                    continue
-                lead = "" if reading == "right" else " minus swapped scan"
-                arguments = {"shots": entry["shots"], "training_draws": entry["draws"]}
-                if estimate["interval"]:
-                    arguments["interval_95"] = [round(bound, 4) for bound in estimate["interval"]]
-                entries.append(
-                    EvalResult(
-                        task_type=PIPELINE_TAG,
-                        task_name=f"{results['task']}, {entry['method']}",
-                        dataset_type="prepared-scans",
-                        dataset_name=f"{data['dataset']}: {sum(data['test_subjects'])} test subjects",
-                        dataset_config=f"{entry['method']}-{entry['shots']}",
-                        metric_type=metric if reading == "right" else f"{metric}_difference",
-                        metric_name=TITLES[metric] + lead,
-                        metric_value=round(estimate["value"], 4),
-                        metric_args=arguments,
-                    )
-                )
-    return entries
+    for task, found in results["tasks"].items():
+        for entry in found["conditions"]:
+            more = {key: entry[key] for key in ("shots", "variant", "resamples", "scans", "parse_failures")}
+            for comparison, values in entry["metrics"].items():
+                for metric, estimate in values.items():
+                    add(task, entry["condition"], comparison, metric, estimate, **more)
+    for family, values in results.get("descriptors", {}).get("families", {}).items():
+        for name in DESCRIPTOR_CONDITIONS:
+            estimate = {"value": values[name]["accuracy"], "interval": values[name]["interval"]}
+            condition, comparison = (name, "right") if name not in NAMES else ("zero-shot", name)
+            add(f"descriptors, {family}", condition, comparison, "balanced_accuracy", estimate)
+        add(f"descriptors, {family}", "zero-shot", "minus shuffled", "balanced_accuracy", values["difference"])
+    for name, share in results.get("descriptors", {}).get("descriptions", {}).get("statement_accuracy", {}).items():
+        condition, comparison = (name, "right") if name not in NAMES else ("zero-shot", name)
+        add("descriptions", condition, comparison, "accuracy", {"value": share, "interval": None})
+    return pd.DataFrame(rows)
 
 
 def add_to_card(card_path: Path, results: dict) -> None:
     """Enter the results in the model-index of a card; those of the same task and dataset are replaced."""
     card = ModelCard.load(card_path)
     facts: Any = card.data
-    if not facts.model_name:
-        facts.model_name = card_path.parent.name
-    new = eval_results(results)
+    facts.model_name = facts.model_name or card_path.parent.name
+    data, shown = results["data"], table(results)
+    own = shown[shown.condition.isin(["zero-shot", "few-shot", "tuned", "probe"]) & (shown.variant == "")]
+    new = [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            task_name=f"{row.task}, {row.condition}",
+            dataset_type="prepared-scans",
+            dataset_name=f"{data['dataset']}: {sum(data['test_subjects'])} test subjects",
+            dataset_config=f"{row.condition}-{row.shots}",
+            metric_type=row.metric if row.comparison == "right" else f"{row.metric}_difference",
+            metric_name=TITLES[row.metric] + ("" if row.comparison == "right" else " minus subject-shuffled control"),
+            metric_value=round(row.value, 4),
+            metric_args=None if pd.isna(row.low) else {"interval_95": [round(row.low, 4), round(row.high, 4)]},
+        )
+        for row in own[own.comparison.isin(["right", "minus shuffled"]) & own.value.notna()].itertuples()
+    ]
     key = {(entry.task_name, entry.dataset_name) for entry in new}
     kept = [entry for entry in facts.eval_results or [] if (entry.task_name, entry.dataset_name) not in key]
     facts.eval_results = kept + new
     write_whole(card_path, str(card))
 
 
-def _plot_metrics(results: dict, path: Path) -> None:
-    """The main metrics by shots: each method with the right scan, and dashed with another person's."""
+def _plot(shown: pd.DataFrame, path: Path) -> None:
+    """The main metric of each task with 95 % intervals: a line for each condition, number of shots and control."""
     from matplotlib.figure import Figure
 
-    entries = [entry for entry in results["methods"] if not entry["variant"]]
-    shown = [name for name in MAIN_METRICS if name in entries[0]["metrics"]["right"]]
-    shots = sorted({entry["shots"] for entry in entries}, key=lambda count: math.inf if count == FULL else count)
-    methods = list(dict.fromkeys(entry["method"] for entry in entries))
-    figure = Figure(figsize=(5 * len(shown) + 2, 4), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for number, method in enumerate(methods):
-            own = [entry for entry in entries if entry["method"] == method]
-            for reading, style in (("right", "o-"), ("swapped", "x--")):
-                aside = 0.06 * (number - (len(methods) - 1) / 2)
-                points = [
-                    (shots.index(entry["shots"]) + aside, entry["metrics"][reading][metric])
-                    for entry in own
-                    if entry["metrics"].get(reading, {}).get(metric, {}).get("interval")
-                ]
-                if not points or (reading == "swapped" and method in BASELINES):
-                    continue
-                places, values = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-                middle = [value["value"] for value in values]
-                spread = [
-                    [max(value["value"] - value["interval"][0], 0) for value in values],
-                    [max(value["interval"][1] - value["value"], 0) for value in values],
-                ]
-                label = method if reading == "right" else f"{method}, swapped scan"
-                axes.errorbar(places, middle, spread, fmt=style, color=f"C{number}", capsize=2, label=label)
-        axes.set_xticks(range(len(shots)), [str(count) for count in shots])
-        axes.set_xlabel("training subjects of each class")
-        unit = f" ({results['unit']})" if metric == "mean_absolute_error" and results["unit"] else ""
-        axes.set_ylabel(TITLES[metric] + unit)
-    figure.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
-    figure.suptitle(f"{results['task']}: {results['data']['dataset']}, 95 % intervals over subjects")
-    _save(figure, path)
-
-
-def _plot_calibration(results: dict, path: Path) -> None:
-    """Share of right answers by the probability they were given."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    for entry in results["methods"]:
-        if entry["calibration"] and entry["method"] != "majority":
-            places = [place["probability"] for place in entry["calibration"]]
-            right = [place["right"] for place in entry["calibration"]]
-            label = " ".join(str(part) for part in (entry["method"], entry["shots"], entry["variant"]) if part != "")
-            axes.plot(places, right, ":" if entry["variant"] else "-", marker="o", label=label)
-    axes.set_xlabel("probability of the likeliest answer")
-    axes.set_ylabel("share of right answers")
-    axes.legend(fontsize="small")
-    _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
+    shown = shown[
+        shown.comparison.isin(["right", "shuffled"]) & (shown.variant != "uncalibrated") & shown.value.notna()
+    ]
+    tasks = []
+    for task, rows in shown[shown.low.notna()].groupby("task", sort=False):
+        metric = next((name for name in MAIN_METRICS if (rows.metric == name).any()), None)
+        if metric is not None:
+            tasks.append((task, metric, rows[rows.metric == metric].iloc[::-1]))
+    heights = [len(rows) + 2 for *_, rows in tasks]
+    figure = Figure(figsize=(8, 0.25 * sum(heights) + 1), layout="constrained")
+    panels = figure.subplots(max(len(tasks), 1), 1, squeeze=False, height_ratios=heights or None)[:, 0]
+    for axes, (task, metric, rows) in zip(panels, tasks, strict=False):
+        labels = []
+        for place, row in enumerate(rows.itertuples()):
+            control = row.comparison == "shuffled"
+            axes.plot([row.low, row.high], [place, place], color="grey" if control else "C0")
+            axes.plot(row.value, place, "x" if control else "o", color="grey" if control else "C0")
+            parts = (row.condition, row.shots, row.variant, NAMES["shuffled"] if control else "")
+            labels.append(" ".join(str(part) for part in parts if part != ""))
+        axes.set_yticks(range(len(rows)), labels, fontsize="small")
+        axes.set_title(f"{task}: {TITLES[metric]}, 95 % intervals over subjects", fontsize="small", loc="left")
+        axes.grid(axis="x", alpha=0.3)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

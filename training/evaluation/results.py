@@ -1,98 +1,92 @@
-"""What the methods answered, as numbers: beside the truth, another person's truth, and each other."""
+"""What the conditions answered, as numbers: beside the truth, another subject's truth, and each other."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from . import metrics
-from .metrics import Answers
+from .baselines import BASELINES
+from .metrics import among, calibration_curve, distributions, estimate, statistics
+from .scans import Labelled
 
 
 FULL = "full"
-BASELINES = ("connectivity", "majority")
-
-
-@dataclass(frozen=True)
-class Answered:
-    """
-    Answers of a method to all test rows, one entry a draw of its training subjects. shots: training subjects of each
-    class, or `FULL`. variant: of the same answers, "" for those that count. failures: answers that could not be
-    parsed, over all draws; None where nothing is parsed.
-    """
-
-    method: str
-    shots: int | str
-    variant: str
-    draws: list[Answers]
-    failures: int | None = None
+# of one fold: "probabilities", "uncalibrated" [rows, choices], "values", "expected", "failures" [rows]
+Answers = dict[str, np.ndarray]
+VARIANTS = {"": ("probabilities", "values"), "uncalibrated": ("uncalibrated",), "expected value": ("expected",)}
 
 
 def summarize(
-    truth: np.ndarray, subjects: np.ndarray, swapped: np.ndarray, answered: Sequence[Answered]
-) -> list[dict]:
+    labelled: Labelled,
+    rows: np.ndarray,
+    subjects: np.ndarray,
+    sites: np.ndarray | None,
+    shuffled: np.ndarray,
+    answers: Mapping[tuple[str, int | str], Sequence[Sequence[Answers]]],
+) -> dict:
     """
-    Metrics with intervals of each method's answers ("right"), of its answers about another person's scan ("swapped",
-    where `swapped` int [rows] is not -1), of the difference of the two on the same rows, and of the difference from
-    the regression on connectivity that knows as many labels, or from the one that knows all.
+    "sites_of_one_class", which the within-site AUC leaves out, and why; and "conditions", an entry for each condition,
+    number of shots and variant of its answers: metrics with intervals of the answers ("right"), of those about another
+    subject's scan ("shuffled"), of the difference of the two on the same rows, and of the differences from each
+    baseline that learned from as many shots or, where there is none, from all training subjects.
+
+    Args:
+        rows: the test scans of all folds; subjects, sites: [rows]. shuffled: int [rows], place of another subject's
+            scan among the rows, or -1. answers: by condition and shots, for each resample those of each fold.
     """
-    has_other = swapped >= 0
-    others = np.where(has_other, swapped, 0)
-    found = {(item.method, item.shots, item.variant): metrics.statistics(truth, item.draws) for item in answered}
+    found, failures = {}, {}
+    for (name, shots), resamples in answers.items():
+        merged = [{key: np.concatenate([fold[key] for fold in folds]) for key in folds[0]} for folds in resamples]
+        for variant, keys in VARIANTS.items():
+            for key in merged[0].keys() & set(keys):
+                truth = labelled.truth if key != "expected" else labelled.numbers
+                found[name, shots, variant] = np.asarray(truth)[rows], [each[key] for each in merged]
+        failures[name, shots, ""] = sum(int(each["failures"].sum()) for each in merged if "failures" in each)
+    has_other = shuffled >= 0
+    others = np.where(has_other, shuffled, 0)
+    values = {key: distributions(statistics(*both, sites), subjects) for key, both in found.items()}
     entries = []
-    for item in answered:
-        right = found[item.method, item.shots, item.variant]
-        # the scans change places, and their answers with them: nothing has to be asked again
-        other = metrics.statistics(truth, [draw.take(others) for draw in item.draws])
-        beside = found.get(("connectivity", item.shots, "")) or found.get(("connectivity", FULL, ""), {})
-        readings = {"right": right}
+    for key, (truth, given) in found.items():
+        name, shots, variant = key
+        right = values[key]
+        comparisons = {"right": right}
         if has_other.any():
-            readings["swapped"] = {name: metrics.among(value, has_other) for name, value in other.items()}
-            readings["right minus swapped"] = {
-                name: metrics.among(metrics.minus(right[name], other[name]), has_other) for name in right
-            }
-        if item.method not in BASELINES:
-            readings["minus connectivity"] = {
-                name: metrics.minus(right[name], beside[name]) for name in right if name in beside
-            }
+            # the scans change places, and their answers with them: nothing has to be asked again
+            other, own = (
+                distributions({one: among(each, has_other) for one, each in measured.items()}, subjects)
+                for measured in (
+                    statistics(truth, [each[others] for each in given], sites),
+                    statistics(truth, given, sites),
+                )
+            )
+            comparisons |= {"shuffled": other, "minus shuffled": {one: own[one] - other[one] for one in own}}
+        for baseline in BASELINES if name not in BASELINES and variant != "uncalibrated" else ():
+            places = [(baseline, count, kind) for kind in (variant, "") for count in (shots, FULL)]
+            place = next((each for each in places if each in found and found[each][0].dtype == truth.dtype), None)
+            if place is not None:
+                comparisons[f"minus {baseline}"] = {one: right[one] - values[place][one] for one in right}
         entries.append(
             {
-                "method": item.method,
-                "shots": item.shots,
-                "variant": item.variant,
-                "draws": len(item.draws),
-                "rows": len(truth),
-                "swapped_rows": int(has_other.sum()),
-                "parse_failures": item.failures,
+                "condition": name,
+                "shots": shots,
+                "variant": variant,
+                "resamples": len(given),
+                "scans": len(truth),
+                "parse_failures": failures.get(key, 0),
                 "metrics": {
-                    reading: {
-                        name: metrics.bootstrap(statistic, subjects).to_dict() for name, statistic in values.items()
-                    }
-                    for reading, values in readings.items()
+                    comparison: {one: estimate(each) for one, each in measured.items()}
+                    for comparison, measured in comparisons.items()
                 },
-                "by_draw": {
-                    name: [float(metrics.statistics(truth, [draw])[name](np.ones(len(truth)))) for draw in item.draws]
-                    for name in right
-                },
-                "calibration": _calibration(truth, item.draws),
+                "calibration": None if truth.dtype.kind == "f" else calibration_curve(truth, given),
             }
         )
-    return entries
+    return {"sites_of_one_class": _sites_of_one_class(labelled, rows, sites), "conditions": entries}
 
 
-def _calibration(truth: np.ndarray, draws: Sequence[Answers]) -> list[dict] | None:
-    """Share of right answers among those of about the same probability, over all draws."""
-    probabilities = [draw.probabilities for draw in draws if draw.probabilities is not None]
-    if not probabilities:
-        return None
-    confidence = np.concatenate([drawn.max(-1) for drawn in probabilities])
-    right = np.concatenate([drawn.argmax(-1) == truth for drawn in probabilities])
-    bins = metrics.calibration_bins(confidence)
-    return [
-        {
-            "answers": int((bins == place).sum()),
-            "probability": float(confidence[bins == place].mean()),
-            "right": float(right[bins == place].mean()),
-        }
-        for place in np.unique(bins)
-    ]
+def _sites_of_one_class(labelled: Labelled, rows: np.ndarray, sites: np.ndarray | None) -> dict[str, str]:
+    found = {}
+    for site in [] if sites is None or not labelled.choices else np.unique(sites):
+        classes = np.unique(labelled.truth[rows][sites == site])
+        if len(classes) == 1:
+            word = labelled.task.choice_words[classes[0]]
+            found[site] = f"only {word!r} in {int((sites == site).sum())} test scans"
+    return found

@@ -1,0 +1,178 @@
+"""
+What a model trained by the release recipe reads of subjects, beside baselines, in folds over the subjects.
+
+    python benchmarks/people.py baselines prepared-abide       # no language model: people_baselines.csv
+    python benchmarks/people.py release prepared-abide         # trains a model for each fold: people_release.csv
+
+The argument is a folder that `fmrilm prepare` wrote. Folds are stratified by site and the first task's answers; in
+"leave one site out", each site is tested once. Tables hold figures over all subjects, and no single answer.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+
+from fmrilm.processors import FmriLMFeatureExtractor
+from fmrilm.training.data.dataset import Scans, load_scans
+from fmrilm.training.data.shards import write_whole
+from fmrilm.training.data.splits import Split, SplitArguments
+from fmrilm.training.data.tasks import load_task
+from fmrilm.training.evaluation.baselines import Baselines, shuffle_subjects
+from fmrilm.training.evaluation.program import EvaluationSettings, evaluate, make_splits, with_columns
+from fmrilm.training.evaluation.report import table
+from fmrilm.training.evaluation.results import FULL, summarize
+from fmrilm.training.evaluation.scans import Labelled
+
+
+RESULTS = Path(__file__).parent / "results"
+BASELINES = ("majority", "covariates", "fc_ridge", "tangent_ridge")
+COLUMNS = ["split", "task", "condition", "shots", "variant", "comparison", "metric", "value", "low", "high", "scans"]
+app = typer.Typer(add_completion=False)
+
+Data = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of `fmrilm prepare`.")]
+Tasks = Annotated[str, typer.Option(help="By comma; a task's label column after =.")]
+Seeds = Annotated[int, typer.Option(help="Fold seeds.")]
+DEFAULT_TASKS = "asd,sex,age"
+
+
+def read_tasks(names: str) -> list:
+    """ "asd=diagnosis,sex": tasks, and the columns of their labels."""
+    given = [name.partition("=") for name in names.split(",")]
+    columns = [f"{name}={column}" for name, _, column in given if column]
+    return with_columns([load_task(name) for name, _, _ in given], columns)
+
+
+def all_splits(scans: Scans, tasks: list, folds: int, seeds: int) -> dict[str, list[Split]]:
+    """Folds by seed, and each site left out in turn."""
+    found = {
+        f"{folds} folds, seed {seed}": make_splits(scans, SplitArguments(), folds, True, tasks, seed)
+        for seed in range(seeds)
+    }
+    if "site" in scans.table:
+        found["leave one site out"] = make_splits(scans, SplitArguments(leave_out="site"), None, True, tasks, 0)
+    return found
+
+
+def pooled(scans: Scans, labelled: Labelled, splits: list[Split], answers: dict) -> dict:
+    """Results of one task over the test rows of all folds; answers: by condition and shots, those of each fold."""
+    parts = [labelled.known(split.test) for split in splits]
+    rows, subjects = np.concatenate(parts), scans.table["subject"].astype(str).to_numpy()
+    sites = scans.table["site"].astype(str).to_numpy() if "site" in scans.table else np.full(len(scans), "")
+    groups = [f"{fold} {sites[row]}" for fold, part in enumerate(parts) for row in part]
+    shuffled = shuffle_subjects(subjects[rows], groups, seed=0)
+    made = {key: [folds] for key, folds in answers.items()}
+    return summarize(labelled, rows, subjects[rows], sites[rows], shuffled, made)
+
+
+def write(name: str, tables: list[pd.DataFrame], results: Path) -> None:
+    rows = pd.concat(tables).loc[:, COLUMNS]
+    write_whole(results / f"people_{name}.csv", rows.to_csv(index=False, float_format="%.4f"))
+    main = rows[rows.metric.isin(["roc_auc", "within_site_auc", "pearson_r"]) & (rows.comparison == "right")]
+    print(main.to_string(index=False, float_format="%.3f"))
+
+
+@app.command()
+def baselines(
+    data: Data, tasks: Tasks = DEFAULT_TASKS, folds: int = 5, seeds: Seeds = 3, results: Path = RESULTS
+) -> None:
+    """Covariates, FC ridge and tangent ridge: every scan is tested once in the folds of each seed."""
+    scans, asked, tables = load_scans(data, FmriLMFeatureExtractor()), read_tasks(tasks), []
+    known = [Labelled.read(task, scans) for task in asked]
+    for name, splits in all_splits(scans, asked, folds, seeds).items():
+        answers: dict[str, dict] = {labelled.task.name: {} for labelled in known}
+        for split in splits:
+            # one for each fold: what it keeps is large
+            fitted = Baselines(scans, {})
+            for labelled in known:
+                for baseline in BASELINES:
+                    training, test = labelled.known(split.training), labelled.known(split.test)
+                    answer = fitted.answers(baseline, labelled, split.training, training, test)
+                    answers[labelled.task.name].setdefault((baseline, FULL), []).append(answer)
+        found = {each.task.name: pooled(scans, each, splits, answers[each.task.name]) for each in known}
+        tables.append(table({"tasks": found}).assign(split=name))
+        write("baselines", tables, results)
+
+
+def train_release(data: Path, splits: Path, output: Path, tasks: list[str]) -> Path:
+    """The model folder of the release recipe, trained on the subjects that are "train" in the table `splits`."""
+    from fmrilm.training.alignment.program import main as align
+    from fmrilm.training.codec.program import main as train_codec
+    from fmrilm.training.sft.program import main as tune
+
+    configs = Path(__file__).parents[1] / "training" / "configs" / "release"
+
+    def options(stage: str) -> list[str]:
+        given = {"config": configs / f"{stage}.yaml", "data": data, "splits": splits, "output_dir": output / stage}
+        return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+    if not (output / "codec" / "model").exists():
+        train_codec(options("codec"))
+    if not (output / "alignment" / "model").exists():
+        align([*options("alignment"), "--codec", str(output / "codec" / "model")])
+    if not (output / "sft" / "model").exists():
+        tune([*options("sft"), "--model_name_or_path", str(output / "alignment" / "model"), "--tasks", *tasks])
+    return output / "sft" / "model"
+
+
+@app.command()
+def release(
+    data: Data,
+    tasks: Tasks = DEFAULT_TASKS,
+    folds: int = 5,
+    seeds: Seeds = 1,
+    shots: Annotated[str, typer.Option(help="Also tuned on so many subjects of each class, by comma.")] = "0",
+    descriptors: Annotated[bool, typer.Option(help="Questions about descriptors, too.")] = True,
+    leave_one_site_out: bool = False,
+    work: Annotated[Path, typer.Option(help="Folder of the models; goes on where it was stopped.")] = Path(
+        "runs/people"
+    ),
+    results: Path = RESULTS,
+) -> None:
+    """The release recipe on the training subjects of each fold, and its answers about the test subjects."""
+    scans, asked, tables = load_scans(data, FmriLMFeatureExtractor()), read_tasks(tasks), []
+    names = [name.partition("=")[0] for name in tasks.split(",")]
+    columns = [f"{task.name}={task.column}" for task in asked]
+    known = [Labelled.read(task, scans) for task in asked]
+    counts = tuple(int(count) for count in shots.split(","))
+    settings = EvaluationSettings(shots=counts)
+    if any(counts):
+        settings = EvaluationSettings(shots=counts, conditions=(*settings.conditions, "tuned"))
+    wanted = all_splits(scans, asked, folds, seeds)
+    for name, splits in wanted.items():
+        if name == "leave one site out" and not leave_one_site_out:
+            continue
+        answers: dict[str, dict] = {labelled.task.name: {} for labelled in known}
+        for fold, split in enumerate(splits):
+            folder = work / name.replace(" ", "-").replace(",", "") / f"fold{fold}"
+            path = folder / "splits.csv"
+            subjects = scans.table["subject"].astype(str).to_numpy()
+            parts = {"train": set(subjects[split.training]), "test": set(subjects[split.test])}
+            rows = [{"subject": one, "split": part} for part, members in parts.items() for one in sorted(members)]
+            write_whole(path, pd.DataFrame(rows).to_csv(index=False))
+            model = train_release(data, path, folder, names)
+            found = evaluate(
+                model,
+                data,
+                folder / "evaluation",
+                names,
+                descriptors,
+                split=SplitArguments(splits=str(path)),
+                columns=columns,
+                settings=settings,
+            )
+            for kept in sorted((folder / "evaluation" / "answers").glob("*.0.0.npz")):
+                task, condition, count = kept.name.split(".")[:3]
+                key = condition, int(count) if count.isdigit() else count
+                answers[task].setdefault(key, []).append(dict(np.load(kept)))
+            of_fold = table({**found, "tasks": {}})
+            tables.append(of_fold.assign(split=f"{name}, fold {fold}"))
+        of_tasks = {each.task.name: pooled(scans, each, splits, answers[each.task.name]) for each in known}
+        tables.append(table({"tasks": of_tasks}).assign(split=name))
+        write("release", tables, results)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,129 @@
+"""A model learns one task from labelled scans: scores of the task in closed form, then LoRA on its questions."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
+from fmrilm.processors import FmriLMProcessor
+
+from ..alignment.chats import assistant, chat_dataset, draw_rounds, row_of, scan_block, text_block, user
+from ..alignment.examples import Examples, fit_scores, score_targets
+from ..alignment.joint import add_lora, with_score_names
+from ..data.collator import RowCollator, encode_dataset
+from ..data.tasks import Task
+from .ask import EncodedWindow
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """
+    steps: at most, and no more than `epochs` over the training scans take. rows_per_step: one scan and one question
+    each. rank: of LoRA; None tunes the whole language model.
+    """
+
+    steps: int = 60
+    epochs: int = 12
+    rows_per_step: int = 8
+    learning_rate: float = 1e-3
+    rank: int | None = 8
+
+
+def tune(
+    model: FmriLMForConditionalGeneration,
+    processor: FmriLMProcessor,
+    task: Task,
+    scans: Sequence[Sequence[EncodedWindow]],
+    labels: Sequence[Any],
+    subjects: Sequence[str],
+    tuning: Tuning,
+    seed: int,
+) -> FmriLMForConditionalGeneration:
+    """
+    A tuned copy of the model. scans: windows of each training scan; labels: cells of the task's column. Each scan is
+    asked about as often as any other, about a window and in a wording drawn anew each time.
+    """
+    from ..program import FmriLMSFTConfig
+    from ..trainer import FmriLMSFTTrainer
+
+    torch.manual_seed(seed)
+    steps = min(tuning.steps, tuning.epochs * math.ceil(len(scans) / tuning.rows_per_step))
+    tuned, examples = with_scores(model, task, scans, labels, subjects, seed)
+    rows = task_rows(task, examples, steps * tuning.rows_per_step, seed)
+    with TemporaryDirectory() as scratch:
+        args = FmriLMSFTConfig(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=tuning.rows_per_step,
+            learning_rate=tuning.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            max_grad_norm=1.0,
+            logging_steps=max(steps // 10, 1),
+            save_strategy="no",
+            report_to="none",
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            seed=seed,
+        )
+        trainer = FmriLMSFTTrainer(
+            model=tuned.train() if tuning.rank is None else add_lora(tuned.train(), tuning.rank),
+            args=args,
+            train_dataset=encode_dataset(rows, processor),
+            data_collator=RowCollator(processor.tokenizer.pad_token_id),
+            processing_class=processor,
+        )
+        trainer.train()
+        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    return (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).eval()
+
+
+def with_scores(
+    model: FmriLMForConditionalGeneration,
+    task: Task,
+    scans: Sequence[Sequence[EncodedWindow]],
+    labels: Sequence[Any],
+    subjects: Sequence[str],
+    seed: int,
+) -> tuple[FmriLMForConditionalGeneration, Examples]:
+    """A copy of the model that also reads scores of the task, fitted on these scans, and their windows with scores."""
+    windows = [(window, scan) for scan, several in enumerate(scans) for window in several]
+    nothing = np.zeros((len(windows), 0), np.float32)
+    examples = Examples(
+        codes=[window.codes for window, _ in windows],
+        features=np.stack([window.features for window, _ in windows]),
+        z_scores=nothing,
+        levels=nothing.astype(int),
+        rows=[{"subject": subjects[scan], "scan": scan, task.column: labels[scan]} for _, scan in windows],
+        scores=nothing,
+    )
+    if model.model.summary is None:
+        return copy.deepcopy(model), examples
+    names, targets = score_targets(examples, [], [task])
+    tuned = with_score_names(model, list(dict.fromkeys([*model.config.score_names, *names])))
+    examples, _ = fit_scores(tuned, examples, names, targets, seed)
+    return tuned, examples
+
+
+def task_rows(task: Task, examples: Examples, rows: int, seed: int) -> Dataset:
+    """Chats with one window, one question and its answer; every scan comes once before any comes again."""
+    rng = np.random.default_rng(seed)
+    of_scan: dict[int, list[int]] = {}
+    for window, row in enumerate(examples.rows):
+        of_scan.setdefault(row["scan"], []).append(window)
+    made, scans = [], list(of_scan)
+    for place in draw_rounds(len(scans), rows, rng):
+        windows = of_scan[scans[place]]
+        window = int(windows[rng.integers(len(windows))])
+        question = task.questions[rng.integers(len(task.questions))]
+        answer = task.answer(examples.rows[window][task.column])
+        made.append(row_of(examples, [window], [user(scan_block(), text_block(question)), assistant(answer)]))
+    return chat_dataset(made)
