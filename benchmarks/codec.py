@@ -4,7 +4,6 @@ What the codec keeps of scans of held-out subjects, in which bits, and how fast.
     python benchmarks/codec.py labels --data FOLDER [--folds 5]     rate, distortion; autism, sex, age; identification
     python benchmarks/codec.py states --data FOLDER --state FOLDER  another atlas; cognitive states of 64 s windows
     python benchmarks/codec.py speed --data FOLDER                  encoding, summary, and the fit against subjects
-    python benchmarks/codec.py training --data FOLDER               whether training after the fit improves on it
 
 A folder holds `manifest.csv` (path, subject, tr, atlas, labels; paths relative to it), series `.npy` [time, rois] with
 zeros for missing ROIs, and a table of the atlas (`*.tsv`). Results: `benchmarks/results/codec_*.csv`.
@@ -350,7 +349,6 @@ def speed(folder: Path) -> None:
             ("scan features", model.scan_features, (codes,)),
             ("decode", model.decode, (codes, places)),
         ):
-            call(*inputs)
             start = time.perf_counter(), time.process_time()
             for _ in range(20):
                 call(*inputs)

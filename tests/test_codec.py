@@ -87,9 +87,7 @@ def test_padding_missing_rois_and_batch_mates_change_no_code(
 
 @given(patch=st.integers(1, 3), size=st.sampled_from([0.1, 100.0]), seed=st.integers(0, 1000))
 @settings(max_examples=10, deadline=None)
-def test_codes_and_decoding_are_causal_over_patches(
-    codec: FmriCodecModel, patch: int, size: float, seed: int
-) -> None:
+def test_codes_and_decoding_are_causal_over_patches(codec: FmriCodecModel, patch: int, size: float, seed: int) -> None:
     inputs = scan(4, seed=seed)
     before = codec.encode(**inputs)
     inputs["fmri_values"][..., 4 * patch :] = size * scan(4, seed=seed + 1)["fmri_values"][..., 4 * patch :]

@@ -1,192 +1,188 @@
-"""Stage 1 as a program: what it trains on, what it logs, and how it stops."""
+"""Stage 1: the fit in closed form, the program, and how training stops."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from test_codec import codec_trainer
+from transformers import AutoFeatureExtractor, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from fmrilm import FmriCodecModel
-from fmrilm.processors import FmriLMFeatureExtractor
-from fmrilm.training.codec import text_embeddings
-from fmrilm.training.codec.program import CodecArguments, CodecData, build_trainer, codec_data, main
-from fmrilm.training.codec.program import prepare as prepare_data
-from fmrilm.training.codec.trainer import CodecTrainer, CodecTrainingArguments
-from fmrilm.training.data.dataset import load_prepared
-from fmrilm.training.data.prepare import Preparation, prepare
-from fmrilm.training.data.scan_sources import find_scans
-from helpers import atlas, slow_series
-from helpers import prepared as prepared_scan
+from fmrilm import FmriCodecConfig, FmriCodecModel
+from fmrilm.training.codec.fit import fit_codec, fit_descriptor_head, fit_summary, shared_out
+from fmrilm.training.codec.metrics import evaluate_codec
+from fmrilm.training.codec.trainer import CodecTrainingArguments
+from helpers import atlas
+from program_runs import run
 
 
-NETWORKS = ("Vis", "SomMot", "Default")
-ROIS, FRAMES = 9, 48
-SETTINGS = {"window_length": 32, "window_stride": 16, "patch_length": 8, "tokens_per_step": 2, "codebook_size": 16}
-SETTINGS["start_steps"] = 2
+ROIS, FRAMES = 24, 160
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `fmrilm prepare` writes of six subjects."""
-    folder = tmp_path_factory.mktemp("study")
-    places = np.random.default_rng(0).integers(-60, 60, (ROIS, 3)).tolist()
-    rows = [f"{i + 1}\tR{i}\tL\t{NETWORKS[i % 3]}\t{x}\t{y}\t{z}" for i, (x, y, z) in enumerate(places)]
-    table = folder / "nine.tsv"
-    table.write_text("\n".join(["index\tname\themisphere\tnetwork\tx\ty\tz", *rows]))
-    manifest = ["path,subject,tr"]
-    for number in range(6):
-        np.save(folder / f"{number}.npy", slow_series(number, FRAMES, ROIS).astype(np.float32))
-        manifest.append(f"{number}.npy,s{number},2.0")
-    (folder / "manifest.csv").write_text("\n".join(manifest))
-    prepare(find_scans(folder / "manifest.csv"), folder / "prepared", str(table), Preparation())
-    return folder / "prepared"
+class Waves:
+    """Scans of waves through the brain: the signal of a ROI depends on its place."""
+
+    def __init__(self, seeds: range, frames: int = FRAMES):
+        self.seeds, self.frames = seeds, frames
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def atlas(self, index: int) -> SimpleNamespace:
+        return atlas("waves", ROIS)
+
+    def signal(self, index: int) -> np.ndarray:
+        rng, places = np.random.default_rng(self.seeds[index]), self.atlas(index).coordinates
+        time = np.arange(self.frames)[:, None]
+        waves = sum(np.sin(0.3 * time + places @ rng.normal(0, 0.012, 3) + rng.uniform(0, 6)) for _ in range(3))
+        signal = waves + 0.1 * rng.standard_normal(waves.shape)
+        signal = (signal / signal.std(0)).astype(np.float32)
+        signal[:, index % ROIS] = np.nan
+        return signal
+
+    def items(self) -> list[dict[str, np.ndarray]]:
+        found = []
+        for index in range(len(self)):
+            signal = self.signal(index)
+            there = ~np.isnan(signal).any(0)
+            found.append({"signal": signal[:, there], "coordinates": self.atlas(index).coordinates[there]})
+        return found
 
 
-@pytest.fixture
-def language_model(
-    make_language_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> str:
-    """A folder with a frozen language model; embeddings of texts are kept beside it."""
-    monkeypatch.setattr(text_embeddings.TextEmbeddings.__init__, "__defaults__", (tmp_path / "embeddings",))
-    folder = tmp_path / "language-model"
-    make_language_model("llama", len(tiny_tokenizer)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def small_data() -> CodecData:
-    scans = [prepared_scan(name, frames=FRAMES, of=atlas()) for name in "abcd"]
-    return codec_data(scans[:3], scans[3:], 32, 16)
-
-
-def options(folder: Path, **changes) -> CodecTrainingArguments:
+def make(**changes) -> FmriCodecModel:
     values = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "unquantized_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "logging_steps": 1,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        "tokens_per_patch": 4,
+        "num_quantizers": 3,
+        "codebook_size": 32,
+        "codebook_dim": 12,
+        "num_basis_functions": 16,
+        "descriptor_names": ["a", "b"],
         **changes,
     }
-    return CodecTrainingArguments(**values)
+    torch.manual_seed(0)
+    return FmriCodecModel(FmriCodecConfig(**values)).eval()
 
 
-def trainer(data: CodecData, folder: Path, language_model: str | None = None, **changes) -> CodecTrainer:
-    arguments = CodecArguments(**SETTINGS, language_model=language_model, described_mixtures=4)
-    return build_trainer(arguments, options(folder, **changes), data)
+@pytest.fixture(scope="module")
+def fitted() -> FmriCodecModel:
+    model = make()
+    fit_codec(model, Waves(range(18)), steps=100)
+    return model
 
 
-def flags(**values) -> list[str]:
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+def test_fit_decodes_subjects_it_never_saw_the_better_the_more_levels(fitted: FmriCodecModel) -> None:
+    held_out = Waves(range(18, 22)).items()
+    found = [evaluate_codec(fitted, held_out, levels)["r_squared"] for levels in (1, 2, 3)]
+    assert 0.4 < found[0] < found[1] < found[2] < 1 and found[2] > 0.6
+    results = evaluate_codec(fitted, held_out)
+    assert results["fc_correlation"] > 0.7 and len(results["perplexity"]) == 3
+    # dimensions of which the summary's mean is made are those of training scans: the mean summary is zero
+    features = fitted.tangent_summary.feature_mean
+    assert features[:136].abs().max() < 0.02
 
 
-def test_trains_on_a_prepared_folder_and_logs_retrieval_in_each_evaluation(
-    prepared: Path, language_model: str, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    training = {"max_steps": 2, "per_device_train_batch_size": 4, "unquantized_steps": 1, "learning_rate": 1e-3}
-    logs = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1, "save_steps": 1, "report_to": "none"}
-    aligned = {"language_model": language_model, "described_mixtures": 4, "data": prepared, "output_dir": output}
-    main(flags(**SETTINGS, **training, **logs, **aligned, use_cpu=True))
-    model = FmriCodecModel.from_pretrained(output / "model")
-    assert model.config.codebook_size == 16 and model.alignment is not None
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    assert all(set(CodecTrainer.loss_parts) <= set(entry) for entry in history if "loss" in entry)
-    evaluations = [entry for entry in history if "eval_r_squared" in entry]
-    # after each of the two steps, and of the saved model
-    assert [entry["step"] for entry in evaluations] == [1, 2, 2]
-    for entry in evaluations:
-        # two held-out subjects of two windows each
-        assert entry["eval_retrieval_texts"] <= 4 and 1 <= entry["eval_median_rank"] <= 4
-        assert entry["eval_recall_at_5"] == 1 >= entry["eval_recall_at_1"]
-        assert {"eval_fc_correlation", "eval_perplexity", "eval_codebook_usage"} <= set(entry)
+def test_fit_depends_on_its_seed_alone_and_transformers_start_from_it(fitted: FmriCodecModel) -> None:
+    again = make(num_hidden_layers=1, num_decoder_layers=1, hidden_size=16, num_attention_heads=2)
+    fit_codec(again, Waves(range(18)), steps=100)
+    expected = fitted.state_dict()
+    found = again.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items() if "head" not in name)
+    item = Waves(range(20, 21)).items()[0]
+    inputs = torch.from_numpy(item["signal"].T)[None], torch.tensor(item["coordinates"], dtype=torch.float32)[None]
+    assert torch.equal(fitted.encode(*inputs), again.encode(*inputs))
 
 
-def test_subjects_are_split_before_the_cohort_is_fitted(prepared: Path) -> None:
-    data = prepare_data(CodecArguments(data=str(prepared), window_length=32, held_out_share=0.25))
-    names = [{scan.subject for scan in scans} for scans in (data.training, data.held_out)]
-    assert names == [{"s0", "s1", "s2", "s3"}, {"s4", "s5"}]
-    assert data.cohort.subjects == 4
-    whole = codec_data(load_prepared(prepared, FmriLMFeatureExtractor()), data.held_out, 32, 136)
-    assert not np.array_equal(
-        whole.cohort.z_scores(whole.items()[0]["descriptors"]), data.cohort.z_scores(whole.items()[0]["descriptors"])
-    )
+def test_fit_of_the_grid_of_short_scans_and_of_few_vectors() -> None:
+    grid = make(quantizer="fsq", fsq_levels=[8, 8, 8], num_quantizers=2)
+    fit_codec(grid, Waves(range(12)), steps=50)
+    assert evaluate_codec(grid, Waves(range(18, 20)).items())["r_squared"] > 0.3
+    few = make(codebook_size=512, patch_length=8)
+    assert 0 < fit_codec(few, Waves(range(1), frames=20), steps=2) <= 1
+    with pytest.raises(ValueError, match="scans of at least 16 frames, got 10"):
+        fit_codec(make(), Waves(range(2), frames=10), steps=2)
+    with pytest.raises(ValueError, match="expected training scans to fit the codec to, got none"):
+        fit_codec(make(), Waves(range(0)), steps=2)
+    with pytest.raises(ValueError, match="at most 6 dimensions .* got tokens_per_patch=4 of codebook_dim=2"):
+        shared_out(np.ones(6), 4, 2)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.95])
-def test_shares_that_leave_nobody_are_refused(prepared: Path, share: float) -> None:
-    with pytest.raises(ValueError, match=f"subjects to train and to evaluate on, got .* held_out_share={share}"):
-        prepare_data(CodecArguments(data=str(prepared), window_length=32, held_out_share=share))
+def test_rois_that_were_not_measured_are_decoded_from_the_others(fitted: FmriCodecModel) -> None:
+    item = Waves(range(40, 41)).items()[0]
+    signal = torch.from_numpy(item["signal"].T)[None]
+    places = torch.tensor(item["coordinates"], dtype=torch.float32)[None]
+    guess = fitted.decode(fitted.encode(signal[:, :18], places[:, :18]), places[:, 18:])
+    assert 1 - (guess - signal[:, 18:]).pow(2).sum() / signal[:, 18:].pow(2).sum() > 0.3
 
 
-def test_training_without_an_end_is_refused(small_data: CodecData, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="max_steps of at least 1, got -1"):
-        trainer(small_data, tmp_path, max_steps=-1)
+def test_descriptor_head_reads_what_regions_do_together(fitted: FmriCodecModel) -> None:
+    def rows(seeds: range) -> tuple[np.ndarray, np.ndarray]:
+        features, targets = [], []
+        for item in Waves(seeds).items():
+            signal = torch.from_numpy(item["signal"].T)[None]
+            codes = fitted.encode(signal, torch.tensor(item["coordinates"], dtype=torch.float32)[None])
+            features.append(fitted.scan_features(codes)[0].numpy())
+            targets.append(np.corrcoef(item["signal"].T)[:4, 12:].mean())
+        return np.stack(features), np.array(targets)
+
+    features, targets = rows(range(100, 200))
+    # the second descriptor is one that half of the scans do not have
+    both = np.stack([targets, np.where(np.arange(100) % 2, np.nan, 1.0)], 1)
+    with torch.no_grad():
+        explained = fit_descriptor_head(fitted, features, both, np.arange(100))
+        new, truth = rows(range(300, 330))
+        head = fitted.descriptor_head(fitted.tangent_summary.standardise(torch.from_numpy(new)))
+    assert np.corrcoef(head[:, 0].numpy(), truth)[0, 1] > 0.6 and explained[0] > 0.3
+    np.testing.assert_allclose(head[:, 1].numpy(), 1, atol=1e-3)
+    assert not any(parameter.requires_grad for parameter in fitted.descriptor_head.parameters())
+
+
+def test_mean_of_one_window_gives_finite_summaries() -> None:
+    model = make()
+    fit_codec(model, Waves(range(1), frames=16), steps=2)
+    fit_summary(model, Waves(range(1), frames=16), np.random.default_rng(0))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_program_writes_a_codec_with_its_feature_extractor(program_folders: Path, tmp_path: Path) -> None:
+    run("codec", program_folders, tmp_path, max_steps=0)
+    model = FmriCodecModel.from_pretrained(tmp_path / "model")
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "model")
+    assert extractor.patch_length == model.config.patch_length == 4 and extractor.atlases[0]["name"] == "net"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["codebook_usage"]) == 2 and "fc_correlation" in results
+    assert set(results["descriptor_r_squared"]) == set(model.config.descriptor_names)
+
+
+def test_training_without_an_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_steps of at least 0, got -1"):
+        CodecTrainingArguments(output_dir=str(tmp_path), max_steps=-1)
 
 
 class Breaks(TrainerCallback):
     """Makes a parameter no number before or after the third step."""
 
-    def __init__(self, name: str, when: str):
-        self.name = name
+    def __init__(self, when: str):
         setattr(self, when, self.strike)
 
     def strike(self, args, state, control, model: FmriCodecModel, **kwargs) -> None:
         if state.global_step >= 2:
-            model.get_parameter(self.name).data.fill_(float("nan"))
+            model.synthesis.bias.data.fill_(float("nan"))
 
 
 @pytest.mark.parametrize(
-    ("parameter", "part"),
-    [
-        ("decoder.to_coefficients.bias", "reconstruction_loss"),
-        ("descriptor_head.bias", "descriptor_loss"),
-        ("alignment.log_scale", "alignment_loss"),
-        ("alignment.classifier.0.bias", "domain_loss"),
-    ],
+    ("when", "message"),
+    [("on_step_begin", "step 3: loss is nan"), ("on_optimizer_step", "step 3: synthesis.bias holds .* not finite")],
 )
-def test_loss_that_is_no_number_stops_training_and_leaves_the_last_good_checkpoint(
-    small_data: CodecData, language_model: str, tmp_path: Path, parameter: str, part: str
+def test_numbers_that_are_not_finite_stop_training_and_are_never_saved(
+    make_codec, tmp_path: Path, when: str, message: str
 ) -> None:
-    broken = trainer(small_data, tmp_path / "run", language_model)
-    broken.add_callback(Breaks(parameter, "on_step_begin"))
-    with pytest.raises(FloatingPointError, match=f"step 3: {part} is nan"):
-        broken.train()
-    last = get_last_checkpoint(str(tmp_path / "run"))
+    trainer = codec_trainer(make_codec(), tmp_path, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Breaks(when))
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+    last = get_last_checkpoint(str(tmp_path))
     assert Path(last).name == "checkpoint-2"
-    good = FmriCodecModel.from_pretrained(last)
-    assert all(value.isfinite().all() for value in good.state_dict().values())
-
-
-def test_weights_that_are_no_numbers_are_never_saved(small_data: CodecData, tmp_path: Path) -> None:
-    broken = trainer(small_data, tmp_path)
-    broken.add_callback(Breaks("decoder.to_coefficients.bias", "on_optimizer_step"))
-    with pytest.raises(FloatingPointError, match="step 3: decoder.to_coefficients.bias holds .* not finite"):
-        broken.train()
-    assert Path(get_last_checkpoint(str(tmp_path))).name == "checkpoint-2"
-    resumed = trainer(small_data, tmp_path)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.state.global_step == 4
-
-
-def test_trains_in_bfloat16_with_checkpointed_layers(small_data: CodecData, tmp_path: Path) -> None:
-    halved = trainer(small_data, tmp_path, bf16=True, activation_checkpointing=True, save_strategy="no")
-    halved.train()
-    assert halved.model.is_activation_checkpointing and halved.model.quantizer.started
-    losses = [entry["loss"] for entry in halved.state.log_history if "loss" in entry]
-    assert len(losses) == 4 and np.isfinite(losses).all()
-    assert halved.model.quantizer.codebook.dtype == torch.float32
+    assert all(value.isfinite().all() for value in FmriCodecModel.from_pretrained(last).state_dict().values())
