@@ -1,7 +1,7 @@
 """
 What the codec keeps of scans of held-out subjects, in which bits, and how fast. No scan leaves its folder.
 
-    python benchmarks/codec.py labels --data FOLDER [--folds 5]     rate and distortion; autism, sex, age; identification
+    python benchmarks/codec.py labels --data FOLDER [--folds 5]     rate, distortion; autism, sex, age; identification
     python benchmarks/codec.py states --data FOLDER --state FOLDER  another atlas; cognitive states of 64 s windows
     python benchmarks/codec.py speed --data FOLDER                  encoding, summary, and the fit against subjects
     python benchmarks/codec.py training --data FOLDER               whether training after the fit improves on it
@@ -344,16 +344,17 @@ def speed(folder: Path) -> None:
         rows.append({"what": f"fit, {subjects} scans", "seconds": wall, "cpu_seconds": cpu})
     for rois in (200, 450):
         values, places = torch.randn(1, rois, 160), 60 * torch.randn(1, rois, 3)
-        for name, call in (
-            ("encode", lambda: model.encode(values, places)),
-            ("scan features", lambda: model.scan_features(codes)),
-            ("decode", lambda: model.decode(codes, places)),
+        codes = model.encode(values, places)
+        for name, call, inputs in (
+            ("encode", model.encode, (values, places)),
+            ("scan features", model.scan_features, (codes,)),
+            ("decode", model.decode, (codes, places)),
         ):
-            codes = model.encode(values, places)
+            call(*inputs)
             start = time.perf_counter(), time.process_time()
             for _ in range(20):
-                call()
-            wall, cpu = ((now - then) / 20 for now, then in zip((time.perf_counter(), time.process_time()), start))
+                call(*inputs)
+            wall, cpu = (time.perf_counter() - start[0]) / 20, (time.process_time() - start[1]) / 20
             rows.append({"what": f"{name}, {rois} ROIs x 160 frames", "seconds": wall, "cpu_seconds": cpu})
     write("speed", rows)
 

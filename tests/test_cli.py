@@ -157,7 +157,7 @@ def test_info_tells_versions_devices_and_caches(tmp_path: Path, monkeypatch) -> 
 
 def test_info_describes_a_model_folder(folder: Path, tmp_path: Path) -> None:
     found = json.loads(run("info", folder, "--json").stdout)
-    assert found["model"] == {"stage": "2 or 3 (codec and language model)", "language model": "llama", "scores": 3}
+    assert found["model"] == {"stage": "2 or 3 (codec and language model)", "language model": "llama", "scores": 2}
     assert (found["codec"]["num_quantizers"], found["codec"]["codebook_size"]) == (3, 16)
     assert found["atlases"] == {"tiny": "5 ROIs"}
     assert "  tiny                      5 ROIs" in run("info", folder).stdout.splitlines()

@@ -35,17 +35,19 @@ def test_every_way_to_generate_greedily_agrees(model: Model) -> None:
         [(("a", SHORT, "bc", LONG, "d"), [SHORT, LONG]), (("question ", LONG), [LONG])]
     ):
         prompt = ids(model, *parts)
-        for more in ({}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 64}):
+        for more in ({}, {"prompt_lookup_num_tokens": 3}):
             alone = model.generate(prompt, fmri_codes=codes(*own), **GREEDY, **more)
             assert torch.equal(alone[0], expected[row, -alone.shape[1] :]), more
 
 
-def test_an_assistant_reads_the_scan_by_the_model_alone(tiny_model, make_language_model, processor) -> None:
-    model = tiny_model("llama")
-    assistant = make_language_model("llama", len(processor.tokenizer))
+def test_an_assistant_reads_the_scan_too_or_is_refused(tiny_model, make_language_model, processor) -> None:
+    model, assistant = tiny_model("llama"), tiny_model("llama", tied=False)
     row, scan = ids(model, "a", LONG, "question"), codes(LONG)
     expected = model.generate(row, fmri_codes=scan, **GREEDY)
     assert torch.equal(model.generate(row, fmri_codes=scan, assistant_model=assistant, **GREEDY), expected)
+    text_alone = make_language_model("llama", len(processor.tokenizer))
+    with pytest.raises(ValueError, match="fmri_codes"):
+        model.generate(row, fmri_codes=scan, assistant_model=text_alone, **GREEDY)
 
 
 def test_generates_from_embeddings_of_text_and_scans(model: Model) -> None:

@@ -55,7 +55,9 @@ from typer.testing import CliRunner
 import fmrilm
 from fmrilm.training.alignment.joint import add_lora
 from fmrilm.training.cli.main import app
-from fmrilm.training.sft.trainer import train_sft
+from fmrilm.training.data.collator import RowCollator, encode_dataset
+from fmrilm.training.program import FmriLMSFTConfig
+from fmrilm.training.trainer import FmriLMSFTTrainer
 from helpers import chats
 
 
@@ -73,24 +75,28 @@ said = {
 processor = AutoProcessor.from_pretrained("tester/model")
 processor.push_to_hub("tester/processor")
 chats(4).push_to_hub("tester/chats")
-adapted = train_sft(
-    add_lora(fmrilm.FmriLMForConditionalGeneration.from_pretrained("tester/model"), 2),
-    chats(4),
-    processor,
-    output_dir=arguments["output"],
-    max_steps=2,
-    save_steps=1,
-    save_strategy="steps",
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=False,
-    report_to="none",
-    per_device_train_batch_size=2,
-    push_to_hub=True,
-    hub_model_id="tester/trl",
-    hub_strategy="all_checkpoints",
-    hub_always_push=True,
+adapted = add_lora(fmrilm.FmriLMForConditionalGeneration.from_pretrained("tester/model"), 2)
+options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+trainer = FmriLMSFTTrainer(
+    model=adapted,
+    args=FmriLMSFTConfig(
+        arguments["output"],
+        max_steps=2,
+        save_steps=1,
+        save_strategy="steps",
+        per_device_train_batch_size=2,
+        push_to_hub=True,
+        hub_model_id="tester/trl",
+        hub_strategy="all_checkpoints",
+        hub_always_push=True,
+        **options,
+    ),
+    train_dataset=encode_dataset(chats(4), processor),
+    data_collator=RowCollator(processor.tokenizer.pad_token_id),
+    processing_class=processor,
 )
+trainer.train()
+trainer.save_model()
 adapter = Path(arguments["output"]) / "adapter"
 adapted.save_pretrained(adapter)
 processor.save_pretrained(adapter)
@@ -101,7 +107,7 @@ adapted.push_to_hub("tester/peft")
 model = fmrilm.FmriLMForConditionalGeneration.from_pretrained("tester/model")
 with torch.no_grad():
     said["adapted"] = adapted.eval()(**processor.apply_chat_template(chat, add_generation_prompt=True)).logits
-    model.lm_head.weight[5] += 1
+    model.get_output_embeddings().weight[5] += 1
 model.push_to_hub("tester/model", commit_message="Other weights")
 merged = adapted.merge_and_unload()
 merged.push_to_hub("tester/merged")
@@ -204,8 +210,8 @@ def hub():
 @pytest.fixture(scope="module")
 def parts(make_codec, make_language_model, extractor, module_tokenizer):
     processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
-    language_model = make_language_model("llama", len(module_tokenizer) - 3)
-    return join(make_codec(), language_model, processor).eval(), processor
+    language_model = make_language_model("llama", len(module_tokenizer) - 4)
+    return join(make_codec(), language_model, processor, ["age", "motion"]).eval(), processor
 
 
 @pytest.fixture(scope="module")
@@ -386,8 +392,8 @@ def test_model_tuned_from_the_hub_goes_back_to_it(hub: Hub, parts, place: Path, 
     assert not torch.allclose(pulled["tuned"], logits(parts, place))
     assert all(torch.equal(value, pulled["tuned inputs"][name]) for name, value in pulled["inputs"].items())
     config = parts[0].config
-    placeholders = [config.fmri_start_token_id, config.fmri_token_id, config.fmri_end_token_id]
-    assert pulled["suppressed"] == placeholders
+    names = ("fmri_start_token_id", "fmri_token_id", "fmri_summary_token_id", "fmri_end_token_id")
+    assert pulled["suppressed"] == [getattr(config, name) for name in names]
 
 
 @pytest.mark.parametrize("repo", ["tester/model", "tester/merged", "tester/tuned"])

@@ -8,26 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
-from fmrilm.training.alignment.joint import add_lora, join, train_alignment
+from fmrilm.training.alignment.joint import add_lora, join
 from fmrilm.training.cli.main import app
 from fmrilm.training.hub import push as publish
-from fmrilm.training.hub.model_card import UNKNOWN_REPO, fill_card, read_card, subject_hashes
+from fmrilm.training.hub.model_card import UNKNOWN_REPO, fill_card, read_card
 from fmrilm.training.hub.push import find_problems, push
-from helpers import chats
 
 
 @pytest.fixture(scope="module")
 def model(make_codec, make_language_model, extractor, module_tokenizer) -> FmriLMForConditionalGeneration:
     processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
-    return join(make_codec(), make_language_model("llama", len(module_tokenizer) - 3), processor).eval()
+    language_model = make_language_model("llama", len(module_tokenizer) - 4)
+    return join(make_codec(), language_model, processor, ["age", "motion"]).eval()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,8 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 def saved_adapter(make_codec, make_language_model, extractor, module_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "adapter"
     processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
-    model = join(make_codec(), make_language_model("llama", len(module_tokenizer) - 3), processor)
+    language_model = make_language_model("llama", len(module_tokenizer) - 4)
+    model = join(make_codec(), language_model, processor, ["age", "motion"])
     add_lora(model, 2).save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "README.md").unlink()
@@ -95,12 +95,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a pickle in an archive": (lambda f: torch.save({"a": 1}, f / "notes.dat"), "notes.dat: expected no pickle"),
     "a pickle in an array": (
-        lambda f: np.save(f / "codes.npy", np.array([{}], dtype=object), allow_pickle=True),
-        "codes.npy: expected no",
+        lambda f: np.save(f / "codes.npy", np.array([{}], dtype=object), allow_pickle=True), "codes.npy: expected no",
     ),
     "a pickle in arrays": (
-        lambda f: np.savez(f / "codes.npz", np.array([{}], dtype=object)),
-        "codes.npz: expected no pickle",
+        lambda f: np.savez(f / "codes.npz", np.array([{}], dtype=object)), "codes.npz: expected no pickle",
     ),
     "a pickle in a subfolder": (
         lambda f: ((f / "checkpoint-1").mkdir(), (f / "checkpoint-1" / "optimizer.pt").touch()),
@@ -108,21 +106,23 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other code": (lambda f: (f / "setup.py").touch(), "setup.py: expected no Python but"),
     "code in a subfolder": (
-        lambda f: ((f / "more").mkdir(), shutil.copy(f / "atlases.py", f / "more")),
-        "more/atlases.py: expected no",
+        lambda f: ((f / "more").mkdir(), shutil.copy(f / "scan_io_fmrilm.py", f / "more")),
+        "more/scan_io_fmrilm.py: expected no",
     ),
-    "changed code": (lambda f: (f / "atlases.py").write_text("pass\n"), "atlases.py: expected this version's code"),
-    "code missing": (lambda f: (f / "steps_fmrilm.py").unlink(), "without steps_fmrilm.py it does not load"),
+    "changed code": (
+        lambda f: (f / "scan_io_fmrilm.py").write_text("pass\n"), "scan_io_fmrilm.py: expected this version's code",
+    ),
+    "code missing": (
+        lambda f: (f / "modeling_fmricodec.py").unlink(), "without modeling_fmricodec.py it does not load",
+    ),
     "auto classes missing": (lambda f: change(f / "config.json", auto_map={}), "config.json: expected auto_map"),
     "another model": (lambda f: change(f / "config.json", model_type="llama"), "expected model_type fmrilm, got 'll"),
     "neither model nor adapter": (lambda f: (f / "config.json").unlink(), "got neither"),
     "placeholders may be spoken": (
-        lambda f: change(f / "generation_config.json", suppress_tokens=None),
-        "expected suppress_tokens with",
+        lambda f: change(f / "generation_config.json", suppress_tokens=None), "expected suppress_tokens with",
     ),
     "broken JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: expected JSON"),
     "a file too large": (lambda f: enormous(f / "model.dat"), "expected at most 50000000000 bytes"),
-    "an invalid licence": (lambda f: card(f, "license: free"), "expected a license that the Hub knows"),
     "no licence": (lambda f: card(f, "language: en"), "expected a license that the Hub knows"),
     "another licence without a name": (lambda f: card(f, "license: other"), "expected license_name"),
     "broken YAML": (lambda f: card(f, "license: [mit"), "expected metadata in YAML"),
@@ -207,41 +207,31 @@ def test_command_says_what_is_wrong(folder: Path) -> None:
     assert "error:" in result.output and "expected weights" in result.output
 
 
-def results(training: tuple[str, ...] = ("a", "b", "c"), held_out: tuple[str, ...] = ("d", "e")) -> dict:
-    """The parts of results.json that a card is filled from."""
-    people = subject_hashes(training, held_out)
+def results() -> dict:
+    """Those of an evaluation, with the run of a demo."""
     condition = {"accuracy": 0.6, "interval": [0.4, 0.7]}
     family = {
         "questions": 12,
-        **dict.fromkeys(("right", "swapped", "noise", "majority"), condition),
+        **dict.fromkeys(("right", "shuffled", "noise", "majority", "codes_ridge"), condition),
         "difference": {"value": 0.2, "interval": [-0.05, 0.3]},
     }
-    subject = {"subject": "study 1", "r_squared": 0.31, "pca_r_squared": 0.3, "fc_correlation": None}
     return {
         "model": {"base_model": "someone/words", "license": "apache-2.0"},
         "data": {
-            "training_subjects": len(training),
-            "held_out_subjects": len(held_out),
-            "training_windows": 7,
-            "held_out_windows": 4,
-            "datasets": {"study": {"training": len(training), "held_out": len(held_out)}},
+            "scans": 5,
+            "subjects": 5,
+            "windows": 11,
+            "training_subjects": [3],
+            "test_subjects": [2],
             "terms": {"study": "the study's own"},
-            "people": dict(zip(("training", "held_out"), people, strict=True)),
         },
-        "questions": {"families": {"connectivity": family}, "verdict": "nothing beats anything"},
-        "codec": {"subjects": [{**subject, "pca_fc_correlation": 0.5}]},
-        "settings": {
-            "codec_steps": 10,
-            "codec_batch": 4,
-            "alignment_steps": 5,
-            "sft_steps": 6,
-            "rows_per_step": 2,
-        },
+        "settings": {"quick": False, "seed": 0},
+        "tasks": {},
+        "descriptors": {"families": {"connectivity": family}, "verdict": "nothing beats anything"},
         "run": {
             "hardware": "2 CPU cores, no GPU",
             "peak_memory_gb": 1.5,
-            "quick": False,
-            "seconds": {"codec": 60.0, "alignment": 30.0, "sft": 90.0, "total": 240.0},
+            "seconds": {"codec": 60.0, "alignment": 30.0, "sft": 90.0, "total": 180.0},
         },
     }
 
@@ -249,42 +239,47 @@ def results(training: tuple[str, ...] = ("a", "b", "c"), held_out: tuple[str, ..
 def test_card_is_filled_from_folder_and_results(folder: Path) -> None:
     card = ModelCard(str(fill_card(folder, results(), "me/tiny")))
     text = card.text
-    assert (
-        card.data.to_dict().items()
-        >= {
-            "license": "apache-2.0",
-            "library_name": "transformers",
-            "pipeline_tag": "any-to-any",
-            "base_model": "someone/words",
-            "base_model_relation": "finetune",
-        }.items()
-    )
+    assert card.data.to_dict().items() >= {
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "any-to-any",
+        "base_model": "someone/words",
+        "base_model_relation": "finetune",
+    }.items()
     for expected in (
         '"me/tiny", "<commit>"',
+        "2 latent\ntokens of 3 levels for each 8.0 s, 16 codes a level",
         "| tiny | 5 |",
-        "| 1 codec | 40 mixtures of windows | 10 | 1.0 |",
-        "| study | 3 | 2 | the study's own |",
-        "0 of the 2 held-out people are among them",
-        "2 CPU cores, no GPU, 1.5 GB of memory, 4.0 minutes",
-        "| connectivity | 12 | 60 % (40 % to 70 %) | ",
-        "| +20 (-5 to +30) |",
+        "| codec | 1.0 |",
+        "| study | the study's own |",
+        "2 CPU cores, no GPU, 1.5 GB of memory",
+        "11 windows of 5 scans; 2 held-out subjects",
+        "| descriptors, connectivity | zero-shot | right | balanced accuracy | 0.60 | 0.40 to 0.70 |",
+        "| descriptors, connectivity | zero-shot | minus shuffled | balanced accuracy | 0.20 | -0.05 to 0.30 |",
         "In short: nothing beats anything.",
-        "| study 1 | 0.31 | 0.30 | — | 0.50 |",
         "**Not a medical device, and not for diagnosis**",
         "- code: Apache-2.0\n- weights: apache-2.0\n- data: not part of this repository",
         "arXiv:2511.21760",
     ):
         assert expected in text, expected
     right, difference = card.data.eval_results
-    assert (right.metric_type, right.metric_value, right.dataset_config) == ("balanced_accuracy", 0.6, "connectivity")
+    assert (right.metric_type, right.metric_value) == ("balanced_accuracy", 0.6)
+    assert right.dataset_config == "descriptors, connectivity, zero-shot"
     assert right.metric_args == {"interval_95": [0.4, 0.7]}
-    assert (difference.metric_name, difference.metric_value) == ("right minus swapped", 0.2)
+    assert (difference.metric_name, difference.metric_value) == ("balanced accuracy, right minus shuffled", 0.2)
 
 
-def test_card_counts_people_on_both_sides_and_names_none(folder: Path) -> None:
-    text = str(fill_card(folder, results(training=("sub-1", "sub-2", "sub-3"), held_out=("sub-3", "sub-4"))))
-    assert "1 of the 2 held-out people are among them" in text
-    assert "sub-" not in text
+def test_results_go_to_a_leaderboard_on_demand(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(results()))
+    card = fill_card(folder, results(), "me/tiny")
+    assert yaml.safe_load(publish._benchmark_results(card, "some/benchmark")) == [
+        {"dataset": {"id": "some/benchmark", "task_id": "descriptors, connectivity, zero-shot"}, "value": 0.6}
+    ]
+    options = {"results": tmp_path / "results.json", "dry_run": True}
+    assert publish.EVAL_RESULTS in push(folder, "me/tiny", benchmark="some/benchmark", **options)[1]
+    assert publish.EVAL_RESULTS not in push(folder, "me/tiny", **options)[1]
+    with pytest.raises(ValueError, match="a card with results for the leaderboard of some/benchmark, got none"):
+        push(folder, "me/tiny", benchmark="some/benchmark", dry_run=True)
 
 
 def test_card_without_results_claims_nothing(folder: Path) -> None:
@@ -297,18 +292,16 @@ def test_card_without_results_claims_nothing(folder: Path) -> None:
 def test_card_of_an_adapter_names_its_base(saved_adapter: Path) -> None:
     card = ModelCard(str(fill_card(saved_adapter)))
     assert (card.data.base_model, card.data.base_model_relation, card.data.library_name) == (
-        "someone/base",
-        "adapter",
-        "peft",
+        "someone/base", "adapter", "peft",
     )
     assert "AutoPeftModelForCausalLM" in card.text and "AutoModelForMultimodalLM" not in card.text
 
 
-@pytest.mark.parametrize("part", ["data", "questions", "codec", "settings", "run"])
+@pytest.mark.parametrize("part", ["data", "tasks"])
 def test_incomplete_results_are_refused(part: str, folder: Path) -> None:
     incomplete = results()
-    incomplete[part] = {}
-    with pytest.raises(ValueError, match="expected the results of `fmrilm demo`, got some without"):
+    del incomplete[part]
+    with pytest.raises(ValueError, match="expected the results of `fmrilm demo` or `evaluate`, got some without"):
         fill_card(folder, incomplete)
 
 
@@ -320,39 +313,10 @@ def test_own_card_goes_along_with_the_repository_filled_in(folder: Path, tmp_pat
     # "<repository>" in the snippet has become the repository's name
     assert sizes["README.md"] == own - len(UNKNOWN_REPO) + len("me/tiny")
     longer = results()
-    longer["questions"]["verdict"] += " at all"
+    longer["descriptors"]["verdict"] += " at all"
     (tmp_path / "results.json").write_text(json.dumps(longer))
     _, anew = push(folder, "me/tiny", results=tmp_path / "results.json", dry_run=True)
     assert anew["README.md"] == sizes["README.md"] + len(" at all")
-
-
-@given(st.sets(st.text(min_size=1), max_size=8), st.sets(st.text(min_size=1), max_size=8))
-def test_hashes_count_who_is_in_both_groups(first: set[str], second: set[str]) -> None:
-    hashed = subject_hashes(first, second)
-    assert [len(group) for group in hashed] == [len(first), len(second)]
-    assert len(set(hashed[0]) & set(hashed[1])) == len(first & second)
-
-
-def test_hashes_cannot_be_tried_out_afterwards() -> None:
-    assert subject_hashes(["101309"]) != subject_hashes(["101309"])
-
-
-def test_stage_two_checkpoints_hold_the_processor(model, extractor, module_tokenizer, tmp_path: Path) -> None:
-    args = TrainingArguments(
-        str(tmp_path),
-        max_steps=1,
-        save_steps=1,
-        per_device_train_batch_size=2,
-        report_to="none",
-        use_cpu=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
-    copy = FmriLMForConditionalGeneration(model.config)
-    train_alignment(add_lora(copy, 2), chats(2), processor, args)
-    files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
-    assert {"processor_config.json", "tokenizer.json", "processing_fmrilm.py", "adapter_config.json"} <= files
 
 
 @pytest.mark.parametrize("way", ["model", "trainer", "merged"])
@@ -366,10 +330,12 @@ def test_no_way_of_saving_lets_the_model_speak_placeholders(way: str, saved: Pat
         add_lora(model, 2).merge_and_unload().save_pretrained(tmp_path)
     again = FmriLMForConditionalGeneration.from_pretrained(tmp_path)
     config = again.config
-    placeholders = [config.fmri_start_token_id, config.fmri_token_id, config.fmri_end_token_id]
+    names = ("fmri_start_token_id", "fmri_token_id", "fmri_summary_token_id", "fmri_end_token_id")
+    placeholders = [getattr(config, name) for name in names]
     # a head that says nothing but placeholders, were it allowed to
     with torch.no_grad():
-        again.lm_head.weight[:] = 0
-        again.lm_head.weight[placeholders] = 1
+        head = again.get_output_embeddings().weight
+        head[:] = 0
+        head[placeholders] = 1
     generated = again.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=True)
     assert not torch.isin(generated, torch.tensor(placeholders)).any()

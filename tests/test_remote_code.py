@@ -1,4 +1,7 @@
-"""A saved folder is all that is needed: it opens with transformers, torch, numpy and scipy, without this package."""
+"""
+A saved folder is all that is needed: it opens with transformers, torch, numpy and scipy, without this package; images
+also need nibabel.
+"""
 
 import json
 import os
@@ -11,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import AutoFeatureExtractor, Trainer, TrainingArguments
 
 from fmrilm import FmriLMModel
 from fmrilm.processors import FmriLMFeatureExtractor, Parcels
@@ -25,49 +28,22 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
 }
-CODEC_FILES = {
-    "alignment_fmricodec.py",
-    "configuration_fmrilm.py",
-    "connectivity_fmricodec.py",
-    "fsq_fmrilm.py",
-    "functions_fmricodec.py",
-    "latent_fmricodec.py",
-    "layers_fmricodec.py",
-    "modeling_fmricodec.py",
-    "pooling_fmricodec.py",
-    "quantization_fmrilm.py",
-    "ranks_fmrilm.py",
-    "roi_fmricodec.py",
-}
-MODEL_FILES = {
-    *CODEC_FILES,
-    "autoregression_fmrilm.py",
-    "backbones_fmrilm.py",
-    "choices_fmrilm.py",
-    "descriptors_fmrilm.py",
-    "forecast_fmrilm.py",
-    "generation_fmrilm.py",
-    "losses_fmrilm.py",
-    "modeling_fmrilm.py",
-    "modeling_original_fmrilm.py",
-    "pipeline_fmrilm.py",
-    "projector_fmrilm.py",
-    "steps_fmrilm.py",
-}
-PROCESSOR_FILES = {
+EXTRACTOR_FILES = {
     "atlases_fmrilm.py",
     "cleaning_fmrilm.py",
     "feature_extraction_fmrilm.py",
-    "processing_fmrilm.py",
     "scan_io_fmrilm.py",
 }
+CODEC_FILES = {"configuration_fmrilm.py", "modeling_fmricodec.py"}
+MODEL_FILES = {*CODEC_FILES, "modeling_fmrilm.py", "pipeline_fmrilm.py"}
+PROCESSOR_FILES = {*EXTRACTOR_FILES, "processing_fmrilm.py"}
 
 SCRIPT = """
 import importlib, json, sys
 
 arguments = json.loads(sys.argv[1])
 sys.path.insert(0, arguments["site"])
-for name in ("fmrilm", "nilearn", "nibabel", "datasets", "peft", "trl"):
+for name in ("fmrilm", "nilearn", "datasets", "peft", "trl"):
     try:
         importlib.import_module(name)
     except ImportError:
@@ -117,7 +93,7 @@ torch.save(results, arguments["results"])
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return linked_site(tmp_path_factory.mktemp("site"), "transformers", "torch", "numpy", "scipy")
+    return linked_site(tmp_path_factory.mktemp("site"), "transformers", "torch", "numpy", "scipy", "nibabel")
 
 
 def auto_map(folder: Path) -> dict[str, str]:
@@ -201,6 +177,7 @@ def test_folder_names_all_its_auto_classes_and_holds_their_code(tiny_model, proc
     processor.save_pretrained(tmp_path)
     assert auto_map(tmp_path) == AUTO_CLASSES
     assert code_files(tmp_path) == MODEL_FILES | PROCESSOR_FILES
+    assert len(code_files(tmp_path)) <= 12
     saved = json.loads((tmp_path / "processor_config.json").read_text())
     assert saved["auto_map"]["AutoProcessor"] == "processing_fmrilm.FmriLMProcessor"
     nested = saved["feature_extractor"]["auto_map"]
@@ -218,8 +195,12 @@ def test_every_way_of_saving_names_all_auto_classes(tiny_model, tmp_path: Path) 
         assert code_files(tmp_path / name) == MODEL_FILES
 
 
-def test_codec_alone_names_its_auto_classes(tiny_codec, tmp_path: Path) -> None:
+def test_codec_names_its_auto_classes_and_brings_its_extractor(tiny_codec, extractor, tmp_path: Path) -> None:
     tiny_codec.save_pretrained(tmp_path)
     expected = {"AutoConfig": "configuration_fmrilm.FmriCodecConfig", "AutoModel": "modeling_fmricodec.FmriCodecModel"}
     assert auto_map(tmp_path) == expected
     assert code_files(tmp_path) == CODEC_FILES
+    extractor.save_pretrained(tmp_path)
+    assert code_files(tmp_path) == CODEC_FILES | EXTRACTOR_FILES
+    again = AutoFeatureExtractor.from_pretrained(tmp_path)
+    assert type(again) is FmriLMFeatureExtractor and again.to_dict() == extractor.to_dict()

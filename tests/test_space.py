@@ -48,8 +48,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     atlas = Atlas.from_image(folder / "labels.nii.gz", folder / "table.tsv", "tiny")
     extractor = FmriLMFeatureExtractor(atlases=[atlas], patch_length=4, window_length=16)
     processor = FmriLMProcessor(extractor, build_tiny_tokenizer(), tokens_per_patch=2)
-    language_model = build_tiny_language_model("llama", len(processor.tokenizer) - 3)
-    model = join(build_tiny_codec(), language_model, processor).eval()
+    language_model = build_tiny_language_model("llama", len(processor.tokenizer) - 4)
+    model = join(build_tiny_codec(), language_model, processor, ["age", "motion"]).eval()
     model.save_pretrained(folder / "saved")
     processor.save_pretrained(folder / "saved")
     return folder / "saved"
@@ -134,7 +134,7 @@ def test_a_scan_is_uploaded_asked_about_and_deleted(
     )
     words = page.locator("#chat").inner_text()
     assert " ".join(expected["answer"].split())[:40] in " ".join(words.split())
-    for title in ("Every ROI over time", "Codes over time"):
+    for title in ("Every ROI over time", "Latent tokens over time"):
         assert page.locator("#plots h3", has_text=title).count() == 1
     assert page.locator("#plots img").first.evaluate("image => image.naturalWidth") > 0
 
