@@ -260,7 +260,7 @@ def test_card_names_nobody(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"test_share": 0.8}, "at least 2 training subjects to fit a cohort on, got 1"),
+        ({"test_share": 0.85}, "at least 2 training subjects to fit a cohort on, got 1"),
         ({"test_share": 1.0}, "share of held-out subjects"),
         ({"test_share": 0.999}, "expected subjects to learn from, got 6 subjects, none in training"),
     ],
