@@ -24,7 +24,7 @@ from fmrilm.training.program import ScanArguments
 from helpers import noise_scans
 
 
-HELD_OUT_OF_30 = ["sub-0", "sub-15", "sub-2", "sub-24", "sub-28", "sub-4", "sub-5", "sub-6"]
+HELD_OUT_OF_30 = ["sub-12", "sub-13", "sub-15", "sub-28", "sub-29", "sub-4", "sub-5", "sub-6", "sub-9"]
 SUBJECTS = st.sets(st.text(min_size=1), max_size=30)
 
 
