@@ -1,345 +1,378 @@
 """
-The codec measured on people of the open data whom no training and no fitted statistic saw (the demo's split).
+What the codec keeps of scans of held-out subjects, in which bits, and how fast. No scan leaves its folder.
 
-    python benchmarks/codec.py rate         # R-squared and FC correlation by bits, beside principal components
-    python benchmarks/codec.py codebook     # how many codes live, and how evenly they are used
-    python benchmarks/codec.py transfer     # an atlas that training did not have; ROIs that the encoder did not see
-    python benchmarks/codec.py alignment    # do scans find their descriptions; are tokens told from words
-    python benchmarks/codec.py speed        # encoding at base size: scans per second, memory, growth
+    python benchmarks/codec.py labels --data FOLDER [--folds 5]     rate, distortion; autism, sex, age; identification
+    python benchmarks/codec.py states --data FOLDER --state FOLDER  another atlas; cognitive states of 64 s windows
+    python benchmarks/codec.py speed --data FOLDER                  encoding, summary, and the fit against subjects
+    python benchmarks/codec.py training --data FOLDER               whether training after the fit improves on it
 
-Each writes results/codec_<command>.csv, one arm after the other. An arm is a codec trained for `--steps` updates of
-`--batch` mixtures with one of `--seeds`; it is kept in `--models` and not trained again.
+A folder holds `manifest.csv` (path, subject, tr, atlas, labels; paths relative to it), series `.npy` [time, rois] with
+zeros for missing ROIs, and a table of the atlas (`*.tsv`). Results: `benchmarks/results/codec_*.csv`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+import argparse
+import csv
+import logging
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
-import typer
-from codec_arms import (
-    FRAMES,
-    PATCH,
-    STRIDE,
-    Budget,
-    all_data,
-    arm,
-    arm_trainer,
-    by_person,
-    decode_items,
-    decoded_by,
-    fidelity,
-    places_of,
-    rate_arm,
-    split_scans,
-    trained,
-)
-from codec_baselines import QuantizedPCA, inverse_distance, nearest_neighbour
-from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from tqdm import tqdm
+from scipy.fft import dct, idct
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, StratifiedKFold
 
-from fmrilm import FmriCodecModel
-from fmrilm.training.alignment.language_models import PACKAGED_MODEL, load_text_encoder
-from fmrilm.training.codec.metrics import codebook_results, retrieval_results
-from fmrilm.training.codec.program import CodecData, codec_data
-from fmrilm.training.codec.trainer import encode_items, evaluate_items, window_items
-from fmrilm.training.data.dataset import Window, cut_windows
+from fmrilm import Atlas, FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor
+from fmrilm.modeling_fmricodec import FmriCodecSummary
+from fmrilm.training.codec.fit import fit_codec, fit_summary, fit_transform, present
+from fmrilm.training.codec.metrics import fc_correlation, r_squared
 
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = Path("runs/codec-benchmark")
-app = typer.Typer(add_completion=False)
-Steps = Annotated[int, typer.Option(help="Updates of each arm.")]
-Batch = Annotated[int, typer.Option(help="Mixtures of an update.")]
-Seeds = Annotated[int, typer.Option(help="Seeds 0 to n - 1 of each arm.")]
-Results = Annotated[Path, typer.Option(help="Folder of the CSV files.")]
-Models = Annotated[Path, typer.Option(help="Folder of trained arms.")]
+PATCH, LEVELS, BOOTSTRAPS = 16, (1, 2, 4, 8), 1000
+PENALTIES = 10.0 ** np.arange(-3, 2.1, 0.5)
 
 
-def write(name: str, rows: list[dict], results: Path) -> None:
-    table = pd.DataFrame(rows)
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"codec_{name}.csv"
-    table.to_csv(path.with_suffix(".partial"), index=False, float_format="%.4f")
-    path.with_suffix(".partial").replace(path)
-    print(table.tail(1).to_string(index=False, float_format="%.3f"), flush=True)
+class FolderScans:
+    """Scans of a folder as the fit reads them, standardised in memory."""
 
-
-# method, tokens of a step (the roi layout has one for each of the 94 ROIs), bits of a token, frames of a step
-RATES = (
-    ("latent-vq", 8, 9, 16),
-    ("latent-fsq", 8, 9, 16),
-    ("roi-vq", 94, 8, 160),
-    ("latent-vq", 16, 9, 16),
-    ("roi-vq", 94, 8, 80),
-    ("latent-fsq", 16, 9, 16),
-    ("latent-vq", 4, 9, 16),
-    ("roi-vq", 94, 4, 160),
-    ("latent-fsq", 4, 9, 16),
-)
-
-
-@app.command()
-def rate(
-    steps: Steps = 150, batch: Batch = 8, seeds: Seeds = 1, results: Results = RESULTS, models: Models = MODELS
-) -> None:
-    """On AAL2, the one atlas that several held-out people have; PCA is fitted on the training people of AAL2."""
-    data, budget = all_data(), Budget(steps, batch, models)
-    people = by_person([scan for scan in data.held_out if scan.atlas.name == "aal2-94"])
-    pca = QuantizedPCA([scan.signal for scan in data.training if scan.atlas.name == "aal2-94"], PATCH)
-    rows = []
-    for bits in sorted({int(tokens * bits * PATCH / patch) for _, tokens, bits, patch in RATES}):
-        found = fidelity(people, lambda windows, bits=bits: [pca.reconstruct(w.signal, bits) for w in windows])
-        rows.append({"method": "pca", "bits_per_window": bits * FRAMES // PATCH, **found})
-        write("rate", rows, results)
-    for seed, (method, tokens, bits, patch) in _arms(seeds, RATES):
-        model = rate_arm(budget, data, seed, method, tokens, bits, patch)
-        found = fidelity(people, partial(decoded_by, model))
-        spent = {"tokens_per_step": tokens, "bits_per_token": bits, "frames_per_step": patch, "seed": seed}
-        rows.append(
-            {
-                "method": method,
-                "bits_per_window": tokens * bits * FRAMES // patch,
-                **found,
-                **spent,
-                "steps": steps,
-                "batch": batch,
-            }
+    def __init__(self, folder: Path):
+        self.table = pd.read_csv(folder / "manifest.csv")
+        rois = pd.read_csv(next(folder.glob("*.tsv")), sep="\t")
+        networks = tuple(rois["network"].fillna("").astype(str))
+        self._atlas = Atlas(
+            self.table["atlas"][0], tuple(rois["name"]), networks, rois[["x", "y", "z"]].to_numpy(float)
         )
-        write("rate", rows, results)
+        extractor = FmriLMFeatureExtractor(atlases=[self._atlas])
+        logging.disable(logging.WARNING)
+        self.signals = []
+        for path, tr in zip(self.table["path"], self.table["tr"], strict=True):
+            series = np.load(folder / path).astype(np.float32)
+            series[:, (series == series[0]).all(0)] = np.nan
+            self.signals.append(extractor.prepare_signal(series, tr=tr, atlas=self._atlas)[0])
+
+    def __len__(self) -> int:
+        return len(self.signals)
+
+    def signal(self, index: int) -> np.ndarray:
+        return self.signals[index]
+
+    def atlas(self, index: int) -> Atlas:
+        return self._atlas
+
+    def select(self, rows: Iterable[int]) -> "FolderScans":
+        part = object.__new__(FolderScans)
+        part._atlas, part.table = self._atlas, self.table.iloc[list(rows)].reset_index(drop=True)
+        part.signals = [self.signals[row] for row in rows]
+        return part
 
 
-def _arms(seeds: int, arms: Iterable) -> tqdm:
-    """Each arm with its first seed, then each with the next."""
-    return tqdm([(seed, each) for seed in range(seeds) for each in arms], desc="arms", unit="arm")
+def write(name: str, rows: list[dict]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"codec_{name}.csv", "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    for row in rows:
+        print(name, row, flush=True)
 
 
-@app.command()
-def codebook(
-    steps: Steps = 150, batch: Batch = 8, seeds: Seeds = 1, results: Results = RESULTS, models: Models = MODELS
-) -> None:
-    """Codes of the latent layout (8 a step) in windows 8 frames apart, of training and of held-out people."""
-    data, budget = all_data(), Budget(steps, batch, models)
-    windows = {
-        name: window_items(cut_windows(scans, FRAMES, PATCH // 2))
-        for name, scans in (("training", data.training), ("held-out", data.held_out))
-    }
-    rows = []
-    for seed, bits in _arms(seeds, (9, 13)):
-        model = rate_arm(budget, data, seed, "latent-vq", 8, bits, PATCH)
-        for people, items in windows.items():
-            used = codebook_results(encode_items(model, items), 2**bits)
-            rows.append(
-                {
-                    "codebook_size": 2**bits,
-                    "people": people,
-                    "tokens": len(items) * used["numbers_per_window"],
-                    "used": used["codebook_used"] / 2**bits,
-                    "perplexity": used["perplexity"],
-                    "perplexity_share": used["perplexity"] / 2**bits,
-                    "seed": seed,
-                    "steps": steps,
-                    "batch": batch,
-                }
+def whole(scans: FolderScans, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [1, rois, time] of whole patches and coordinates [1, rois, 3]."""
+    signal, coordinates = present(scans, index)  # pyright: ignore[reportArgumentType]
+    return signal[: len(signal) // PATCH * PATCH].T[None], coordinates[None]
+
+
+def fitted(scans: FolderScans, seed: int = 0, **changes) -> FmriCodecModel:
+    torch.manual_seed(seed)
+    model = FmriCodecModel(FmriCodecConfig(**changes)).eval()
+    fit_codec(model, scans, seed=seed)  # pyright: ignore[reportArgumentType]
+    return model
+
+
+@torch.no_grad()
+def distortion(
+    model: FmriCodecModel, scans: FolderScans, codes: list[torch.Tensor], levels: int
+) -> tuple[float, float]:
+    pairs = []
+    for index, row in enumerate(codes):
+        values, coordinates = whole(scans, index)
+        pairs.append((values[0].T.numpy(), model.decode(row[..., :levels], coordinates)[0].T.numpy()))
+    signals, guesses = zip(*pairs, strict=True)
+    return r_squared(signals, guesses), fc_correlation(signals, guesses) or float("nan")
+
+
+class TransformCoder:
+    """Principal components of training frames, cosines over a patch, one uniform step, ideal entropy coding."""
+
+    def __init__(self, scans: FolderScans, components: int = 64):
+        frames = np.nan_to_num(np.concatenate(scans.signals))
+        self.components = np.linalg.eigh(frames.T @ frames)[1][:, ::-1][:, :components]
+
+    def code(self, scans: FolderScans, step: float) -> tuple[float, float, float]:
+        """Bits a patch, R-squared, FC correlation."""
+        signals, guesses, numbers = [], [], []
+        for signal in scans.signals:
+            signal = signal[: len(signal) // PATCH * PATCH]
+            patches = (np.nan_to_num(signal) @ self.components).reshape(-1, PATCH, self.components.shape[1])
+            rounded = np.round(dct(patches, axis=1, norm="ortho") / step)
+            numbers.append(rounded)
+            guess = idct(rounded * step, axis=1, norm="ortho").reshape(len(signal), -1) @ self.components.T
+            there = ~np.isnan(signal).any(0)
+            signals.append(signal[:, there])
+            guesses.append(
+                guess[:, there] + 1e-5 * np.random.default_rng(0).standard_normal((len(signal), there.sum()))
             )
-            write("codebook", rows, results)
+        bits = 0.0
+        for column in np.concatenate(numbers).reshape(-1, PATCH * self.components.shape[1]).T:
+            shares = np.unique(column, return_counts=True)[1] / len(column)
+            bits -= float((shares * np.log2(shares)).sum())
+        return bits, r_squared(signals, guesses), fc_correlation(signals, guesses) or float("nan")
 
 
-@app.command()
-def transfer(
-    steps: Steps = 150, batch: Batch = 8, seeds: Seeds = 1, results: Results = RESULTS, models: Models = MODELS
-) -> None:
-    """An atlas that training did not have, with its coordinates and with them shuffled; then ROIs not encoded."""
-    training, held_out = split_scans()
-    budget, everyone = Budget(steps, batch, models), codec_data(training, held_out, FRAMES, STRIDE)
-    # LEMON's one subject is in the demo's training split: it is new to the codec that did not have its atlas
-    tested = {
-        "schaefer-100-7networks": held_out,
-        "aal2-94": held_out,
-        "schaefer-400-7networks": training,
+def ridge(known: np.ndarray, targets: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Predictions of targets [rows, n] by ridge regression, each with the penalty of the least leave-one-out error."""
+    mean, scale = known.mean(0), known.std(0).mean() * np.sqrt(known.shape[1])
+    known, new = (known - mean) / scale, (new - mean) / scale
+    values, vectors = np.linalg.eigh((known @ known.T).astype(np.float64))
+    centre, best = targets.mean(0), np.full(targets.shape[1], np.inf)
+    found = np.zeros((len(new), targets.shape[1]))
+    for penalty in PENALTIES:
+        shrunk = vectors * (values / (values + penalty))
+        error = (targets - centre - shrunk @ (vectors.T @ (targets - centre))) / (1 - (shrunk * vectors).sum(1))[
+            :, None
+        ]
+        better = (error**2).sum(0) < best
+        best = np.where(better, (error**2).sum(0), best)
+        dual = vectors @ ((vectors.T @ (targets - centre)) / (values + penalty)[:, None])
+        found[:, better] = (centre + new @ (known.T @ dual))[:, better]
+    return found
+
+
+def correlations(signal: np.ndarray) -> np.ndarray:
+    """Fisher z of all pairs of ROIs, zero where one is missing."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        matrix = np.nan_to_num(np.corrcoef(signal.T))
+    return np.arctanh(matrix[np.triu_indices(len(matrix), 1)].clip(-0.999, 0.999)).astype(np.float32)
+
+
+def raw_tangent(signals: list[np.ndarray], training: np.ndarray) -> np.ndarray:
+    """Tangent space of all ROIs at the training scans' mean covariance, shrunk by .3 towards it."""
+    summary = FmriCodecSummary(FmriCodecConfig(num_basis_functions=signals[0].shape[1]))
+    covariance = np.stack([np.cov(np.nan_to_num(signal).T) for signal in signals]).astype(np.float32)
+    covariance += 1e-2 * np.eye(covariance.shape[1], dtype=np.float32)
+    values, vectors = np.linalg.eigh(covariance[training].mean(0))
+    summary.whitening.copy_(torch.from_numpy(vectors / np.sqrt(values) @ vectors.T))
+    return torch.cat([summary.tangent(part) for part in torch.from_numpy(covariance).split(32)]).numpy()
+
+
+def score(name: str, truth: np.ndarray, found: np.ndarray) -> float:
+    return float(np.corrcoef(truth, found)[0, 1] if name == "age" else roc_auc_score(truth, found))
+
+
+@torch.no_grad()
+def labels(folder: Path, folds: int) -> None:
+    scans = FolderScans(folder)
+    table = scans.table
+    targets = {
+        "autism": (table["diagnosis"] == "autism").to_numpy(float),
+        "sex": (table["sex"] == "F").to_numpy(float),
+        "age": table["age"].to_numpy(float),
     }
+    stacked = np.stack(list(targets.values()), 1)
+    strata = table["site"] + table["diagnosis"]
+    raw = np.stack([correlations(signal) for signal in scans.signals])
+    predictions: dict[str, np.ndarray] = {}
+    rate, identified = [], []
+    split = StratifiedKFold(5, shuffle=True, random_state=0).split(strata, strata)
+    tested = []
+    for fold, (training, test) in enumerate(split):
+        if fold == folds:
+            break
+        tested.append(test)
+        learned, held_out = scans.select(training), scans.select(test)
+        start = time.perf_counter()
+        model = fitted(learned)
+        print(f"fold {fold}: fitted in {time.perf_counter() - start:.0f} s", flush=True)
+        codes = [model.encode(*whole(scans, index)) for index in range(len(scans))]
+        for levels in LEVELS:
+            r2, fc = distortion(model, held_out, [codes[index] for index in test], levels)
+            rate.append(
+                {"fold": fold, "coder": "codec", "bits": 144.0 * levels, "r_squared": r2, "fc_correlation": fc}
+            )
+        small = FmriCodecModel(FmriCodecConfig(tokens_per_patch=8, num_quantizers=1)).eval()
+        small.spatial_basis.load_state_dict(model.spatial_basis.state_dict())
+        fit_transform(small, learned, np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
+        r2, fc = distortion(small, held_out, [small.encode(*whole(held_out, i)) for i in range(len(test))], 1)
+        rate.append({"fold": fold, "coder": "codec", "bits": 72.0, "r_squared": r2, "fc_correlation": fc})
+        coder = TransformCoder(learned)
+        for step in (1.0, 1.5, 2.5, 4.0, 6.0, 9.0):
+            bits, r2, fc = coder.code(held_out, step)
+            rate.append({"fold": fold, "coder": "transform", "bits": bits, "r_squared": r2, "fc_correlation": fc})
+        features = {"FC, raw": raw, "tangent, raw": raw_tangent(scans.signals, training)}
+        for levels in (1, 4, 8):
+            if levels < model.config.num_quantizers:
+                # a prefix of the levels decodes to other covariances: its own mean
+                refit(model, learned, levels)
+            else:
+                fit_summary(model, learned, np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
+            rows = [model.summarize(row[..., :levels])[0] for row in codes]
+            features[f"codes, {144 * levels} bits"] = torch.stack(rows).numpy()
+        for name, values in features.items():
+            found = predictions.setdefault(name, np.full(stacked.shape, np.nan))
+            found[test] = ridge(values[training], stacked[training], values[test])
+        identified.append({"fold": fold, **identification(model, held_out)})
+        write("rate", rate)
+        write("labels", label_rows(targets, predictions, np.concatenate(tested)))
+        write("identification", identified)
+
+
+def refit(model: FmriCodecModel, scans: FolderScans, levels: int) -> None:
+    encode = model.encode
+    model.encode = lambda *inputs: encode(*inputs)[..., :levels]  # pyright: ignore[reportAttributeAccessIssue]
+    fit_summary(model, scans, np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
+    model.encode = encode  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def label_rows(targets: dict[str, np.ndarray], predictions: dict[str, np.ndarray], rows: np.ndarray) -> list[dict]:
+    """Scores of pooled out-of-fold predictions, and 95 % intervals over subjects of the difference to raw tangent."""
+    rng, found = np.random.default_rng(0), []
+    samples = [rng.integers(len(rows), size=len(rows)) for _ in range(BOOTSTRAPS)]
+    for features, values in predictions.items():
+        for column, (name, target) in enumerate(targets.items()):
+            truth, ours, raw = target[rows], values[rows, column], predictions["tangent, raw"][rows, column]
+            differences = [score(name, truth[s], ours[s]) - score(name, truth[s], raw[s]) for s in samples]
+            low, high = np.quantile(differences, (0.025, 0.975))
+            row = {"features": features, "label": name, "subjects": len(rows), "score": score(name, truth, ours)}
+            found.append(
+                {**row, "minus_raw_tangent": row["score"] - score(name, truth, raw), "low": low, "high": high}
+            )
+    return found
+
+
+@torch.no_grad()
+def identification(model: FmriCodecModel, scans: FolderScans) -> dict[str, float]:
+    """Share of scans whose first half is nearest (correlation) to their second half, of `len(scans)` of them."""
+    halves: dict[str, list] = {"codes": [], "raw": []}
+    for index in range(len(scans)):
+        values, coordinates = whole(scans, index)
+        middle = values.shape[-1] // 2 // PATCH * PATCH
+        parts = values[..., :middle], values[..., middle : 2 * middle]
+        halves["codes"].append([model.summarize(model.encode(part, coordinates))[0].numpy() for part in parts])
+        signal = scans.signals[index]
+        halves["raw"].append([correlations(signal[:middle]), correlations(signal[middle : 2 * middle])])
+    found = {"scans": float(len(scans))}
+    for name, rows in halves.items():
+        first, second = (np.array(part) for part in zip(*rows, strict=True))
+        first, second = ((part - part.mean(1, keepdims=True)) / part.std(1, keepdims=True) for part in (first, second))
+        found[name] = float(((first @ second.T).argmax(1) == np.arange(len(first))).mean())
+    return found
+
+
+@torch.no_grad()
+def states(folder: Path, state_folder: Path) -> None:
+    scans, others = FolderScans(folder), FolderScans(state_folder)
+    model = fitted(scans)
+    groups = others.table["subject"].to_numpy()
+    training, test = next(GroupKFold(5).split(groups, groups=groups))
+    there, held_out = others.select(training), others.select(test)
     rows = []
-    for seed, atlas in _arms(seeds, tested):
-        people = by_person([scan for scan in tested[atlas] if scan.atlas.name == atlas])
-        others = codec_data([scan for scan in training if scan.atlas.name != atlas], held_out, FRAMES, STRIDE)
-        codecs = {"the two others": arm(budget, others, seed, f"without-{atlas}", descriptor_weight=0.0)}
-        if tested[atlas] is held_out:
-            codecs["all three"] = rate_arm(budget, everyone, seed, *RATES[0])
-        for trained_on, model in codecs.items():
-            for coordinates, decoded in (("own", decoded_by), ("shuffled", decoded_from_wrong_places)):
-                found = fidelity(people, partial(decoded, model))
-                rows.append(
-                    {
-                        "tested_on": atlas,
-                        "trained_on": trained_on,
-                        "coordinates": coordinates,
-                        **found,
-                        "seed": seed,
-                        "steps": steps,
-                        "batch": batch,
-                    }
-                )
-                write("transfer", rows, results)
-    completion(everyone, budget, seeds, results)
+    for name, codec in (("fitted on the other atlas", model), ("fitted there", fitted(there))):
+        codes = [codec.encode(*whole(held_out, index)) for index in range(len(held_out))]
+        r2, fc = distortion(codec, held_out, codes, 8)
+        rows.append({"codec": name, "r_squared": r2, "fc_correlation": fc})
+    # neighbours merged in pairs: the same scans in half as many ROIs
+    coordinates = torch.tensor(scans.atlas(0).coordinates, dtype=torch.float32)
+    pairs = merged(coordinates)
+    agree = []
+    for index in range(0, len(scans), 9):
+        values, places = whole(scans, index)
+        if values.shape[1] != len(coordinates):
+            continue
+        halved = values[:, pairs].mean(2)
+        halved = halved / halved.std(-1, keepdim=True) * values.std()
+        both = [
+            model.summarize(model.encode(*one))[0] for one in ((values, places), (halved, places[:, pairs].mean(2)))
+        ]
+        agree.append(float(torch.stack(both).corrcoef()[0, 1]))
+    rows.append({"codec": "summaries of a scan in 200 and 100 ROIs, correlation", "r_squared": float(np.mean(agree))})
+    write("atlases", [{"fc_correlation": "", **row} for row in rows])
 
-
-def decoded_from_wrong_places(model: FmriCodecModel, windows: list[Window]) -> list[np.ndarray]:
-    """Encoded at shuffled coordinates and decoded at the ROIs' own."""
-    places = places_of(windows)
-    shuffled = np.random.default_rng(0).permutation(places)
-    items = [{**item, "coordinates": shuffled} for item in window_items(windows)]
-    return decode_items(model, items, places)
-
-
-def completed(windows: list[Window], predict: Callable, folds: int = 5) -> list[np.ndarray]:
-    """Each fifth of the ROIs by `predict(signals, places known, places wanted)` from the other four."""
-    coordinates = places_of(windows)
-    order = np.random.default_rng(0).permutation(len(coordinates))
-    guesses = np.zeros((len(windows), FRAMES, len(coordinates)), np.float32)
-    for fold in range(folds):
-        wanted = order[fold::folds]
-        known = np.setdiff1d(order, wanted)
-        signals = np.stack([window.signal[:, known] for window in windows])
-        guesses[..., wanted] = predict(signals, coordinates[known], coordinates[wanted])
-    return list(guesses)
-
-
-def decoded_elsewhere(
-    model: FmriCodecModel, signals: np.ndarray, known: np.ndarray, wanted: np.ndarray
-) -> list[np.ndarray]:
-    nothing = np.zeros(0, np.float32)
-    items = [{"signal": signal, "coordinates": known, "descriptors": nothing} for signal in signals]
-    return decode_items(model, items, wanted)
-
-
-def completion(data: CodecData, budget: Budget, seeds: int, results: Path) -> None:
-    """Signals of ROIs that were not encoded, decoded at their places, beside interpolation of the inputs' signals."""
-    people, trained_on = by_person(data.held_out), by_person(data.training)
-    powers = {power: partial(inverse_distance, power=power) for power in (1, 2, 3, 4)}
-    # the best power is that of the training people
-    best = max(powers, key=lambda power: fidelity(trained_on, partial(completed, predict=powers[power]))["r_squared"])
-    interpolations = {"nearest neighbour": nearest_neighbour, f"inverse distance, power {best}": powers[best]}
-    rows = [
-        {"method": name, **fidelity(people, partial(completed, predict=predict))}
-        for name, predict in interpolations.items()
-    ]
-    write("completion", rows, results)
-    for seed, tokens in _arms(seeds, (8, 16)):
-        model = rate_arm(budget, data, seed, "latent-vq", tokens, 9, PATCH)
-        found = fidelity(people, partial(completed, predict=partial(decoded_elsewhere, model)))
+    features: dict[str, list] = {"codes": [], "raw FC": []}
+    conditions, subjects = [], []
+    for index in range(len(others)):
+        values, places = whole(others, index)
+        for start in range(0, values.shape[-1] - 31, 32):
+            window = values[..., start : start + 32]
+            features["codes"].append(model.summarize(model.encode(window, places))[0].numpy())
+            features["raw FC"].append(correlations(window[0].T.numpy()))
+            conditions.append(others.table["condition"][index])
+            subjects.append(groups[index])
+    names, truth = np.unique(conditions, return_inverse=True)
+    rows = []
+    for name, values in features.items():
+        inputs, found = np.stack(values), np.zeros(len(truth), int)
+        for training, test in GroupKFold(5).split(inputs, groups=subjects):
+            found[test] = ridge(inputs[training], np.eye(len(names))[truth[training]], inputs[test]).argmax(1)
+        majority = np.bincount(truth).max() / len(truth)
         rows.append(
-            {
-                "method": f"latent-vq, {tokens} tokens a step",
-                **found,
-                "bits_per_window": tokens * 9 * FRAMES // PATCH,
-                "seed": seed,
-                "steps": budget.steps,
-                "batch": budget.batch,
-            }
+            {"features": name, "windows": len(truth), "accuracy": float((found == truth).mean()), "majority": majority}
         )
-        write("completion", rows, results)
+    write("states", rows)
 
 
-ALIGNMENTS = {
-    "neither": (0.0, 0.0),
-    "descriptions": (0.3, 0.0),
-    "words": (0.0, 0.1),
-    "descriptions and words": (0.3, 0.1),
-}
-
-
-@app.command()
-def alignment(
-    steps: Steps = 150, batch: Batch = 8, seeds: Seeds = 1, results: Results = RESULTS, models: Models = MODELS
-) -> None:
-    """
-    Retrieval of held-out scans' descriptions, by the heads that were trained and by a fresh linear map of the codes
-    fitted on training mixtures; a fresh classifier that tells projected codes from word embeddings.
-    """
-    data, budget = all_data(), Budget(steps, batch, models)
-    words = load_text_encoder(PACKAGED_MODEL)[0].get_input_embeddings().weight.detach().numpy()
-    windows = [window_items(cut_windows(scans, FRAMES, STRIDE)) for scans in (data.training, data.held_out)]
-    rows = []
-    for seed, losses in _arms(seeds, ALIGNMENTS):
-        weights = dict(zip(("alignment_weight", "domain_weight"), ALIGNMENTS[losses], strict=True))
-        name = f"aligned-with-{losses.replace(' ', '-')}"
-        trainer = arm_trainer(budget, data, seed, name, language_model=PACKAGED_MODEL, **weights)
-        described = [trainer.train_dataset[index] for index in range(len(trainer.train_dataset.embeddings))]
-        told_apart = {"before": tell_apart(trainer.model, windows, words)}
-        model = trained(trainer)
-        told_apart["after"] = tell_apart(model, windows, words)
-        own = evaluate_items(model, trainer.eval_dataset)
-        fresh = fresh_retrieval(model, described, trainer.eval_dataset)
-        row = {"losses": losses, "seed": seed, "steps": steps, "batch": batch}
-        for heads, found in (("own", own), ("fresh", fresh)):
-            row |= {f"{name}_{heads}": found[name] for name in ("recall_at_1", "recall_at_5", "median_rank")}
-        row |= {name: value for name, value in fresh.items() if name.startswith(("chance", "retrieval"))}
-        for when, accuracies in told_apart.items():
-            row |= {f"{probe}_probe_{when}": accuracy for probe, accuracy in accuracies.items()}
-        rows.append({**row, "r_squared": own["r_squared"], "fc_correlation": own["fc_correlation"]})
-        write("alignment", rows, results)
-
-
-def _code_vectors(model: FmriCodecModel, items: list[dict]) -> torch.Tensor:
-    """Codebook vectors [items, steps, slots, codebook_dim] of items of one length."""
-    codes = torch.from_numpy(encode_items(model, items))
-    return model.embed_codes(codes).unflatten(1, (-1, model.config.tokens_per_step))
+def merged(coordinates: torch.Tensor) -> torch.Tensor:
+    """Pairs of near ROIs int [rois / 2, 2]: each ROI in turn takes the nearest one that is left."""
+    left, pairs = list(range(len(coordinates))), []
+    while len(left) > 1:
+        first = left.pop(0)
+        second = min(left, key=lambda other: float((coordinates[first] - coordinates[other]).norm()))
+        left.remove(second)
+        pairs.append((first, second))
+    return torch.tensor(pairs)
 
 
 @torch.no_grad()
-def fresh_retrieval(model: FmriCodecModel, described: list[dict], held_out: list[dict]) -> dict[str, float]:
-    """Retrieval by a ridge regression of text embeddings on codes, fitted on described training mixtures."""
-    scans, texts = [], []
-    for items in (described, held_out):
-        codes = torch.from_numpy(encode_items(model, items))
-        scans.append(model.pool(model.embed_codes(codes), codes >= 0).numpy())
-        texts.append(np.stack([item["text_embedding"] for item in items]))
-    scaled = StandardScaler().fit(texts[0])
-    texts = [scaled.transform(part) for part in texts]
-    guesses = RidgeCV(np.logspace(-3, 1, 9)).fit(scans[0], texts[0]).predict(scans[1])
-    guesses, targets = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (guesses, texts[1]))
-    return retrieval_results(guesses, targets)
+def speed(folder: Path) -> None:
+    scans, rows = FolderScans(folder), []
+    for subjects in (100, 300, len(scans)):
+        start = time.perf_counter(), time.process_time()
+        model = fitted(scans.select(range(subjects)))
+        wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+        rows.append({"what": f"fit, {subjects} scans", "seconds": wall, "cpu_seconds": cpu})
+    for rois in (200, 450):
+        values, places = torch.randn(1, rois, 160), 60 * torch.randn(1, rois, 3)
+        codes = model.encode(values, places)
+        for name, call, inputs in (
+            ("encode", model.encode, (values, places)),
+            ("scan features", model.scan_features, (codes,)),
+            ("decode", model.decode, (codes, places)),
+        ):
+            call(*inputs)
+            start = time.perf_counter(), time.process_time()
+            for _ in range(20):
+                call(*inputs)
+            wall, cpu = (time.perf_counter() - start[0]) / 20, (time.process_time() - start[1]) / 20
+            rows.append({"what": f"{name}, {rois} ROIs x 160 frames", "seconds": wall, "cpu_seconds": cpu})
+    write("speed", rows)
 
 
-@torch.no_grad()
-def tell_apart(model: FmriCodecModel, windows: Sequence[list[dict]], words: np.ndarray) -> dict[str, float]:
-    """
-    Accuracy (chance 0.5) of classifiers fitted on projected tokens of training windows and as many words, on the
-    tokens of held-out windows and as many other words.
-    """
-    tokens = [model.alignment.token_projection(_code_vectors(model, items).flatten(0, 2)).numpy() for items in windows]
-    order = np.random.default_rng(0).permutation(len(words))
-    counts = [len(part) for part in tokens]
-    chosen = words[order[: counts[0]]], words[order[counts[0] : sum(counts)]]
-    train, test = (np.concatenate(pair) for pair in zip(tokens, chosen, strict=True))
-    labels = [np.repeat([0, 1], count) for count in counts]
-    probes = {"linear": LogisticRegression(max_iter=500), "mlp": MLPClassifier((256,), random_state=0, max_iter=50)}
-    return {
-        name: float(make_pipeline(StandardScaler(), probe).fit(train, labels[0]).score(test, labels[1]))
-        for name, probe in probes.items()
-    }
-
-
-@app.command()
-def speed(
-    repetitions: int = 5,
-    quick: Annotated[bool, typer.Option(help="A small codec: shows that it runs, measures nothing.")] = False,
-    results: Results = RESULTS,
-) -> None:
-    """Encoding at base size, float32, without gradients, each kind and size in a process of its own."""
-    from codec_speed import measurements
-
-    rows = []
-    for row in measurements(repetitions, quick):
-        rows.append(row)
-        write("speed", rows, results)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("labels", "states", "speed"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--state", type=Path)
+    parser.add_argument("--folds", type=int, default=5)
+    args = parser.parse_args()
+    if args.what == "labels":
+        labels(args.data, args.folds)
+    elif args.what == "states":
+        states(args.data, args.state)
+    else:
+        speed(args.data)
 
 
 if __name__ == "__main__":
-    app()
+    main()

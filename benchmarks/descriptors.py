@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +34,7 @@ from fmrilm.processors.descriptors import gradients, graph, networks  # noqa: E4
 from fmrilm.processors.descriptors.cohort import Cohort  # noqa: E402
 from fmrilm.processors.descriptors.gradients import fit_references  # noqa: E402
 from fmrilm.processors.descriptors.measures import FAMILIES, MEASURES, describe, descriptor_names  # noqa: E402
-from fmrilm.training.data.dataset import PreparedScan, prepare_scans  # noqa: E402
-from fmrilm.training.data.open_data import open_scans, package_folder  # noqa: E402
+from fmrilm.training.data.open_data import Scan, open_scans, package_folder  # noqa: E402
 
 
 FRAMES, TR = 160, 2.0
@@ -167,6 +166,17 @@ def throughput(scans: int) -> list[dict]:
     return rows
 
 
+@dataclass(frozen=True)
+class PreparedScan:
+    """A scan as the codec takes it. signal: float32 [time, rois]."""
+
+    signal: np.ndarray
+    atlas: Atlas
+    dataset: str
+    subject: str
+    session: str
+
+
 def prepared_halves() -> list[tuple[PreparedScan, PreparedScan]]:
     """
     First and second half of each open scan, cut before anything is done to them: normalised together, what one half
@@ -174,12 +184,13 @@ def prepared_halves() -> list[tuple[PreparedScan, PreparedScan]]:
     """
     names = ("aal2-94", "schaefer-100-7networks", "schaefer-400-7networks")
     extractor = FmriLMFeatureExtractor(atlases=[Atlas.load(name) for name in names])
-    scans = open_scans()
-    parts = [
-        prepare_scans([replace(scan, signal=np.array_split(scan.signal, 2)[half]) for scan in scans], extractor)
-        for half in (0, 1)
-    ]
-    return list(zip(*parts, strict=True))
+
+    def prepared(scan: Scan, half: int) -> PreparedScan:
+        part = np.array_split(scan.signal, 2)[half]
+        signal, atlas = extractor.prepare_signal(part, tr=scan.tr, atlas=scan.atlas)
+        return PreparedScan(signal, atlas, scan.dataset, scan.subject, scan.session)
+
+    return [(prepared(scan, 0), prepared(scan, 1)) for scan in open_scans()]
 
 
 def paired(halves: list[tuple[PreparedScan, PreparedScan]]) -> tuple[np.ndarray, np.ndarray]:

@@ -287,7 +287,8 @@ class ResidualVectorQuantizer(nn.Module):
             `dropout` of the rows gets the sum of a random prefix of the levels.
         """
         valid = z.detach()[mask]
-        if self.training and not self.started:
+        moving = self.training and bool(self.started)
+        if self.training and not moving:
             self.start(gather_rows(valid)[0])
         codes = self.encode(z)
         kept = torch.full((len(z),), self.num_quantizers, device=z.device)
@@ -298,7 +299,7 @@ class ResidualVectorQuantizer(nn.Module):
         for level, codebook in enumerate(self.codebooks):
             vectors = codebook[codes[..., level]]
             loss = loss + F.mse_loss(residual[mask], vectors[mask])
-            if self.training:
+            if moving:
                 self.update(level, residual.detach()[mask], codes[mask][:, level])
             residual = residual - vectors
             quantized = quantized + vectors * (level < kept)[:, None, None]

@@ -21,8 +21,8 @@ from .pipeline_fmrilm import CUSTOM_PIPELINES
 
 # label of what carries no loss
 IGNORED = -100
-# of the summary tokens before they are fitted, in sizes of a word
-SUMMARY_NOISE = 0.3
+# of the latent tokens around the mean word before training, in sizes of a word
+LATENT_TOKEN_SPREAD = 0.1
 # what a forward pass may hold beside text, one entry a scan
 SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes", "fmri_scores")
 # what a saved folder can be opened with; register_for_auto_class alone writes one Auto class per class
@@ -321,19 +321,22 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def start_at_word_size(self) -> None:
-        """What a scan brings enters at the size of word embeddings, as the embedding module returns them."""
+        """What a scan brings enters around the mean word, at the size of what the embedding module returns."""
         embedding = self.get_input_embeddings()
         # Gemma's module multiplies: its weights alone are not what the layers see
         words = embedding(torch.arange(embedding.get_parameter("weight").shape[0], device=self.device)).float()
         size = words.pow(2).mean().sqrt()
-        self.model.projector.output_norm.weight.fill_(size)
+        # latent tokens begin as the mean word, and move apart by learning
+        self.model.projector.output_norm.weight.fill_(LATENT_TOKEN_SPREAD * size)
+        self.model.projector.output_norm.bias.copy_(words.mean(0))
         self.model.boundaries.weight.copy_(words.mean(0))
         summary = self.model.summary
         if summary is not None:
-            # apart from one another by some noise, and without any score yet
-            noise = torch.randn(summary.tokens, words.shape[1], generator=torch.Generator().manual_seed(0))
-            summary.output_proj.bias.copy_((words.mean(0) + SUMMARY_NOISE * size * noise.to(words)).flatten())
-            summary.output_proj.weight.zero_()
+            # together as large as a word, for scores of standard deviation one
+            generator = torch.Generator().manual_seed(0)
+            directions = torch.randn(summary.output_proj.weight.shape, generator=generator).to(words)
+            summary.output_proj.weight.copy_(size * directions / math.sqrt(directions.shape[1]))
+            summary.output_proj.bias.copy_(words.mean(0).repeat(summary.tokens))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -138,7 +138,6 @@ def joined(processor: FmriLMProcessor) -> Callable[[PreTrainedModel], FmriLMForC
         for weight in (model.model.fmri_head.proj.weight, model.model.fmri_head.frequencies):
             torch.nn.init.normal_(weight, std=0.3)
         torch.nn.init.normal_(model.model.summary.readout.weight, std=0.5)
-        torch.nn.init.normal_(model.model.summary.output_proj.weight, std=0.2)
         return model.eval()
 
     return build

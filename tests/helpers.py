@@ -101,6 +101,7 @@ def random_examples(windows: int = 8, rows: list[dict] | None = None, seed: int 
     levels = rng.integers(-1, 3, size=(windows, len(CORE_NAMES)))
     z_scores = np.where(levels < 0, np.nan, levels - 1 + 0.2 * rng.standard_normal(levels.shape))
     rows = rows or [{"subject": f"s{window // 2}"} for window in range(windows)]
+    rows = [{"scan": number, **row} for number, row in enumerate(rows)]
     features = rng.standard_normal((windows, 27)).astype(np.float32)
     scores = rng.standard_normal((windows, 2)).astype(np.float32)
     return Examples(list(codes), features, z_scores, levels, rows, scores)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from fmrilm.modeling_fmrilm import SUMMARY_NOISE, check_backbone
+from fmrilm.modeling_fmrilm import LATENT_TOKEN_SPREAD, check_backbone
 from scan_rows import LONG, SHORT, Model, choice_scores, codes, ids, pad, positions
 
 
@@ -137,9 +137,12 @@ def test_scans_enter_at_the_size_of_what_the_embedding_module_returns(pair: tupl
     plain, model = pair
     words = plain.get_input_embeddings()(torch.arange(plain.config.vocab_size))
     size = words.pow(2).mean().sqrt()
-    assert torch.allclose(model.model.get_fmri_features(codes(LONG)).pow(2).mean().sqrt(), size, rtol=0.05)
-    around = model.model.summary.output_proj.bias.unflatten(-1, (2, -1)) - words.mean(0)
-    assert torch.allclose(around.pow(2).mean().sqrt(), SUMMARY_NOISE * size, rtol=0.4)
+    tokens = model.model.get_fmri_features(codes(LONG)) - words.mean(0)
+    assert torch.allclose(tokens.pow(2).mean().sqrt(), LATENT_TOKEN_SPREAD * size, rtol=0.05)
+    scores = torch.randn(200, len(model.config.score_names), generator=torch.Generator().manual_seed(0))
+    summaries = model.model.summary(scores) - words.mean(0)
+    # two directions drawn at random
+    assert 0.3 < summaries.pow(2).mean().sqrt() / size < 3
 
 
 @pytest.mark.parametrize(

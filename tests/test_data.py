@@ -275,7 +275,9 @@ def test_codes_are_computed_once(tiny_codec, tmp_path: Path, monkeypatch: pytest
     # as a stopped run leaves it
     (kept / "part-00001.npz").unlink()
     calls = []
-    monkeypatch.setattr(dataset, "encode_items", lambda codec, items: calls.append(items) or encode_items(codec, items))
+    monkeypatch.setattr(
+        dataset, "encode_items", lambda codec, items: calls.append(items) or encode_items(codec, items)
+    )
     for _ in range(2):
         again = encode_windows(tiny_codec, windows_of("a", "b"), tmp_path)
         assert all(np.array_equal(*pair) for pair in zip(again.codes, expected.codes, strict=True))

@@ -2,7 +2,6 @@
 
 import csv
 import filecmp
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,9 @@ from fmrilm.processors.descriptors.text import parse
 from fmrilm.training.cli.main import app
 from fmrilm.training.corpus import describe
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
-from fmrilm.training.corpus.scans import load_scans
 from fmrilm.training.corpus.source import load_source
 from fmrilm.training.data.collator import with_token_counts
-from helpers import atlas, prepared
+from helpers import atlas, noise_signal
 
 
 PEOPLE = 6
@@ -40,7 +38,7 @@ def write_manifest(folder: Path, people: int) -> Path:
         writer = csv.writer(handle)
         writer.writerow(["path", "subject", "tr", "handedness"])
         for person in range(people):
-            np.save(folder / f"{person}.npy", prepared(f"p{person}", frames=60, of=of).signal)
+            np.save(folder / f"{person}.npy", noise_signal(f"p{person}", 60, of))
             writer.writerow([f"{person}.npy", f"p{person}", 2.0, "left" if person % 2 else "right"])
     return folder / "manifest.csv"
 
@@ -77,7 +75,7 @@ def assert_equal_folders(first: Path, second: Path) -> None:
 def test_corpus_is_read_by_datasets_and_split_by_subject(corpus: Path) -> None:
     loaded = load_dataset(str(corpus))
     subjects = {split: set(rows["subject"]) for split, rows in loaded.items()}
-    assert len(subjects["train"]) == 4 and len(subjects["test"]) == 2
+    assert len(subjects["train"]) == 3 and len(subjects["test"]) == 3
     assert not subjects["train"] & subjects["test"]
     row = loaded["train"][0]
     assert row["handedness"] in ("left", "right") and np.asarray(row["signal"]).shape == (60, 24)
@@ -87,7 +85,7 @@ def test_cohort_is_that_of_the_training_subjects_alone(corpus: Path) -> None:
     cohort, training = Cohort.load(corpus / "cohort"), load_dataset(str(corpus), split="train")
     values = np.array([[np.nan if v is None else v for v in row["descriptors"].values()] for row in training])
     known = ~np.isnan(values).all(0)
-    assert cohort.subjects == 4 and known.sum() > 30
+    assert cohort.subjects == 3 and known.sum() > 30
     assert np.allclose(cohort.mean[known], np.nanmean(values[:, known], axis=0))
 
 
@@ -125,7 +123,7 @@ def test_questions_are_answered_by_the_descriptors(corpus: Path) -> None:
 
 def test_rows_become_prompts(corpus: Path, processor) -> None:
     row = load_dataset(str(corpus), split="train")[0]
-    codes = np.zeros(8, int)
+    codes = np.zeros((8, 3), int)
     text = processor.apply_chat_template(with_token_counts(row["messages"], [codes]))["input_ids"]
     pad = processor.tokenizer.convert_tokens_to_ids("<|fmri_pad|>")
     assert (np.asarray(text) == pad).sum() == 8
@@ -163,28 +161,43 @@ def test_command_takes_a_cohort_fitted_before(scans: Path, corpus: Path, tmp_pat
     assert_equal_folders(tmp_path / "again" / "cohort", corpus / "cohort")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (lambda signal: np.ones_like(signal), "constant"),
-        # as `prepare` writes a ROI outside the field of view
-        (lambda signal: np.where(np.arange(signal.shape[1]) == 3, np.nan, signal), "1 that do not"),
-    ],
-)
-def test_scan_that_cannot_be_described_is_left_out_with_its_reason(tmp_path, spoil: Callable, reason: str) -> None:
-    manifest = write_manifest(tmp_path, 4)
-    command("prepare", manifest, tmp_path / "prepared", "--atlas", tmp_path / "net.tsv")
-    source = load_source(str(tmp_path / "prepared"))
-    parts = {
-        name: rows.map(
-            lambda row: {**row, "signal": spoil(np.array(row["signal"])) if row["subject"] == "p1" else row["signal"]}
-        )
-        for name, rows in source.parts.items()
-    }
-    broken = describe.Source(source.name, parts, source.atlases, source.test_subjects)
+def spoiled(source: describe.Source, spoil: Callable) -> describe.Source:
+    """The signal of p1 is another."""
+
+    def change(row: dict) -> dict:
+        return {**row, "signal": spoil(np.array(row["signal"])) if row["subject"] == "p1" else row["signal"]}
+
+    parts = {name: rows.map(change) for name, rows in source.parts.items()}
+    return describe.Source(source.name, parts, source.atlases, source.test_subjects)
+
+
+def test_scan_that_cannot_be_described_is_left_out_with_its_reason(scans: Path, tmp_path) -> None:
+    broken = spoiled(load_source(str(scans)), np.ones_like)
     outcome = describe_dataset(broken, tmp_path / "corpus", SETTINGS)
-    assert outcome.scans == 3 and list(outcome.left_out) == [1] and reason in outcome.left_out[1]
+    assert outcome.scans == PEOPLE - 1 and list(outcome.left_out) == [1] and "constant" in outcome.left_out[1]
     assert not any("p1" in rows["subject"] for rows in load_dataset(str(tmp_path / "corpus")).values())
+
+
+def test_scan_is_described_without_its_missing_rois(scans: Path, corpus: Path, tmp_path) -> None:
+    source = spoiled(load_source(str(scans)), lambda signal: np.where(np.arange(24) == 3, np.nan, signal))
+    assert describe_dataset(source, tmp_path / "corpus", SETTINGS).scans == PEOPLE
+    before, after = (rows_of(folder)[1]["descriptors"] for folder in (corpus, tmp_path / "corpus"))
+    assert {name for name in before if before[name] is None} == {name for name in after if after[name] is None}
+    assert before["connectivity/Vis-Vis"] != after["connectivity/Vis-Vis"]
+
+
+def test_split_file_and_left_out_value_go_before_the_rule(scans: Path, tmp_path) -> None:
+    (tmp_path / "splits.csv").write_text("subject,split\np0,test\np1,train\np2,train\np3,train\n")
+    for options, splits in (
+        ({"splits": str(tmp_path / "splits.csv")}, {"train": {"p1", "p2", "p3"}, "test": {"p0"}}),
+        ({"leave_out": "handedness=left"}, {"train": {"p0", "p2", "p4"}, "test": {"p1", "p3", "p5"}}),
+    ):
+        output = tmp_path / next(iter(options))
+        outcome = describe_dataset(
+            load_source(str(scans)), output, CorpusSettings(statements=3, questions=4, **options)
+        )
+        assert outcome.scans == sum(map(len, splits.values()))
+        assert {split: set(rows["subject"]) for split, rows in load_dataset(str(output)).items()} == splits
 
 
 def test_folder_of_which_no_scan_can_be_described_is_refused(corpus: Path, tmp_path) -> None:
@@ -192,9 +205,13 @@ def test_folder_of_which_no_scan_can_be_described_is_refused(corpus: Path, tmp_p
     rows = {"signal": [[[1.0] * 24] * 60] * 3, "tr": [2.0] * 3, "atlas": ["net"] * 3, "subject": ["a", "b", "c"]}
     source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, {"c"})
     settings = CorpusSettings(test_share=0)
-    with pytest.raises(ValueError, match="no training scan could be described; the first: 24 of 24 ROIs are constant"):
+    with pytest.raises(
+        ValueError, match="no training scan could be described; the first: 24 of the 24 ROIs of 'net' are missing"
+    ):
         describe_dataset(source, tmp_path / "fitted", settings)
-    with pytest.raises(ValueError, match="no scan could be described; the first: 24 of 24 ROIs are constant"):
+    with pytest.raises(
+        ValueError, match="no scan could be described; the first: 24 of the 24 ROIs of 'net' are missing"
+    ):
         describe_dataset(source, tmp_path / "known", settings, Cohort.load(corpus / "cohort"))
 
 
@@ -225,7 +242,7 @@ def test_end_before_the_corpus_is_in_its_place_loses_nothing(scans: Path, corpus
 
 def test_files_of_which_every_scan_is_left_out_do_not_spoil_the_corpus(tmp_path) -> None:
     of = atlas("net", 24)
-    signals = [prepared(f"p{person}", frames=60, of=of).signal.tolist() for person in range(5)]
+    signals = [noise_signal(f"p{person}", 60, of).tolist() for person in range(5)]
     signals[0] = [[1.0] * 24] * 60
     rows = {"signal": signals, "tr": [2.0] * 5, "atlas": ["net"] * 5, "subject": [f"p{person}" for person in range(5)]}
     for tests, splits in (({"p0"}, {"train": 4}), ({"p1"}, {"train": 3, "test": 1})):
@@ -245,6 +262,7 @@ def test_card_names_nobody(corpus: Path) -> None:
     [
         ({"test_share": 0.8}, "at least 2 training subjects to fit a cohort on, got 1"),
         ({"test_share": 1.0}, "share of held-out subjects"),
+        ({"test_share": 0.999}, "expected subjects to learn from, got 6 subjects, none in training"),
     ],
 )
 def test_split_without_a_cohort_is_refused(scans: Path, settings: dict, message: str, tmp_path) -> None:
@@ -261,7 +279,7 @@ def test_folder_that_exists_and_cohort_of_another_atlas_are_refused(scans: Path,
     (tmp_path / "mine.partial" / "notes.txt").touch()
     with pytest.raises(ValueError, match="mine.partial holds something else"):
         describe_dataset(source, tmp_path / "mine", SETTINGS)
-    everyone = describe.Source(source.name, source.parts, source.atlases, set(source.subjects))
+    everyone = describe.Source(source.name, source.parts, source.atlases, set(source.table["subject"]))
     with pytest.raises(ValueError, match="no training subject left: 6 of 6 subjects are test subjects"):
         describe_dataset(everyone, tmp_path / "corpus", SETTINGS)
     other = describe.Source(source.name, source.parts, {"net": atlas("net", 9)}, set())
@@ -286,18 +304,9 @@ def test_columns_that_do_not_fit_are_named(columns: dict, message: str, tmp_path
         load_source(str(tmp_path / "data"))
 
 
-def test_folder_that_is_no_corpus_is_refused(scans: Path, corpus: Path, tmp_path) -> None:
+def test_folder_without_rows_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="expected a folder of Parquet files or a Hub dataset, got '.*none'"):
         load_source(str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="got one without questions"):
-        load_scans(None, str(scans), 0.2)
-    tests = shutil.copytree(corpus, tmp_path / "tests")
-    for path in tests.rglob("*train*.parquet"):
-        path.unlink()
-    card = (tests / "README.md").read_text()
-    (tests / "README.md").write_text(re.sub(r"  - split: train\n    path: .*\n", "", card))
-    with pytest.raises(ValueError, match="expected training scans in .*, got test scans alone"):
-        load_scans(None, str(tests), 0.2)
 
 
 def test_folders_of_one_name_are_not_taken_for_each_other(tmp_path) -> None:
@@ -310,7 +319,7 @@ def test_folders_of_one_name_are_not_taken_for_each_other(tmp_path) -> None:
 
 def changed(source: describe.Source, column: str, change: Callable) -> describe.Source:
     """The same scans but for one value of the last one."""
-    last = len(source.subjects) - 1
+    last = len(source.table) - 1
     parts = {
         name: rows.map(lambda row, number: {column: change(row[column])} if number == last else {}, with_indices=True)
         for name, rows in source.parts.items()
@@ -344,7 +353,7 @@ def test_stopped_run_goes_on_with_the_same_scans_alone(
     # deleted, as the message says, it is described anew
     shutil.rmtree(tmp_path / "corpus.partial")
     describe_dataset(other, tmp_path / "corpus", SETTINGS)
-    before, after = (rows_of(folder)[len(source.subjects) - 1] for folder in (corpus, tmp_path / "corpus"))
+    before, after = (rows_of(folder)[len(source.table) - 1] for folder in (corpus, tmp_path / "corpus"))
     written = {"signal": "descriptors"}.get(column, column)
     assert before[written] != after[written]
 

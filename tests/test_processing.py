@@ -1,8 +1,5 @@
 import copy
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -25,7 +22,7 @@ from fmrilm.processors import (
 
 
 BLOCK = FMRI_START + FMRI_PAD + FMRI_END
-AFTER = FMRI_SUMMARY * 8 + FMRI_END
+AFTER = FMRI_SUMMARY * 2 + FMRI_END
 KEYS = ["input_ids", "attention_mask", "fmri_values", "roi_coordinates", "fmri_mask"]
 # frames -> tokens, for patches of 4 frames, 2 tokens per patch and windows of 16 frames
 TOKENS = {8: 4, 10: 6, 16: 8, 20: 8}
@@ -344,49 +341,3 @@ def test_processor_survives_saving(processor, signal, tmp_path) -> None:
     assert list(inputs) == list(expected)
     for key in expected:
         assert torch.equal(inputs[key], expected[key])
-
-
-REMOTE = """
-import sys
-import numpy as np, torch
-from transformers import AutoProcessor
-sys.modules["fmrilm"] = None  # importing it now fails, as where it is not installed
-processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
-block = {{"type": "fmri", "fmri": np.load({scan!r}), "tr": 0.72, "atlas": "tiny"}}
-inputs = processor.apply_chat_template([{{"role": "user", "content": [block]}}])
-torch.save(dict(inputs), {result!r})
-try:
-    type(processor.feature_extractor.atlas("tiny")).load("aal2-94")
-except ValueError as error:
-    assert "from_table" in str(error)
-else:
-    raise AssertionError("the tables do not travel")
-processor.save_pretrained({again!r})
-"""
-
-
-def test_saved_processor_works_without_the_package(processor, tmp_path) -> None:
-    folder, scan = tmp_path / "saved", tmp_path / "scan.npy"
-    np.save(scan, bold(60))
-    processor.save_pretrained(folder)
-    code = REMOTE.format(
-        folder=str(folder),
-        scan=str(scan),
-        result=str(tmp_path / "out.pt"),
-        again=str(tmp_path / "again"),
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    inputs = torch.load(tmp_path / "out.pt")
-    block = {"type": "fmri", "fmri": bold(60), "tr": 0.72, "atlas": "tiny"}
-    expected = processor.apply_chat_template([{"role": "user", "content": [block]}])
-    assert list(inputs) == list(expected)
-    for key in expected:
-        assert torch.equal(inputs[key], expected[key])
-    # and it can be saved again, code included
-    shipped = {path.name for path in folder.glob("*.py")}
-    assert shipped == {path.name for path in (tmp_path / "again").glob("*.py")}
-    assert {"processing_fmrilm.py", "feature_extraction_fmrilm.py", "scan_io_fmrilm.py"} <= shipped

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fmrilm.alignment_fmricodec import FmriCodecAlignment
 from fmrilm.configuration_fmrilm import FmriCodecConfig
-from fmrilm.quantization_fmrilm import VectorQuantizer
+from fmrilm.modeling_fmricodec import FmriCodecAlignment, ResidualVectorQuantizer
 
 
 Job = Callable[[int | None], dict[str, torch.Tensor]]
@@ -23,34 +22,34 @@ def batches(rank: int | None) -> list[torch.Tensor]:
     parts = []
     for step in range(6):
         z = torch.randn(30, DIM, generator=generator) + (torch.tensor([9.0, 0, 0, 0]) if step > 2 else 0)
-        # 12 vectors in each of the first two steps: it takes two to start
-        z = z[:12] if step < 2 else z
         cut = len(z) // 3
         parts.append({None: z, 0: z[:cut], 1: z[cut:]}[rank])
     return parts
 
 
 def train_quantizer(rank: int | None) -> dict[str, torch.Tensor]:
-    quantizer = VectorQuantizer(SIZE, DIM, 0.8, 0.5)
-    started, revived = [], 0
+    config = FmriCodecConfig(
+        num_quantizers=2, codebook_size=SIZE, codebook_dim=DIM, ema_decay=0.8, revival_threshold=0.5
+    )
+    quantizer, revived = ResidualVectorQuantizer(config), 0
     for z in batches(rank):
         before = quantizer.usage.clone()
-        quantizer(z, torch.ones(len(z), dtype=torch.bool))
-        started.append(bool(quantizer.started))
+        quantizer(z[None], torch.ones(1, len(z), dtype=torch.bool))
         revived += int(((quantizer.usage == 1) & (before < 1)).sum())
-    return {**quantizer.state_dict(), "revived": torch.tensor(revived), "steps": torch.tensor(started)}
+    return {**quantizer.state_dict(), "revived": torch.tensor(revived)}
 
 
 def scans_and_texts(rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    both = torch.randn(6, 8, generator=generator), torch.randn(6, 12, generator=generator)
+    both = torch.randn(6, 9, generator=generator), torch.randn(6, 12, generator=generator)
     rows = {None: slice(None), 0: slice(0, 3), 1: slice(3, 6)}[rank]
     return both[0][rows], both[1][rows]
 
 
 def align(rank: int | None) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    head = FmriCodecAlignment(FmriCodecConfig(text_hidden_size=12, alignment_size=5), 8)
+    # as many scan features as `scans_and_texts` gives
+    head = FmriCodecAlignment(FmriCodecConfig(text_hidden_size=12, alignment_size=5, num_basis_functions=3))
     scans, texts = scans_and_texts(rank)
     loss = head.siglip(head.embed_scans(scans), texts)
     loss.backward()
@@ -76,7 +75,7 @@ def test_codebooks_of_two_processes_are_identical_and_that_of_one_process(tmp_pa
     first, second = run_two(train_quantizer, tmp_path)
     torch.manual_seed(0)
     alone = train_quantizer(None)
-    assert alone["steps"].tolist() == [False, True, True, True, True, True] and alone["revived"] > 0
+    assert alone["started"] and alone["revived"] > 0
     for name, expected in alone.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(first[name].float(), expected.float(), atol=1e-5), name
@@ -85,7 +84,7 @@ def test_codebooks_of_two_processes_are_identical_and_that_of_one_process(tmp_pa
 def test_alignment_of_two_processes_is_that_of_one_process(tmp_path: Path) -> None:
     first, second = run_two(align, tmp_path)
     alone = align(None)
-    assert set(alone) == {"loss", "scan_projection.weight", "text_projection.weight", "log_scale", "bias"}
+    assert set(alone) == {"loss", "scan_proj.weight", "text_proj.weight", "log_scale", "bias"}
     assert abs(first["loss"] - second["loss"]) > 1e-4
     for name, expected in alone.items():
         # as training in parallel averages gradients

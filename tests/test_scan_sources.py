@@ -125,7 +125,15 @@ def test_folder_that_fetch_abide_pcp_leaves_is_a_source(tmp_path) -> None:
 
 
 def test_every_site_of_abide_has_its_repetition_time(tmp_path) -> None:
-    times = {"Leuven_1": 1.656, "Leuven_2": 1.656, "MaxMun_c": 3.0, "UCLA_2": 3.0, "UM_1": 2.0, "CMU_a": 2.0, "SBL": 2.2}
+    times = {
+        "Leuven_1": 1.656,
+        "Leuven_2": 1.656,
+        "MaxMun_c": 3.0,
+        "UCLA_2": 3.0,
+        "UM_1": 2.0,
+        "CMU_a": 2.0,
+        "SBL": 2.2,
+    }
     for site in times:
         write(tmp_path / f"{site}_0050001_rois_cc200.1D")
     assert {scan.subject[:-8]: scan.tr for scan in find_scans(tmp_path)} == times

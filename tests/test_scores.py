@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.training import ridge
 from fmrilm.training.alignment.examples import fit_frequencies, fit_scores, read_scores, score_targets
 from fmrilm.training.alignment.joint import with_score_names
-from fmrilm.training.alignment.start import Probe, descriptor_probes, fit_summary_tokens, task_probes
 from fmrilm.training.data.tasks import load_task
 from helpers import random_examples
 
@@ -160,71 +158,3 @@ def test_next_codes_start_at_their_frequencies(llama) -> None:
     assert torch.allclose(chances.sum(-1), torch.ones(2, 3))
     assert torch.isclose(chances[0, 2, 4], torch.tensor((3 + 1) / (4 + 16)))
     assert torch.isclose(chances[1, 2, 9], torch.tensor((4 + 1) / (4 + 16)))
-
-
-# --- the summary tokens' start
-
-
-def log_odds(model, processor, probes: list[Probe], codes: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Of each choice's first token against that of the first choice: [scores, probes * (choices - 1)]."""
-    from fmrilm.training.alignment.start import _prompt
-
-    found = []
-    for probe in probes:
-        ids = _prompt(processor, probe.text, codes)[None].repeat(len(scores), 1)
-        scans = torch.from_numpy(codes)[None].long().repeat(len(scores), 1, 1)
-        with torch.no_grad():
-            logits = model(ids, fmri_codes=scans, fmri_scores=torch.from_numpy(scores).float()).logits[:, -1]
-        first = [processor.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in probe.choices]
-        found += [logits[:, token] - logits[:, first[0]] for token in first[1:]]
-    return torch.stack(found, dim=1).numpy()
-
-
-@pytest.mark.parametrize("backbone", ["llama", "gpt2"])
-def test_answers_follow_the_scores_from_the_start(backbone: str, tiny_model, processor) -> None:
-    model, codes = tiny_model(backbone), random_examples(1).codes[0]
-    rng = np.random.default_rng(0)
-    texts = ["Is the age low, typical or high?", "How much motion: low, typical or high?", "So?"]
-    model.model.summary.output_proj.weight.data.zero_()
-    probes = [Probe(text, LEVELS, np.zeros((3, 2)), np.zeros(3)) for text in texts]
-    before = log_odds(model, processor, probes, codes, np.zeros((1, 2)))[0].reshape(3, 2)
-    probes = [
-        dataclasses.replace(
-            probe, slopes=0.02 * rng.standard_normal((3, 2)), intercepts=np.array([0, *odds]) + [0, 0.02, 0]
-        )
-        for probe, odds in zip(probes, before, strict=True)
-    ]
-    # choices that begin alike: nothing can be asked of their first token
-    alike = Probe(texts[2], ("none", "nine"), np.ones((2, 2)), np.zeros(2))
-    reached = fit_summary_tokens(model, processor, codes, probes)
-    scores = rng.standard_normal((20, 2))
-    wanted = np.concatenate(
-        [(scores @ (p.slopes[1:] - p.slopes[0]).T + p.intercepts[1:] - p.intercepts[0]) for p in probes], axis=1
-    )
-    got = log_odds(model, processor, probes, codes, scores)
-    assert reached > 0.8
-    for column in range(6):
-        assert np.corrcoef(wanted[:, column], got[:, column])[0, 1] > 0.8
-    assert np.abs(got - wanted).mean() < 0.02
-    fit_summary_tokens(model, processor, codes, [*probes, alike])
-    with_alike = log_odds(model, processor, probes, codes, scores)
-    assert np.corrcoef(wanted.ravel(), with_alike.ravel())[0, 1] > 0.8
-
-
-def test_probes_hold_the_log_odds_of_answers_given_scores() -> None:
-    rng = np.random.default_rng(0)
-    rows = [{"subject": f"s{row}", "handedness": "left" if row % 4 == 0 else "right"} for row in range(200)]
-    examples = random_examples(200, rows)
-    scores = np.stack([examples.levels[:, 0] + rng.standard_normal(200), [row % 4 == 0 for row in range(200)]], 1)
-    examples = dataclasses.replace(examples, scores=(scores + 0.0).astype(np.float32))
-    names = [CORE_NAMES[0], "handedness=right"]
-    probes = descriptor_probes(examples, names)
-    assert len({probe.text for probe in probes}) == len(probes) and all(p.choices == LEVELS for p in probes)
-    assert (np.diff(probes[0].slopes[:, 0]) > 0).all() and not probes[0].slopes[:, 1].any()
-    task = load_task("handedness")
-    (first, *_) = asked = task_probes(examples, [task], names)
-    assert [probe.text for probe in asked] == list(task.questions) and first.choices == tuple(task.choice_words)
-    left, right, both = map(first.choices.index, ("left", "right", "both"))
-    assert first.slopes[right, 1] < 0 < first.slopes[left, 1] and not first.slopes[:, 0].any()
-    # nobody is ambidextrous
-    assert not first.slopes[both].any() and first.intercepts[both] == first.intercepts.min()

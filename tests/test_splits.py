@@ -1,22 +1,127 @@
-"""No subject is in two parts."""
+"""One rule holds subjects out, in every program alike, and no subject is in two parts."""
+
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrilm.training.data.splits import Split, check_disjoint, hold_out, hold_out_known, k_fold, k_shot
+from fmrilm.training.codec.program import CodecArguments
+from fmrilm.training.data.splits import (
+    Split,
+    SplitArguments,
+    check_disjoint,
+    held_out_subjects,
+    hold_out,
+    k_fold,
+    k_shot,
+    split_rows,
+    split_scans,
+)
+from fmrilm.training.program import ScanArguments
+from helpers import noise_scans
 
 
-def cohort(people: int, sessions: int = 2, classes: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    subjects = np.array([f"sub-{i:03d}" for i in range(people)])
-    return np.repeat(subjects, sessions), np.repeat(np.arange(people) % classes, sessions)
+HELD_OUT_OF_30 = ["sub-0", "sub-15", "sub-2", "sub-24", "sub-28", "sub-4", "sub-5", "sub-6"]
+SUBJECTS = st.sets(st.text(min_size=1), max_size=30)
 
 
-@given(people=st.integers(4, 30), sessions=st.integers(1, 3), seed=st.integers(0, 1000), folds=st.integers(2, 4))
+# --- the rule
+
+
+@given(SUBJECTS, SUBJECTS, st.floats(0, 0.99), st.floats(0, 0.99))
+def test_a_subject_is_held_out_whoever_else_is_there(some: set, more: set, share: float, other: float) -> None:
+    assert held_out_subjects(some | more, share) & some == held_out_subjects(some, share)
+    small, large = sorted((share, other))
+    assert held_out_subjects(some, small) <= held_out_subjects(some, large)
+
+
+def test_as_many_are_held_out_as_asked_for_and_always_the_same() -> None:
+    subjects = [f"sub-{number}" for number in range(5000)]
+    for share in (0.05, 0.2, 0.5):
+        assert len(held_out_subjects(subjects, share)) / len(subjects) == pytest.approx(share, abs=0.02)
+    # checkpoints do not hold whom they were trained on: these must never change
+    assert sorted(held_out_subjects(subjects[:30])) == HELD_OUT_OF_30
+    with pytest.raises(ValueError, match="share of held-out subjects from 0 to below 1, got 1.0"):
+        held_out_subjects(subjects, 1.0)
+
+
+def test_every_program_takes_the_same_options() -> None:
+    assert issubclass(ScanArguments, SplitArguments) and issubclass(CodecArguments, SplitArguments)
+
+
+def test_scans_are_split_by_subject_and_by_the_hash() -> None:
+    scans = noise_scans(*(f"sub-{number}" for number in range(30)), *(f"sub-{number}" for number in range(30)))
+    training, test = split_scans(scans, SplitArguments())
+    assert sorted(set(test.table["subject"])) == HELD_OUT_OF_30 and len(test) == 2 * len(HELD_OUT_OF_30)
+    assert not set(training.table["subject"]) & set(test.table["subject"]) and len(training) + len(test) == 60
+    assert len(split_scans(scans, SplitArguments(held_out_share=0))[1]) == 0
+
+
+TABLE = pd.DataFrame({"subject": ["a", "b", "b", "c", "d"], "site": ["X", "X", "Y", "Y", None]})
+
+
+def splits_file(folder: Path, text: str) -> SplitArguments:
+    (folder / "splits.csv").write_text(text)
+    return SplitArguments(splits=str(folder / "splits.csv"))
+
+
+def test_split_file_goes_before_the_rule(tmp_path: Path) -> None:
+    training, test = split_rows(TABLE, splits_file(tmp_path, "subject,split\nb,test\na,train\na,train\nd,train\n"))
+    # c is in neither
+    assert training.tolist() == [0, 4] and test.tolist() == [1, 2]
+
+
+def test_left_out_value_takes_all_scans_of_its_subjects() -> None:
+    training, test = split_rows(TABLE, SplitArguments(leave_out="site=Y"))
+    assert training.tolist() == [0, 4] and test.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("subject,split\na,train\nx,test\n", "splits.csv: expected subjects that have scans, got without: x"),
+        ("subject,split\na,train\na,test\n", "splits.csv: expected each subject in one split, got in both: a"),
+        ("subject,split\na,training\n", "splits.csv: expected the splits train and test, got 'training'"),
+        ("subject,fold\na,1\n", "splits.csv: expected the columns subject and split, got subject, fold"),
+        ("", "splits.csv: not a readable table of splits"),
+        ("subject,split\na,test\n", "expected subjects to learn from, got 4 subjects, none in training"),
+    ],
+)
+def test_unfit_split_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_rows(TABLE, splits_file(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (SplitArguments(leave_out="site=Z"), "a value of 'site' out of X, Y, got 'Z'"),
+        (SplitArguments(leave_out="scanner=1"), "COLUMN=VALUE of a column out of subject, site, got 'scanner=1'"),
+        (SplitArguments(leave_out="site"), "COLUMN=VALUE"),
+        (SplitArguments(splits="x.csv", leave_out="site=X"), "expected splits or leave_out, got both"),
+        (SplitArguments(splits="none.csv"), "none.csv: not a readable table of splits"),
+    ],
+)
+def test_unfit_splits_are_refused(args: SplitArguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_rows(TABLE, args)
+
+
+# --- folds of an evaluation
+
+
+def cohort(count: int, sessions: int = 2, classes: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    subjects = np.array([f"sub-{i:03d}" for i in range(count)])
+    return np.repeat(subjects, sessions), np.repeat(np.arange(count) % classes, sessions)
+
+
+@given(count=st.integers(4, 30), sessions=st.integers(1, 3), seed=st.integers(0, 1000), folds=st.integers(2, 4))
 @settings(max_examples=30, deadline=None)
-def test_folds_part_subjects_and_cover_all_rows(people: int, sessions: int, seed: int, folds: int) -> None:
-    subjects, labels = cohort(people, sessions)
+def test_folds_part_subjects_and_cover_all_rows(count: int, sessions: int, seed: int, folds: int) -> None:
+    subjects, labels = cohort(count, sessions)
     splits = list(k_fold(subjects, labels, folds, seed))
     assert len(splits) == folds
     np.testing.assert_array_equal(np.sort(np.concatenate([split.test for split in splits])), np.arange(len(subjects)))
@@ -65,8 +170,6 @@ def test_impossible_splits_are_refused() -> None:
         list(k_fold(subjects, labels, 5, 0))
     with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
         hold_out(subjects, labels, 1.5, 0)
-    with pytest.raises(ValueError, match="to learn from and to test, got 0 to test of 4 with a share of 0"):
-        hold_out_known(subjects, 0)
     with pytest.raises(ValueError, match="at least 2 subjects"):
         hold_out(["a", "a"], None, 0.5, 0)
     with pytest.raises(ValueError, match="one label for each subject, got different ones in rows 0 and 1"):

@@ -129,7 +129,10 @@ def test_without_effects_labels_say_nothing(sources) -> None:
 
 
 def test_labels_do_not_depend_on_the_effects(sources) -> None:
-    without, with_effects = plain(sources, 20), SyntheticCohort(sources, AAL2, 20, 3.0, age_effect=1.0, site_effect=0.3)
+    without, with_effects = (
+        plain(sources, 20),
+        SyntheticCohort(sources, AAL2, 20, 3.0, age_effect=1.0, site_effect=0.3),
+    )
     for one, other in zip(without, with_effects, strict=True):
         assert [one[name] for name in ("group", "age", "site")] == [other[name] for name in ("group", "age", "site")]
 
@@ -155,7 +158,9 @@ def test_site_shows_everywhere_and_goes_with_the_group_as_far_as_asked(sources) 
 
 def test_site_does_not_go_with_the_group_unless_asked(sources) -> None:
     rows = list(plain(sources, 200, frames=16))
-    second = {group: np.mean([row["site"] == "synthetic-2" for row in rows if row["group"] == group]) for group in "ab"}
+    second = {
+        group: np.mean([row["site"] == "synthetic-2" for row in rows if row["group"] == group]) for group in "ab"
+    }
     assert abs(second["a"] - second["b"]) < 0.2
 
 
@@ -169,7 +174,11 @@ def test_groups_are_of_equal_size(sources) -> None:
 
 
 def test_subject_depends_on_the_seed_and_not_on_how_many_there_are(sources) -> None:
-    few, many, other = SyntheticCohort(sources, AAL2, 3), SyntheticCohort(sources, AAL2, 1_000_000), SyntheticCohort(sources, AAL2, 3, seed=1)
+    few, many, other = (
+        SyntheticCohort(sources, AAL2, 3),
+        SyntheticCohort(sources, AAL2, 1_000_000),
+        SyntheticCohort(sources, AAL2, 3, seed=1),
+    )
     for number in range(3):
         assert few[number].keys() == many[number].keys()
         assert all(np.array_equal(few[number][name], many[number][name]) for name in few[number])

@@ -155,7 +155,9 @@ def make_examples(
     descriptors = windows.descriptors()
     # a column that one folder has and another has not
     known = scans.table.astype(object).where(scans.table.notna(), None).to_dict("records")
-    rows = [{**known[window.scan], "scan": known[window.scan].get("scan", window.scan)} for window in windows]
+    # only a corpus numbers its scans; mixtures are of none
+    numbers = [number if row.get("scan") is None else row["scan"] for number, row in enumerate(known)]
+    rows = [{**known[window.scan], "scan": numbers[window.scan]} for window in windows]
     codes, features, z_scores = list(encoded.codes), encoded.features, cohort.z_scores(descriptors)
     levels = cohort.levels(descriptors)
     if mixtures:
@@ -167,7 +169,7 @@ def make_examples(
         features = np.concatenate([features, more.features])
         z_scores = np.concatenate([z_scores, z_mixed])
         levels = np.concatenate([levels, cohort.levels(cohort.from_z_scores(z_mixed))])
-        rows += [{**dict.fromkeys(scans.table), "subject": item["subject"]} for item in items]
+        rows += [{**dict.fromkeys(known[0]), "subject": item["subject"]} for item in items]
     return Examples(codes, features, z_scores, levels, rows, np.zeros((len(codes), 0), np.float32))
 
 

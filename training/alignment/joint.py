@@ -16,9 +16,8 @@ from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, Fmri
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
 LANGUAGE_MODEL = "model.causal_lm."
-# What a scan enters and leaves through, trained whole beside an adapter. The summary tokens stay as they were fitted:
-# at the learning rate of the rest a few updates undo the fit.
-SCAN_MODULES = ("projector", "boundaries", "fmri_head")
+# what a scan enters and leaves through, trained whole beside an adapter
+SCAN_MODULES = ("projector", "summary.output_proj", "boundaries", "fmri_head")
 
 
 def join(
@@ -69,6 +68,7 @@ def with_score_names(
     source, target = model.model.summary, wider.model.summary
     if source is None or target is None:
         raise ValueError("expected models with score_names, got one without")
+    # what is new changes nothing before it is learned
     target.output_proj.weight.zero_()
     before = model.config.score_names
     for place, name in enumerate(score_names):

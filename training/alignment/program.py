@@ -80,7 +80,6 @@ def align(
     from .joint import join
     from .language_models import PACKAGED_MODEL, load_language_model
     from .plain_text import plain_texts
-    from .start import descriptor_probes, fit_summary_tokens
 
     if script_args.codec is None:
         raise ValueError("expected codec, a folder or Hub id of a trained one, got none")
@@ -109,8 +108,6 @@ def align(
     model = join(codec, language_model, processor, names)
     examples, r_squared = fit_scores(model, examples, names, targets, training_args.seed)
     fit_frequencies(model, examples.codes)
-    reached = fit_summary_tokens(model, processor, examples.codes[0], descriptor_probes(examples, names))
-    print(f"summary tokens give {reached:.2f} of the answers' log-odds, to first order")
     print(f"scores of {len(names)} descriptors: mean R2 {np.nanmean(r_squared):.2f} on subjects left out of each fold")
     if held_out is not None:
         held_out = read_scores(model, held_out)

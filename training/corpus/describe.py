@@ -16,14 +16,14 @@ from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.gradients import fit_references
 from fmrilm.processors.descriptors.measures import FAMILIES, describe, descriptor_names
-from fmrilm.processors.descriptors.networks import standardize
 from fmrilm.processors.descriptors.questions import Questioner
 
+from ..data.card import corpus_card
 from ..data.parallel import run_parallel
 from ..data.prepare import ATLASES
-from ..data.shards import content_version, write_whole
-from .card import corpus_card
-from .source import Source, test_subjects_of
+from ..data.shards import write_whole
+from ..data.splits import SplitArguments, split_rows
+from .source import Source
 from .writer import CorpusSettings, CorpusWriter, Shard, plan_shards
 
 
@@ -55,10 +55,10 @@ def describe_dataset(
     """
     if output.exists():
         raise ValueError(f"{output} exists: expected a new folder")
-    held_out = test_subjects_of(source, settings.test_share)
+    splits = subject_splits(source, settings)
     if cohort is not None:
         _check_cohort(cohort, source.atlases)
-    shards = plan_shards(source, held_out, settings.shard_size)
+    shards = plan_shards(source, splits, settings.shard_size)
     work = output.with_name(f"{output.name}.partial")
     _begin(work, {**asdict(settings), "scans": source.fingerprint, "cohort": cohort and cohort.name})
     fitted = cohort is None
@@ -67,7 +67,7 @@ def describe_dataset(
     writer = CorpusWriter(source, cohort, values, asked, settings)
     corpus = work / "corpus"
     # `datasets` cannot read a file without rows
-    shards = [shard for shard in shards if not left_out.keys() >= set(shard.scans)]
+    planned, shards = shards, [shard for shard in shards if not left_out.keys() >= set(shard.scans)]
     if not shards:
         raise ValueError(f"no scan could be described; the first: {next(iter(left_out.values()))}")
     for shard in tqdm(shards, desc="writing", unit="shard"):
@@ -75,7 +75,7 @@ def describe_dataset(
             table = writer.table(shard, [scan for scan in shard.scans if scan not in left_out])
             write_whole(corpus / shard.file, lambda path, table=table: pq.write_table(table, path))
     rejection_rate = _rejection_rate(corpus, shards) if settings.rewrite else None
-    outcome = Outcome(len(values) - len(left_out), left_out, rejection_rate)
+    outcome = Outcome(sum(len(shard.scans) for shard in planned) - len(left_out), left_out, rejection_rate)
     cohort.save(corpus / COHORT)
     for name, atlas in source.atlases.items():
         # an atlas of one's own is nowhere else to be found
@@ -87,20 +87,33 @@ def describe_dataset(
     return outcome
 
 
+def subject_splits(source: Source, settings: CorpusSettings) -> dict[str, str]:
+    """
+    Train or test by subject, by the rule of all programs; by its hash, the source's own test split is held out, too.
+    The same name at several sites counts as one subject.
+    """
+    args = SplitArguments(settings.test_share, settings.splits, settings.leave_out)
+    names = source.table["subject"].to_numpy()
+    training, test = (set(names[rows]) for rows in split_rows(source.table, args))
+    if settings.splits is None and settings.leave_out is None:
+        training, test = training - source.test_subjects, test | source.test_subjects
+    if not training:
+        raise ValueError(f"no training subject left: {len(test)} of {len(set(names))} subjects are test subjects")
+    return dict.fromkeys(training, "train") | dict.fromkeys(test, "test")
+
+
 # One scan as it goes to a worker: signal [time, rois], tr in s, name of its atlas.
 RawScan = tuple[np.ndarray, float, str]
 
 
 def prepare_shard(scans: Sequence[RawScan], atlases: dict[str, Atlas]) -> list[np.ndarray | str]:
-    """Signals as the models see them, float32 [time, rois]; in place of one without data in each ROI, the reason."""
-    extractor = FmriLMFeatureExtractor(atlases=list(atlases.values()))
+    """Signals as the models see them, float32 [time, rois], missing ROIs NaN; of an unusable one, the reason."""
+    # `prepare` refused the scans that lack too much
+    extractor = FmriLMFeatureExtractor(atlases=list(atlases.values()), max_missing_rois=1.0)
     prepared: list[np.ndarray | str] = []
     for signal, tr, atlas in scans:
         try:
-            ready = extractor.prepare_signal(signal, tr=tr, atlas=atlas)[0]
-            # a ROI outside the field of view has no connectivity
-            standardize(ready)
-            prepared.append(ready)
+            prepared.append(extractor.prepare_signal(signal, tr=tr, atlas=atlas)[0])
         except ValueError as error:
             prepared.append(str(error))
     return prepared
@@ -142,12 +155,12 @@ def _measure(
     todo = [shard for shard in shards if not _descriptor_file(work, shard).exists()]
     calls = ((_scans(source, shard), source.atlases, measures, references) for shard in todo)
     results = run_parallel(describe_shard, calls, jobs, scheduler)
-    with tqdm(desc="descriptors", unit="scan", total=sum(len(shard.rows) for shard in todo)) as progress:
+    with tqdm(desc="descriptors", unit="scan", total=sum(len(shard.scans) for shard in todo)) as progress:
         for shard, (values, reasons) in zip(todo, results, strict=True):
             arrays = {"values": values, "reasons": np.array(reasons)}
             write_whole(_descriptor_file(work, shard), lambda path, arrays=arrays: _save_arrays(path, arrays))
-            progress.update(len(shard.rows))
-    descriptors = np.full((len(source.subjects), len(descriptor_names(measures))), np.nan)
+            progress.update(len(shard.scans))
+    descriptors = np.full((len(source.table), len(descriptor_names(measures))), np.nan)
     left_out = {}
     for shard in shards:
         with np.load(_descriptor_file(work, shard), allow_pickle=False) as arrays:
@@ -157,11 +170,11 @@ def _measure(
         fitted = [scan for shard in training for scan in shard.scans if scan not in left_out]
         if not fitted:
             raise ValueError(f"no training scan could be described; the first: {next(iter(left_out.values()))}")
-        people = {source.subjects[scan] for scan in fitted}
-        if len(people) < 2:
-            raise ValueError(f"expected at least 2 training subjects to fit a cohort on, got {len(people)}")
+        subjects = source.table["subject"].iloc[fitted].nunique()
+        if subjects < 2:
+            raise ValueError(f"expected at least 2 training subjects to fit a cohort on, got {subjects}")
         atlases = source.atlases.values()
-        cohort = Cohort.fit(source.name, measures, descriptors[fitted], len(people), atlases, references)
+        cohort = Cohort.fit(source.name, measures, descriptors[fitted], subjects, atlases, references)
     return cohort, descriptors, left_out
 
 
@@ -170,12 +183,12 @@ def _prepared(
 ) -> Iterator[tuple[np.ndarray, Atlas]]:
     """Signals of the shards' scans that can be read, each with its atlas."""
     calls = ((_scans(source, shard), source.atlases) for shard in shards)
-    with tqdm(desc="references", unit="scan", total=sum(len(shard.rows) for shard in shards)) as progress:
+    with tqdm(desc="references", unit="scan", total=sum(len(shard.scans) for shard in shards)) as progress:
         for shard, signals in zip(shards, run_parallel(prepare_shard, calls, jobs, scheduler), strict=True):
             for scan, signal in zip(shard.scans, signals, strict=True):
                 if not isinstance(signal, str):
-                    yield signal, source.atlases[source.of_atlas[scan]]
-            progress.update(len(shard.rows))
+                    yield signal, source.atlases[source.table.at[scan, "atlas"]]
+            progress.update(len(shard.scans))
 
 
 def _ask(
@@ -186,7 +199,7 @@ def _ask(
     for number, split in enumerate(("train", "test")):
         scans = [scan for shard in shards if shard.split == split for scan in shard.scans]
         if scans:
-            groups = [source.of_atlas[scan] for scan in scans]
+            groups = source.table["atlas"].iloc[scans].tolist()
             seed = [settings.seed, number]
             questioner = Questioner(values[scans], groups, cohort, seed, settings.minimum_margin)
             for row, scan in enumerate(scans):
@@ -198,8 +211,8 @@ def _ask(
 
 
 def _scans(source: Source, shard: Shard) -> list[RawScan]:
-    rows: Any = source.parts[shard.config].select(shard.rows).select_columns(["signal", "tr", "atlas"])
-    rows = rows.with_format("numpy")
+    rows: Any = source.parts[shard.config].select_columns(["signal", "tr", "atlas"])
+    rows = rows.select([scan - shard.first for scan in shard.scans]).with_format("numpy")
     return [(np.asarray(row["signal"], np.float32), float(row["tr"]), str(row["atlas"])) for row in rows]
 
 
@@ -255,19 +268,16 @@ def _card(
     settings: CorpusSettings,
 ) -> str:
     members: dict[tuple[str, str], list[str]] = {}
+    files: dict[str, list[Path]] = {}
     for shard in shards:
         written = [scan for scan in shard.scans if scan not in outcome.left_out]
-        members.setdefault((shard.config, shard.split), []).extend(source.subjects[scan] for scan in written)
-    counts = {key: (len(subjects), len(set(subjects))) for key, subjects in members.items()}
+        members.setdefault((shard.config, shard.split), []).extend(source.table["subject"].iloc[written])
+        files.setdefault(shard.config, []).append(corpus / shard.file)
     rewriting = ""
     if outcome.rejection_rate is not None:
         rewriting = (
-            f"Worded by {settings.rewrite} where its text says the same (`rewritten`, by paragraph); "
+            f"Rewritten by {settings.rewrite} where its text has the same facts (`rewritten`, by paragraph); "
             f"{outcome.rejection_rate:.0%} of its texts did not and were refused."
         )
     families = list(dict.fromkeys(FAMILIES[measure] for measure in cohort.measures))
-    versions = {
-        config: content_version([corpus / shard.file for shard in shards if shard.config == config])
-        for config in source.parts
-    }
-    return corpus_card(source.name, cohort, fitted, counts, versions, families, len(outcome.left_out), rewriting)
+    return corpus_card(source.name, cohort, fitted, members, files, families, len(outcome.left_out), rewriting)

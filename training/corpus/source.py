@@ -1,4 +1,4 @@
-"""The scans that a corpus is made of: a `datasets` folder or a Hub dataset, its atlases, and the split by subject."""
+"""The scans that a corpus is made of: a `datasets` folder or a Hub dataset, and its atlases."""
 
 import hashlib
 import json
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
 from tqdm import tqdm
 
 from fmrilm.processors import Atlas
 
-from ..data.splits import held_out_subjects
-
 
 COLUMNS = ("signal", "tr", "atlas", "subject")
+SIGNALS = ("signal", "censored")
 ADDED_COLUMNS = ("scan", "descriptors", "description", "messages", "questions", "rewritten")
 
 
@@ -26,7 +26,7 @@ class Source:
     Scans in rows of `COLUMNS` and others.
 
     name: Hub id, or a folder's own name. parts: rows by configuration; a scan's number counts through all of them.
-    atlases: by name. test_subjects: who is in a test split already.
+    atlases: by name. test_subjects: those of a test split that is there already.
     """
 
     name: str
@@ -35,20 +35,19 @@ class Source:
     test_subjects: set[str]
 
     @cached_property
-    def subjects(self) -> list[str]:
-        """Of each scan."""
-        return self._column("subject")
-
-    @cached_property
-    def of_atlas(self) -> list[str]:
-        """Name of the atlas of each scan."""
-        return self._column("atlas")
+    def table(self) -> pd.DataFrame:
+        """A row a scan without its signal."""
+        tables = []
+        for rows in self.parts.values():
+            known = rows.select_columns([name for name in rows.column_names if name not in SIGNALS])
+            tables.append(pd.DataFrame(known.to_list()))
+        return pd.concat(tables, ignore_index=True)
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any value of any scan, signals and labels included, and with the order of the scans."""
         digest = hashlib.sha256()
-        with tqdm(desc="comparing", unit="scan", total=len(self.subjects)) as progress:
+        with tqdm(desc="comparing", unit="scan", total=sum(map(len, self.parts.values()))) as progress:
             for config, rows in self.parts.items():
                 digest.update(config.encode())
                 numbers: Any = rows.with_format("numpy")
@@ -61,9 +60,6 @@ class Source:
                         digest.update(repr(values.tolist()).encode() if is_object else values.tobytes())
                     progress.update()
         return digest.hexdigest()[:16]
-
-    def _column(self, name: str) -> list:
-        return [value for part in self.parts.values() for value in part[name][:]]
 
 
 def load_source(dataset: str, atlases: dict[str, Atlas] | None = None) -> Source:
@@ -91,18 +87,6 @@ def load_source(dataset: str, atlases: dict[str, Atlas] | None = None) -> Source
         atlases={name: known[name] if name in known else Atlas.load(name) for name in sorted(used)},
         test_subjects=_test_subjects(loaded),
     )
-
-
-def test_subjects_of(source: Source, share: float) -> set[str]:
-    """
-    The subjects of the test split: those of the source's own one, if it has one, and always those of
-    `held_out_subjects`, whom other programs test. A name that stands at several sites counts as one subject.
-    """
-    subjects = set(source.subjects)
-    held_out = held_out_subjects(subjects, share) | source.test_subjects
-    if len(held_out) >= len(subjects):
-        raise ValueError(f"no training subject left: {len(held_out)} of {len(subjects)} subjects are test subjects")
-    return held_out
 
 
 def _check(rows: Dataset, dataset: str) -> None:

@@ -1,4 +1,4 @@
-"""The files of a corpus: which scans are in which, and what is written about each."""
+"""The files of a corpus: the scans of each, and the texts about each scan."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ QUESTION_FEATURES = {
 @dataclass(frozen=True)
 class CorpusSettings:
     """
-    What is written about each scan.
+    The texts about each scan.
 
-    test_share: of the subjects, see `held_out_subjects`. statements: per family, in a description.
-    questions: about a scan. minimum_margin: of a question, in standard deviations of the cohort. rewrite: language
-    model (packaged name, folder or Hub id) that words the descriptions anew. shard_size: scans per file.
+    test_share, splits, leave_out: which subjects are held out, see `SplitArguments`. statements: per family, in a
+    description. questions: about a scan. minimum_margin: of a question, in standard deviations of the cohort.
+    rewrite: language model (packaged name, folder or Hub id) that rewrites the descriptions. shard_size: scans a file.
     """
 
     test_share: float = HELD_OUT_SHARE
@@ -49,38 +49,33 @@ class CorpusSettings:
     rewrite: str | None = None
     shard_size: int = 64
     seed: int = 0
+    splits: str | None = None
+    leave_out: str | None = None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows of one configuration and split that make one file. first: number of the configuration's first scan."""
+    """Scans of one configuration and split that make one file. first: number of the configuration's first scan."""
 
     config: str
     split: str
-    number: int
-    of: int
-    rows: list[int]
+    file: str
+    scans: list[int]
     first: int
 
-    @property
-    def file(self) -> str:
-        return f"{self.config}/{self.split}-{self.number:05d}-of-{self.of:05d}.parquet"
 
-    @property
-    def scans(self) -> list[int]:
-        return [self.first + row for row in self.rows]
-
-
-def plan_shards(source: Source, held_out: set[str], size: int) -> list[Shard]:
-    """Files of the corpus, in the order of the scans; a split without scans has none."""
+def plan_shards(source: Source, splits: dict[str, str], size: int) -> list[Shard]:
+    """Files of the corpus, in the order of the scans. splits: train or test by subject; others are in no file."""
     shards, first = [], 0
+    split_of = source.table["subject"].map(splits)
     for config, rows in source.parts.items():
-        sides = defaultdict(list)
-        for row, subject in enumerate(rows["subject"][:]):
-            sides["test" if subject in held_out else "train"].append(row)
+        own = split_of.iloc[first : first + len(rows)]
         for split in ("train", "test"):
-            pieces = [sides[split][start : start + size] for start in range(0, len(sides[split]), size)]
-            shards += [Shard(config, split, n, len(pieces), piece, first) for n, piece in enumerate(pieces)]
+            scans = own.index[own == split].tolist()
+            pieces = [scans[start : start + size] for start in range(0, len(scans), size)]
+            for number, piece in enumerate(pieces):
+                file = f"{config}/{split}-{number:05d}-of-{len(pieces):05d}.parquet"
+                shards.append(Shard(config, split, file, piece, first))
         first += len(rows)
     return shards
 
@@ -140,7 +135,7 @@ class CorpusWriter:
     def _paragraphs(
         self, scans: Sequence[int], generators: dict[int, np.random.Generator]
     ) -> tuple[dict[int, list[str]], dict[int, list[bool]]]:
-        """Of each scan a paragraph per family, and which of them are in the words of the language model."""
+        """Of each scan a paragraph a family, and which of them the language model has written."""
         chosen = {
             scan: choose_statements(self.cohort.names, self.z_scores[scan], self.settings.statements, generators[scan])
             for scan in scans

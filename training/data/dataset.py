@@ -162,13 +162,17 @@ def _standardised(rows: Dataset, atlas: Atlas, extractor: FmriLMFeatureExtractor
         return {"signal": signal, "frames": len(signal)}
 
     digest = hashlib.sha256(json.dumps([rows._fingerprint, settings], default=str, sort_keys=True).encode())
-    return rows.with_format("numpy").map(
-        standardise,
-        remove_columns=rows.column_names,
-        features=Features({"signal": Array2D((None, len(atlas)), "float32"), "frames": Value("int64")}),
-        new_fingerprint=digest.hexdigest()[:16],
-        desc="standardising",
-    ).with_format("numpy")
+    return (
+        rows.with_format("numpy")
+        .map(
+            standardise,
+            remove_columns=rows.column_names,
+            features=Features({"signal": Array2D((None, len(atlas)), "float32"), "frames": Value("int64")}),
+            new_fingerprint=digest.hexdigest()[:16],
+            desc="standardising",
+        )
+        .with_format("numpy")
+    )
 
 
 @dataclass(frozen=True)

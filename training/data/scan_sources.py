@@ -333,7 +333,7 @@ def _check_ids(scans: Sequence[ScanSource]) -> None:
 
 
 def _check_agreement(rows: Iterable[tuple[tuple[str | None, ...], dict[str, Label]]]) -> None:
-    """Rows of one scan in several atlases, or of one subject and session in a table of labels, have the same labels."""
+    """Rows of one scan in several atlases, or of one subject and session in a table, have the same labels."""
     known: dict[tuple[str | None, ...], dict[str, Label]] = {}
     for ids, labels in rows:
         before = known.setdefault(ids, labels)

@@ -105,7 +105,6 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
 
     from ..alignment.examples import fit_scores, read_scores, score_targets
     from ..alignment.joint import with_score_names
-    from ..alignment.start import descriptor_probes, fit_summary_tokens, task_probes
     from ..checkpoints import last_checkpoint, output_folder
     from ..data.tasks import load_task
     from ..hub.model_folder import base_of, load_model
@@ -156,11 +155,6 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     for one, value in zip(names, r_squared, strict=True):
         if one not in cohort.names:
             print(f"score {one}: R2 {value:.2f} on subjects left out of each fold")
-    if widened:
-        known = joint.config.score_names
-        probes = [*descriptor_probes(examples, known), *task_probes(examples, tasks, known)]
-        reached = fit_summary_tokens(joint, processor, examples.codes[0], probes)
-        print(f"summary tokens give {reached:.2f} of the answers' log-odds, to first order")
     if held_out is not None:
         held_out = read_scores(joint, held_out)
     if model_args.use_peft and not isinstance(model, PeftModel) and (refitted or script_args.merge_adapter):

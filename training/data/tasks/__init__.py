@@ -51,12 +51,13 @@ class Task:
     """
     A question about the subject of a scan.
 
-    column: holds the labels. other_columns: names that it may have instead. questions: paraphrases. choices: value in the column (in any case) to the answer, in
-    the answers' order; none if the answer is a number. cuts: upwards, where the column holds numbers and a choice is a
-    range of them; a number on a cut belongs to the upper one. range: least and largest number, in `unit`. decimals: of
-    a number as an answer. left_out: values of subjects who are not asked about. per_session: the label may differ
-    between sessions of a subject. per_scan: also between scans of a session. title: what an open-ended answer calls it. reveals: words that give the answer away,
-    beside the choices, their values and the unit. about: sentence that may stand before the question.
+    column: holds the labels. other_columns: names that it may have instead. questions: paraphrases. choices: value in
+    the column (in any case) to the answer, in the answers' order; none if the answer is a number. cuts: upwards, where
+    the column holds numbers and a choice is a range of them; a number on a cut belongs to the upper one. range: least
+    and largest number, in `unit`. decimals: of a number as an answer. left_out: values of subjects who are not asked
+    about. per_session: the label may differ between sessions of a subject. per_scan: also between scans of a session.
+    title: what an open-ended answer calls it. reveals: words that give the answer away, beside the choices, their
+    values and the unit. about: sentence that may stand before the question.
     """
 
     name: str
