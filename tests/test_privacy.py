@@ -1,37 +1,29 @@
-"""Who was scanned, where files lay, when, and what headers say: planted in the inputs, sought in all outputs."""
+"""Who was scanned, where files lay, when, and what headers hold: put into the inputs, sought in all outputs."""
 
 import contextlib
 import csv
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors import safe_open
-from transformers import TrainingArguments
 
-from fmrilm import FmriCodecModel, FmriLMFeatureExtractor, ScanReader
-from fmrilm.processors import Atlas, FmriLMProcessor, Parcels
+from fmrilm import load
+from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.cohort import Cohort
-from fmrilm.processors.descriptors.measures import CORE_MEASURES
-from fmrilm.training.alignment.chats import alignment_dataset
-from fmrilm.training.alignment.joint import join, train_alignment
-from fmrilm.training.codec.program import main as codec_program
-from fmrilm.training.codec.trainer import window_items
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
-from fmrilm.training.data.code_cache import cached_codes
-from fmrilm.training.data.dataset import cut_windows, load_prepared
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.hub.model_card import fill_card
 from fmrilm.training.report.scan_report import write_scan_report
-from helpers import atlas, noise_signal
+from helpers import atlas, noise
+from program_runs import run
 
 
 PERSON, FOLDER, DATE, HEADER = "zqperson", "zqfolder", "1987-06-05", "zqheader"
@@ -47,7 +39,7 @@ def write_scans(folder: Path, of: Atlas) -> Path:
         rows = csv.writer(handle)
         rows.writerow(["path", "subject", "tr"])
         for number in range(PEOPLE):
-            series = noise_signal(f"p{number}", FRAMES, of)
+            series = noise(f"p{number}", FRAMES, ROIS)
             image = nib.Nifti1Image((1000 + 10 * series).T[:, None, None].astype(np.float32), np.eye(4))
             image.header.set_zooms((1, 1, 1, 2.0))
             image.header.set_xyzt_units("mm", "sec")
@@ -62,7 +54,7 @@ def write_scans(folder: Path, of: Atlas) -> Path:
     return folder / f"{DATE}.csv"
 
 
-def run_chain(inputs: Path, outputs: Path, processor: FmriLMProcessor, language_model: Callable) -> None:
+def run_chain(inputs: Path, outputs: Path) -> None:
     """From files to a trained model and its card."""
     of = atlas("net", ROIS)
     manifest = write_scans(inputs / DATE, of)
@@ -73,56 +65,38 @@ def run_chain(inputs: Path, outputs: Path, processor: FmriLMProcessor, language_
     table.write_text("\n".join(lines))
     labels = inputs / f"{HEADER}.nii"
     nib.save(nib.Nifti1Image(np.arange(1, ROIS + 1, dtype=np.int16)[:, None, None], np.eye(4)), labels)
-    done = prepare(find_scans(manifest), outputs / "scans", str(table), Preparation(label_image=labels))
+    done = prepare(find_scans(manifest), outputs / "prepared", str(table), Preparation(label_image=labels))
     assert (done.prepared, done.failed) == (PEOPLE, 1)
-    settings = CorpusSettings(test_share=0.34, statements=2, questions=2)
-    describe_dataset(load_source(str(outputs / "scans")), outputs / "corpus", settings)
+    settings = CorpusSettings(statements=2, questions=2)
+    describe_dataset(load_source(str(outputs / "prepared")), outputs / "corpus", settings)
 
-    steps = ["--max_steps", "2", "--save_steps", "1", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
-    layout = ["--window_length", "16", "--window_stride", "16", "--patch_length", "4", "--codebook_size", "16"]
-    layout += ["--codebook_dim", "8", "--tokens_per_step", "2", "--start_steps", "2", "--held_out_share", "0.34"]
-    where = ["--data", str(outputs / "scans"), "--output_dir", str(outputs / "codec")]
-    codec_program([*where, *steps, *layout, "--report_to", "none", "--use_cpu"])
-    codec = FmriCodecModel.from_pretrained(outputs / "codec" / "model").eval()
+    short = {"max_steps": 2, "save_steps": 1}
+    run("codec", outputs, outputs / "codec", **short)
+    parts = {"codec": outputs / "codec" / "model", "model_name_or_path": inputs.parent / "language_model"}
+    run("alignment", outputs, outputs / "alignment", use_peft="false", **parts, **short)
 
-    parcels = Parcels(np.arange(1, ROIS + 1).reshape(ROIS, 1, 1), np.eye(4))
-    known = Atlas(of.name, of.rois, of.networks, of.coordinates, parcels=parcels)
-    extractor = FmriLMFeatureExtractor([known], patch_length=4, window_length=16)
-    scans = load_prepared(outputs / "scans", extractor)
-    windows = cut_windows(scans, 16, 16)
-    descriptors = np.stack([window.descriptors for window in windows])
-    cohort = Cohort.fit("tests", CORE_MEASURES, descriptors, PEOPLE, [scan.atlas for scan in scans])
-    codes = cached_codes(codec, window_items(windows), outputs / "codes")
-
-    processor = FmriLMProcessor(extractor, processor.tokenizer, tokens_per_patch=2)
-    model = join(codec, language_model("llama", len(processor.tokenizer) - 3), processor)
-    weights = (1.0, 0.0, 0.0)
-    rows = alignment_dataset(codes, cohort.levels(descriptors), ["text"], 4, 2, weights, seed=0)
-    options = {"max_steps": 2, "save_steps": 1, "logging_steps": 1, "report_to": "none", "use_cpu": True}
-    args = TrainingArguments(outputs / "alignment", remove_unused_columns=False, **options)
-    train_alignment(model, rows, processor, args)
+    reader = load(outputs / "alignment" / "model", device="cpu")
     # a scan that was read leaves nothing in what is saved afterwards
     image = inputs / DATE / f"{PERSON}0.nii"
-    scan = {"type": "fmri", "fmri": str(image), "atlas": of.name}
-    chat = [{"role": "user", "content": [scan, {"type": "text", "text": "Is it high?"}]}]
-    with torch.no_grad():
-        model.eval().generate(**processor.apply_chat_template(chat, add_generation_prompt=True), max_new_tokens=2)
+    reader.ask(image, "Is it high?", max_new_tokens=2, label_image=labels)
     asked = {"Is it high?": ("yes", "no")}
-    write_scan_report(outputs / "report.html", ScanReader(model, processor), image, asked, "One scan", atlas=of.name)
-    for part in (model, processor, cohort):
-        (part.save if part is cohort else part.save_pretrained)(outputs / "model")
+    write_scan_report(outputs / "report.html", reader, image, asked, label_image=labels)
+    for part in (reader.model, reader.processor):
+        part.save_pretrained(outputs / "model")
+    Cohort.load(outputs / "alignment" / "model").save(outputs / "model")
     fill_card(outputs / "model").save(outputs / "model" / "README.md")
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory, extractor, module_tokenizer, make_language_model) -> Path:
+def outputs(tmp_path_factory: pytest.TempPathFactory, module_tokenizer, make_language_model) -> Path:
     folder = tmp_path_factory.mktemp("privacy")
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
+    for part in (make_language_model("llama", len(module_tokenizer)), module_tokenizer):
+        part.save_pretrained(folder / "language_model")
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     logging.getLogger().addHandler(handler)
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        run_chain(folder / FOLDER, folder / "out", processor, make_language_model)
+        run_chain(folder / FOLDER, folder / "out")
     logging.getLogger().removeHandler(handler)
     (folder / "out" / "said.log").write_text(said.getvalue())
     return folder / "out"
@@ -144,11 +118,11 @@ def texts(path: Path) -> Iterator[bytes]:
 
 def test_the_chain_left_every_kind_of_output(outputs: Path) -> None:
     names = {path.relative_to(outputs).as_posix() for path in outputs.rglob("*") if path.is_file()}
-    assert {"scans/README.md", "scans/failures.csv", "scans/ledger.jsonl", "corpus/README.md"} <= names
+    assert {"prepared/README.md", "prepared/failures.csv", "prepared/ledger.jsonl", "corpus/README.md"} <= names
     assert {"codec/checkpoint-1/trainer_state.json", "codec/model/model.safetensors"} <= names
     assert {"alignment/checkpoint-2/model.safetensors", "model/README.md", "model/cohort.json"} <= names
     assert "report.html" in names
-    assert any(name.startswith("codes/") and name.endswith(".arrow") for name in names)
+    assert any(name.startswith("alignment/codes/") for name in names)
     assert "loss" in (outputs / "said.log").read_text()
 
 
@@ -166,6 +140,6 @@ def test_nothing_about_a_person_or_a_file_is_in_any_output(marker: str, outputs:
 
 def test_ids_stand_where_they_are_asked_for(outputs: Path) -> None:
     """The search above finds what is there."""
-    for path in (*outputs.glob("scans/net/*.parquet"), *outputs.glob("corpus/*/*.parquet")):
+    for path in (*outputs.glob("prepared/net/*.parquet"), *outputs.glob("corpus/*/*.parquet")):
         assert any(PERSON.encode() in text for text in texts(path))
-    assert f"{PERSON}9" in (outputs / "scans" / "failures.csv").read_text()
+    assert f"{PERSON}9" in (outputs / "prepared" / "failures.csv").read_text()
