@@ -273,7 +273,7 @@ def test_answer_ends_with_a_token_of_tokenizers_without_chatml(kind: str, extrac
     if kind == "its own template":
         tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>", "extra_special_tokens": ["<|eot_id|>"]})
         tokenizer.chat_template = LLAMA
-    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2)
+    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2, summary_tokens=2)
     end = {"its own template": "<|eot_id|>", "nothing": "<|im_end|>"}.get(kind, "<|endoftext|>")
     assert processor.eos_token_ids == list(
         dict.fromkeys([tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id])
