@@ -408,7 +408,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
             if num_items_in_batch is not None and num_items_in_batch > 0:
                 share = fmri_share = count / num_items_in_batch
             loss = share * text_loss
-            if predicts:
+            if predicts and input_ids is not None and fmri_codes is not None:
                 losses = self.next_code_losses(outputs.hidden_states[-1], input_ids, fmri_codes)
                 level_losses = losses.sum(0) / max(len(losses), 1)
                 fmri_loss = level_losses.mean()
@@ -510,7 +510,8 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs,
     ) -> dict:
-        inputs = super().prepare_inputs_for_generation(
+        # the library declares its mixin's methods for whole models alone
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -535,7 +536,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
             blocks = torch.arange(sum(counts), device=input_ids.device).split(counts)
             order = torch.cat([block.repeat(expand_size) for block in blocks])
             scans = {name: value[order] for name, value in scans.items()}
-        input_ids, kwargs = super()._expand_inputs_for_generation(
+        input_ids, kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         return input_ids, {**kwargs, **scans}

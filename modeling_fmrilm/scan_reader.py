@@ -50,7 +50,8 @@ def load(
     if (kind := values.get("model_type")) != "fmrilm":
         raise ValueError(f"expected a model of type 'fmrilm' in {path}, got one of type {kind!r}")
     dtype = "auto" if dtype is None else dtype
-    model: Any = FmriLMForConditionalGeneration.from_pretrained(path, revision=revision, dtype=dtype)
+    source: Any = FmriLMForConditionalGeneration
+    model = source.from_pretrained(path, revision=revision, dtype=dtype)
     values, _ = FmriLMProcessor.get_processor_dict(path, revision=revision)
     extractor = FmriLMFeatureExtractor.from_pretrained(path, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)

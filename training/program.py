@@ -129,7 +129,7 @@ def fit_cohort(scans: "Scans", window_length: int, stride: int) -> "Cohort":
         "the model's training subjects",
         CORE_MEASURES,
         windows.descriptors(),
-        subjects=scans.table["subject"].nunique(),
+        subjects=len(set(scans.table["subject"])),
         atlases=list(scans.atlases.values()),
     )
 

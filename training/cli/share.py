@@ -126,7 +126,8 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
     if extractor:
         found["atlases"] = {atlas["name"]: f"{len(atlas['rois'])} ROIs" for atlas in extractor.get("atlases", [])}
     if (folder / "README.md").exists():
-        results = ModelCard.load(folder / "README.md").data.eval_results or []
+        facts: Any = ModelCard.load(folder / "README.md").data
+        results = facts.eval_results or []
         found["results"] = {
             f"{result.dataset_config or result.dataset_name}, {result.metric_name}": result.metric_value
             for result in results

@@ -67,7 +67,8 @@ class Shard:
 def plan_shards(source: Source, splits: dict[str, str], size: int) -> list[Shard]:
     """Files of the corpus, in the order of the scans. splits: train or test by subject; others are in no file."""
     shards, first = [], 0
-    split_of = source.table["subject"].map(splits)
+    subjects: Any = source.table["subject"]
+    split_of = subjects.map(splits)
     for config, rows in source.parts.items():
         own = split_of.iloc[first : first + len(rows)]
         for split in ("train", "test"):

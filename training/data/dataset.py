@@ -154,12 +154,12 @@ def _standardised(rows: Dataset, atlas: Atlas, extractor: FmriLMFeatureExtractor
     kept = ("repetition_time", "detrend_order", "clip", "median", "iqr", "cleaning")
     known = extractor.to_dict()
     settings = {**{name: known[name] for name in kept}, "atlases": [atlas.to_dict()], "max_missing_rois": 1.0}
-    extractor = FmriLMFeatureExtractor.from_dict(settings)
+    own: Any = FmriLMFeatureExtractor.from_dict(settings)
 
     def standardise(row: dict[str, Any]) -> dict[str, Any]:
         scan = {name: row[name] for name in ("signal", "tr", "censored") if row.get(name) is not None}
         try:
-            signal, _ = extractor.prepare_signal(scan, atlas=atlas)
+            signal, _ = own.prepare_signal(scan, atlas=atlas)
         except ValueError as error:
             raise ValueError(f"scan of subject {row['subject']}: {error}") from error
         return {"signal": signal, "frames": len(signal)}
@@ -253,7 +253,7 @@ def cut_windows(scans: Scans, length: int, stride: int) -> Windows:
 
 def _present(signal: np.ndarray, atlas: Atlas) -> tuple[np.ndarray, Atlas]:
     """The ROIs of a signal [time, rois] that are not missing, and the atlas of these alone."""
-    missing = np.isnan(signal).any(0)
+    missing = np.asarray(np.isnan(signal).any(0))
     return (signal[:, ~missing], atlas.without(missing)) if missing.any() else (signal, atlas)
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -63,9 +63,9 @@ def split_scans(scans: "Scans", args: SplitArguments) -> "tuple[Scans, Scans]":
     return scans.select(training), scans.select(test)
 
 
-def split_rows(table: pd.DataFrame, args: SplitArguments) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(table: Any, args: SplitArguments) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the training and of the held-out subjects of a table with the column subject; see `split_scans`."""
-    subjects = table["subject"].astype(str)
+    subjects: Any = table["subject"].astype(str)
     if args.splits is not None and args.leave_out is not None:
         raise ValueError(f"expected splits or leave_out, got both: {args.splits} and {args.leave_out}")
     if args.splits is not None:
@@ -96,7 +96,7 @@ def read_splits(path: Path, known: set[str]) -> dict[str, str]:
         raise ValueError(f"{path.name}: expected the columns subject and split, got {', '.join(rows)}")
     if others := sorted(set(rows["split"]) - set(SPLITS)):
         raise ValueError(f"{path.name}: expected the splits train and test, got {others[0]!r}")
-    rows = rows[["subject", "split"]].drop_duplicates()
+    rows: Any = rows[["subject", "split"]].drop_duplicates()
     if twice := sorted(rows.loc[rows["subject"].duplicated(), "subject"]):
         raise ValueError(f"{path.name}: expected each subject in one split, got in both: {_listed(twice)}")
     if unknown := sorted(set(rows["subject"]) - known):
@@ -109,7 +109,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _with_value(table: pd.DataFrame, condition: str) -> set[str]:
+def _with_value(table: Any, condition: str) -> set[str]:
     """Subjects with COLUMN=VALUE in any of their rows."""
     column, equals, value = condition.partition("=")
     if not equals or column not in table:

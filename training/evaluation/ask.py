@@ -109,7 +109,8 @@ def answer_windows(
     for rows in _batches(windows):
         batch = [windows[row] for row in rows]
         ids = _prompt(processor, question, batch[0]).to(model.device).expand(len(rows), -1)
-        generated: Any = model.generate(
+        joint: Any = model
+        generated = joint.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,

@@ -7,7 +7,7 @@ subjects. Regressions work with the Gram matrix [rows, rows] of the features, ho
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -105,7 +105,7 @@ def correlations(scans: "Scans") -> np.ndarray:
         signal = scans.signal(row)
         present = ~np.isnan(signal).any(0)
         series.append(network_series(standardize(signal[:, present]), membership(atlas)[present]))
-    shared = ~np.isnan([means[0] for means in series]).any(0)
+    shared = np.asarray(~np.isnan([means[0] for means in series]).any(0))
     if shared.sum() < 3:
         both = [name for name, has in zip(NETWORKS, shared, strict=True) if has]
         raise ValueError(
@@ -168,7 +168,7 @@ def _fill(matrix: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return filled
 
 
-def covariates(table: pd.DataFrame, training: np.ndarray, without: str) -> np.ndarray:
+def covariates(table: Any, training: np.ndarray, without: str) -> np.ndarray:
     """
     Features [rows, columns] of those of `COVARIATES` that are in the table, but for the column `without`: numbers
     standardised by the training rows, others as one column for each value. A column of zeros comes first.
@@ -177,7 +177,7 @@ def covariates(table: pd.DataFrame, training: np.ndarray, without: str) -> np.nd
     for name in COVARIATES:
         if name not in table or name == without or table[name].isna().all():
             continue
-        numbers = pd.to_numeric(table[name], errors="coerce").to_numpy(float)
+        numbers = np.asarray(pd.to_numeric(table[name], errors="coerce"), float)
         if np.isnan(numbers).all():
             columns.append(pd.get_dummies(table[name]).to_numpy(float))
             continue

@@ -86,7 +86,7 @@ def ask_descriptors(
         if len({*subjects[own], *subjects[others]}) < 2:
             raise ValueError(f"expected another subject of site and atlas {group!r} for the subject-shuffled control")
         asked = choose_questions(labels[own[0]], per_family, rng)
-        noise = encode_noise(model.model.codec, scans.windows, own[:NOISE_WINDOWS], seed)
+        noise = encode_noise(model.model.codec, scans.windows, own[:NOISE_WINDOWS].tolist(), seed)
         windows = [*(scans.encoded[place] for place in (*own, *others)), *noise]
         questions = [question(CORE_NAMES[index]) for index in asked]
         # [windows, questions, labels]
@@ -257,7 +257,7 @@ def description_results(
         names = pseudonyms(scans, split.test)
         results["examples"] = [
             {
-                "subject": names[scans.subjects[row]],
+                "subject": names[str(scans.subjects[row])],
                 "generated": text,
                 "truth": description(known, [index for index, _ in claims(text) if known[index] >= 0]),
             }

@@ -69,7 +69,9 @@ def add_to_card(card_path: Path, results: dict) -> None:
     card = ModelCard.load(card_path)
     facts: Any = card.data
     facts.model_name = facts.model_name or card_path.parent.name
-    data, shown = results["data"], table(results)
+    data = results["data"]
+    # the types of pandas' rows are not known
+    shown: Any = table(results)
     own = shown[shown.condition.isin(["zero-shot", "few-shot", "tuned", "probe"]) & (shown.variant == "")]
     new = [
         EvalResult(
@@ -91,7 +93,7 @@ def add_to_card(card_path: Path, results: dict) -> None:
     write_whole(card_path, str(card))
 
 
-def _plot(shown: pd.DataFrame, path: Path) -> None:
+def _plot(shown: Any, path: Path) -> None:
     """The main metric of each task with 95 % intervals: a line for each condition, number of shots and control."""
     from matplotlib.figure import Figure
 

@@ -74,7 +74,7 @@ class EvaluationScans:
 
     @cached_property
     def sites(self) -> np.ndarray | None:
-        table = self.scans.table
+        table: Any = self.scans.table
         if "site" not in table or table["site"].isna().all():
             return None
         return table["site"].fillna("").astype(str).to_numpy()
@@ -150,8 +150,8 @@ def reconstruction_results(codec: FmriCodecModel, scans: EvaluationScans, rows: 
     config, places = codec.config, np.flatnonzero(np.isin(scans.of_window, rows))
     signals: dict[str, list] = {}
     guesses: dict[str, list] = {}
-    for place in places:
-        item, subject = scans.windows.item(place), scans.subjects[scans.of_window[place]]
+    for place in places.tolist():
+        item, subject = scans.windows.item(place), str(scans.subjects[scans.of_window[place]])
         codes = torch.from_numpy(scans.encoded[place].codes).long()[None].to(codec.device)
         coordinates = torch.tensor(item["coordinates"], dtype=torch.float32)[None].to(codec.device)
         signals.setdefault(subject, []).append(item["signal"])

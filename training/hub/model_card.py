@@ -75,7 +75,7 @@ def _table(results: dict) -> list[dict[str, Any]]:
     """Rows of the results: the right scan, the subject-shuffled control, their difference, and the baselines."""
     from ..evaluation.report import TITLES, table
 
-    shown = table(results)
+    shown: Any = table(results)
     if shown.empty:
         return []
     kept = shown["comparison"].isin(["right", "shuffled", "minus shuffled"]) & (shown["variant"] != "uncalibrated")

@@ -4,6 +4,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -270,9 +271,10 @@ def _card(folder: Path, repo: str, results: Path | None) -> ModelCard:
 def _benchmark_results(card: ModelCard, benchmark: str) -> bytes:
     """The card's results, those that are no differences, as entries of a benchmark's leaderboard."""
     validate_repo_id(benchmark)
+    facts: Any = card.data
     entries = [
         EvalResultEntry(dataset_id=benchmark, task_id=str(result.dataset_config), value=result.metric_value)
-        for result in card.data.eval_results or []
+        for result in facts.eval_results or []
         if not result.metric_type.endswith("_difference")
     ]
     if not entries:

@@ -21,7 +21,8 @@ MODELS = ("zero-shot", "few-shot", "tuned", "probe")
 def write_report(path: Path, results: dict[str, Any]) -> None:
     """Writes the page to `path`. results: of `training.evaluation.evaluate`, with "run" those of a demo."""
     descriptors = results.get("descriptors") or {}
-    shown = table(results)
+    # the types of pandas' rows are not known
+    shown: Any = table(results)
     shown = shown[(shown["variant"] != "uncalibrated") & shown["value"].notna()]
     sections = [
         _section("results", "Does it read the scan?", _results(shown)),
@@ -74,7 +75,7 @@ def _points(value: float | None) -> str:
     return as_number(None if value is None else 100 * value, "+.0f", " points")
 
 
-def _results(shown: pd.DataFrame) -> list[dict[str, Any]]:
+def _results(shown: Any) -> list[dict[str, Any]]:
     """The main rows of all tasks: model, control and baselines; drawn where there are intervals, and as a table."""
     if shown.empty:
         return []

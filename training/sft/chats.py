@@ -214,7 +214,8 @@ class ScanChats:
     def _covariates(self, row: int, turns: Sequence[Turn]) -> list[str]:
         """Sentences of labels that are not asked for and give no answer away."""
         asked = {task.column for turn in turns for task, _ in turn.labels}
-        texts = [covariate(task, label) for task, label in self.labels[row] if task.column not in asked]
+        known = [(task, label) for task, label in self.labels[row] if label is not None and task.column not in asked]
+        texts = [covariate(task, label) for task, label in known]
         return [text for text in texts if not tells(text, turns)]
 
 
