@@ -158,13 +158,14 @@ class FmriLMModel(FmriLMPreTrainedModel):
 
     def __init__(self, config: FmriLMConfig):
         super().__init__(config)
+        # not "language_model": transformers renames the keys of a `language_model.model` when it loads.
+        # First, because a model's dtype is that of its first parameter
+        self.causal_lm = AutoModelForCausalLM.from_config(config.text_config)
         self.codec = FmriCodecModel._from_config(config.codec_config)
         self.projector = FmriLMProjector(config)
         self.summary = FmriLMSummary(config) if config.score_names else None
         # start and end embeddings: apart from the vocabulary, so that they can be trained where that is frozen
         self.boundaries = nn.Embedding(2, config.text_config.hidden_size)
-        # not "language_model": transformers renames the keys of a `language_model.model` when it loads
-        self.causal_lm = AutoModelForCausalLM.from_config(config.text_config)
         self.fmri_head = FmriLMHead(config)
         self.post_init()
         self.freeze()
