@@ -10,28 +10,29 @@ from fmrilm.configuration_fmrilm import CODEC_SIZES
 
 
 ROIS, FRAMES = 450, 160
+SIZES = ("default", *CODEC_SIZES)
 
 
 def row(size: str) -> str:
-    """A row of the table: one of `CODEC_SIZES`."""
-    config = FmriCodecConfig.from_size(size)
+    """A row of the table: one of `SIZES`."""
+    config = FmriCodecConfig() if size == "default" else FmriCodecConfig.from_size(size)
     # the model asks about values, which meta tensors do not have, but not while it is compiled
     with torch.device("meta"), patch("torch.compiler.is_compiling", return_value=True):
         codec = FmriCodecModel(config).eval().requires_grad_(False)
         signal, coordinates = torch.empty(1, ROIS, FRAMES), torch.empty(1, ROIS, 3)
         with FlopCounterMode(display=False) as encoding:
-            _, token_mask = codec.encode_features(signal, coordinates, torch.ones_like(signal, dtype=torch.bool))
+            codes = codec.encode(signal, coordinates)
         with FlopCounterMode(display=False) as decoding:
-            codec.decode(torch.zeros_like(token_mask, dtype=torch.long), coordinates)
+            codec.decode(codes, coordinates)
     parameters = sum(weight.numel() for weight in codec.parameters())
     weights = 4 * (parameters + sum(buffer.numel() for buffer in codec.buffers()))
-    layers = f"{config.num_roi_layers} + {config.num_hidden_layers} + {config.num_decoder_layers}"
-    work = [f"{counter.get_total_flops() / 1e9:.1f} GFLOP" for counter in (encoding, decoding)]
-    cells = [size, config.hidden_size, layers, config.num_attention_heads, f"{parameters / 1e6:.1f} M"]
+    layers = f"{config.num_hidden_layers} + {config.num_decoder_layers}"
+    work = [f"{counter.get_total_flops() / 1e9:.2f} GFLOP" for counter in (encoding, decoding)]
+    cells = [size, config.hidden_size if config.num_hidden_layers else "", layers, f"{parameters / 1e6:.1f} M"]
     return " | ".join(["", *map(str, cells), f"{weights / 2**20:,.0f} MiB", *work, ""]).strip()
 
 
 if __name__ == "__main__":
-    print("| size | width | layers (ROIs + encoder + decoder) | heads | parameters | weights | encode | decode |")
-    print("|---|---|---|---|---|---|---|---|")
-    print("\n".join(map(row, CODEC_SIZES)))
+    print("| size | width | layers (encoder + decoder) | parameters | weights | encode | decode |")
+    print("|---|---|---|---|---|---|---|")
+    print("\n".join(map(row, SIZES)))

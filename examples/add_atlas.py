@@ -17,7 +17,7 @@ parser.add_argument("model", help="Folder or Hub id.")
 parser.add_argument("label_image")
 parser.add_argument("table")
 parser.add_argument("scan", help="A volume in MNI space.")
-parser.add_argument("--tr", type=float, help="Seconds between two frames, where the header does not tell.")
+parser.add_argument("--tr", type=float, help="Seconds between two frames, if the header does not say.")
 parser.add_argument("--output", help="Folder for a model that knows the atlas.")
 options = parser.parse_args()
 
@@ -32,7 +32,9 @@ if options.output:
     old = reader.processor.feature_extractor
     known = [old.atlas(entry["name"]) for entry in old.atlases]
     extractor = FmriLMFeatureExtractor(**{**old.to_dict(), "atlases": [*known, atlas]})
-    processor = FmriLMProcessor(extractor, reader.processor.tokenizer, reader.processor.tokens_per_step)
+    processor = FmriLMProcessor(
+        extractor, reader.processor.tokenizer, reader.processor.tokens_per_patch, reader.processor.summary_tokens
+    )
     reader.model.save_pretrained(options.output)
     processor.save_pretrained(options.output)
     again = fmrilm.load(options.output).tokenize(options.scan, tr=options.tr, atlas=atlas.name)

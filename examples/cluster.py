@@ -1,10 +1,10 @@
 """
-Prepare and describe scans on a Dask cluster, then train the codec on several GPUs.
+Prepare and describe scans on a Dask cluster, fit the codec, then train the language model on several GPUs.
 
     python examples/cluster.py scans/manifest.csv work --scheduler tcp://head:8786
 
-Without --scheduler, the processes of this machine are the cluster. The workers need this package and no common files.
-Stopped anywhere, the same command goes on.
+Without --scheduler, processes of this machine are the cluster. Workers need this package and no shared files. After an
+interruption, the same command resumes.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from distributed import LocalCluster
 
+from fmrilm.training.codec import program as codec
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
 from fmrilm.training.data.prepare import Preparation, prepare
@@ -27,12 +28,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="Manifest, fMRIPrep folder or folder of scans.")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--atlas", help="Where the manifest tells none.")
+    parser.add_argument("--atlas", help="Of scans for which the manifest has none.")
     parser.add_argument("--scheduler", help="Address of a Dask scheduler.")
-    parser.add_argument("--config", type=Path, default=CONFIGS / "codec_base.yaml", help="Of the codec.")
+    parser.add_argument("--configs", type=Path, default=CONFIGS / "release", help="Folder of the stages' settings.")
     parser.add_argument("--accelerate", type=Path, default=CONFIGS / "accelerate" / "fsdp2.yaml")
     options = parser.parse_args()
-    prepared, corpus = options.output / "prepared", options.output / "corpus"
+    prepared, corpus, fitted = (options.output / name for name in ("prepared", "corpus", "codec"))
 
     with ExitStack() as stack:
         scheduler = options.scheduler or stack.enter_context(LocalCluster(threads_per_worker=1)).scheduler_address
@@ -42,9 +43,13 @@ def main() -> None:
             described = describe_dataset(load_source(str(prepared)), corpus, CorpusSettings(), scheduler=scheduler)
             print(f"{described.scans} described")
 
+    config = str(options.configs / "codec.yaml")
+    if not (fitted / "model").exists():
+        codec.main(["--config", config, "--data", str(prepared), "--output_dir", str(fitted)])
     # a process for each GPU, weights sharded over them
-    launch = ["accelerate", "launch", "--config_file", str(options.accelerate), "-m", "fmrilm.training.codec.program"]
-    run = ["--config", str(options.config), "--data", str(prepared), "--output_dir", str(options.output / "codec")]
+    launch = ["accelerate", "launch", "--config_file", str(options.accelerate)]
+    run = ["-m", "fmrilm.training.alignment.program", "--config", str(options.configs / "alignment.yaml")]
+    run += ["--codec", str(fitted / "model"), "--data", str(corpus), "--output_dir", str(options.output / "alignment")]
     subprocess.run([*launch, *run], check=True)
 
 

@@ -1,9 +1,9 @@
 """
-What comes next: the model is shown all but the end of a scan, and its forecast is compared with that end.
+Forecast the end of a scan from what comes before it, and compare.
 
-    python examples/forecast.py runs/demo/model scan.npy --tr 0.72 --atlas aal2-94 --steps 2
+    python examples/forecast.py runs/demo/model scan.npy --tr 0.72 --atlas aal2-94 --seconds 64
 
-The units are z-scores of the shown part alone, so that nothing of the future enters.
+The unit is the robust z-score of the context only, so that nothing of the future enters.
 """
 
 import argparse
@@ -17,24 +17,22 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("model", help="Folder or Hub id.")
 parser.add_argument("scan", help="An array [time, rois] in a .npy file.")
 parser.add_argument("--tr", type=float, required=True, help="Seconds between two frames.")
-parser.add_argument("--atlas", help="Where the model knows several.")
-parser.add_argument("--steps", type=int, default=1, help="Of 32 seconds each.")
-parser.add_argument("--draws", type=int, default=8, help="Forecasts to draw: their spread says how sure the model is.")
+parser.add_argument("--atlas", help="Of the scan, if the model knows several.")
+parser.add_argument("--seconds", type=float, default=32.0, help="Horizon.")
+parser.add_argument("--samples", type=int, default=8, help="Sampled forecasts: their spread is the uncertainty.")
 options = parser.parse_args()
 
 reader = fmrilm.load(options.model)
-extractor = reader.processor.feature_extractor
 scan = np.load(options.scan)
-seconds = options.steps * extractor.patch_length * extractor.repetition_time
-shown = len(scan) - int(np.ceil(seconds / options.tr))
-if shown < 1:
-    raise SystemExit(f"expected a scan longer than {seconds:g} s, got {len(scan) * options.tr:g} s")
+context = len(scan) - int(np.ceil(options.seconds / options.tr))
+if context < 1:
+    raise SystemExit(f"expected a scan longer than {options.seconds:g} s, got {len(scan) * options.tr:g} s")
 
-given = {"signal": scan[:shown], "tr": options.tr, "atlas": options.atlas}
-forecast = reader.forecast(given, options.steps)
-draws = np.stack([reader.forecast(given, options.steps, temperature=1.0) for _ in range(options.draws)])
+given = {"signal": scan[:context], "tr": options.tr, "atlas": options.atlas}
+forecast = reader.forecast(given, options.seconds)  # [frames, rois]
+samples = reader.forecast(given, options.seconds, num_samples=options.samples)  # [samples, frames, rois]
 
-# the whole scan at the model's repetition time; correlation does not mind that its unit is another one
+# the whole scan at the model's repetition time; its unit differs, which a correlation does not see
 whole = reader.signal({**given, "signal": scan}, window="full")
 truth = whole[-len(forecast) :]
 persistence = np.broadcast_to(whole[-len(forecast) - 1], truth.shape)
@@ -42,10 +40,11 @@ persistence = np.broadcast_to(whole[-len(forecast) - 1], truth.shape)
 
 def correlation(guess: np.ndarray) -> float:
     """Over all ROIs and frames."""
-    known = ~np.isnan(truth)
+    known = ~np.isnan(truth) & ~np.isnan(guess)
     return float(np.corrcoef(guess[known], truth[known])[0, 1])
 
 
-print(f"{shown * options.tr:.0f} s shown, {seconds:.0f} s forecast: [time, rois] {forecast.shape}")
-print(f"correlation with what came: {correlation(forecast):+.2f} (last frame held: {correlation(persistence):+.2f})")
-print(f"standard deviation between draws: {draws.std(0).mean():.2f} z-scores")
+print(f"context {context * options.tr:.0f} s, forecast {options.seconds:g} s: [frames, rois] {forecast.shape}")
+print(f"correlation with the truth: {correlation(forecast):+.2f}")
+print(f"correlation of the last frame, repeated: {correlation(persistence):+.2f}")
+print(f"standard deviation between samples: {np.nanmean(samples.std(0)):.2f} z-scores")

@@ -5,7 +5,7 @@
 #
 #     python examples/quickstart.py --model runs/demo/model --scan scan.nii.gz
 #
-# Without `--scan` it reads one of the open scans that the demo was questioned about.
+# Without `--scan` it reads one of the open scans.
 
 # %%
 import argparse
@@ -19,8 +19,8 @@ from fmrilm.training.data.open_data import open_scans
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="runs/demo/model", help="Folder or Hub id.")
 parser.add_argument("--scan", help="A file: .nii.gz, .dtseries.nii, .npy [time, rois], .csv with ROI names.")
-parser.add_argument("--tr", type=float, help="Seconds between two frames, where the file does not tell.")
-parser.add_argument("--atlas", help="Where the model knows several.")
+parser.add_argument("--tr", type=float, help="Seconds between two frames, if the file does not say.")
+parser.add_argument("--atlas", help="Of the scan, if the model knows several.")
 # a notebook has arguments of its own
 options, _ = parser.parse_known_args()
 
@@ -36,7 +36,7 @@ else:
     scan = {"signal": last.signal, "tr": last.tr, "atlas": last.atlas}
 
 # %% [markdown]
-# The probability of each allowed answer, and an answer in the model's own words.
+# The probability of each allowed answer, and a description in free text.
 
 # %%
 question = "Is connectivity between the visual and default mode networks low, typical or high?"
@@ -47,9 +47,11 @@ for choice, probability in found["probabilities"].items():
 print(reader.describe(scan, max_new_tokens=60))
 
 # %% [markdown]
-# What the model read: a code for each slot of each step of 32 seconds; and what these keep of the signal.
+# The model's input: for each patch of 32 seconds some latent tokens, each of several levels; and the signal that is
+# decoded from them.
 
 # %%
-signal, kept, codes = reader.signal(scan), reader.reconstruct(scan), reader.tokenize(scan)
-print(f"{signal.shape[0]} frames of {signal.shape[1]} ROIs as {codes.shape[0]} steps of {codes.shape[1]} codes")
-print(f"R² of the signal out of its codes: {1 - np.nanvar(signal - kept) / np.nanvar(signal):.2f}")
+signal, decoded, codes = reader.signal(scan), reader.reconstruct(scan), reader.tokenize(scan)
+patches, tokens, levels = codes.shape
+print(f"{signal.shape[0]} frames of {signal.shape[1]} ROIs: {patches} patches of {tokens} tokens of {levels} levels")
+print(f"R² of the decoded signal: {1 - np.nanvar(signal - decoded) / np.nanvar(signal):.2f}")

@@ -1,5 +1,7 @@
 """The public names of the package; importing them here makes them known to the Auto classes and pipelines."""
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -20,12 +22,31 @@ from .processors.processing_fmrilm import FmriLMProcessor
 from .scan_reader import ScanReader, load
 
 
+class _RegisteredPipelines(dict):
+    """A folder's own pipelines by name; as the package's are registered, none of their code is wanted."""
+
+    def __contains__(self, task: object) -> bool:
+        return False
+
+
+def _set_pipelines(config: FmriLMConfig, pipelines: dict[str, Any]) -> None:
+    config.__dict__["custom_pipelines"] = pipelines
+
+
+# otherwise `pipeline` would ask for trust_remote_code, although it is this package's pipeline that serves
+setattr(  # noqa: B010 - no attribute of the class for a type checker
+    FmriLMConfig,
+    "custom_pipelines",
+    property(lambda config: _RegisteredPipelines(config.__dict__.get("custom_pipelines", {})), _set_pipelines),
+)
+
 AutoConfig.register("fmri_codec", FmriCodecConfig, exist_ok=True)
 AutoConfig.register("fmrilm", FmriLMConfig, exist_ok=True)
 AutoModel.register(FmriCodecConfig, FmriCodecModel, exist_ok=True)
 AutoModel.register(FmriLMConfig, FmriLMModel, exist_ok=True)
 AutoModelForCausalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(FmriLMConfig, FmriLMForConditionalGeneration, exist_ok=True)
+AutoFeatureExtractor.register(FmriCodecConfig, FmriLMFeatureExtractor, exist_ok=True)
 AutoFeatureExtractor.register(FmriLMConfig, FmriLMFeatureExtractor, exist_ok=True)
 AutoProcessor.register(FmriLMConfig, FmriLMProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline("fmri-text-to-text", FmriLMPipeline, pt_model=AutoModelForMultimodalLM)

@@ -186,45 +186,8 @@ class FmriLMConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
 
-class FmriOriginalConfig(PreTrainedConfig):
-    """
-    Configuration of [`FmriOriginalEncoder`]. The defaults are the released base size.
-
-    Args:
-        num_rois: ROIs of the one atlas that the weights know.
-        patch_length: frames in one patch.
-        num_patches: patches of a scan (T'); a scan has exactly `num_patches * patch_length` frames.
-        feature_dim: dimension of the features; None for those of the encoder itself, else the output of the layers
-            that lead to the codebook.
-    """
-
-    model_type = "fmri_original"
-    base_config_key = "codec_config"
-
-    num_rois: int = 450
-    patch_length: int = 160
-    num_patches: int = 1
-    feature_dim: int | None = None
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that share a position and see each other."""
-        return self.num_rois
-
-    @property
-    def codebook_size(self) -> int:
-        """No codes: the language model never read them."""
-        return 0
-
-
 # every save ships the code, so that a downloaded folder loads where this package is not installed
 FmriCodecConfig.register_for_auto_class()
 FmriLMConfig.register_for_auto_class()
 
-__all__ = ["FmriCodecConfig", "FmriLMConfig", "FmriOriginalConfig"]
+__all__ = ["FmriCodecConfig", "FmriLMConfig"]

@@ -288,7 +288,7 @@ class ResidualVectorQuantizer(nn.Module):
         """
         valid = z.detach()[mask]
         if self.training and not self.started:
-            self.start(valid)
+            self.start(gather_rows(valid)[0])
         codes = self.encode(z)
         kept = torch.full((len(z),), self.num_quantizers, device=z.device)
         if self.training and self.dropout:
@@ -307,10 +307,10 @@ class ResidualVectorQuantizer(nn.Module):
     @torch.no_grad()
     def start(self, vectors: torch.Tensor) -> None:
         """
-        k-means of vectors [n, codebook_dim] of all ranks and of what each level leaves over of them. With fewer
-        distinct vectors than codes, the codes left over wait for revival.
+        k-means of vectors [n, codebook_dim], the same on all ranks, and of what each level leaves over of them. With
+        fewer distinct vectors than codes, the codes left over wait for revival.
         """
-        residual = gather_rows(vectors)[0]
+        residual = vectors
         if not len(residual):
             raise ValueError("expected vectors to start the codebooks from, got none")
         for codebook, usage in zip(self.codebooks, self.usage, strict=True):

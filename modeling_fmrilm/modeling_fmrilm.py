@@ -1,5 +1,6 @@
 """The language model that reads fMRI: a frozen codec, a projector and any causal language model (stages 2 and 3)."""
 
+import copy
 import math
 import os
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class FmriLMProjector(nn.Module):
         self.input_proj = nn.Linear(codec.codebook_dim, config.projector_hidden_size)
         self.places = nn.Embedding(codec.tokens_per_patch, config.projector_hidden_size)
         self.output_proj = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size)
-        self.output_norm = nn.LayerNorm(config.text_config.hidden_size)
+        # a small eps: a codec's vectors may be small, and then the output would be, too
+        self.output_norm = nn.LayerNorm(config.text_config.hidden_size, eps=1e-8)
 
     def forward(self, vectors: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """places: int64 [...], index of each token in its patch."""
@@ -122,9 +124,7 @@ class FmriLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FmriLMProjector):
-            init.normal_(module.places.weight, std=1.0)
-        elif isinstance(module, FmriLMHead):
+        if isinstance(module, FmriLMHead):
             init.zeros_(module.frequencies)
             init.zeros_(module.proj.weight)
 
@@ -449,29 +449,52 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         here), `attention_mask` covers the cached tokens, too.
         """
         inputs = dict(inputs)
-        length, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
-        mask = inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        # prompts may be padded on either side
-        last = (torch.arange(length, device=device) * mask[:, -length:]).argmax(-1)
-        kept, row_of = last.unique(return_inverse=True)
-        outputs = self(**inputs, position_ids=positions[:, -length:], use_cache=True, logits_to_keep=kept)
-        first = outputs.logits[torch.arange(len(last), device=device), row_of].float().log_softmax(-1)
-        totals = first[:, [choice[0] for choice in choices]]
-        depth = max(map(len, choices)) - 1
+        ids, past = inputs.pop("input_ids"), inputs.pop("past_key_values", None)
+        (rows, length), device = ids.shape, ids.device
+        mask = inputs.pop("attention_mask", torch.ones_like(ids)).long()
+        cached, new = mask[:, : mask.shape[1] - length], mask[:, mask.shape[1] - length :]
+        lengths = new.sum(-1)
+        if past is not None and (lengths < length).any():
+            # padding behind cached tokens would count in windows and in biases by distance
+            scores = torch.zeros(rows, len(choices), device=device)
+            for count in lengths.unique().tolist():
+                group = (lengths == count).nonzero()[:, 0]
+                part = copy.deepcopy(past)
+                part.reorder_cache(group)
+                of_row = new[group].bool()
+                own = torch.cat([cached[group], torch.ones(len(group), count, device=device, dtype=mask.dtype)], -1)
+                part_ids = ids[group][of_row].view(len(group), count)
+                part_inputs = {"input_ids": part_ids, "attention_mask": own, "past_key_values": part}
+                scores[group] = self.score_choices({**inputs, **part_inputs}, choices)
+            return scores
+        # padding on the right would stand between a prompt and the answers
+        order = new.argsort(dim=-1, stable=True)
+        ids, mask = ids.gather(-1, order), torch.cat([cached, new.gather(-1, order)], -1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        outputs = self(
+            ids,
+            attention_mask=mask,
+            position_ids=positions[:, -length:],
+            past_key_values=past,
+            use_cache=True,
+            logits_to_keep=1,
+            **inputs,
+        )
+        totals = outputs.logits[:, -1].float().log_softmax(-1)[:, [choice[0] for choice in choices]]
+        depth, count = max(map(len, choices)) - 1, len(choices)
         if not depth:
             return totals
         padded = [[*choice, *[choice[-1]] * (depth + 1 - len(choice))] for choice in choices]
-        tokens = torch.tensor(padded, device=device).repeat(len(mask), 1)
+        tokens = torch.tensor(padded, device=device).repeat(rows, 1)
         scored = torch.tensor([[place < len(choice) for place in range(1, depth + 1)] for choice in choices])
-        cache, count = outputs.past_key_values, len(choices)
-        cache.batch_repeat_interleave(count)
-        steps = torch.arange(1, depth + 1, device=device)
+        cache, repeated = outputs.past_key_values, torch.arange(rows, device=device).repeat_interleave(count)
+        cache.reorder_cache(repeated)
         logits = self.model.causal_lm(
             input_ids=tokens[:, :-1],
-            attention_mask=F.pad(mask, (0, depth), value=1).repeat_interleave(count, 0),
-            position_ids=(positions.amax(-1, keepdim=True) + steps).repeat_interleave(count, 0),
+            attention_mask=F.pad(mask, (0, depth), value=1)[repeated],
+            position_ids=(positions[:, -1:] + torch.arange(1, depth + 1, device=device))[repeated],
             past_key_values=cache,
+            use_cache=True,
         ).logits
         found = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].unflatten(0, (-1, count))
         return totals + (found * scored.to(device)).sum(-1)
@@ -693,8 +716,9 @@ def fading(missed: torch.Tensor, length: torch.Tensor, frames: int) -> torch.Ten
 @torch.no_grad()
 def check_backbone(language_model: PreTrainedModel) -> None:
     """
-    ValueError unless the language model can read scans: it takes `inputs_embeds` and gives for those of words, bit for
-    bit, what it gives for the words; its last hidden state is what its own head reads.
+    ValueError unless the language model can read scans: it takes `inputs_embeds` and positions and gives for those of
+    words, bit for bit, what it gives for the words; it is causal, with a cache that any tokens may follow; its last
+    hidden state is what its own head reads.
     """
     name = type(language_model).__name__
     head = language_model.get_output_embeddings()
@@ -707,8 +731,12 @@ def check_backbone(language_model: PreTrainedModel) -> None:
     embeddings = embedding(ids)
     try:
         of_words = language_model(input_ids=ids).logits
-        outputs = language_model(inputs_embeds=embeddings, output_hidden_states=True)
+        outputs = language_model(inputs_embeds=embeddings, output_hidden_states=True, use_cache=True)
         states = language_model.base_model(inputs_embeds=embeddings).last_hidden_state
+        placed = language_model(inputs_embeds=embeddings, position_ids=torch.arange(5, device=ids.device)[None]).logits
+        begun = language_model(input_ids=ids[:, :3], use_cache=True)
+        cache = getattr(begun, "past_key_values", None)
+        rest = language_model(input_ids=ids[:, 3:], past_key_values=cache).logits if cache is not None else None
     # whatever a foreign model raises here, it is no backbone
     except Exception as error:
         raise ValueError(
@@ -716,11 +744,6 @@ def check_backbone(language_model: PreTrainedModel) -> None:
         ) from error
     finally:
         language_model.train(training)
-    if not torch.equal(of_words, outputs.logits):
-        raise ValueError(
-            f"{name} cannot be the backbone: expected the same logits from words and from their embeddings, got a "
-            f"difference of {(of_words - outputs.logits).abs().max():.2g}"
-        )
     width = language_model.config.get_text_config().hidden_size
     if embeddings.shape[-1] != width or states.shape[-1] != width:
         raise ValueError(
@@ -731,6 +754,20 @@ def check_backbone(language_model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} cannot be the backbone: expected output_hidden_states to end with the last hidden state"
         )
+    # kernels differ with the length
+    near = 0.05 * of_words.abs().max()
+    for expected, difference, limit in (
+        ("the same logits from words and from their embeddings", of_words - outputs.logits, 0),
+        ("positions that count from 0", of_words - placed, 0),
+        ("a causal model", of_words[:, :3] - begun.logits, near),
+        ("a cache that several tokens may follow", None if rest is None else of_words[:, 3:] - rest, near),
+    ):
+        if difference is None:
+            raise ValueError(f"{name} cannot be the backbone: expected {expected}, got none")
+        if difference.abs().max() > limit:
+            raise ValueError(
+                f"{name} cannot be the backbone: expected {expected}, got a difference of {difference.abs().max():.2g}"
+            )
 
 
 # every save ships the code, so that a downloaded folder loads where this package is not installed

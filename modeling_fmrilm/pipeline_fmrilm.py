@@ -1,10 +1,10 @@
 """pipeline("fmri-text-to-text"): a scan and a question to an answer, or to the probabilities of allowed answers."""
 
 from collections.abc import Iterator, Sequence, Sized
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
@@ -60,7 +60,8 @@ class FmriLMPipeline(Pipeline):
                 dataset or a generator.
             question: one for all scans, or a list of as many.
             choices: allowed answers. With them the answer is the likeliest one.
-            tr, atlas, label_image, window: of the scans, as the processor takes them.
+            tr, atlas, label_image, window: of the scans, as the processor takes them; one window is read, the
+                first unless given.
             batch_size, num_workers: of the loop over a list.
             kwargs: options of `generate`.
 
@@ -86,40 +87,27 @@ class FmriLMPipeline(Pipeline):
         forward_params: dict,
         postprocess_params: dict,
     ) -> Iterator[dict]:
-        # the library's own batches know no scans of differing sizes
-        dataset = (PipelineDataset if isinstance(inputs, Sized) else PipelineIterator)(
-            inputs, self.preprocess, preprocess_params
-        )
-        batches = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=self.collate)
-        for batch in batches:
+        # the library's own batches know no scans of differing sizes: the processor pads them
+        dataset = (PipelineDataset if isinstance(inputs, Sized) else PipelineIterator)(inputs, self.preprocess, {})
+        collate = partial(self.collate, **preprocess_params)
+        for batch in DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate):
             answers: Any = self.forward(batch, **forward_params)
             yield from answers
 
     def run_single(self, inputs: dict, *params: dict) -> dict:
         return next(self.get_iterator([inputs], 0, 1, *params))
 
-    def preprocess(self, inputs: dict, **options: Any) -> dict[str, torch.Tensor]:
+    def preprocess(self, inputs: dict) -> list[dict]:
+        """The chat of a scan and its question."""
         if not isinstance(inputs, dict) or not {"fmri", "question"} <= inputs.keys():
             raise ValueError(f"expected a scan with a question, got {type(inputs).__name__} without a question")
         content = [{"type": "fmri", "fmri": inputs["fmri"]}, {"type": "text", "text": inputs["question"]}]
-        chat = [{"role": "user", "content": content}]
-        return dict(self.processor.apply_chat_template(chat, add_generation_prompt=True, **options))
+        return [{"role": "user", "content": content}]
 
-    def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """One batch of items [1, ...]: text is padded on the left, ROIs and frames behind the last."""
-        batch = {}
-        for name in items[0]:
-            values = [item[name] for item in items]
-            text = name in ("input_ids", "attention_mask")
-            fill = self.tokenizer.pad_token_id if name == "input_ids" else 0
-            shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
-            padded = []
-            for value in values:
-                missing = [size - own for size, own in zip(shape, value.shape, strict=True)][::-1]
-                sides = [side for size in missing for side in ((size, 0) if text else (0, size))]
-                padded.append(F.pad(value, sides, value=fill))
-            batch[name] = torch.cat(padded)
-        return batch
+    def collate(self, chats: list[list[dict]], **options: Any) -> dict[str, torch.Tensor]:
+        """Model inputs of a batch of chats, padded on the left."""
+        options |= {"add_generation_prompt": True, "padding_side": "left"}
+        return dict(self.processor.apply_chat_template(chats, **options))
 
     def _forward(
         self, batch: dict[str, torch.Tensor], choices: list[str] | None = None, generate_kwargs: dict | None = None

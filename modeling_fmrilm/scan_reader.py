@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, TextIteratorStreamer
+from transformers import AutoTokenizer, TextIteratorStreamer
+
+from .configuration_fmrilm import FmriLMConfig
+from .modeling_fmrilm import FmriLMForConditionalGeneration
+from .processors.feature_extraction_fmrilm import FmriLMFeatureExtractor
+from .processors.processing_fmrilm import FmriLMProcessor
 
 
 def load(
@@ -31,7 +36,6 @@ def load(
 
     ValueError for what is no folder and can be no repository, and for a model of another kind.
     """
-    options = {"revision": revision, "trust_remote_code": False}
     expected = "expected a folder with a model and its processor, or their id on the Hub"
     if Path(path).exists():
         if not Path(path, "config.json").is_file():
@@ -40,14 +44,20 @@ def load(
         try:
             validate_repo_id(str(path))
         except HFValidationError as error:
-            raise ValueError(f"{expected}, got {path}, which is neither") from error
-    config = AutoConfig.from_pretrained(path, **options)
-    if config.model_type != "fmrilm":
-        raise ValueError(f"expected a model of type 'fmrilm' in {path}, got one of type {config.model_type!r}")
-    model = AutoModelForMultimodalLM.from_pretrained(path, dtype="auto" if dtype is None else dtype, **options)
+            raise ValueError(f"{expected}, got {path}, which is neither: `fmrilm demo` makes a model") from error
+    # the classes themselves, as the Auto classes take a while to import
+    values, _ = FmriLMConfig.get_config_dict(path, revision=revision)
+    if (kind := values.get("model_type")) != "fmrilm":
+        raise ValueError(f"expected a model of type 'fmrilm' in {path}, got one of type {kind!r}")
+    dtype = "auto" if dtype is None else dtype
+    model: Any = FmriLMForConditionalGeneration.from_pretrained(path, revision=revision, dtype=dtype)
+    values, _ = FmriLMProcessor.get_processor_dict(path, revision=revision)
+    extractor = FmriLMFeatureExtractor.from_pretrained(path, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    processor = FmriLMProcessor.from_args_and_dict([extractor, tokenizer], values)
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
-    return ScanReader(model.to(device).eval(), AutoProcessor.from_pretrained(path, **options))
+    return ScanReader(model.to(device).eval(), processor)
 
 
 class ScanReader:
@@ -58,8 +68,9 @@ class ScanReader:
     "atlas"}. One scan gives one result, a list gives a list, and a pandas DataFrame with a column `path` (and, if it
     has them, `tr` and `atlas`) gives that DataFrame with the results as further columns.
 
-    Every method also takes the options of the processor for all its scans: `tr` (s), `atlas`, `label_image` and
-    `window` ("first", "random" or "full": the part of a scan that is read).
+    Every method also takes for all its scans `tr` (s), `atlas`, `label_image` and `window`: "first", "full" (the whole
+    scan at once) or None. With None, probabilities and embeddings are means over all whole windows of a scan; what is
+    not a mean is of the first window, with a warning where a scan is longer.
 
     Attributes: `model` (FmriLMForConditionalGeneration) and `processor` (FmriLMProcessor).
     """
@@ -68,6 +79,7 @@ class ScanReader:
         self.model = model
         self.processor = processor
 
+    @torch.no_grad()
     def ask(
         self,
         scan: Any,
@@ -90,8 +102,10 @@ class ScanReader:
             batch_size: scans that are answered at a time.
 
         Returns:
-            {"answer": text} or, with choices, {"answer": choice, "probabilities": {choice: probability}}; an iterator
-            over pieces of the answer with `stream`; a DataFrame gains `answer` and `probability of CHOICE`.
+            {"answer": text or choice}, with choices also "probabilities" {choice: probability}; and what was read:
+            "window" {"start", "stop" (s), "windows" (how many), "scan_seconds"}, "atlas", "rois" (how many) and
+            "missing_rois" (names). With `stream` an iterator over pieces of the answer. A DataFrame gains `answer` and
+            `probability of CHOICE`.
         """
         scans = _listed(scan)
         questions = [question] * len(scans) if isinstance(question, str) else list(question)
@@ -100,19 +114,25 @@ class ScanReader:
         if stream:
             if choices is not None or len(scans) != 1:
                 raise ValueError(f"expected one scan and no choices to stream, got {len(scans)} scans, {choices}")
-            return self._stream(self._prompts(scans, questions, history, **options), max_new_tokens)
+            read = self._read(scans[0], single=True, **options)
+            return self._stream(self._prompts([(read, questions[0])], history), max_new_tokens)
         ids = None if choices is None else self.processor.encode_choices(list(choices))
         found: list[dict] = []
         for start in range(0, len(scans), batch_size):
             part = slice(start, start + batch_size)
             with _named(scans, part):
-                inputs = self._prompts(scans[part], questions[part], history, **options)
+                reads = [self._read(one, single=ids is None, **options) for one in scans[part]]
+                rows = [(read, text) for read, text in zip(reads, questions[part], strict=True)]
+                inputs = self._prompts(rows, history)
                 if ids is None or choices is None:
-                    found += [{"answer": text} for text in self._generate(inputs, max_new_tokens)]
-                    continue
-                for row in self.model.score_choices(inputs, ids).softmax(-1).cpu():
-                    probabilities = dict(zip(choices, row.tolist(), strict=True))
-                    found.append({"answer": choices[row.argmax()], "probabilities": probabilities})
+                    answers = [{"answer": text} for text in self._generate(inputs, max_new_tokens)]
+                else:
+                    shares = self.model.score_choices(inputs, ids).softmax(-1).cpu()
+                    answers = []
+                    for windows in shares.split([len(read["codes"]) for read in reads]):
+                        probabilities = dict(zip(choices, windows.mean(0).tolist(), strict=True))
+                        answers.append({"answer": choices[windows.mean(0).argmax()], "probabilities": probabilities})
+                found += [{**answer, **read["about"]} for answer, read in zip(answers, reads, strict=True)]
         if _is_table(scan):
             columns = {"answer": [one["answer"] for one in found]}
             for choice in choices or ():
@@ -135,23 +155,36 @@ class ScanReader:
         float32 [hidden]: what the language model makes of a scan alone, the mean of its last states over the scan's
         tokens. A DataFrame gains `embedding`.
         """
-        placeholder = self.processor.tokenizer.convert_ids_to_tokens(self.processor.fmri_token_id)
 
         def embedding(scan: Any) -> np.ndarray:
-            inputs = self.processor(placeholder, scan, **options).to(self.model.device)
-            states = self.model.model(**inputs).last_hidden_state
-            return states[inputs["input_ids"] == self.processor.fmri_token_id].float().mean(0).cpu().numpy()
+            codes = self._read(scan, **options)["codes"]
+            text = self.processor.scan_text(codes.shape[1])
+            ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            ids = ids.to(self.model.device).expand(len(codes), -1)
+            states = self.model.model(input_ids=ids, fmri_codes=codes).last_hidden_state
+            return states[ids == self.processor.fmri_token_id].float().mean(0).cpu().numpy()
 
         return _each(embedding, scan, "embedding")
 
     def tokenize(self, scan: Any, **options: Any) -> Any:
-        """Codes int64 [steps, slots] of a scan. A DataFrame gains `codes`."""
-        slots = self._slots()
+        """Codes int64 [patches, tokens_per_patch, levels] of a scan. A DataFrame gains `codes`."""
+        per_patch = self.model.config.codec_config.tokens_per_patch
 
         def codes(scan: Any) -> np.ndarray:
-            return self.model.model.get_fmri_codes(**self._features(scan, options)).cpu().numpy().reshape(-1, slots)
+            return self._read(scan, single=True, **options)["codes"][0].unflatten(0, (-1, per_patch)).cpu().numpy()
 
         return _each(codes, scan, "codes")
+
+    def surprise(self, scan: Any, **options: Any) -> Any:
+        """
+        Next-code NLL float32 [patches, levels] of a scan, in nats a code, mean over a patch's tokens. A DataFrame
+        gains `surprise`.
+        """
+
+        def surprise(scan: Any) -> np.ndarray:
+            return self.model.surprise(self._read(scan, single=True, **options)["codes"])[0].cpu().numpy()
+
+        return _each(surprise, scan, "surprise")
 
     def signal(self, scan: Any, **options: Any) -> Any:
         """
@@ -160,70 +193,93 @@ class ScanReader:
         """
 
         def signal(scan: Any) -> np.ndarray:
-            features = self._features(scan, options)
+            features = self._read(scan, single=True, **options)["features"]
             return _time_first(features["fmri_values"], features["fmri_mask"])
 
         return _each(signal, scan, "signal")
 
     def reconstruct(self, scan: Any, **options: Any) -> Any:
         """What the codec keeps of `signal`: float32 [time, rois] alike. A DataFrame gains `reconstruction`."""
-        self._slots()
 
         def reconstruction(scan: Any) -> np.ndarray:
-            features = self._features(scan, options)
-            decoded = self.model.model.codec.decode(
-                self.model.model.get_fmri_codes(**features), features["roi_coordinates"]
-            )
-            return _time_first(decoded, features["fmri_mask"])
+            read = self._read(scan, single=True, **options)
+            decoded = self.model.model.codec.decode(read["codes"], read["features"]["roi_coordinates"])
+            return _time_first(decoded, read["features"]["fmri_mask"])
 
         return _each(reconstruction, scan, "reconstruction")
 
-    def forecast(self, scan: Any, steps: int = 1, temperature: float | None = None, **options: Any) -> Any:
+    def forecast(
+        self,
+        scan: Any,
+        seconds: float = 32.0,
+        num_samples: int | None = None,
+        temperature: float = 1.0,
+        **options: Any,
+    ) -> Any:
         """
-        float32 [steps * patch_length, rois]: what follows the last frame of a scan, in the unit of `signal`, NaN where
-        a ROI is missing. The model looks back over one window of its processor. The best guess; with a `temperature`
-        a draw. A DataFrame gains `forecast`.
+        float32 [frames, rois]: the expected signal of the `seconds` that follow the last frame of a scan, in the unit
+        of `signal`, NaN where a ROI is missing. The model looks back over one window of its processor. With
+        `num_samples`, [num_samples, frames, rois] sampled signals. A DataFrame gains `forecast`.
         """
-        self._slots()
-        context = self.processor.feature_extractor.window_length
 
         def forecast(scan: Any) -> np.ndarray:
-            features = self._features(scan, {"window": "full", **options})
+            extractor = self.processor.feature_extractor
+            features = extractor([scan], window="full", **options).to(self.model.device)
             frames = int(features["fmri_mask"].any(1).sum())
-            kept = slice(max(0, frames - context), frames)
+            kept = slice(max(0, frames - extractor.window_length), frames)
             values, mask = features["fmri_values"][..., kept], features["fmri_mask"][..., kept]
-            future = self.model.forecast(values, features["roi_coordinates"], mask, steps, temperature)
-            return _time_first(future, mask.any(-1, keepdim=True).expand_as(future))
+            future = self.model.forecast(
+                values, features["roi_coordinates"], mask, seconds, num_samples, temperature
+            )
+            known = mask.any(-1, keepdim=True).expand(*mask.shape[:2], future.shape[-1])
+            if num_samples is None:
+                return _time_first(future, known)
+            return np.stack([_time_first(sample, known) for sample in future])
 
         return _each(forecast, scan, "forecast")
 
-    def _features(self, scan: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """`fmri_values`, `roi_coordinates` and `fmri_mask` of one scan, a batch of one."""
-        if options.get("window") == "sliding":
-            raise ValueError("one window of a scan is read: expected 'first', 'random' or 'full', got 'sliding'")
-        return dict(self.processor.feature_extractor([scan], **options).to(self.model.device))
-
-    def _slots(self) -> int:
-        """Codes of a step; ValueError for a model that reads features and has no codes."""
-        if self.model.fmri_head is None:
-            raise ValueError("expected a model with a codebook, got one that reads continuous features of scans alone")
-        return self.model.config.codec_config.tokens_per_step
+    def _read(self, scan: Any, window: str | None = None, single: bool = False, **options: Any) -> dict[str, Any]:
+        """
+        A scan's windows: "features" (`fmri_values`, `roi_coordinates`, `fmri_mask`, [windows, ...]), "codes" [windows,
+        tokens, levels], and "about", what was read. single: one window alone.
+        """
+        if window not in (None, "first", "full"):
+            raise ValueError(f"expected window 'first', 'full' or None, got {window!r}")
+        window = window or ("first" if single else "sliding")
+        features = self.processor.feature_extractor([scan], window=window, return_windows=True, **options)
+        windows = features.pop("windows")
+        about = {
+            "window": {
+                "start": windows[0]["start"],
+                "stop": windows[-1]["stop"],
+                "windows": len(windows),
+                "scan_seconds": windows[0]["scan_seconds"],
+            },
+            **{name: windows[0][name] for name in ("atlas", "rois", "missing_rois")},
+        }
+        names = ("fmri_values", "roi_coordinates", "fmri_mask")
+        inputs = {name: features[name].to(self.model.device) for name in names}
+        return {"features": inputs, "codes": self.model.model.get_fmri_codes(**inputs), "about": about}
 
     def _prompts(
-        self, scans: list, questions: list[str], history: Sequence[tuple[str, str]], **options: Any
+        self, rows: list[tuple[dict[str, Any], str]], history: Sequence[tuple[str, str]]
     ) -> dict[str, torch.Tensor]:
-        """Model inputs of one chat a scan, padded on the left."""
-        chats = []
-        for scan, question in zip(scans, questions, strict=True):
-            content = [{"type": "fmri", "fmri": scan}]
-            chat = []
-            for asked, answered in history:
-                chat.append({"role": "user", "content": [*content, {"type": "text", "text": asked}]})
-                chat.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
-                content = []
-            chats.append([*chat, {"role": "user", "content": [*content, {"type": "text", "text": question}]}])
-        options = {"add_generation_prompt": True, "padding_side": "left", **options}
-        return dict(self.processor.apply_chat_template(chats, **options).to(self.model.device))
+        """Model inputs of a chat for each window of each scan and its question, padded on the left."""
+        chats, codes = [], []
+        for read, question in rows:
+            for window in read["codes"]:
+                content: list[dict[str, Any]] = [{"type": "fmri", "tokens": len(window)}]
+                chat = []
+                for asked, answered in history:
+                    chat.append({"role": "user", "content": [*content, {"type": "text", "text": asked}]})
+                    chat.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
+                    content = []
+                chats.append([*chat, {"role": "user", "content": [*content, {"type": "text", "text": question}]}])
+                codes.append(window)
+        inputs = self.processor.apply_chat_template(chats, add_generation_prompt=True, padding_side="left")
+        inputs = dict(inputs.to(self.model.device))
+        inputs["fmri_codes"] = torch.nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1)
+        return inputs
 
     def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
         ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]

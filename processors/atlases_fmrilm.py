@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from .scan_io_fmrilm import (
     CORTEX,
@@ -137,6 +136,8 @@ class Parcels:
         if self.volume.shape == tuple(shape) and np.allclose(affine, self.affine, atol=1e-3):
             return self.volume
         to_label = np.linalg.inv(self.affine) @ affine
+        from scipy import ndimage
+
         # with a diagonal alone, scipy goes axis by axis: faster
         matrix = to_label[:3, :3]
         matrix = np.diag(matrix) if np.array_equal(matrix, np.diag(np.diag(matrix))) else matrix
@@ -299,7 +300,7 @@ class Atlas:
         for what, values in (("ROI name", rois), ("label", labels)):
             if len(set(values)) < len(values):
                 repeated = next(value for value in values if values.count(value) > 1)
-                raise ValueError(f"atlas {self.name!r}: {what} {repeated!r} stands twice, expected it once")
+                raise ValueError(f"atlas {self.name!r}: {what} {repeated!r} is there twice, expected once")
         if min(labels) < 1:
             raise ValueError(f"atlas {self.name!r}: expected labels >= 1 (0 is background), got {min(labels)}")
         coordinates.setflags(write=False)
@@ -376,11 +377,12 @@ class Atlas:
             return cls.from_table(source) if label_image is None else cls.from_image(label_image, source)
         if isinstance(source, str):
             atlas = cls.load(source, parcels and label_image is None)
-        elif hasattr(source, "to_dict"):
-            # code loaded from a checkpoint has an Atlas class of its own: what counts is that it can be written down
-            atlas = source if isinstance(source, cls) else cls.from_dict(source.to_dict(), source.parcels)
+        elif isinstance(source, (cls, dict)):
+            atlas = cls.from_dict(source) if isinstance(source, dict) else source
         else:
-            atlas = cls.from_dict(source)
+            # code loaded from a checkpoint has an Atlas class of its own
+            other: Any = source
+            atlas = cls.from_dict(other.to_dict(), other.parcels)
         return atlas if label_image is None else atlas.with_parcels(read_parcels(label_image))
 
     def with_parcels(self, parcels: Parcels) -> "Atlas":
@@ -402,8 +404,8 @@ class Atlas:
     def without(self, missing: np.ndarray) -> "Atlas":
         """The atlas without the ROIs that are missing, bool [rois]; it has no parcels."""
         keep = np.flatnonzero(~missing)
-        rois, networks, labels = (tuple(values[i] for i in keep) for values in (self.rois, self.networks, self.labels))
-        return Atlas(self.name, rois, networks, self.coordinates[keep], labels)
+        rois, networks = (tuple(values[i] for i in keep) for values in (self.rois, self.networks))
+        return Atlas(self.name, rois, networks, self.coordinates[keep], tuple(self.labels[i] for i in keep))
 
     @classmethod
     def join(cls, name: str, atlases: list["Atlas"]) -> "Atlas":
@@ -647,6 +649,8 @@ def volume_centers(parcels: Parcels) -> tuple[np.ndarray, np.ndarray]:
     if parcels.volume is None or parcels.affine is None:
         raise ValueError("expected a label volume, got surface labels only")
     numbers = np.unique(parcels.volume[parcels.volume > 0])
+    from scipy import ndimage
+
     voxels = ndimage.center_of_mass(np.ones(parcels.volume.shape, np.uint8), parcels.volume, numbers)
     return numbers, np.array(voxels).reshape(-1, 3) @ parcels.affine[:3, :3].T + parcels.affine[:3, 3]
 

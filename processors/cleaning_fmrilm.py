@@ -11,7 +11,6 @@ Cleaning follows Lindquist et al. 2019 (second recommendation), Power et al. 201
    estimated without them.
 """
 
-import csv
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 from scipy.interpolate import CubicSpline, make_interp_spline
 from scipy.linalg import qr
-from scipy.signal import butter, resample_poly, sosfiltfilt
+
+from .scan_io_fmrilm import read_table
 
 
 # interquartile range of a standard normal distribution
@@ -119,7 +119,7 @@ def _read_confounds(confounds: Any, frames: int) -> tuple[tuple[str, ...] | None
         return None, None
     names = None
     if isinstance(confounds, (str, Path)):
-        names, confounds = _read_table(Path(confounds))
+        names, confounds = read_table(Path(confounds))
     elif hasattr(confounds, "columns"):
         names = tuple(str(name) for name in confounds.columns)
     values = np.array(confounds, dtype=np.float64)
@@ -131,22 +131,6 @@ def _read_confounds(confounds: Any, frames: int) -> tuple[tuple[str, ...] | None
             f"(shape {values.shape})"
         )
     return names, values
-
-
-def _read_table(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with open(path, newline="", encoding="utf-8-sig") as handle:
-        rows = [row for row in csv.reader(handle, delimiter=delimiter) if row]
-    if not rows:
-        raise ValueError("expected a confound table with a header, got an empty file")
-    for number, row in enumerate(rows[1:], start=2):
-        if len(row) != len(rows[0]):
-            raise ValueError(f"confound table, line {number}: expected {len(rows[0])} cells, got {len(row)}")
-    cells = [["nan" if cell.strip() in ("", "n/a") else cell for cell in row] for row in rows[1:]]
-    try:
-        return tuple(name.strip() for name in rows[0]), np.array(cells, dtype=np.float64)
-    except ValueError as error:
-        raise ValueError(f"confound table: expected numbers below the header: {error}") from error
 
 
 def _kept_frames(
@@ -210,6 +194,9 @@ def _band_pass(values: np.ndarray, tr: float, cleaning: Cleaning) -> np.ndarray:
     if max(cutoffs) >= 0.5 / tr:
         raise ValueError(f"expected cutoffs under {0.5 / tr:.3f} Hz, half the sampling rate, got {max(cutoffs)} Hz")
     kind = "bandpass" if len(cutoffs) == 2 else "lowpass" if cleaning.high_pass is None else "highpass"
+    # takes a while to import
+    from scipy.signal import butter, sosfiltfilt
+
     sections = butter(FILTER_ORDER, cutoffs if len(cutoffs) == 2 else cutoffs[0], kind, output="sos", fs=1 / tr)
     try:
         return sosfiltfilt(sections, values, axis=0)
@@ -264,6 +251,8 @@ def resample(signal: np.ndarray, tr: float, repetition_time: float) -> np.ndarra
         return signal
     # at both ends a mirror image keeps slow fluctuations, where zeros would bend them towards the mean; point
     # reflection would keep them better, but lets fast ones through unfiltered
+    from scipy.signal import resample_poly
+
     resampled = resample_poly(signal, ratio.numerator, ratio.denominator, axis=0, padtype="symmetric")
     return resampled[: resampled_length(len(signal), tr, repetition_time)]
 

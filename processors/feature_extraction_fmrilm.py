@@ -48,7 +48,7 @@ class MeasuredScan:
     @property
     def missing(self) -> np.ndarray:
         """Missing ROIs: bool [rois]."""
-        return np.isnan(self.signal).all(axis=0)
+        return np.asarray(np.isnan(self.signal).all(axis=0))
 
 
 class FmriLMFeatureExtractor(FeatureExtractionMixin):
@@ -233,25 +233,21 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         for number, scan in enumerate(scans):
             signal, scan_atlas = self.prepare_signal(scan, tr=tr, atlas=atlas, label_image=label_image)
             missing = np.flatnonzero(np.isnan(signal).all(axis=0))
-            seconds = len(signal) * self.repetition_time
+            interval, seconds = self.repetition_time, len(signal) * self.repetition_time
+            read = {
+                "scan": number,
+                "scan_seconds": seconds,
+                "atlas": scan_atlas.name,
+                "rois": len(scan_atlas) - len(missing),
+                "missing_rois": [scan_atlas.rois[roi] for roi in missing],
+            }
             if window == "first" and len(signal) > self.window_length:
-                read = self.window_length * self.repetition_time
-                warn_once(f"of a scan of {seconds:g} s, the first {read:g} s are read; window='full' reads all of it")
+                first = self.window_length * interval
+                warn_once(f"of scans of {seconds:g} s, the first {first:g} s are read, window='first'")
             stride = self.window_length if window_stride is None else window_stride
             for start, stop in window_bounds(len(signal), window, self.window_length, stride, generator):
                 items.append((signal[start:stop], scan_atlas))
-                windows.append(
-                    {
-                        "scan": number,
-                        "atlas": scan_atlas.name,
-                        "start": start * self.repetition_time,
-                        "stop": stop * self.repetition_time,
-                        "scan_seconds": seconds,
-                        "frames": stop - start,
-                        "rois": len(scan_atlas) - len(missing),
-                        "missing_rois": [scan_atlas.rois[roi] for roi in missing],
-                    }
-                )
+                windows.append({**read, "start": start * interval, "stop": stop * interval, "frames": stop - start})
 
         data = self._pad(items)
         if window == "sliding":
@@ -297,7 +293,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             missing = np.isnan(signal).all(axis=0) | _is_constant(np.ptp(signal, axis=0), signal)
         signal[:, missing] = np.nan
         self._check_missing(missing, found)
-        _check_finite(signal[:, ~missing], found.without(missing))
+        _check_finite(signal, missing, found)
         return MeasuredScan(signal, tr, found, confounds, censored)
 
     def num_patches(self, fmri_mask: np.ndarray | torch.Tensor) -> list[int]:
@@ -405,8 +401,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
 
     def _pad(self, items: list[tuple[np.ndarray, Atlas]]) -> dict[str, np.ndarray]:
         rois = max(len(atlas) for _, atlas in items)
-        steps = max(math.ceil(len(signal) / self.patch_length) for signal, _ in items)
-        values = np.zeros((len(items), rois, steps * self.patch_length), dtype=np.float32)
+        patches = max(math.ceil(len(signal) / self.patch_length) for signal, _ in items)
+        values = np.zeros((len(items), rois, patches * self.patch_length), dtype=np.float32)
         coordinates = np.zeros((len(items), rois, 3), dtype=np.float32)
         mask = np.zeros(values.shape, dtype=bool)
         for i, (signal, atlas) in enumerate(items):
@@ -421,7 +417,7 @@ def _agree(what: str, argument: Any, own: Any) -> Any:
     if argument is None or own is None:
         return own if argument is None else argument
     if isinstance(argument, str) != isinstance(own, str):
-        # a name and an atlas of that name say the same; the atlas says more
+        # a name and an atlas of that name agree; the atlas has the ROIs
         argument, own = sorted((argument, own), key=lambda value: isinstance(value, str))
         same = argument.name == own
     else:
@@ -497,47 +493,14 @@ def _sized(atlases: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{atlas['name']} ({len(atlas['rois'])} ROIs)" for atlas in atlases) or "none"
 
 
-def _check_finite(signal: np.ndarray, atlas: Atlas) -> None:
-    bad = ~np.isfinite(signal)
+def _check_finite(signal: np.ndarray, missing: np.ndarray, atlas: Atlas) -> None:
+    bad = ~np.isfinite(signal) & ~missing
     if bad.any():
         first = int(np.flatnonzero(bad.any(axis=0))[0])
         raise ValueError(
             f"{int(bad.sum())} of {signal.size} values are NaN or infinite, the first ROI with one is "
             f"{atlas.rois[first]!r} (column {first}); expected finite numbers"
         )
-
-
-def _agree(what: str, argument: Any, own: Any) -> Any:
-    """The value that is given, once or twice alike; a scan's own value and the call's must not contradict."""
-    if argument is None or own is None:
-        return own if argument is None else argument
-    if isinstance(argument, str) != isinstance(own, str):
-        # a name and an atlas of that name say the same; the atlas says more
-        argument, own = sorted((argument, own), key=lambda value: isinstance(value, str))
-        same = argument.name == own
-    else:
-        same = argument == own
-    if not same:
-        raise ValueError(f"{what} given twice and differently: {argument!r} and {own!r}")
-    return argument
-
-
-def _check_tr(tr: float | None, what: str = "tr") -> float:
-    if tr is None:
-        raise ValueError("the scan's repetition time is not known: give tr=... in seconds")
-    if not TR_RANGE[0] < tr < TR_RANGE[1]:
-        hint = "; milliseconds?" if tr >= TR_RANGE[1] else ""
-        raise ValueError(f"{what} must be in {TR_RANGE} seconds, got {tr:g}{hint}")
-    return tr
-
-
-def _as_float_array(scan: Any) -> np.ndarray:
-    if isinstance(scan, torch.Tensor):
-        scan = scan.detach().cpu().to(torch.float64).numpy()
-    array = np.asarray(scan)
-    if array.dtype.kind not in "iuf":
-        raise ValueError(f"expected a signal of real numbers, got {type(scan).__name__} of dtype {array.dtype}")
-    return array.astype(np.float64)
 
 
 def _check_window(window: str, window_stride: int | None) -> None:

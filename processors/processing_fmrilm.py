@@ -22,7 +22,7 @@ _SCAN = re.compile(
     f"|{re.escape(FMRI_PAD)}"
 )
 _TEXT_KEYS = ("input_ids", "attention_mask", "assistant_masks")
-_FEATURE_OPTIONS = ("tr", "atlas", "label_image", "window", "generator")
+_FEATURE_OPTIONS = ("tr", "atlas", "label_image", "window", "generator", "return_windows")
 _TOKENIZER_OPTIONS = (
     "padding",
     "padding_side",
@@ -32,7 +32,7 @@ _TOKENIZER_OPTIONS = (
     "sanitize_control_tokens",
 )
 
-# What the assistant has to produce, end token included, stands between the generation tags, which TRL looks for.
+# What the assistant has to produce, end token included, is between the generation tags, which TRL looks for.
 _MESSAGES = """\
 {%- for message in messages -%}
     {{- start + message['role'] + '\\n' -}}
@@ -63,7 +63,7 @@ def add_fmri_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
 class FmriLMProcessor(ProcessorMixin):
     """Joins a feature extractor and a tokenizer.
 
-    A scan stands in the text as a start token, `patches * tokens_per_patch` pad tokens, `summary_tokens` summary
+    A scan in the text is a start token, `patches * tokens_per_patch` pad tokens, `summary_tokens` summary
     tokens and an end token.
 
     Args:
@@ -104,7 +104,7 @@ class FmriLMProcessor(ProcessorMixin):
         return files
 
     def scan_text(self, tokens: int) -> str:
-        """A scan of that many latent tokens as it stands in a text."""
+        """A scan of that many latent tokens in a text."""
         return FMRI_START + FMRI_PAD * tokens + FMRI_SUMMARY * self.summary_tokens + FMRI_END
 
     @property
@@ -139,6 +139,7 @@ class FmriLMProcessor(ProcessorMixin):
         window: str | None = None,
         generator: np.random.Generator | None = None,
         return_tensors: str | None = "pt",
+        return_windows: bool = False,
         padding: bool | str = True,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -148,12 +149,12 @@ class FmriLMProcessor(ProcessorMixin):
             text: one or several texts; each scan as `<|fmri_start|><|fmri_pad|><|fmri_end|>` or `<|fmri_pad|>`.
             fmri: one scan or a flat list, in the order of their placeholders over all texts.
             images, videos, audio: not taken; generic callers pass them as None.
-            tr, atlas, label_image, window, generator: as in the feature extractor.
+            tr, atlas, label_image, window, generator, return_windows: as in the feature extractor.
             kwargs: options of the tokenizer, such as `padding_side`.
 
         Returns:
             `input_ids` and `attention_mask` [batch, tokens]; with scans also `fmri_values` and `fmri_mask`
-            [scans, rois, time] and `roi_coordinates` [scans, rois, 3].
+            [scans, rois, time] and `roi_coordinates` [scans, rois, 3]; on demand `windows`, which is no model input.
         """
         if images is not None or videos is not None or audio is not None:
             raise ValueError("expected text and fmri, got images, videos or audio")
@@ -177,6 +178,7 @@ class FmriLMProcessor(ProcessorMixin):
             window=window,
             generator=generator,
             return_tensors=return_tensors,
+            return_windows=return_windows,
         )
         remaining = iter(tokens)
         texts = [_SCAN.sub(lambda _: self.scan_text(next(remaining)), item) for item in texts]
@@ -205,6 +207,7 @@ class FmriLMProcessor(ProcessorMixin):
         label_image: Any = None,
         window: str | None = None,
         generator: np.random.Generator | None = None,
+        return_windows: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -216,7 +219,7 @@ class FmriLMProcessor(ProcessorMixin):
 
         Args:
             return_assistant_tokens_mask: add `assistant_masks`, 1 on the assistant's messages and their end tokens.
-            tr, atlas, label_image, window, generator: as in the feature extractor, for all scans.
+            tr, atlas, label_image, window, generator, return_windows: as in the feature extractor, for all scans.
             padding_side: "left" or "right"; the tokenizer's own unless given.
             sanitize_control_tokens: read special tokens that stand in a message as plain text.
             processor_kwargs: any of the options above, in the form in which pipelines pass them.
@@ -233,6 +236,7 @@ class FmriLMProcessor(ProcessorMixin):
             "label_image": label_image,
             "window": window,
             "generator": generator,
+            "return_windows": return_windows,
             "padding": padding,
             "padding_side": padding_side,
             "return_tensors": return_tensors,
@@ -337,7 +341,7 @@ class FmriLMProcessor(ProcessorMixin):
         texts = []
         for block in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             if block["type"] == "fmri":
-                # without a number of tokens, one stands for all
+                # without a number of tokens, one is the placeholder of all
                 texts.append(self.scan_text(block.get("tokens") or 1))
             elif block["type"] == "text":
                 texts.append(block["text"] if special is None else mark_control_tokens(block["text"], special))
@@ -407,7 +411,7 @@ def _refuse_typed(texts: Iterable[str | None]) -> None:
         for token in FMRI_TOKENS:
             if text is not None and token in text:
                 raise ValueError(
-                    f"typed placeholder: {token} stands in the text by itself; in a chat, scans go into blocks "
+                    f"typed placeholder: {token} is in the text by itself; in a chat, scans go into blocks "
                     '{"type": "fmri", "fmri": scan}, elsewhere one placeholder block stands for each scan'
                 )
 

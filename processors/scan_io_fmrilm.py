@@ -71,7 +71,7 @@ class Volumes:
         slope, inter: stored value * slope + inter is the value meant.
         source: path, bytes, or the array itself.
         cifti: the file is a CIFTI matrix, not an image.
-        tr_from: where the TR stands.
+        tr_from: where the TR was found: the header, or the name of a sidecar.
     """
 
     name: str
@@ -99,11 +99,11 @@ class Volumes:
         volume = np.empty(voxels, self.dtype)
         target = (volume if self.dtype.isnative else volume.view("u1")).data.cast("B")
         with opened(self.source, self.name) as stream:
-            _skip(stream, self.offset)
+            stream.seek(self.offset)
             for _ in range(frames):
                 _fill(stream, target)
                 yield volume
-            # at the end of compressed data stands their checksum
+            # compressed data end with their checksum
             stream.read(1)
 
 
@@ -219,7 +219,8 @@ def _read_file(path: Path) -> Volumes | SurfaceSeries | RoiSeries:
     if name.endswith(".npy"):
         return RoiSeries(path.name, _read_array(path))
     if name.endswith((".csv", ".tsv", ".1d")):
-        return _read_table(path)
+        header, values = read_table(path)
+        return RoiSeries(path.name, values.astype(np.float32), rois=header)
     raise ValueError(f"expected one of {', '.join(FORMATS)}, got {path.name}")
 
 
@@ -331,15 +332,6 @@ def opened(source: Any, name: str) -> Iterator[io.BufferedIOBase]:
             yield inflated(file, "rb") if compressed else file
         except DAMAGE as error:
             raise ValueError(f"{name}: the file is damaged or cut short: {error}") from error
-
-
-def _skip(stream: io.BufferedIOBase, size: int) -> None:
-    """Move on by a number of bytes, holding few of them."""
-    while size > 0:
-        found = len(stream.read(min(size, 2**20)))
-        if not found:
-            raise EOFError(f"{size} bytes before the first value are missing")
-        size -= found
 
 
 def _fill(stream: io.BufferedIOBase, target: memoryview) -> None:
@@ -506,13 +498,13 @@ def _read_array(path: Path) -> np.ndarray:
         raise ValueError(f"{path.name}: not a readable .npy file: {error}") from error
 
 
-def _read_table(path: Path) -> RoiSeries:
-    """A column a ROI. The header holds names or numbers, and may be absent: `rois` is then None."""
+def read_table(path: Path) -> tuple[tuple[str, ...] | None, np.ndarray]:
+    """Header of names or numbers, None if it is absent, and float64 [rows, columns] of a .csv, .tsv or .1D file."""
     header, rows = _table_rows(path)
     if header is None and rows and _is_header(rows):
         header, rows = rows[0][1], rows[1:]
     if not rows:
-        raise ValueError(f"{path.name}: expected a header row of ROI names and rows of numbers, got no row of numbers")
+        raise ValueError(f"{path.name}: expected a header row of names and rows of numbers, got no row of numbers")
     columns = len(rows[0][1] if header is None else header)
     if header is not None and columns == 1 and ";" in header[0]:
         raise ValueError(f"{path.name}: expected cells separated by commas or tabs, got semicolons")
@@ -524,7 +516,7 @@ def _read_table(path: Path) -> RoiSeries:
         values = [[np.nan if cell.strip() in ("", "n/a") else float(cell) for cell in row] for _, row in rows]
     except ValueError as error:
         raise ValueError(f"{path.name}: expected numbers below the header: {error}") from error
-    return RoiSeries(path.name, np.array(values, np.float32), rois=header and tuple(cell.strip() for cell in header))
+    return None if header is None else tuple(cell.strip() for cell in header), np.array(values)
 
 
 def _table_rows(path: Path) -> tuple[list[str] | None, list[tuple[int, list[str]]]]:

@@ -127,18 +127,28 @@ def make_language_model() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture
-def tiny_model(processor: FmriLMProcessor) -> Callable[..., FmriLMForConditionalGeneration]:
-    """Builds the joint model: backbone and tied."""
+def joined(processor: FmriLMProcessor) -> Callable[[PreTrainedModel], FmriLMForConditionalGeneration]:
+    """Joins the tiny codec and a language model, whose vocabulary has room for the fMRI tokens or grows."""
 
     from fmrilm.training.alignment.joint import join
 
-    def build(backbone: str = "llama", tied: bool = True) -> FmriLMForConditionalGeneration:
-        language_model = build_tiny_language_model(backbone, len(processor.tokenizer) - 4, tied)
-        model = join(build_tiny_codec(), language_model, processor)
-        # fitted to something: at nothing it could be left out of sums unseen
-        for weight in model.fmri_autoregression.parameters():
+    def build(language_model: PreTrainedModel) -> FmriLMForConditionalGeneration:
+        model = join(build_tiny_codec(), language_model, processor, score_names=["age", "motion"])
+        # trained to something: at zero it could be left out of sums unseen
+        for weight in (model.model.fmri_head.proj.weight, model.model.fmri_head.frequencies):
             torch.nn.init.normal_(weight, std=0.3)
+        torch.nn.init.normal_(model.model.summary.readout.weight, std=0.5)
         return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_model(joined: Callable, processor: FmriLMProcessor) -> Callable[..., FmriLMForConditionalGeneration]:
+    """Builds the joint model: backbone and tied."""
+
+    def build(backbone: str = "llama", tied: bool = True) -> FmriLMForConditionalGeneration:
+        return joined(build_tiny_language_model(backbone, len(processor.tokenizer) - 4, tied))
 
     return build
 
@@ -177,7 +187,7 @@ def extractor(tiny_atlas: Atlas) -> FmriLMFeatureExtractor:
 
 @pytest.fixture
 def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedTokenizerFast) -> FmriLMProcessor:
-    return FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2)
+    return FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=2)
 
 
 @pytest.fixture

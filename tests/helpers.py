@@ -1,16 +1,17 @@
 """Scans and codes that several test files make, and a place to run in without this package."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
+from datasets import Array2D, Dataset, Features, Value
 from packaging.requirements import Requirement
 
 from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.training.data.dataset import Scans
 
 
 def atlas(name: str = "small", rois: int = 9) -> Atlas:
@@ -59,29 +60,63 @@ def confounds_table(seed: int, frames: int) -> pd.DataFrame:
     return table
 
 
-def prepared(subject: str, dataset: str = "study", frames: int = 40, of: Atlas | None = None, seed: int = 0):
-    """A scan of noise with some memory: [frames, rois]."""
-    from fmrilm.training.data.dataset import PreparedScan
+def noise_signal(subject: str, frames: int = 40, of: Atlas | None = None, seed: int = 0) -> np.ndarray:
+    """Noise with some memory: float32 [frames, rois]."""
+    return noise(subject, frames, len(of or atlas()), seed)
 
+
+def noise_scans(*subjects: str, frames: int = 40, of: Atlas | None = None, seed: int = 0) -> Scans:
+    """A scan of each subject as training reads it, in memory."""
     of = of or atlas()
-    noise = np.random.default_rng(seed + sum(map(ord, subject))).standard_normal((frames + 3, len(of)))
-    signal = sum(noise[lag : lag + frames] for lag in range(4)) / 2
-    return PreparedScan(signal.astype(np.float32), of, dataset, subject, "1")
+    signals = [noise_signal(subject, frames, of, seed) for subject in subjects]
+    return scans_of(signals, of, subject=list(subjects))
 
 
-def random_scans(windows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [windows, tokens] whose first two say which window they are of, and levels with unknown ones."""
+def scans_of(signals: Sequence[np.ndarray], of: Atlas, **columns: list) -> Scans:
+    """Scans of these signals [time, rois], in memory; columns: of the table."""
+    features = Features({"signal": Array2D((None, len(of)), "float32"), "frames": Value("int64")})
+    frames = [len(signal) for signal in signals]
+    part = Dataset.from_dict({"signal": list(signals), "frames": frames}, features).with_format("numpy")
+    known = {"subject": [f"p{row}" for row in range(len(signals))], "dataset": "study", "session": None, **columns}
+    table = pd.DataFrame({**known, "atlas": of.name, "row": range(len(signals)), "frames": frames})
+    return Scans({of.name: part}, table, {of.name: of}, patch_length=4)
+
+
+def noise(subject: str, frames: int, rois: int, seed: int = 0) -> np.ndarray:
+    """A signal float32 [frames, rois] with some memory."""
+    white = np.random.default_rng(seed + sum(map(ord, subject))).standard_normal((frames + 3, rois))
+    return (sum(white[lag : lag + frames] for lag in range(4)) / 2).astype(np.float32)
+
+
+def random_examples(windows: int = 8, rows: list[dict] | None = None, seed: int = 0):
+    """
+    Windows [8 tokens, 3 levels] for the tiny models, whose first token holds which window they are of, with levels of
+    which a quarter is unknown. rows: what is known of their scans.
+    """
+    from fmrilm.training.alignment.examples import Examples
+
     rng = np.random.default_rng(seed)
-    codes = rng.integers(16, size=(windows, 8))
-    codes[:, 0], codes[:, 1] = np.divmod(np.arange(windows), 16)
-    return codes, rng.integers(-1, 3, size=(windows, len(CORE_NAMES)))
+    codes = rng.integers(16, size=(windows, 8, 3)).astype(np.int32)
+    codes[:, 0] = np.stack(np.unravel_index(np.arange(windows), (16, 16, 16)), axis=1)
+    levels = rng.integers(-1, 3, size=(windows, len(CORE_NAMES)))
+    z_scores = np.where(levels < 0, np.nan, levels - 1 + 0.2 * rng.standard_normal(levels.shape))
+    rows = rows or [{"subject": f"s{window // 2}"} for window in range(windows)]
+    features = rng.standard_normal((windows, 27)).astype(np.float32)
+    scores = rng.standard_normal((windows, 2)).astype(np.float32)
+    return Examples(list(codes), features, z_scores, levels, rows, scores)
+
+
+def window_of(codes: list[list[int]]) -> int:
+    """Which window of `random_examples` these codes are of."""
+    return int(np.ravel_multi_index(codes[0], (16, 16, 16)))
 
 
 def chats(rows: int = 8, statements: int = 1) -> Dataset:
-    from fmrilm.training.alignment.chats import instruction_dataset
+    """Rows of stage 3 about descriptors."""
+    from fmrilm.training.sft.chats import Mixture, instruction_rows
 
-    weights = [0.4, 0.3, 0.3]
-    return instruction_dataset(*random_scans(8), rows, questions=2, statements=statements, weights=weights, seed=0)
+    mixture = Mixture(weights=[0.4, 0.3, 0.3], questions=2, statements=statements)
+    return instruction_rows(random_examples(), [], rows, mixture, seed=0)
 
 
 def distributions(*names: str) -> Iterator[Distribution]:

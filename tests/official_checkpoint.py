@@ -18,9 +18,13 @@ def norm(name: str) -> Tensors:
     return {f"{name}.weight": 1 + 0.1 * torch.randn(WIDTH), f"{name}.bias": 0.1 * torch.randn(WIDTH)}
 
 
-def brain_tensors(layout: str, patch: int, feature_dim: int) -> Tensors:
-    """Encoder, projector and what neither needs, by the names that the documentation gives."""
-    encoder = "tokenizer.encoder."
+# the training code saves the encoder itself as the tokenizer
+PREFIXES = {"released": "tokenizer.encoder.", "december-2025": "tokenizer."}
+
+
+def brain_tensors(layout: str, patch: int, feature_dim: int, prefix: str | None = None) -> Tensors:
+    """Encoder, projector and what neither needs, by the names of the official code."""
+    encoder = PREFIXES[layout] if prefix is None else prefix
     tensors = linear(encoder + "patch_embed.proj", WIDTH, patch)
     tensors[encoder + "patch_embed.proj.weight"] = tensors[encoder + "patch_embed.proj.weight"][:, None, None]
     tensors[encoder + "pos_embed"] = torch.randn(1, ROIS, WIDTH)
@@ -42,7 +46,9 @@ def brain_tensors(layout: str, patch: int, feature_dim: int) -> Tensors:
     return tensors
 
 
-def language_tensors(model: PreTrainedModel, prefix: str, lora: str | None) -> tuple[Tensors, Tensors]:
+def language_tensors(
+    model: PreTrainedModel, prefix: str, lora: str | None, alpha: float = 2.0
+) -> tuple[Tensors, Tensors]:
     """
     A language model by official names, random adapters beside the weights that `lora` names; and its own state with
     these merged.
@@ -61,8 +67,8 @@ def language_tensors(model: PreTrainedModel, prefix: str, lora: str | None) -> t
         a, b = torch.randn(1, inside), torch.randn(out, 1)
         tensors[f"{prefix}{module}.lora_A.default.weight"] = a
         tensors[f"{prefix}{module}.lora_B.default.weight"] = b
-        # alpha 2 over rank 1
-        update = 2 * b @ a
+        # over rank 1
+        update = alpha * b @ a
         plain[name] = value + (update.T if transposed else update)
     return tensors, plain
 
@@ -85,7 +91,7 @@ def features(tensors: Tensors, layout: str, x: torch.Tensor, patch: int, feature
     def gelu(z: torch.Tensor) -> torch.Tensor:
         return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
 
-    encoder = "tokenizer.encoder."
+    encoder = PREFIXES[layout]
     w, b = weight(encoder + "patch_embed.proj")
     steps = x.shape[1] // patch
     z = torch.stack(

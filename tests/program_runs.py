@@ -6,26 +6,25 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from typer.testing import CliRunner
 
-from fmrilm import FmriCodecModel
-from fmrilm.training.alignment import program as alignment_program
-from fmrilm.training.cli.main import app
-from fmrilm.training.codec import program as codec_program
+from fmrilm import FmriCodecModel, training
+from fmrilm.processors import FmriLMFeatureExtractor
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
-from fmrilm.training.sft import program as sft_program
-from helpers import atlas, prepared
+from fmrilm.training.data.prepare import Preparation, prepare
+from fmrilm.training.data.scan_sources import find_scans
+from helpers import atlas, noise
 
 
-PEOPLE, ROIS, FRAMES = 6, 24, 60
-PROGRAMS = {"codec": codec_program.main, "alignment": alignment_program.main, "sft": sft_program.main}
+SUBJECTS, ROIS, FRAMES = 6, 24, 60
+CONFIGS = Path(training.__file__).parent / "configs" / "demo"
 SHARED = {
     "max_steps": 8,
     "save_steps": 2,
@@ -33,25 +32,23 @@ SHARED = {
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,
     "logging_steps": 1,
-    "report_to": "none",
     "disable_tqdm": "true",
     "use_cpu": "true",
     "bf16": "false",
 }
-CHATS = {"window_stride": 4, "paragraphs": 1, "use_peft": "true", "lora_r": 2, "lora_dropout": 0.1, "rows": 20}
+CHATS = {"window_stride": 4, "paragraphs": 1, "mixtures": 4, "lora_r": 2, "lora_dropout": 0.1, "rows": 20}
 STAGES = {
     "codec": {
         "window_length": 16,
         "patch_length": 4,
-        "tokens_per_step": 2,
+        "tokens_per_patch": 2,
         "codebook_size": 8,
         "codebook_dim": 4,
         "max_rois": 10,
         "start_steps": 2,
-        "held_out_share": 0.34,
     },
-    "alignment": {**CHATS, "window_length": 16, "projector_steps": 2, "autoregression_steps": 2},
-    "sft": {**CHATS, "questions": 2, "gradient_checkpointing": "false"},
+    "alignment": {**CHATS, "summary_tokens": 2},
+    "sft": {**CHATS, "questions": 2},
 }
 
 
@@ -67,15 +64,16 @@ def make_folders(
             writer.writerow([label, name, "L", network, *place.tolist()])
     with open(root / "manifest.csv", "w", newline="") as handle:
         writer = csv.writer(handle)
-        writer.writerow(["path", "subject", "tr", "handedness"])
-        for person in range(PEOPLE):
-            np.save(root / f"{person}.npy", prepared(f"p{person}", frames=FRAMES, of=of).signal)
-            writer.writerow([f"{person}.npy", f"p{person}", 2.0, "left" if person % 3 == 1 else "right"])
-    arguments = ["prepare", root / "manifest.csv", root / "prepared", "--atlas", root / "net.tsv"]
-    assert CliRunner().invoke(app, [str(argument) for argument in arguments]).exit_code == 0
-    settings = CorpusSettings(test_share=0.34, statements=1, questions=3)
+        writer.writerow(["path", "subject", "site", "tr", "handedness"])
+        for subject in range(SUBJECTS):
+            np.save(root / f"{subject}.npy", noise(f"p{subject}", FRAMES, ROIS))
+            handedness = "left" if subject % 3 == 1 else "right"
+            writer.writerow([f"{subject}.npy", f"p{subject}", "AB"[subject % 2], 2.0, handedness])
+    prepare(find_scans(root / "manifest.csv"), root / "prepared", str(root / "net.tsv"), Preparation())
+    settings = CorpusSettings(statements=1, questions=3)
     describe_dataset(load_source(str(root / "prepared")), root / "corpus", settings)
     codec.save_pretrained(root / "codec")
+    FmriLMFeatureExtractor(patch_length=4, window_length=16).save_pretrained(root / "codec")
     language_model.save_pretrained(root / "language_model")
     tokenizer.save_pretrained(root / "language_model")
     joint = run("alignment", root, root / "joint_run", max_steps=1, use_peft="false", save_strategy="no")
@@ -84,14 +82,12 @@ def make_folders(
 
 
 def command_line(stage: str, folders: Path, output: Path, **changes) -> list[str]:
-    data = {"data": folders / "prepared"}
-    if stage != "codec":
-        data["corpus"] = folders / "corpus"
+    data = {"data": folders / ("prepared" if stage == "codec" else "corpus")}
     if stage == "alignment":
         data |= {"codec": folders / "codec", "model_name_or_path": folders / "language_model"}
     if stage == "sft":
         data["model_name_or_path"] = folders / "joint"
-    values = {**SHARED, **STAGES[stage], **data, "output_dir": output, **changes}
+    values = {"config": CONFIGS / f"{stage}.yaml", **SHARED, **STAGES[stage], **data, "output_dir": output, **changes}
     words = []
     for name, value in values.items():
         if value is None:
@@ -101,7 +97,7 @@ def command_line(stage: str, folders: Path, output: Path, **changes) -> list[str
 
 
 def run(stage: str, folders: Path, output: Path, **changes) -> Path:
-    PROGRAMS[stage](command_line(stage, folders, output, **changes))
+    import_module(f"fmrilm.training.{stage}.program").main(command_line(stage, folders, output, **changes))
     return output
 
 

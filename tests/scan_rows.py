@@ -7,25 +7,28 @@ from fmrilm import FmriLMForConditionalGeneration
 
 
 Model = FmriLMForConditionalGeneration
+Scan = list[list[int]]
 BACKBONES = ["llama", "qwen3", "gpt2"]
-# two tokens make a step: a scan of four steps, one of two
-LONG, SHORT = [3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8]
+# codes of three levels; two tokens make a patch: a scan of four patches, one of two
+LONG: Scan = [[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9], [3, 2, 3], [8, 4, 6], [2, 6, 4]]
+SHORT: Scan = [[5, 3, 5], [8, 9, 7], [9, 3, 2], [3, 8, 4]]
 
 
-def ids(model: Model, *parts: list[int] | str) -> torch.Tensor:
-    """One row [1, length]: lists are codes of a scan and become its placeholders, strings become their bytes."""
+def ids(model: Model, *parts: Scan | str) -> torch.Tensor:
+    """One row [1, length]: codes of a scan become its placeholders, strings become their bytes."""
     config, row = model.config, []
     for part in parts:
         if isinstance(part, str):
             row += [10 + ord(character) for character in part]
         else:
-            row += [config.fmri_start_token_id, *[config.fmri_token_id] * len(part), config.fmri_end_token_id]
+            tokens = [config.fmri_token_id] * len(part) + [config.fmri_summary_token_id] * config.num_summary_tokens
+            row += [config.fmri_start_token_id, *tokens, config.fmri_end_token_id]
     return torch.tensor([row])
 
 
-def codes(*scans: list[int]) -> torch.Tensor:
-    longest = max(len(scan) for scan in scans)
-    return torch.tensor([scan + [-1] * (longest - len(scan)) for scan in scans])
+def codes(*scans: Scan) -> torch.Tensor:
+    """int64 [scans, tokens, levels]; -1 on padding."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(scan) for scan in scans], True, padding_value=-1)
 
 
 def pad(rows: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
@@ -35,6 +38,18 @@ def pad(rows: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
         "input_ids": torch.cat([F.pad(row, sides[side](row)) for row in rows]),
         "attention_mask": torch.cat([F.pad(torch.ones_like(row), sides[side](row)) for row in rows]),
     }
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Of an attention mask [batch, length]; GPT-2 does not count them itself."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def text_labels(model: Model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Labels on all text that is not padding."""
+    config, ids = model.config, inputs["input_ids"]
+    special = torch.tensor([config.fmri_token_id, config.fmri_summary_token_id, config.fmri_end_token_id])
+    return ids.masked_fill(torch.isin(ids, special) | (inputs["attention_mask"] == 0), -100)
 
 
 def choice_scores(model: Model, row: torch.Tensor, scans: torch.Tensor, choices: list[list[int]]) -> torch.Tensor:
@@ -47,12 +62,7 @@ def choice_scores(model: Model, row: torch.Tensor, scans: torch.Tensor, choices:
     return torch.stack(totals)
 
 
-def expected_code_logits(model: Model, state: torch.Tensor, scan: list[int], token: int) -> torch.Tensor:
-    """What follows one token of a scan: the language model's part from its state there, plus the autoregression."""
-    part, step, slot = model.fmri_autoregression, token // 2, token % 2
-    codebook = model.model.codec.quantizer.codebook
-    steps = torch.stack([codebook[scan[start : start + 2]].flatten() for start in range(0, 2 * step + 2, 2)])
-    context = torch.cat([steps[-1], steps.mean(0)])
-    expected = part.output_proj.weight @ (part.input_proj.weight @ context)
-    nearness = codebook @ expected.view(2, -1)[slot] * codebook.shape[1] ** 0.5
-    return model.fmri_head.weight @ state + nearness + part.frequencies[slot]
+def code_logits(model: Model, state: torch.Tensor, token: int) -> torch.Tensor:
+    """Logits [levels, codebook_size] of a scan's `token`, given the state [hidden] before it."""
+    head = model.model.fmri_head
+    return (head.proj.weight @ state).view(3, 16) + head.frequencies[token % 2]

@@ -11,26 +11,39 @@ import yaml
 from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
+from fmrilm.processors.descriptors.cohort import Cohort
+from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.training.alignment.joint import join
 from helpers import confounds_table, slow_series
 from official_checkpoint import WIDTH, brain_tensors, language_tensors
 
 
 ATLAS, TR, FRAMES = "aal2-94", 0.72, 120
-PEOPLE = 6
+# p2, p3, s04 and s05 are held out everywhere; of them, and of the others, there are both sexes
+SUBJECTS = 6
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 # what makes runs of the programs' own configurations short
 SHORT_RUNS = {
-    "codec": {"max_steps": 1, "start_steps": 2, "codebook_size": 16, "max_rois": 8, "window_length": 32},
-    "alignment": {
-        "max_steps": 1,
-        "projector_steps": 1,
-        "autoregression_steps": 1,
+    "codec": {
         "window_length": 32,
-        "window_stride": 16,
+        "mixtures": 8,
+        "tokens_per_patch": 2,
+        "num_quantizers": 2,
+        "codebook_size": 8,
+        "codebook_dim": 8,
+        "num_basis_functions": 8,
+        "start_steps": 2,
+    },
+    "alignment": {
+        "model_name_or_path": "qwen3",
+        "max_steps": 1,
+        "mixtures": 8,
+        "rows": 4,
+        "questions": 2,
+        "statements": 2,
         "lora_r": 2,
     },
-    "sft": {"max_steps": 1, "window_stride": 16, "lora_r": 2},
+    "sft": {"max_steps": 1, "mixtures": 0, "rows": 4, "questions": 2, "statements": 2, "lora_r": 2},
 }
 # 6 mm voxels in MNI space; at 8 mm a parcel of Schaefer-400 has none
 GRID = (31, 37, 31)
@@ -44,34 +57,37 @@ def write_small_world(folder: Path) -> Path:
     np.save(folder / "scan.npy", slow_series(0, FRAMES, len(Atlas.load(ATLAS))).astype(np.float32))
     nib.save(volume(1, TR), folder / "scan.nii.gz")
     write_scans(folder / "scans")
-    # two of them are held out everywhere; of the others, and of a fifth of all, there are both sexes
-    for number in range(PEOPLE):
-        write_fmriprep(folder / "derivatives" / "fmriprep", f"{number + 1:02}")
+    for number in range(SUBJECTS):
+        write_fmriprep(folder / "derivatives" / "fmriprep", number + 1)
     (folder / "recordings").mkdir()
     for path in (folder / "scans").glob("*.npy"):
         shutil.copy(path, folder / "recordings")
-    kinds = [f"{number + 1},{'FM'[number % 2]},{'mme'[number % 3]}" for number in range(PEOPLE)]
+    kinds = [f"p{number + 1},{'FM'[number % 2]},{'mme'[number % 3]}" for number in range(SUBJECTS)]
     (folder / "labels.csv").write_text("\n".join(["subject,sex,chronotype", *kinds]) + "\n")
-    labels = [f"sub-{number + 1:02}\t{20 + 5 * number}\t{'fm'[number % 2]}" for number in range(PEOPLE)]
+    labels = [f"sub-s{number + 1:02}\t{20 + 5 * number}\t{'fm'[number % 2]}" for number in range(SUBJECTS)]
     (folder / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *labels]) + "\n")
-    write_configs(folder / "training" / "configs")
+    write_configs(folder / "training" / "configs" / "demo")
     return folder
 
 
 def write_model(folder: Path) -> None:
-    """A model of random weights with its processor, which knows AAL2 and its parcels."""
+    """A model of random weights with its processor, which knows AAL2 and its parcels, and its cohort."""
     tokenizer = build_tiny_tokenizer()
-    extractor = FmriLMFeatureExtractor(atlases=[Atlas.load(ATLAS, parcels=True)], window_length=32)
-    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_step=2)
+    atlas = Atlas.load(ATLAS, parcels=True)
+    extractor = FmriLMFeatureExtractor(atlases=[atlas], window_length=32)
+    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2, summary_tokens=2)
     codec = build_tiny_codec(patch_length=16)
-    join(codec, build_tiny_language_model("llama", len(tokenizer) - 3), processor).eval().save_pretrained(folder)
+    language_model = build_tiny_language_model("llama", len(tokenizer) - 4)
+    join(codec, language_model, processor, CORE_NAMES).eval().save_pretrained(folder)
     processor.save_pretrained(folder)
+    descriptors = np.random.default_rng(0).normal(0, 0.3, (SUBJECTS, len(CORE_NAMES)))
+    Cohort.fit("the model's training subjects", CORE_MEASURES, descriptors, SUBJECTS, [atlas]).save(folder)
 
 
 def write_official_checkpoint(path: Path) -> None:
     """A random checkpoint of the released layout for the 450 official ROIs; its language model beside it."""
     tokenizer, backbone = build_tiny_tokenizer(), path.with_name("qwen3")
-    model = build_tiny_language_model("qwen3", len(tokenizer) + 3)
+    model = build_tiny_language_model("qwen3", len(tokenizer) + 4)
     model.save_pretrained(backbone)
     tokenizer.save_pretrained(backbone)
     tensors = brain_tensors("released", 160, WIDTH)
@@ -82,31 +98,31 @@ def write_official_checkpoint(path: Path) -> None:
 
 
 def write_configs(folder: Path) -> None:
-    """The programs' configurations for runs of a step or two on a tiny language model."""
+    """The demo's configurations for runs of a step on a tiny language model."""
     folder.mkdir(parents=True)
     for name, changes in SHORT_RUNS.items():
-        values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | changes
+        values = yaml.safe_load((CONFIGS / "demo" / f"{name}.yaml").read_text()) | changes
         values |= {"per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1}
-        if name == "alignment":
-            values["model_name_or_path"] = "qwen3"
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
 
 
 def write_scans(folder: Path) -> None:
-    """Scans of AAL2 in .npy files, one a person, and their manifest with labels."""
+    """Scans of AAL2 in .npy files, one a subject, and their manifest with labels."""
     folder.mkdir()
     rows = ["path,subject,tr,atlas,age,sex"]
-    for number in range(PEOPLE):
-        np.save(folder / f"{number + 1}.npy", slow_series(number, FRAMES, 94).astype(np.float32))
-        rows.append(f"{number + 1}.npy,p{number + 1},{TR},{ATLAS},{20 + 5 * number},{'fm'[number % 2]}")
+    for number in range(SUBJECTS):
+        name = f"p{number + 1}"
+        np.save(folder / f"{name}.npy", slow_series(number, FRAMES, 94).astype(np.float32))
+        rows.append(f"{name}.npy,{name},{TR},{ATLAS},{20 + 5 * number},{'fm'[number % 2]}")
     (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
 
 
-def write_fmriprep(folder: Path, subject: str) -> None:
-    stem = folder / f"sub-{subject}" / "func" / f"sub-{subject}_task-rest"
+def write_fmriprep(folder: Path, number: int) -> None:
+    subject = f"sub-s{number:02}"
+    stem = folder / subject / "func" / f"{subject}_task-rest"
     stem.parent.mkdir(parents=True)
-    nib.save(volume(int(subject), 2.0), f"{stem}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
-    table = confounds_table(int(subject), FRAMES)
+    nib.save(volume(number, 2.0), f"{stem}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
+    table = confounds_table(number, FRAMES)
     table.to_csv(f"{stem}_desc-confounds_timeseries.tsv", sep="\t", na_rep="n/a", index=False)
 
 

@@ -56,8 +56,8 @@ def test_table_gives_labels_and_name(tmp_path) -> None:
         (HEADER + "1\tA\tLH\tVis\t1\t2\n", "line 2: expected a whole index"),
         (HEADER + "1.5\tA\tLH\tVis\t1\t2\t3\n", "line 2: expected a whole index"),
         (HEADER + "1\tA\tLH\tVis\t1\t2\tnan\n", "finite coordinates in mm, ROI 'A'"),
-        (HEADER + "1\tA\tLH\tVis\t1\t2\t3\n2\tA\tLH\tVis\t1\t2\t3\n", "ROI name 'A' stands twice"),
-        (HEADER + "1\tA\tLH\tVis\t1\t2\t3\n1\tB\tLH\tVis\t1\t2\t3\n", "label 1 stands twice"),
+        (HEADER + "1\tA\tLH\tVis\t1\t2\t3\n2\tA\tLH\tVis\t1\t2\t3\n", "ROI name 'A' is there twice"),
+        (HEADER + "1\tA\tLH\tVis\t1\t2\t3\n1\tB\tLH\tVis\t1\t2\t3\n", "label 1 is there twice"),
         (HEADER + "0\tA\tLH\tVis\t1\t2\t3\n", "labels >= 1"),
     ],
 )

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 import fmrilm
-from fmrilm.training.alignment import program as alignment_program
 from fmrilm.training.cli.main import app
-from fmrilm.training.codec import program as codec_program
-from fmrilm.training.sft import program as sft_program
 
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
@@ -57,11 +56,12 @@ def read(folder: Path, command: str, scan: Path, *words: str) -> Result:
 
 def test_ask_prints_answers_and_probabilities(folder: Path, scan: Path) -> None:
     expected = fmrilm.load(folder, "cpu").ask(scan, QUESTION, CHOICES, **OPTIONS)
-    told = read(folder, "ask", scan, QUESTION, "--choices", "yes, no,maybe so")
-    lines = told.stdout.splitlines()
-    assert told.exit_code == 0 and lines[0] == expected["answer"]
+    printed = read(folder, "ask", scan, QUESTION, "--choices", "yes, no,maybe so")
+    lines = printed.stdout.splitlines()
+    assert printed.exit_code == 0 and lines[0] == expected["answer"]
     assert lines[1:] == [f"{value:7.1%}  {choice}" for choice, value in expected["probabilities"].items()]
     found = json.loads(read(folder, "ask", scan, QUESTION, "--choices", ",".join(CHOICES), "--json").stdout)
+    assert list(found.pop("seconds")) == ["import", "load", "answer"]
     assert found == {"scan": str(scan), "question": QUESTION, **expected}
 
 
@@ -74,19 +74,19 @@ def test_words_are_printed_as_the_model_says_them(folder: Path, scan: Path) -> N
     assert read(folder, "ask", scan, QUESTION).stdout == f"{answer}\n"
     assert json.loads(read(folder, "ask", scan, QUESTION, "--json").stdout)["answer"] == answer
     assert read(folder, "describe-scan", scan).stdout == f"{description}\n"
-    told = read(folder, "describe-scan", scan, "--json").stdout
-    assert json.loads(told) == {"scan": str(scan), "description": description}
+    found = json.loads(read(folder, "describe-scan", scan, "--json").stdout)
+    assert (found["description"], found["window"]["stop"]) == (description, 32)
 
 
 def test_forecast_is_a_table_that_can_be_read_again(folder: Path, scan: Path, signal: np.ndarray) -> None:
     signal[:, 2] = np.nan
     np.save(scan, signal)
-    expected = fmrilm.load(folder, "cpu").forecast(scan, 2, **OPTIONS)
-    header, *rows = csv.reader(read(folder, "forecast", scan, "--steps", "2").stdout.splitlines())
+    expected = fmrilm.load(folder, "cpu").forecast(scan, 12.0, **OPTIONS)
+    header, *rows = csv.reader(read(folder, "forecast", scan, "--seconds", "12").stdout.splitlines())
     assert header == [f"tiny_{roi}" for roi in range(5)]
     table = np.array([[float(cell or "nan") for cell in row] for row in rows], dtype=np.float32)
     assert np.allclose(table, expected, rtol=1e-6, equal_nan=True)
-    found = json.loads(read(folder, "forecast", scan, "--steps", "2", "--json").stdout)
+    found = json.loads(read(folder, "forecast", scan, "--seconds", "12", "--json").stdout)
     assert found["rois"] == header and found["repetition_time"] == 2.0
     assert np.allclose(np.array(found["signal"], dtype=np.float32), table, equal_nan=True)
 
@@ -95,8 +95,8 @@ def test_bad_input_is_one_line_and_a_hint(folder: Path, scan: Path) -> None:
     failed = run("ask", scan, QUESTION, "--model", folder)
     assert (failed.exit_code, failed.stdout) == (1, "")
     error, hint = failed.stderr.splitlines()
-    assert error == "error: the scan's repetition time is not known: give tr=... in seconds"
-    assert hint.startswith("hint: ") and "ask --help" in hint and "--debug ask" in hint
+    assert error.startswith("error: scan.npy: the scan's repetition time is not known")
+    assert hint.startswith("hint: ") and "ask --help` describes" in hint and "--debug ask" in hint
     with pytest.raises(ValueError, match="repetition time is not known"):
         raise run("--debug", "ask", scan, QUESTION, "--model", folder).exception
 
@@ -111,7 +111,7 @@ def test_unforeseen_failures_and_missing_packages_are_one_line_too(scan: Path, m
         def load(*args: object) -> None:
             raise error
 
-        monkeypatch.setattr(fmrilm.auto_classes, "load", load)
+        monkeypatch.setattr(fmrilm.scan_reader, "load", load)
         return run("ask", scan, QUESTION)
 
     failed = fail(RuntimeError("CUDA\n  out of   memory"))
@@ -130,10 +130,9 @@ def test_wrong_usage_has_a_code_of_its_own(tmp_path: Path) -> None:
     assert run("prepare", tmp_path, tmp_path / "out", "--backend", "dask").exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "stage, program", [("codec", codec_program), ("align", alignment_program), ("sft", sft_program)]
-)
-def test_training_takes_its_settings_and_overrides_to_the_program(stage, program, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("stage, folder", [("codec", "codec"), ("align", "alignment"), ("sft", "sft")])
+def test_training_takes_its_settings_and_overrides_to_the_program(stage, folder, tmp_path: Path, monkeypatch) -> None:
+    program = import_module(f"fmrilm.training.{folder}.program")
     config = tmp_path / "settings.yaml"
     config.write_text("max_steps: 3\n")
     taken = []
@@ -147,13 +146,27 @@ def test_info_tells_versions_devices_and_caches(tmp_path: Path, monkeypatch) -> 
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "blob").write_bytes(bytes(3_000_000))
     (tmp_path / "link").symlink_to(tmp_path / "hub" / "blob")
-    monkeypatch.setattr("fmrilm.training.cli.info.CACHE", tmp_path)
+    monkeypatch.setattr("fmrilm.training.cli.share.CACHE", tmp_path)
     found = json.loads(run("info", "--json").stdout)
     assert found["packages"]["torch"].startswith("2.") and "fmri-lm" not in found["packages"]
     assert found["program"]["python"] == ".".join(map(str, sys.version_info[:3])) and "cpu" in found["devices"]
     assert 3_000_000 <= found["caches"]["converted models"] < 3_010_000
     lines = run("info").stdout.splitlines()
     assert f"  {'converted models':<26}3 MB" in lines and "devices" in lines
+
+
+def test_info_describes_a_model_folder(folder: Path, tmp_path: Path) -> None:
+    found = json.loads(run("info", folder, "--json").stdout)
+    assert found["model"] == {"stage": "2 or 3 (codec and language model)", "language model": "llama", "scores": 3}
+    assert (found["codec"]["num_quantizers"], found["codec"]["codebook_size"]) == (3, 16)
+    assert found["atlases"] == {"tiny": "5 ROIs"}
+    assert "  tiny                      5 ROIs" in run("info", folder).stdout.splitlines()
+    failed = run("info", tmp_path)
+    assert failed.exit_code == 1 and "expected the config.json of a codec or a model" in failed.stderr
+
+
+def test_version_is_printed() -> None:
+    assert run("--version").stdout == f"fmri-lm {version('fmri-lm')}\n"
 
 
 def read_terminal(descriptor: int) -> str:

@@ -53,15 +53,6 @@ def test_z_scores_have_the_cohorts_moments_and_an_inverse(descriptors: np.ndarra
     np.testing.assert_allclose(cohort.from_z_scores(scores), descriptors, atol=1e-12)
 
 
-def test_named_z_scores_carry_the_cohort_and_leave_out_what_is_absent(descriptors: np.ndarray) -> None:
-    cohort = fit(descriptors)
-    named = json.loads(json.dumps(cohort.named_z_scores(descriptors[4]), allow_nan=False))
-    assert (named["cohort"], named["subjects"], named["windows"]) == ("tests", 3, 30)
-    scores = dict(zip(CORE_NAMES, cohort.z_scores(descriptors[4]), strict=True))
-    assert named["z_scores"] == {name: score for name, score in scores.items() if not np.isnan(score)}
-    assert 0 < len(named["z_scores"]) < len(CORE_NAMES)
-
-
 def test_windows_without_a_network_do_not_count(descriptors: np.ndarray) -> None:
     partial = descriptors.copy()
     partial[20:, 0] = np.nan

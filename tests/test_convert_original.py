@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
 
-from fmrilm import FmriLMForConditionalGeneration
+from fmrilm.modeling_fmrilm_original import FmriOriginalForConditionalGeneration
 from fmrilm.processors import Atlas
-from fmrilm.training.hub.convert_original import Conversion, convert_original, official_atlas
-from fmrilm.training.hub.original_checkpoint import load_checkpoint
+from fmrilm.training.hub.convert_original import Conversion, convert_original, load_checkpoint, official_atlas
 from official_checkpoint import (
     CODE_DIM,
     ROIS,
@@ -45,8 +44,11 @@ def backbone_folder(make_language_model, tiny_tokenizer, tmp_path: Path) -> Call
     return save
 
 
-def settings(lm_name: str | Path, kind: str):
-    values = {"lm_name": str(lm_name), "lora": {"lora_r": 1, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj"]}}
+def settings(language_model: str | Path, kind: str):
+    """As the released checkpoint has them, and as the training code writes them: another name, and no alpha."""
+    values = {"lm_name": str(language_model), "lora": {"lora_r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}}
+    if kind == "namespace":
+        values = {"llm": {"base_model": str(language_model)}, "lora_r": 1}
     return OmegaConf.create(values) if kind == "omegaconf" else argparse.Namespace(**values)
 
 
@@ -67,7 +69,7 @@ def test_converted_checkpoint_computes_the_documented_formulas(
     folder, reference = backbone_folder(backbone, spare=0 if backbone == "gpt2" else 3)
     torch.manual_seed(1)
     brain = brain_tensors(layout, patch, feature_dim)
-    language, plain = language_tensors(reference, prefix, lora)
+    language, plain = language_tensors(reference, prefix, lora, 2 if kind == "omegaconf" else 16)
     more = {"model_args": settings(folder, kind), "validation_results": {"sex": np.float64(0.9)}}
     tensors = brain | language if layout == "released" else {"model": brain | language}
     torch.save({**tensors, **more}, tmp_path / "model.pt")
@@ -75,25 +77,29 @@ def test_converted_checkpoint_computes_the_documented_formulas(
     report = convert_original(tmp_path / "model.pt", output, MEDIAN, IQR, atlas=tiny_atlas)
 
     # every tensor is used or listed
-    assert report["layout"] == layout and report == json.loads((output / "conversion.json").read_text())
+    alpha = {"omegaconf": 2, "namespace": 16}[kind]
+    assert report["layout"] == layout and report["lora_alpha"] == (alpha if lora else None)
+    assert report == json.loads((output / "conversion.json").read_text())
     assert sorted([*report["used"], *report["unused"]]) == sorted(brain | language)
     head = {"released": "tokenizer.encoder.conv_out", "december-2025": "tokenizer.encode_task_layer"}[layout]
-    spare = {name for name in brain if name.startswith(("tokenizer.patch_embed", "tokenizer.quantize"))}
+    spare = {name for name in brain if name.startswith("tokenizer.quantize")}
+    if layout == "released":
+        spare |= {name for name in brain if name.startswith("tokenizer.patch_embed")}
     if feature_dim == WIDTH:
         spare |= {name for name in brain if name.startswith(head)}
     assert set(report["unused"]) == spare
 
-    model = AutoModelForMultimodalLM.from_pretrained(output).eval()
-    processor = AutoProcessor.from_pretrained(output)
+    model = AutoModelForMultimodalLM.from_pretrained(output, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)
     torch.manual_seed(2)
     scan = MEDIAN + 3000 * torch.randn(ROIS) + 140 * torch.randn(200, ROIS)
     chat = [{"role": "user", "content": [{"type": "fmri", "fmri": scan, "tr": 2.0}, {"type": "text", "text": "Old?"}]}]
     inputs = processor.apply_chat_template(chat, add_generation_prompt=True)
     x = (scan[:160].T - MEDIAN) / IQR
-    assert torch.allclose(inputs["fmri_values"][0], x, atol=1e-5)
+    assert torch.allclose(inputs["fmri_values"][0], scan[:160].T, rtol=1e-6)
     with torch.no_grad():
         expected = features(brain, layout, x, patch, feature_dim)
-        found = model.model.get_fmri_features(model.model.read_scans(inputs["fmri_values"], inputs["roi_coordinates"]))
+        found = model.get_fmri_features(inputs["fmri_values"])[0]
         assert torch.allclose(found, expected, atol=1e-5)
 
         # the language model: a plain one with merged weights, and the documented mask and positions
@@ -111,11 +117,28 @@ def test_converted_checkpoint_computes_the_documented_formulas(
             position_ids=places[None],
         ).logits
         outputs = model(**inputs, labels=inputs["input_ids"])
-    found = outputs.logits[..., : logits.shape[-1]]
-    assert torch.allclose(found, logits, atol=1e-5 * float(logits.abs().max()))
-    assert outputs.fmri_loss is None and outputs.text_loss == outputs.loss
-    answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert torch.allclose(outputs.logits, logits, atol=1e-5 * float(logits.abs().max()))
+    targets = inputs["input_ids"][0].masked_fill(is_fmri, -100)
+    assert torch.allclose(outputs.loss, F.cross_entropy(logits[0, :-1], targets[1:]), rtol=1e-4)
+
+    # generation with a cache continues as whole runs would, in a padded batch and alone
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    answer = model.generate(**inputs, **options)
+    longer = [{"role": "user", "content": [chat[0]["content"][0], {"type": "text", "text": "Older than forty?"}]}]
+    batch = processor.apply_chat_template([chat, longer], add_generation_prompt=True)
+    answers = model.generate(**batch, **options)
+    assert answers[0, -3:].tolist() == answer[0, -3:].tolist()
+    ids = inputs["input_ids"]
+    for token in answer[0, -3:]:
+        with torch.no_grad():
+            following = model(input_ids=ids, fmri_values=inputs["fmri_values"]).logits[0, -1]
+        never = (model.config.fmri_token_id, model.generation_config.eos_token_id)
+        following[[token for token in never if token < len(following)]] = -torch.inf
+        assert following.argmax() == token
+        ids = torch.cat([ids, token.view(1, 1)], 1)
+    choices = processor.encode_choices([" Yes", " No"])
+    scores = model.score_choices(batch, choices)
+    assert torch.allclose(scores[:1], model.score_choices(inputs, choices), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +168,12 @@ def test_prompt_is_the_official_one(case: str, expected: str, backbone_folder, t
     blocks = [{"type": "fmri", "fmri": scan, "tr": 2.0}, {"type": "text", "text": "Old?"}]
     chat = [{"role": "user", "content": blocks}, {"role": "assistant", "content": "Yes"}]
     for name, start, end in (("with", "<fmri>", "</fmri>"), ("without", "", "")):
-        processor = AutoProcessor.from_pretrained(tmp_path / name)
+        processor = AutoProcessor.from_pretrained(tmp_path / name, trust_remote_code=True)
         pads = "<|fmri_pad|>" * (ROIS * 160 // patch)
         text = processor.apply_chat_template(chat, tokenize=False)
         assert text == expected.replace("<fmri>", start).replace("</fmri>", end).replace("SCAN", pads)
-        ids = processor("<|fmri_pad|> Old?", fmri=scan, tr=2.0)["input_ids"][0]
-        assert processor.tokenizer.decode(ids) == f"{start}{pads}{end} Old?"
+        ids = processor.apply_chat_template(chat)["input_ids"][0]
+        assert processor.tokenizer.decode(ids) == text
 
 
 class Malice:
@@ -223,8 +246,6 @@ def test_missing_and_misshapen_tensors_are_named(backbone_folder, tiny_atlas, tm
         convert(without(prefix + "model.embed_tokens.weight"))
     with pytest.raises(ValueError, match=r"blocks.0.norm1.weight: expected shape \(128,\), got \(64,\)"):
         convert({**whole, "tokenizer.encoder.blocks.0.norm1.weight": torch.ones(64)})
-    with pytest.raises(ValueError, match="give it .the official code says 2"):
-        convert(whole, lora_alpha=None)
     with pytest.raises(ValueError, match="which language model"):
         convert(whole, text_config=None)
     with pytest.raises(ValueError, match="knows 5 ROIs, expected an atlas of as many, got Atlas"):
@@ -256,9 +277,9 @@ def test_sizes_are_read_off_the_tensors(patch: int, width: int, heads: int) -> N
         "tokenizer.encoder.ln_post.weight": (width,),
         "encode_transform_layer.0.weight": (1024, 128),
     }
-    config = Conversion({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}).encoder_config()
-    assert (config.num_rois, config.num_patches, config.tokens_per_step) == (450, 160 // patch, 450)
-    assert (config.num_attention_heads, config.intermediate_size, config.feature_dim) == (heads, 4 * width, 128)
+    sizes = Conversion({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}).sizes()
+    assert (sizes["num_rois"], sizes["num_patches"], sizes["encoder_layers"]) == (450, 160 // patch, 2)
+    assert (sizes["encoder_heads"], sizes["encoder_mlp_width"], sizes["feature_dim"]) == (heads, 4 * width, 128)
 
 
 def test_converted_model_refuses_scans_it_cannot_know(backbone_folder, tiny_atlas, tmp_path: Path) -> None:
@@ -269,9 +290,12 @@ def test_converted_model_refuses_scans_it_cannot_know(backbone_folder, tiny_atla
     convert_original(
         tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, text_config=str(folder), atlas=tiny_atlas
     )
-    model = FmriLMForConditionalGeneration.from_pretrained(tmp_path / "out")
+    model = FmriOriginalForConditionalGeneration.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     with pytest.raises(ValueError, match=r"\[5, 160\], got \[5, 320\]"):
-        model.model.read_scans(torch.zeros(1, 5, 320), torch.zeros(1, 5, 3))
-    mask = F.pad(torch.ones(1, 5, 150, dtype=torch.bool), (0, 10))
-    with pytest.raises(ValueError, match="without padding, got a mask with 50 frames of it"):
-        model.model.read_scans(torch.zeros(1, 5, 160), torch.zeros(1, 5, 3), mask)
+        model.get_fmri_features(torch.zeros(1, 5, 320))
+    with pytest.raises(ValueError, match="one scan and its 5 fMRI tokens in each row"):
+        model(input_ids=torch.zeros(1, 5, dtype=torch.long))
+    short = MEDIAN + np.random.default_rng(0).normal(size=(150, ROIS))
+    with pytest.raises(ValueError, match="expected 160 frames of every ROI at 2.0 s, got 150 frames"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "fmri", "fmri": short, "tr": 2.0}]}])

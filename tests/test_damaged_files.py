@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from fmrilm import FmriCodecModel
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, Parcels, read_scan, scan_io_fmrilm
 from fmrilm.processors.descriptors.cohort import Cohort
-from fmrilm.processors.descriptors.measures import CORE_MEASURES
-from fmrilm.training.data.dataset import cut_windows
+from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.training.data.scan_sources import find_scans, read_manifest
-from helpers import atlas, prepared
+from helpers import atlas, slow_series
 
 
 OUTSIDE = ["../x", "a/../../x", "/etc/x", "..", ".", "", "a\0b", "\0", "a\nb", "..\\x"]
@@ -170,8 +169,8 @@ def test_ids_that_could_be_paths_are_refused(column: str, text: str, tmp_path: P
 
 @pytest.fixture(scope="module")
 def cohort_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    windows = cut_windows([prepared("a"), prepared("b"), prepared("c")], 16, 8)
-    cohort = Cohort.fit("tests", CORE_MEASURES, np.stack([window.descriptors for window in windows]), 3, [atlas()])
+    descriptors = describe(slow_series(0, 40, 9, batch=(12,)), atlas(), CORE_MEASURES)
+    cohort = Cohort.fit("tests", CORE_MEASURES, descriptors, 3, [atlas()])
     folder = tmp_path_factory.mktemp("cohort")
     cohort.save(folder)
     return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,84 +1,239 @@
-"""Windows, splits and mixtures of scans."""
+"""Scans from Parquet, standardised once; windows, mixtures, and codes that are computed once."""
 
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from fmrilm import FmriLMFeatureExtractor
+from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
-from fmrilm.training.data.dataset import MixedWindows, PreparedScan, cut_windows, split_subjects
-from helpers import atlas, prepared
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from("AB"), st.integers(0, 6)), min_size=1, max_size=30),
-    st.integers(0, 3),
-    st.randoms(use_true_random=False),
+from fmrilm.training.data import dataset
+from fmrilm.training.data.dataset import (
+    MixedWindows,
+    Scans,
+    codec_fingerprint,
+    collate_signals,
+    cut_windows,
+    encode_items,
+    encode_windows,
+    load_scans,
 )
-@settings(max_examples=60, deadline=None)
-def test_no_subject_is_on_both_sides(keys: list[tuple[str, int]], count: int, random) -> None:
+from fmrilm.training.data.prepare import row_features
+from fmrilm.training.data.shards import ShardStore
+from helpers import atlas, noise_scans, noise_signal, scans_of
+
+
+def write_prepared(folder: Path, signals: list[np.ndarray], of: Atlas, per_shard: int = 2) -> Path:
+    """Signals as `fmrilm prepare` writes them, of subjects p0, p1, ... at two sites."""
+    store = ShardStore(folder, {"labels": {"age": "int64"}}, {f"p{row}" for row in range(len(signals))})
+    (folder / "atlases").mkdir(exist_ok=True)
+    (folder / "atlases" / f"{of.name}.json").write_text(json.dumps(of.to_dict()))
+    empty = dict.fromkeys(("session", "task", "run"))
+    rows = [
+        (
+            f"p{row}",
+            {"signal": signal, "tr": 2.0, "censored": [False] * len(signal), "missing_rois": 0, "atlas": of.name}
+            | {"subject": f"p{row}", "site": f"site{row % 2}", "age": 20 + row, **empty},
+        )
+        for row, signal in enumerate(signals)
+    ]
+    for start in range(0, len(rows), per_shard):
+        store.add(of.name, rows[start : start + per_shard], row_features(of, {"age": "int64"}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     of = atlas()
-    scans = [PreparedScan(np.zeros((1, 9)), of, dataset, f"s{number}", "1") for dataset, number in keys]
-    subjects = {dataset: {number for name, number in keys if name == dataset} for dataset, _ in keys}
-    held_out = {dataset: min(count, len(members)) for dataset, members in subjects.items()}
-    training, away = split_subjects(scans, held_out)
-    sides = [{(scan.dataset, scan.subject) for scan in side} for side in (training, away)]
-    assert not sides[0] & sides[1] and len(training) + len(away) == len(scans)
-    assert all(sum(name == dataset for name, _ in sides[1]) == held_out[dataset] for dataset in subjects)
-    random.shuffle(scans)
-    assert {(scan.dataset, scan.subject) for scan in split_subjects(scans, held_out)[1]} == sides[1]
+    signals = [100 + 7 * noise_signal(f"p{row}", 40, of) for row in range(5)]
+    # a ROI outside the field of view
+    signals[3][:, 2] = np.nan
+    return write_prepared(tmp_path / "study", signals, of)
 
 
-def test_more_subjects_than_there_are_cannot_be_held_out() -> None:
-    with pytest.raises(ValueError, match="at most 2 subjects to hold out of 'study', got 3"):
-        split_subjects([prepared("a"), prepared("b")], {"study": 3})
+# --- scans
 
 
-def test_windows_are_cut_at_each_stride() -> None:
-    scan = prepared("a", frames=40)
-    windows = cut_windows([scan, prepared("b", frames=10)], length=16, stride=8)
-    assert [window.start for window in windows] == [0, 8, 16, 24]
-    for window in windows:
-        assert np.array_equal(window.signal, scan.signal[window.start : window.start + 16])
-        assert np.array_equal(window.descriptors, describe(window.signal, scan.atlas, CORE_MEASURES), equal_nan=True)
+def test_scans_are_standardised_once_and_stay_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor, calls = FmriLMFeatureExtractor(), []
+    prepare_signal = FmriLMFeatureExtractor.prepare_signal
+
+    def counted(self, *args, **options):
+        calls.append(args)
+        return prepare_signal(self, *args, **options)
+
+    monkeypatch.setattr(FmriLMFeatureExtractor, "prepare_signal", counted)
+    scans = load_scans(folder, extractor)
+    assert len(scans) == len(calls) == 5
+    assert scans.table["subject"].tolist() == [f"p{row}" for row in range(5)]
+    assert scans.table["age"].tolist() == [20, 21, 22, 23, 24] and "signal" not in scans.table
+    assert scans.table["dataset"].tolist() == [f"site{row % 2}" for row in range(5)]
+    # of the memory map: nothing is held
+    assert scans.parts["small"].cache_files
+    again = load_scans(folder, extractor)
+    assert len(calls) == 5 and again.fingerprint == scans.fingerprint
+    for row in range(5):
+        raw = 100 + 7 * noise_signal(f"p{row}", 40)
+        expected, _ = prepare_signal(extractor, raw, tr=2.0, atlas=atlas())
+        if row == 3:
+            expected[:, 2] = np.nan
+        assert again.signal(row).dtype == np.float32
+        np.testing.assert_array_equal(again.signal(row), expected)
+    # other settings are other signals
+    load_scans(folder, FmriLMFeatureExtractor(detrend_order=1))
+    assert len(calls) == 10
+
+
+def test_selected_scans_keep_their_signals(folder: Path) -> None:
+    scans = load_scans(folder, FmriLMFeatureExtractor())
+    some = scans.select([4, 1])
+    assert some.table["subject"].tolist() == ["p4", "p1"] and some.fingerprint != scans.fingerprint
+    np.testing.assert_array_equal(some.signal(0), scans.signal(4))
+    assert some.atlas(0) == atlas()
+
+
+def test_folders_of_several_atlases_are_one_dataset(folder: Path, tmp_path: Path) -> None:
+    large = atlas("large", 12)
+    other = write_prepared(tmp_path / "other", [noise_signal("q", 48, large)], large)
+    more = write_prepared(tmp_path / "more", [noise_signal("r", 40)], atlas())
+    scans = load_scans([folder, other, more], FmriLMFeatureExtractor())
+    assert len(scans) == 7 and set(scans.atlases) == {"small", "large"}
+    assert scans.table["frames"].tolist() == [40] * 5 + [48, 40]
+    assert scans.signal(5).shape == (48, 12) and scans.atlas(5) == large
+    np.testing.assert_array_equal(scans.signal(6), load_scans(more, FmriLMFeatureExtractor()).signal(0))
+    (other / "atlases" / "large.json").write_text(json.dumps({**atlas("large", 12).to_dict(), "name": "small"}))
+    shutil.move(other / "large", other / "small")
+    with pytest.raises(ValueError, match="expected one atlas 'small'|damaged|no atlas 'large'"):
+        load_scans([folder, other], FmriLMFeatureExtractor())
+
+
+def test_scans_of_a_folder_written_anew_are_not_taken_from_the_cache(folder: Path) -> None:
+    before = load_scans(folder, FmriLMFeatureExtractor()).fingerprint
+    shutil.rmtree(folder)
+    write_prepared(folder, [noise_signal(f"q{row}", 40) for row in range(5)], atlas())
+    scans = load_scans(folder, FmriLMFeatureExtractor())
+    assert scans.fingerprint != before
+    expected, _ = FmriLMFeatureExtractor().prepare_signal(noise_signal("q0", 40), tr=2.0, atlas=atlas())
+    np.testing.assert_array_equal(scans.signal(0), expected)
+
+
+DAMAGES = {
+    "cut short": lambda content: content[:-100],
+    "empty": lambda content: b"",
+    # among the values of the signal
+    "one bit": lambda content: content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1])
+    + content[len(content) // 2 + 1 :],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file_is_named(damage: str, folder: Path) -> None:
+    path = folder / "small" / "part-00001.parquet"
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(ValueError, match="small/part-00001.parquet is damaged"):
+        load_scans(folder, FmriLMFeatureExtractor())
+
+
+def test_folder_without_scans_is_refused(tmp_path: Path) -> None:
+    for folders in (tmp_path, []):
+        with pytest.raises(ValueError, match="expected a folder that `fmrilm prepare` or `fmrilm describe` wrote"):
+            load_scans(folders, FmriLMFeatureExtractor())
+
+
+def test_scan_that_is_too_short_is_named(tmp_path: Path) -> None:
+    folder = write_prepared(tmp_path / "study", [noise_signal("a", 40), noise_signal("b", 10)], atlas())
+    with pytest.raises(ValueError, match="scan of subject p1: scan too short"):
+        load_scans(folder, FmriLMFeatureExtractor())
+
+
+# --- windows
+
+
+def joined(*parts: Scans) -> Scans:
+    """Scans of different atlases."""
+    import pandas as pd
+
+    atlases = {name: of for part in parts for name, of in part.atlases.items()}
+    signals = {name: rows for part in parts for name, rows in part.parts.items()}
+    return Scans(signals, pd.concat([part.table for part in parts], ignore_index=True), atlases, 4)
+
+
+def test_windows_are_cut_at_each_stride_and_short_scans_are_one() -> None:
+    scans = joined(noise_scans("a"), noise_scans("b", frames=10, of=atlas("large", 12)))
+    windows = cut_windows(scans, length=16, stride=8)
+    assert [(window.scan, window.start, window.length) for window in windows] == [
+        (0, 0, 16), (0, 8, 16), (0, 16, 16), (0, 24, 16), (1, 0, 8),
+    ]  # fmt: skip
+    for row, window in enumerate(windows):
+        expected = scans.signal(window.scan)[window.start : window.start + window.length]
+        item = windows.item(row)
+        np.testing.assert_array_equal(item["signal"], expected)
+        np.testing.assert_array_equal(item["coordinates"], scans.atlas(window.scan).coordinates)
+        found = describe(expected, scans.atlas(window.scan), CORE_MEASURES)
+        np.testing.assert_array_equal(windows.descriptors()[row], found)
+    with pytest.raises(ValueError, match="at least one patch of 4 frames, got none"):
+        cut_windows(noise_scans("a", frames=3), 16, 8)
+
+
+def test_missing_rois_are_left_out_of_windows() -> None:
+    signal = noise_signal("a")
+    signal[:, [1, 5]] = np.nan
+    windows = cut_windows(scans_of([signal], atlas()), 16, 16)
+    item, present = windows.item(0), [0, 2, 3, 4, 6, 7, 8]
+    np.testing.assert_array_equal(item["signal"], signal[:16, present])
+    np.testing.assert_array_equal(item["coordinates"], atlas().coordinates[present])
+    assert np.isfinite(windows.descriptors()[0]).any()
+    batch = collate_signals([item, {**item, "signal": item["signal"][:, :3], "coordinates": item["coordinates"][:3]}])
+    assert batch["fmri_values"].shape == (2, 7, 16) and batch["fmri_mask"].sum().item() == 10 * 16
+    np.testing.assert_array_equal(batch["fmri_values"][1, :3].numpy(), item["signal"][:, :3].T)
+    assert not batch["fmri_values"][1, 3:].any() and not batch["roi_coordinates"][1, 3:].any()
+
+
+# --- mixtures
 
 
 def mixtures(max_rois: int = 100, seed: int = 0) -> MixedWindows:
-    scans = [prepared("a"), prepared("b"), prepared("c", of=atlas("large", 12))]
-    descriptors = np.stack([window.descriptors for window in cut_windows(scans, 16, 4)])
-    cohort = Cohort.fit("tests", CORE_MEASURES, descriptors, 3, [scan.atlas for scan in scans])
-    return MixedWindows(scans, cohort, 16, max_rois, size=20, seed=seed)
+    scans = joined(noise_scans("a", "b"), noise_scans("c", of=atlas("large", 12)))
+    descriptors = cut_windows(scans, 16, 4).descriptors()
+    cohort = Cohort.fit("tests", CORE_MEASURES, descriptors, 3, list(scans.atlases.values()))
+    return MixedWindows(scans, 16, cohort, size=20, seed=seed, max_rois=max_rois)
+
+
+def equal(first: dict, second: dict) -> bool:
+    return all(
+        first[name] == second[name] if name == "subject" else np.array_equal(first[name], second[name], equal_nan=True)
+        for name in first
+    )
 
 
 def test_mixtures_depend_on_seed_and_index_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = mixtures(), mixtures()
     expected = [first[index] for index in range(20)]
-    np.random.seed(5)
-    for index in reversed(range(20)):
-        found = second[index]
-        assert all(np.array_equal(expected[index][name], found[name], equal_nan=True) for name in found)
-    signals = [item["signal"] for item in [*expected, *(mixtures(seed=1)[index] for index in range(20))]]
-    # windows as they are can come twice, mixtures cannot
-    assert len({signal.tobytes() for signal in signals}) > 30
-    monkeypatch.setattr("fmrilm.training.data.dataset.PLAIN_SHARE", 0.0)
+    assert {item["subject"] for item in expected} == {"a", "b", "c"}
+    # as where there are more scans than stay in memory
+    monkeypatch.setattr(dataset, "SIGNALS_READ", 1)
+    assert all(equal(expected[index], second[index]) for index in reversed(range(20)))
+    assert first.fingerprint == second.fingerprint != mixtures(seed=1).fingerprint
+    monkeypatch.setattr(dataset, "PLAIN_SHARE", 0.0)
     mixed = [mixtures(seed=seed)[index]["signal"].tobytes() for seed in (0, 1) for index in range(20)]
     assert len(set(mixed)) == 40
 
 
 def test_mixtures_come_with_their_own_descriptors() -> None:
-    dataset = mixtures()
+    made = mixtures()
     atlases = {9: atlas(), 12: atlas("large", 12)}
-    sizes = set()
-    for item in (dataset[index] for index in range(20)):
+    items = [made[index] for index in range(20)]
+    for item in items:
         of = atlases[item["signal"].shape[1]]
-        sizes.add(len(of))
-        expected = dataset.cohort.z_scores(dataset.cohort.describe(item["signal"], of))
+        expected = made.cohort.z_scores(made.cohort.describe(item["signal"], of))
         assert np.allclose(item["descriptors"], expected, atol=1e-3, equal_nan=True)
         assert np.array_equal(item["coordinates"], of.coordinates)
         assert np.isfinite(item["descriptors"]).any()
-    assert sizes == {9, 12}
+    assert {item["signal"].shape[1] for item in items} == {9, 12}
 
 
 def test_mixtures_keep_some_rois_and_the_descriptors_of_all() -> None:
@@ -89,3 +244,71 @@ def test_mixtures_keep_some_rois_and_the_descriptors_of_all() -> None:
         assert len(rows) == 4 and rows == sorted(rows)
         assert np.array_equal(chosen["signal"], all_rois["signal"][:, rows])
         assert np.array_equal(chosen["descriptors"], all_rois["descriptors"], equal_nan=True)
+    with pytest.raises(ValueError, match="at least 41 frames to mix windows of, got none"):
+        MixedWindows(whole.scans, 41, whole.cohort, 1, 0)
+
+
+# --- codes
+
+
+def windows_of(*subjects: str):
+    return cut_windows(joined(noise_scans(*subjects), noise_scans("z", frames=11, of=atlas("large", 12))), 16, 8)
+
+
+def test_codes_and_features_are_those_of_each_window_alone(tiny_codec, tmp_path: Path) -> None:
+    windows = windows_of("a", "b")
+    encoded = encode_windows(tiny_codec, windows, tmp_path)
+    assert encoded.features.shape == (9, tiny_codec.config.num_scan_features)
+    for row in range(len(windows)):
+        inputs = collate_signals([windows.item(row)])
+        codes = tiny_codec.encode(**inputs)
+        np.testing.assert_array_equal(encoded.codes[row], codes[0].numpy())
+        np.testing.assert_allclose(encoded.features[row], tiny_codec.scan_features(codes)[0].detach(), atol=1e-4)
+    # 8 frames are two patches of two tokens
+    assert encoded.codes[-1].shape == (4, 3) and encoded.codes[0].shape == (8, 3)
+
+
+def test_codes_are_computed_once(tiny_codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "SHARD", 4)
+    expected = encode_windows(tiny_codec, windows_of("a", "b"), tmp_path)
+    [kept] = tmp_path.iterdir()
+    # as a stopped run leaves it
+    (kept / "part-00001.npz").unlink()
+    calls = []
+    monkeypatch.setattr(dataset, "encode_items", lambda codec, items: calls.append(items) or encode_items(codec, items))
+    for _ in range(2):
+        again = encode_windows(tiny_codec, windows_of("a", "b"), tmp_path)
+        assert all(np.array_equal(*pair) for pair in zip(again.codes, expected.codes, strict=True))
+        np.testing.assert_array_equal(again.features, expected.features)
+        assert len(calls) == 1 and len(calls[0]) == 4
+
+
+@pytest.mark.parametrize("change", ["codec", "scans", "windows"])
+def test_other_inputs_are_encoded_anew(change: str, tiny_codec, make_codec, tmp_path: Path) -> None:
+    before = encode_windows(tiny_codec, windows_of("a", "b"), tmp_path)
+    codec = make_codec(hidden_size=32) if change == "codec" else tiny_codec
+    windows = windows_of("a", "c") if change == "scans" else windows_of("a", "b")
+    if change == "windows":
+        windows = cut_windows(windows.scans, 16, 12)
+    after = encode_windows(codec, windows, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    fresh = encode_items(codec, windows.items())
+    np.testing.assert_allclose(after.features, fresh.features, atol=1e-4)
+    assert len(after.codes) != len(before.codes) or not np.array_equal(after.features, before.features)
+
+
+def test_fingerprint_of_a_codec_is_that_of_its_weights(tiny_codec, make_codec) -> None:
+    assert codec_fingerprint(tiny_codec) == codec_fingerprint(make_codec())
+    next(tiny_codec.parameters()).data += 1e-3
+    assert codec_fingerprint(tiny_codec) != codec_fingerprint(make_codec())
+
+
+def test_interrupted_encoding_leaves_no_half_file(tiny_codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle, **arrays) -> None:
+        handle.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(dataset.np, "savez", full)
+    with pytest.raises(OSError, match="disk full"):
+        encode_windows(tiny_codec, windows_of("a"), tmp_path)
+    assert not list(tmp_path.rglob("*.npz"))

@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fmrilm.processors import Atlas
-from fmrilm.processors.descriptors.connectivity import PAIRS, network_blocks
 from fmrilm.processors.descriptors.gradients import fit_references
 from fmrilm.processors.descriptors.measures import (
     CORE_MEASURES,
@@ -15,7 +14,7 @@ from fmrilm.processors.descriptors.measures import (
     describe,
     descriptor_names,
 )
-from fmrilm.processors.descriptors.networks import NETWORKS, membership, standardize
+from fmrilm.processors.descriptors.networks import NETWORKS, PAIRS, membership, network_blocks, standardize
 from helpers import labelled_atlas, slow_series
 
 

@@ -11,22 +11,20 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from distributed import LocalCluster
 
-from fmrilm.training.codec import program as codec_program
+from fmrilm.training.alignment import program as alignment_program
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
-from small_world import write_parcels
+from small_world import ATLAS, write_parcels
 
 
-PROGRAM = "fmrilm.training.codec.program"
+PROGRAM = "fmrilm.training.alignment.program"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ACCELERATE = EXAMPLES.parent / "training" / "configs" / "accelerate"
 MODEL = "runs/demo/model"
 
 
 @pytest.fixture
-def run(
-    in_small_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., str]:
+def run(in_small_world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Runs a script with its arguments in the small world; returns what it prints."""
 
     def run(script: str, *arguments: str) -> str:
@@ -40,24 +38,22 @@ def run(
 def test_quickstart_asks_and_reconstructs(run) -> None:
     said = run("quickstart.py", "--model", MODEL, "--scan", "scan.nii.gz")
     assert "low, typical or high?" in said
-    assert "32 frames of 94 ROIs as 2 steps of 2 codes" in said
+    assert "32 frames of 94 ROIs: 2 patches of 2 tokens of 3 levels" in said
 
 
 def test_labels_of_ones_own_are_learned(run) -> None:
-    said = run(
-        "finetune_labels.py", "--scans", "recordings", "--labels", "labels.csv", "--atlas", "aal2-94", "--tr", "0.72",
-        "--steps", "1",
-    )  # fmt: skip
-    assert "4 scans to learn from, 2 of other people" in said and "right by always saying" in said
+    scans = ["--scans", "recordings", "--labels", "labels.csv", "--atlas", ATLAS, "--tr", "0.72"]
+    said = run("finetune_labels.py", *scans)
+    assert "score sex=" in said and "shuffled" in said and "majority" in said
     assert Path("runs/finetuned/model/model.safetensors").exists()
 
 
 def test_task_is_asked_beside_baselines(run) -> None:
-    prepare(find_scans(Path("recordings"), Path("labels.csv")), Path("prepared"), "aal2-94", Preparation(tr=0.72))
-    said = run("add_task.py", MODEL, "prepared", str(EXAMPLES / "chronotype.yaml"))
+    prepare(find_scans(Path("recordings"), Path("labels.csv")), Path("prepared"), ATLAS, Preparation(tr=0.72))
+    said = run("add_task.py", MODEL, "prepared", str(EXAMPLES / "chronotype.yaml"), "--folds", "2")
     assert "morning / evening" in said
-    for method in ("zero-shot", "connectivity", "majority"):
-        assert method in said
+    for condition in ("zero-shot", "fc_ridge", "majority"):
+        assert condition in said
 
 
 def test_atlas_of_ones_own_is_read_and_saved(run) -> None:
@@ -66,13 +62,14 @@ def test_atlas_of_ones_own_is_read_and_saved(run) -> None:
     assert "Atlas('parcels', 2 ROIs" in said and "with atlas='parcels': the same codes" in said
 
 
-def test_forecast_stands_beside_what_came(run) -> None:
-    said = run("forecast.py", MODEL, "scan.npy", "--tr", "0.72", "--draws", "2")
-    assert "54 s shown, 32 s forecast: [time, rois] (16, 94)" in said
+def test_forecast_is_compared_with_the_truth(run) -> None:
+    said = run("forecast.py", MODEL, "scan.npy", "--tr", "0.72", "--samples", "2")
+    assert "context 54 s, forecast 32 s: [frames, rois] (16, 94)" in said
 
 
 def test_codec_works_alone(run) -> None:
     said = run("codec_alone.py", MODEL, "scan.npy", "--tr", "0.72")
+    assert "as 6 latent tokens of 3 levels" in said and "levels 1 to 3:" in said
     assert "100 ROIs of schaefer-100-7networks: (1, 100, 48)" in said
 
 
@@ -86,14 +83,14 @@ def test_cluster_prepares_and_launches_a_training_that_runs(run, monkeypatch: py
     with LocalCluster(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
         said = run(
             "cluster.py", "scans/manifest.csv", "work", "--scheduler", cluster.scheduler_address,
-            "--config", "training/configs/codec.yaml", "--accelerate", str(ACCELERATE / "fsdp2.yaml"),
+            "--configs", "training/configs/demo", "--accelerate", str(ACCELERATE / "fsdp2.yaml"),
         )  # fmt: skip
     assert "6 prepared, 0 done before, 0 failed" in said and "6 described" in said
     [command] = launched
     assert command[:3] == ["accelerate", "launch", "--config_file"] and command[4:6] == ["-m", PROGRAM]
     assert load_config_from_file(command[3]).distributed_type == "FSDP"
-    codec_program.main(command[6:])
-    assert Path("work/codec/model/model.safetensors").exists()
+    alignment_program.main(command[6:])
+    assert Path("work/alignment/model/model.safetensors").exists()
 
 
 def test_scripts_are_short() -> None:

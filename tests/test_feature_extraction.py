@@ -254,7 +254,7 @@ def test_what_was_read_is_returned_on_demand(extractor, caplog) -> None:
     first = {"scan": 0, "atlas": "tiny", "start": 0, "stop": 32, "scan_seconds": 80, "frames": 16}
     assert out["windows"][0] == {**first, "rois": 5, "missing_rois": []}
     assert out["windows"][1]["scan_seconds"] == out["windows"][1]["stop"] == 24
-    assert caplog.messages == ["of a scan of 80 s, the first 32 s are read; window='full' reads all of it"]
+    assert caplog.messages == ["of scans of 80 s, the first 32 s are read, window='first'"]
     sliding = extractor(bold(40), tr=2.0, window="sliding", return_windows=True)["windows"]
     assert [(item["start"], item["stop"]) for item in sliding] == [(0, 32), (32, 64)]
 

@@ -203,7 +203,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def parts(make_codec, make_language_model, extractor, module_tokenizer):
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     language_model = make_language_model("llama", len(module_tokenizer) - 3)
     return join(make_codec(), language_model, processor).eval(), processor
 

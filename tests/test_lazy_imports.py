@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fmrilm
@@ -36,6 +37,21 @@ def test_import_is_quick_and_takes_nothing_heavy() -> None:
 def test_scans_are_read_without_transformers() -> None:
     names = imported_with("from fmrilm.processors import Atlas, parcellate, read_scan")
     assert not names & {"torch", "transformers", "datasets", "pandas"}
+
+
+def test_asking_takes_nothing_that_it_does_not_need(saved: Path, signal: np.ndarray) -> None:
+    np.save(saved / "scan.npy", signal)
+    code = f"""
+import json, sys
+from typer.testing import CliRunner
+from fmrilm.training.cli.main import app
+arguments = ["ask", {str(saved / "scan.npy")!r}, "Is it?", "--choices", "yes,no", "--tr", "2"]
+run = CliRunner().invoke(app, [*arguments, "--json", "--model", {str(saved)!r}])
+assert run.exit_code == 0, run.output
+names = ("sklearn", "scipy.signal", "scipy.ndimage", "datasets", "nilearn", "pandas", "matplotlib", "peft", "trl")
+print(json.dumps([name for name in names if name in sys.modules]))
+"""
+    assert fresh(code) == []
 
 
 def test_help_is_quick_and_takes_nothing_heavy() -> None:

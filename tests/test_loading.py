@@ -37,8 +37,8 @@ def load(folder: Path, **options) -> FmriLMForConditionalGeneration:
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
 def test_dtype_sets_the_language_model_and_answers_stay_close(dtype, folder: Path, inputs: dict) -> None:
     model = load(folder, dtype=dtype)
-    assert model.dtype == (torch.bfloat16 if dtype == "bfloat16" else dtype)
-    assert {parameter.dtype for parameter in model.model.language_model.parameters()} == {model.dtype}
+    assert model.model.causal_lm.dtype == (torch.bfloat16 if dtype == "bfloat16" else dtype)
+    assert {parameter.dtype for parameter in model.model.causal_lm.parameters()} == {model.model.causal_lm.dtype}
     # one scan's codes for both: in half precision a code next to a tie may become another one
     exact = load(folder)
     codes = exact.model.get_fmri_codes(*(inputs[name] for name in SCAN_INPUTS))
@@ -57,12 +57,12 @@ def test_device_map_places_the_whole_model(device_map, folder: Path, inputs: dic
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementations_agree(implementation: str, folder: Path, inputs: dict) -> None:
     model = load(folder, attn_implementation=implementation)
-    assert model.model.language_model.config._attn_implementation == implementation
+    assert model.model.causal_lm.config._attn_implementation == implementation
     assert torch.allclose(logits(model, inputs), logits(load(folder), inputs), atol=1e-4)
 
 
 def test_attention_implementation_is_chosen_for_each_part(folder: Path, inputs: dict) -> None:
     model = load(folder, attn_implementation={"text_config": "eager", "codec_config": "sdpa"})
-    assert model.model.language_model.config._attn_implementation == "eager"
+    assert model.model.causal_lm.config._attn_implementation == "eager"
     assert model.model.codec.config._attn_implementation == "sdpa"
     assert torch.allclose(logits(model, inputs), logits(load(folder), inputs), atol=1e-4)

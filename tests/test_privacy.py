@@ -94,7 +94,7 @@ def run_chain(inputs: Path, outputs: Path, processor: FmriLMProcessor, language_
     cohort = Cohort.fit("tests", CORE_MEASURES, descriptors, PEOPLE, [scan.atlas for scan in scans])
     codes = cached_codes(codec, window_items(windows), outputs / "codes")
 
-    processor = FmriLMProcessor(extractor, processor.tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, processor.tokenizer, tokens_per_patch=2)
     model = join(codec, language_model("llama", len(processor.tokenizer) - 3), processor)
     weights = (1.0, 0.0, 0.0)
     rows = alignment_dataset(codes, cohort.levels(descriptors), ["text"], 4, 2, weights, seed=0)
@@ -117,7 +117,7 @@ def run_chain(inputs: Path, outputs: Path, processor: FmriLMProcessor, language_
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory, extractor, module_tokenizer, make_language_model) -> Path:
     folder = tmp_path_factory.mktemp("privacy")
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     logging.getLogger().addHandler(handler)

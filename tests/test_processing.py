@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import build_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
-from conftest import build_tiny_tokenizer
 from fmrilm.processors import (
     CHAT_TEMPLATE,
     FMRI_END,
@@ -100,6 +100,13 @@ def test_placeholders_and_scans_must_match(processor, signal, text: str, scans: 
 def test_truncated_scan_is_refused(processor, signal) -> None:
     with pytest.raises(ValueError, match="expected 8 tokens.*got 4.*truncated"):
         processor(BLOCK, signal, tr=2.0, truncation=True, max_length=5)
+
+
+def test_what_was_read_of_each_scan_is_returned_on_demand(processor) -> None:
+    inputs = processor.apply_chat_template([chat(bold(8)), chat(bold(40))], return_windows=True)
+    assert [(item["stop"], item["scan_seconds"]) for item in inputs.pop("windows")] == [(16, 16), (32, 80)]
+    assert list(inputs) == KEYS
+    assert processor(BLOCK, bold(8), tr=2.0, return_windows=True)["windows"][0]["frames"] == 8
 
 
 def test_text_alone_works(processor) -> None:

@@ -26,7 +26,7 @@ from helpers import chats
 
 @pytest.fixture(scope="module")
 def model(make_codec, make_language_model, extractor, module_tokenizer) -> FmriLMForConditionalGeneration:
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     return join(make_codec(), make_language_model("llama", len(module_tokenizer) - 3), processor).eval()
 
 
@@ -34,7 +34,7 @@ def model(make_codec, make_language_model, extractor, module_tokenizer) -> FmriL
 def saved(model, extractor, module_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "tiny"
     model.save_pretrained(folder)
-    FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2).save_pretrained(folder)
+    FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2).save_pretrained(folder)
     return folder
 
 
@@ -46,7 +46,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def saved_adapter(make_codec, make_language_model, extractor, module_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "adapter"
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     model = join(make_codec(), make_language_model("llama", len(module_tokenizer) - 3), processor)
     add_lora(model, 2).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -329,7 +329,7 @@ def test_stage_two_checkpoints_hold_the_processor(model, extractor, module_token
         str(tmp_path), max_steps=1, save_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True,
         remove_unused_columns=False, disable_tqdm=True,
     )
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_step=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
     copy = FmriLMForConditionalGeneration(model.config)
     train_alignment(add_lora(copy, 2), chats(2), processor, args)
     files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}

@@ -55,19 +55,11 @@ MODEL_FILES = {
     "steps_fmrilm.py",
 }
 PROCESSOR_FILES = {
-    "atlas_sources.py",
-    "atlases.py",
+    "atlases_fmrilm.py",
     "cleaning_fmrilm.py",
     "feature_extraction_fmrilm.py",
-    "limits_fmrilm.py",
-    "nifti_fmrilm.py",
-    "parcellation.py",
-    "parcels_fmrilm.py",
     "processing_fmrilm.py",
-    "scan_checks_fmrilm.py",
-    "scan_files_fmrilm.py",
-    "signal_fmrilm.py",
-    "surface_files_fmrilm.py",
+    "scan_io_fmrilm.py",
 }
 
 SCRIPT = """

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fmrilm.training.report.report import ReportExample, write_report
+from fmrilm.training.report.report import write_report
 
 
 EVIL = "<script>alert(1)</script>"
@@ -60,24 +60,21 @@ def score(accuracy: float) -> dict[str, Any]:
     return {"accuracy": accuracy, "interval": [accuracy - 0.07, accuracy + 0.07]}
 
 
-def family(questions: int, right: float, swapped: float) -> dict[str, Any]:
-    gap = right - swapped
+def family(questions: int, right: float, shuffled: float) -> dict[str, Any]:
+    gap = right - shuffled
     return {
         "questions": questions,
         "right": score(right),
-        "swapped": score(swapped),
-        "noise": score(0.34),
+        "shuffled": score(shuffled),
+        **dict.fromkeys(("noise", "codes_ridge"), score(0.34)),
         "majority": {"accuracy": 1 / 3, "interval": [1 / 3, 1 / 3]},
         "difference": {"value": gap, "interval": [gap - 0.1, gap + 0.1]},
-        "beats_swapped": gap > 0.1,
+        "beats_shuffled": gap > 0.1,
     }
 
 
 def build_results() -> dict[str, Any]:
-    def subject(name: str, r_squared: float) -> dict[str, Any]:
-        scores = {"r_squared": r_squared, "fc_correlation": 0.88, "pca_r_squared": 0.31, "pca_fc_correlation": 0.9}
-        means = {"mean_r_squared": 0.0, "mean_fc_correlation": None}
-        return {"subject": name, "dataset": "hcp", "windows": 7, **scores, **means}
+    """Results of an evaluation as `training.evaluation` gives them, with the run of a demo."""
 
     def answer(number: int) -> dict[str, Any]:
         return {
@@ -89,60 +86,42 @@ def build_results() -> dict[str, Any]:
             "probabilities": dict(zip(LEVELS, np.roll([0.7, 0.2, 0.1], number).tolist(), strict=True)),
         }
 
+    estimate = {"value": 0.71, "interval": [0.6, 0.8]}
+    condition = {"shots": 0, "variant": "", "resamples": 1, "scans": 40, "parse_failures": 0}
+    metrics = {"right": {"roc_auc": estimate}, "shuffled": {"roc_auc": {"value": 0.5, "interval": None}}}
     return {
-        "data": {
-            "training_subjects": 10,
-            "held_out_subjects": 1,
-            "training_windows": 70,
-            "held_out_windows": 40,
-            "datasets": {"hcp": {"training": 5, "held_out": 2}, EVIL: {"training": 5, "held_out": 1}},
-            "atlases": ["aal2-94", EVIL],
-        },
-        "codec": {
-            "numbers_per_window": 12,
-            "bits_per_window": 60,
-            "codebook_size": 32,
-            "codebook_used": 20,
-            "perplexity": 15.3,
-            "subjects": [subject("hcp 1", 0.2), subject(EVIL, 0.3)],
-        },
-        "questions": {
+        "data": {"scans": 44, "subjects": 11, "windows": 440, "training_subjects": [10], "test_subjects": [1]},
+        "settings": {"quick": False, "seed": 0},
+        "tasks": {f"sex {EVIL}": {"conditions": [{"condition": "zero-shot", "metrics": metrics, **condition}]}},
+        "descriptors": {
             "families": {
                 "connectivity": family(900, 0.61, 0.40),
                 "all": family(950, 0.60, 0.40),
                 "$\\broken{$": family(50, 0.35, 0.36),
-            }
+            },
+            "verdict": "answers about the right scan are above the control",
+            "answers": [answer(number) for number in range(5)],
+            "descriptions": {
+                "examples": [{"subject": "hcp 1", "generated": f"It is low. {EVIL}", "truth": "It is high & slow."}],
+                "statement_accuracy": {"right": 0.55, "shuffled": 0.41, "majority": None},
+            },
         },
-        "answers": [answer(number) for number in range(5)],
-        "descriptions": {
-            "examples": [{"subject": "hcp 1", "generated": f"It is low. {EVIL}", "truth": "It is high & slow."}],
-            "statement_accuracy": {"right": 0.55, "swapped": 0.41, "majority": 0.36},
+        "codec": {
+            "bits_per_patch": 1152.0,
+            "codebook_used": 20,
+            "r_squared": {"value": 0.31, "interval": [0.2, 0.4]},
+            "subjects": [{"subject": EVIL, "r_squared": 0.3, "fc_correlation": None}],
         },
         "run": {
-            "seconds": {"prepare": 6.0, EVIL: 200.0},
+            "seconds": {"prepare": 6.0, EVIL: 200.0, "total": 206.0},
             "peak_memory_gb": 3.1,
             "versions": {"torch": "2.13.0", EVIL: EVIL},
-            "quick": False,
         },
     }
 
 
-def build_example() -> ReportExample:
-    rng = np.random.default_rng(0)
-    signal = rng.normal(size=(48, 7))
-    return ReportExample(
-        title=f"hcp 1 {EVIL}",
-        signal=signal,
-        reconstruction=signal / 2 + rng.normal(size=signal.shape) / 4,
-        repetition_time=2.0,
-        networks=("Default", "Vis", "Vis", "$unknown", "SomMot", "Default", "Limbic"),
-        codes=rng.integers(0, 20, (3, 4)),
-        code_counts=np.r_[rng.integers(1, 9, 20), np.zeros(12, int)],
-    )
-
-
-def write(path: Path, results: dict[str, Any], example: ReportExample | None = None) -> tuple[str, Page]:
-    write_report(path, results, example or build_example())
+def write(path: Path, results: dict[str, Any]) -> tuple[str, Page]:
+    write_report(path, results)
     html = path.read_text(encoding="utf-8")
     return html, Page(html)
 
@@ -154,16 +133,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Page]:
     return path, *write(path, build_results())
 
 
-def test_page_is_whole_and_alone(report: tuple[Path, str, Page]) -> None:
+def test_page_is_whole_and_fetches_nothing(report: tuple[Path, str, Page]) -> None:
     path, html, page = report
     assert html.startswith("<!doctype html>") and html.endswith("</html>\n")
-    assert page.tags.count("section") == 7 and page.tags.count("h1") == 1
+    assert page.tags.count("section") == 5 and page.tags.count("h1") == 1
     assert page.links == {f"#{name}" for name in page.ids}
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
-
-
-def test_nothing_is_fetched_or_run(report: tuple[Path, str, Page]) -> None:
-    _, html, page = report
     assert "http://" not in html and "https://" not in html
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in html and "@import" not in html
@@ -172,15 +147,15 @@ def test_nothing_is_fetched_or_run(report: tuple[Path, str, Page]) -> None:
 def test_text_from_data_is_escaped(report: tuple[Path, str, Page]) -> None:
     _, html, page = report
     assert EVIL not in html
-    # datasets, atlases, answers, title, subjects, description, stages, version's name and number
-    assert page.text.count(EVIL) == 9
+    # task (two rows), answer, description, subject of the codec, stage, version's name and number
+    assert page.text.count(EVIL) == 8
     assert "It is high & slow." in page.text and "$\\broken{$" in page.text
 
 
 def test_figures_are_embedded_and_described(report: tuple[Path, str, Page]) -> None:
     _, _, page = report
-    assert page.tags.count("figure") == page.tags.count("figcaption") == len(page.images) == len(page.sources) == 6
-    assert len({image["alt"] for image in page.images}) == 6 and all(image["alt"] for image in page.images)
+    assert page.tags.count("figure") == page.tags.count("figcaption") == len(page.images) == len(page.sources) == 1
+    assert all(image["alt"] for image in page.images)
     for data in [image["src"] for image in page.images] + [source["srcset"] for source in page.sources]:
         kind, _, body = data.partition(",")
         assert kind == "data:image/svg+xml;base64"
@@ -193,53 +168,36 @@ def test_every_answer_is_there_with_its_mark(report: tuple[Path, str, Page]) -> 
         row = next(i for i, cell in enumerate(page.cells) if cell.startswith(f"Question {number}:"))
         question, truth, answer, probabilities, result = page.cells[row : row + 5]
         assert f"window from {80 * number} s" in question
-        assert (truth, answer, result) == ("high", LEVELS[number % 3], mark)
-        assert all(level in probabilities for level in LEVELS) and "70\u00a0%" in probabilities
-    assert "5 questions about people the model never saw, 1 answered correctly" in page.text
+        assert (truth, answer, result.strip()) == ("high", LEVELS[number % 3], mark)
+        assert all(level in probabilities for level in LEVELS) and "70 %" in probabilities
+    assert "5 questions about held-out subjects, 1 answered correctly" in page.text
 
 
-def test_summary_says_what_was_found(report: tuple[Path, str, Page], tmp_path: Path) -> None:
-    _, _, page = report
-    assert "70 windows of 10 people" in page.text and "40 windows of 1 other it had never seen" in page.text
-    assert "The right scan beats a swapped one (+20 points, +10 to +30)" in page.text
-    assert "beats a swapped one in 1: connectivity." in page.text
+def test_summary_and_numbers(report: tuple[Path, str, Page], tmp_path: Path) -> None:
+    _, html, page = report
+    assert "440 windows of 44 scans: 10 training and 1 held-out subjects" in page.text
+    assert "Answers about the right scan are above the control." in page.text and '"verdict no"' not in html
+    assert "+20 points" in page.text and "+10" not in page.text and "10 to 30 %" in page.text
     assert "not a medical device" in page.text and "quick run" not in page.text
+    place = page.cells.index("r squared")
+    assert page.cells[place : place + 3] == ["r squared", "0.31", "0.20 to 0.40"]
+    assert "55 % (right), 41 % (shuffled), — (majority)" in page.text
 
     results = build_results()
-    results["questions"]["families"]["all"] = family(950, 0.38, 0.40)
-    results["run"]["quick"] = True
-    _, page = write(tmp_path / "report.html", results)
-    assert "The right scan does not beat a swapped one (−2 points, −12 to +8)" in page.text
+    results["descriptors"]["families"]["all"] = family(950, 0.38, 0.40)
+    results["settings"]["quick"] = True
+    html, page = write(tmp_path / "report.html", results)
+    assert '"verdict no"' in html and "−2 points" in page.text
     assert "This was a quick run" in page.text
 
 
-def nulled(value: Any, keep: tuple[str, ...] = ("subject", "question", "quick")) -> Any:
-    """The same shape with every number, truth value and text null, as far as it is data."""
-    if isinstance(value, dict):
-        return {key: item if key in keep else nulled(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [nulled(item) for item in value]
-    return None
-
-
-def test_null_becomes_a_dash(report: tuple[Path, str, Page], tmp_path: Path) -> None:
-    assert report[2].cells.count("—") == 3  # FC of the mean: two subjects and their mean
-    _, page = write(tmp_path / "report.html", nulled(build_results()))
-    assert "None" not in page.text and "nan" not in page.text
-    assert page.cells.count("—") > 20 and "Peak memory —." in page.text
-
+@pytest.mark.parametrize("missing", ["descriptors", "codec", "run"])
+def test_what_was_not_measured_has_no_section(missing: str, tmp_path: Path) -> None:
     results = build_results()
-    results["questions"]["families"]["connectivity"]["noise"] = {"accuracy": None, "interval": None}
+    del results[missing]
     _, page = write(tmp_path / "report.html", results)
-    assert page.cells.count("——") == 1
-
-
-@pytest.mark.filterwarnings("error")
-def test_flat_reconstruction_is_shown_without_a_warning(tmp_path: Path) -> None:
-    example = build_example()
-    example.reconstruction[:, 2] = 0
-    _, page = write(tmp_path / "report.html", build_results(), example)
-    assert len(page.images) == 6 and "correlate with r = —" in page.text
+    assert page.tags.count("section") == {"descriptors": 3, "codec": 4, "run": 4}[missing]
+    assert "None" not in page.text and "nan" not in page.text
 
 
 def test_same_results_give_the_same_page(report: tuple[Path, str, Page], tmp_path: Path) -> None:

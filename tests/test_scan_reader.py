@@ -24,7 +24,7 @@ def folder(llama, tiny_atlas, tiny_tokenizer, tmp_path: Path) -> Path:
         atlases=[tiny_atlas, build_tiny_atlas(7, "other")], patch_length=4, window_length=16
     )
     llama.save_pretrained(tmp_path / "model")
-    FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_step=2).save_pretrained(tmp_path / "model")
+    FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -54,13 +54,23 @@ def inputs(reader: ScanReader, scan: dict, question: str = QUESTION) -> dict:
     return dict(reader.processor.apply_chat_template(chat, add_generation_prompt=True))
 
 
+def about(frames: int, scan_frames: int, windows: int = 1, atlas: str = "tiny", missing: tuple[int, ...] = ()) -> dict:
+    """What an answer says of the windows it was read from, at a TR of 2 s."""
+    window = {"start": 0.0, "stop": 2.0 * frames, "windows": windows, "scan_seconds": 2.0 * scan_frames}
+    rois = {"tiny": 5, "other": 7}[atlas] - len(missing)
+    return {"window": window, "atlas": atlas, "rois": rois, "missing_rois": [f"{atlas}_{roi}" for roi in missing]}
+
+
 def answer(reader: ScanReader, inputs: dict, tokens: int) -> str:
     ids = reader.model.generate(**inputs, max_new_tokens=tokens)[0, inputs["input_ids"].shape[1] :]
     return reader.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_answers_are_those_of_the_model(reader: ScanReader, scans: list[dict]) -> None:
-    expected = [{"answer": answer(reader, inputs(reader, scan), 6)} for scan in scans]
+    parts = [about(16, 20), about(9, 9, atlas="other")]
+    expected = [
+        {"answer": answer(reader, inputs(reader, scan), 6), **part} for scan, part in zip(scans, parts, strict=True)
+    ]
     assert expected[0] != expected[1]
     assert reader.ask(scans[0], QUESTION, max_new_tokens=6) == expected[0]
     assert reader.ask(scans, QUESTION, max_new_tokens=6) == expected
@@ -105,8 +115,9 @@ def test_pieces_of_a_stream_make_up_the_answer(reader: ScanReader, scans: list[d
 
 
 def test_closed_stream_stops_the_model(reader: ScanReader, scans: list[dict], monkeypatch) -> None:
-    steps, forward = [], reader.model.model.forward
-    monkeypatch.setattr(reader.model.model, "forward", lambda *args, **kw: steps.append(0) or forward(*args, **kw))
+    steps, inner = [], reader.model.model.causal_lm
+    forward = inner.forward
+    monkeypatch.setattr(inner, "forward", lambda *args, **kw: steps.append(0) or forward(*args, **kw))
     reader.model.generation_config.eos_token_id = None
     pieces = reader.ask(scans[0], QUESTION, stream=True, max_new_tokens=3000)
     assert list(islice(pieces, 1))
@@ -118,7 +129,7 @@ def test_error_of_the_model_reaches_who_reads_the_stream(reader: ScanReader, sca
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(reader.model.model, "forward", fail)
+    monkeypatch.setattr(reader.model.model.causal_lm, "forward", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(reader.ask(scans[0], QUESTION, stream=True))
 
@@ -129,11 +140,40 @@ def test_codes_and_signals_are_those_of_the_codec(reader: ScanReader, scans: lis
         features = reader.processor.feature_extractor(scan)
         codes = codec.encode(**features)
         decoded = codec.decode(codes, features["roi_coordinates"]).detach()
-        assert np.array_equal(reader.tokenize(scan).ravel(), codes[0])
-        assert reader.tokenize(scan).shape == (-(-frames // 4), 2)
+        assert np.array_equal(reader.tokenize(scan).reshape(-1, 3), codes[0])
+        assert reader.tokenize(scan).shape == (-(-frames // 4), 2, 3)
         assert reader.signal(scan).shape == reader.reconstruct(scan).shape == (frames, rois)
         assert np.array_equal(reader.signal(scan), features["fmri_values"][0].T[:frames])
         assert np.array_equal(reader.reconstruct(scan), decoded[0].T[:frames])
+        surprise = reader.surprise(scan)
+        assert surprise.shape == (-(-frames // 4), 3)
+        assert np.allclose(surprise, reader.model.surprise(codes)[0], rtol=1e-5)
+
+
+def test_every_window_of_a_long_scan_counts(reader: ScanReader, scans: list[dict]) -> None:
+    signal = np.random.default_rng(2).normal(1000, 10, (32, 5)).astype(np.float32)
+    signal[:, 4] = np.nan
+    scan = {**scans[0], "signal": signal}
+    found = reader.ask(scan, QUESTION, CHOICES)
+    assert found == {**found, **about(32, 32, windows=2, missing=(4,))}
+    prepared = reader.processor.feature_extractor(scan, window="sliding")
+    shares = []
+    for window in range(2):
+        codes = reader.model.model.get_fmri_codes(
+            *(prepared[name][window : window + 1] for name in ("fmri_values", "roi_coordinates", "fmri_mask"))
+        )
+        prompt = inputs(reader, scan) | {"fmri_codes": codes}
+        prompt = {name: prompt[name] for name in ("input_ids", "attention_mask", "fmri_codes")}
+        shares.append(reader.model.score_choices(prompt, reader.processor.encode_choices(CHOICES))[0].softmax(-1))
+    assert np.allclose(list(found["probabilities"].values()), torch.stack(shares).mean(0), rtol=1e-3)
+    assert found["answer"] == CHOICES[int(torch.stack(shares).mean(0).argmax())]
+    first = reader.ask(scan, QUESTION, CHOICES, window="first")
+    assert np.allclose(list(first["probabilities"].values()), shares[0], rtol=1e-3)
+    # of text and codes there is no mean: what was read is said
+    text = reader.ask(scan, QUESTION, max_new_tokens=2)
+    assert text["window"] == about(16, 32)["window"]
+    assert len(reader.tokenize(scan)) == 4 and len(reader.tokenize(scan, window="full")) == 8
+    assert reader.ask(scan, QUESTION, CHOICES, window="full")["window"] == about(32, 32)["window"]
 
 
 def test_missing_roi_is_nan_in_every_signal(reader: ScanReader, scans: list[dict]) -> None:
@@ -150,13 +190,14 @@ def test_forecast_follows_the_last_window(reader: ScanReader, scans: list[dict])
     last = {
         name: value if name == "roi_coordinates" else value[..., 384:400] for name, value in features.items()
     }
-    expected = reader.model.forecast(**last, steps=2)[0].T
-    assert np.allclose(reader.forecast({**scans[0], "signal": long}, 2), expected, atol=1e-5)
-    assert [one.shape for one in reader.forecast(scans, 3)] == [(12, 5), (12, 7)]
+    expected = reader.model.forecast(**last, seconds=10)[0].T
+    assert np.allclose(reader.forecast({**scans[0], "signal": long}, 10), expected, atol=1e-5)
+    assert [one.shape for one in reader.forecast(scans, 20)] == [(10, 5), (10, 7)]
+    assert reader.forecast(scans[1], 20, num_samples=3).shape == (3, 10, 7)
 
 
 def test_embedding_is_the_mean_state_of_the_scan(reader: ScanReader, scans: list[dict]) -> None:
-    prompt = reader.processor("<|fmri_pad|>", scans[0])
+    prompt = reader.processor("<|fmri_pad|>", scans[0], window="first")
     states = reader.model.model(**prompt).last_hidden_state[0].detach()
     inside = states[prompt["input_ids"][0] == reader.processor.fmri_token_id]
     assert len(inside) == 8
@@ -178,7 +219,7 @@ def test_table_gains_columns_and_keeps_its_own(reader: ScanReader, table: pd.Dat
     assert np.array_equal(reader.tokenize(table)["codes"].iloc[1], reader.tokenize(table["path"].iloc[1], **OPTIONS))
     assert list(reader.describe(table, max_new_tokens=2).columns) == [*before.columns, "description"]
     # what is not in the table is said once for all
-    assert len(reader.forecast(table[["path"]], **OPTIONS)["forecast"].iloc[0]) == 4
+    assert len(reader.forecast(table[["path"]], **OPTIONS)["forecast"].iloc[0]) == 16
     with pytest.raises(ValueError, match="a column 'path', got columns"):
         reader.ask(table.rename(columns={"path": "file"}), QUESTION)
 
@@ -188,20 +229,17 @@ def test_unfit_calls_are_refused(reader: ScanReader, scans: list[dict], signal: 
         reader.ask(scans, ["Why?"] * 3)
     with pytest.raises(ValueError, match="one scan and no choices to stream"):
         reader.ask(scans, QUESTION, stream=True)
-    with pytest.raises(ValueError, match="got 'sliding'"):
+    with pytest.raises(ValueError, match="expected window .* got 'sliding'"):
         reader.tokenize(scans[0], window="sliding")
     with pytest.raises(ValueError, match="^the scan's repetition time is not known"):
         reader.signal(signal, atlas="tiny")
     with pytest.raises(ValueError, match="scan 1 .*no scan at nowhere.npy"):
         reader.signal([signal, "nowhere.npy"], **OPTIONS)
-    reader.model.fmri_head = None
-    with pytest.raises(ValueError, match="expected a model with a codebook"):
-        reader.reconstruct(scans[0])
 
 
 def test_dtype_and_device_are_chosen(folder: Path, scans: list[dict]) -> None:
     reader = fmrilm.load(folder, "cpu", dtype="bfloat16")
-    assert reader.model.dtype == torch.bfloat16 and not reader.model.training
+    assert reader.model.model.causal_lm.dtype == torch.bfloat16 and not reader.model.training
     assert reader.embed(scans[0]).dtype == reader.reconstruct(scans[0]).dtype == np.float32
     assert sum(reader.ask(scans[0], QUESTION, CHOICES)["probabilities"].values()) == pytest.approx(1, abs=1e-2)
 

@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 from fmrilm import ScanReader
 from fmrilm.processors import FmriLMProcessor
 from fmrilm.training.cli import main as cli
-from fmrilm.training.cli.report import QUESTIONS
-from fmrilm.training.report.scan_measures import (
-    code_places,
-    network_surprise,
+from fmrilm.training.cli.read import QUESTIONS
+from fmrilm.training.report.scan_report import (
+    network_nll,
     read_scan,
     token_contributions,
+    token_places,
     view_scan,
+    write_scan_report,
 )
-from fmrilm.training.report.scan_report import write_scan_report
 
 
 CHOICES = ["yes", "no", "maybe so"]
@@ -55,13 +55,14 @@ def test_a_scan_read_once_gives_what_its_file_gives(reader: ScanReader, signal: 
 def test_contributions_are_what_the_answer_loses_with_its_tokens(
     reader: ScanReader, scan: dict, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contributions = token_contributions(reader, scan, QUESTION, answer, CHOICES)
-    assert contributions.shape == reader.tokenize(scan).shape
+    contributions, summary = token_contributions(reader, scan, QUESTION, answer, CHOICES)
+    assert contributions.shape == reader.tokenize(scan).shape[:2] and np.isfinite(summary)
     features = reader.model.model.get_fmri_features
 
     def log_probability(scale: torch.Tensor) -> float:
         monkeypatch.setattr(reader.model.model, "get_fmri_features", lambda scans: features(scans) * scale[:, None])
-        return float(np.log(reader.ask(scan, QUESTION, CHOICES)["probabilities"][answer]))
+        found = reader.ask(scan, QUESTION, CHOICES, window="first")
+        return float(np.log(found["probabilities"][answer]))
 
     for token in (0, 3):
         change = torch.zeros(contributions.size)
@@ -71,30 +72,30 @@ def test_contributions_are_what_the_answer_loses_with_its_tokens(
 
 
 def test_contributions_to_free_text_are_of_its_log_likelihood(reader: ScanReader, scan: dict) -> None:
-    of_words = [token_contributions(reader, scan, QUESTION, text) for text in ("yes", "no")]
-    # the likelihood of both answers, each shifted by the same: what differs is what tells them apart
-    among = token_contributions(reader, scan, QUESTION, "yes", ["yes", "no"])
+    of_words = [token_contributions(reader, scan, QUESTION, text)[0] for text in ("yes", "no")]
+    # the likelihood of both answers, each shifted by the same: what differs is what separates them
+    among, _ = token_contributions(reader, scan, QUESTION, "yes", ["yes", "no"])
     share = reader.ask(scan, QUESTION, ["yes", "no"])["probabilities"]["no"]
     np.testing.assert_allclose(among, share * (of_words[0] - of_words[1]), atol=1e-5)
 
 
-def test_surprise_is_the_models_and_falls_to_networks_by_occlusion(reader: ScanReader, scan: dict) -> None:
-    surprise, networks = network_surprise(reader, scan)
-    codes = torch.tensor(reader.tokenize(scan)).reshape(1, -1)
-    np.testing.assert_allclose(surprise, reader.model.surprise(codes)[0], rtol=1e-5)
+def test_nll_is_the_models_and_falls_to_networks_by_occlusion(reader: ScanReader, scan: dict) -> None:
+    nll, networks = network_nll(reader, scan)
+    np.testing.assert_allclose(nll, reader.surprise(scan, window="first").mean(-1), rtol=1e-5)
     assert list(networks) == ["Vis", "SomMot", "Default"]
-    features = reader.processor.feature_extractor([scan])
+    features = reader.processor.feature_extractor([scan], window="first")
     features["fmri_values"][:, [0, 3]] = 0
-    without = reader.model.surprise(reader.model.model.get_fmri_codes(**features))[0]
-    np.testing.assert_allclose(networks["Vis"], surprise - without.numpy(), rtol=1e-4, atol=1e-5)
-    assert np.isnan(surprise[0]) and np.isfinite(surprise[1:]).all()
+    without = reader.model.surprise(reader.model.model.get_fmri_codes(**features))[0].mean(-1)
+    np.testing.assert_allclose(networks["Vis"], nll - without.numpy(), rtol=1e-4, atol=1e-5)
+    assert np.isfinite(nll).all()
 
 
-def test_like_codes_have_like_places(reader: ScanReader) -> None:
-    codes = np.arange(16)
-    places = code_places(reader, codes)
+def test_like_tokens_have_like_places(reader: ScanReader) -> None:
+    codes = np.random.default_rng(0).integers(0, 16, (8, 2, 3))
+    places = token_places(reader, codes).ravel()
     assert sorted(places) == pytest.approx(np.linspace(0, 1, 16))
-    vectors = reader.model.model.codec.embed_codes(torch.tensor(codes)).numpy()
+    vectors = reader.model.model.codec.embed_codes(torch.tensor(codes)).reshape(16, -1).detach().numpy()
+    vectors -= vectors.mean(0)
     near, far = np.argsort(places)[:5], np.argsort(places)[-5:]
     within = vectors[near] @ vectors[near].T
     assert within[~np.eye(5, dtype=bool)].mean() > (vectors[near] @ vectors[far].T).mean()
@@ -113,7 +114,7 @@ def test_the_page_holds_everything_and_fetches_nothing(reader: ScanReader, signa
     assert page.links == {f"#{name}" for name in page.ids} and len(page.ids) == 5
     # tokens of answers, carpet, traces, connectivity, codes, surprise, two glass brains: each in light and dark
     assert len(page.images) == len(page.sources) == page.tags.count("figcaption") == 8
-    found = reader.ask(signal, QUESTION, CHOICES, tr=2.0)
+    found = reader.ask(signal, QUESTION, CHOICES, tr=2.0, window="first")
     assert found["answer"] in page.cells
     shares = page.cells[page.cells.index(found["answer"]) + 1]
     assert all(f"{choice}{100 * share:.0f}" in shares for choice, share in found["probabilities"].items())
@@ -124,7 +125,7 @@ def test_the_command_writes_the_page_and_names_no_file(
     reader: ScanReader, signal: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "sub-Q7marker.npy", signal)
-    monkeypatch.setattr("fmrilm.load", lambda path: reader)
+    monkeypatch.setattr("fmrilm.scan_reader.load", lambda *arguments: reader)
     for drawn in ("carpet", "traces", "connectivity", "token_map", "glass_brain"):
         monkeypatch.setattr(f"fmrilm.training.report.scan_report.{drawn}", lambda *arguments: "")
     arguments = ["report", str(tmp_path / "sub-Q7marker.npy"), "--model", "x", "--output", str(tmp_path / "page.html")]
@@ -133,19 +134,12 @@ def test_the_command_writes_the_page_and_names_no_file(
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "marker" not in html and QUESTIONS[0] in html and "typical" in html
     result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 1 and "error: the scan's repetition time is not known" in result.output
-
-
-def test_a_model_without_codes_is_refused(tiny_model, processor: FmriLMProcessor, signal: np.ndarray) -> None:
-    model = tiny_model()
-    model.fmri_head = None
-    with pytest.raises(ValueError, match="codebook"):
-        view_scan(ScanReader(model, processor), read_scan(ScanReader(model, processor), signal, tr=2.0))
+    assert result.exit_code == 1 and "repetition time is not known" in result.output
 
 
 def test_atlases_may_bring_networks_of_their_own(reader: ScanReader) -> None:
     atlas = build_tiny_atlas(5)
     object.__setattr__(atlas, "networks", ("Vis", "Vis", "mine", "mine", "mine"))
     scan = read_scan(reader, np.random.default_rng(0).normal(size=(20, 5)), tr=2.0, atlas=atlas)
-    assert list(network_surprise(reader, scan)[1]) == ["Vis", "mine"]
+    assert list(network_nll(reader, scan)[1]) == ["Vis", "mine"]
     assert view_scan(reader, scan).order.tolist() == [0, 1, 2, 3, 4]

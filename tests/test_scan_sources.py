@@ -54,8 +54,8 @@ def test_paths_hold_in_other_processes(tmp_path, monkeypatch) -> None:
         ("path,subject,signal\na.npy,01,2\n", "cannot be named 'signal'"),
         ("path,subject\na.npy,01\nb.npy,01\n", "two scans of subject '01', session None"),
         ("path,subject,run\na.npy,01,1\nb.npy,01,1\n", "run 1: expected one"),
-        ("path,subject,run,age\na.npy,01,1,3\nb.npy,01,2,4\n", "label 'age' differs between rows of subject '01': 3"),
-        ("path,subject,session,run,age\na,1,x,1,3\nb,1,x,2,4\n", "subject '1', session 'x': 3 and 4"),
+        ("path,subject,atlas,age\na,1,x,3\nb,1,y,4\n", "label 'age' differs between rows of subject '1': 3 and 4"),
+        ("path,subject,session,run,atlas,age\na,1,x,1,p,3\nb,1,x,1,q,4\n", "'1', session 'x', run '1': 3 and 4"),
         ("path,subject\na.npy,../x\n", "expected a subject without slashes.*'../x'"),
         ("path,subject,session\na.npy,1,..\n", "expected a session without"),
         ("path,subject,site\na.npy,1,a/b\n", "expected a site without"),
@@ -67,9 +67,11 @@ def test_unfit_manifest_is_refused(text: str, message: str, tmp_path) -> None:
         find_scans(write(tmp_path / "m.csv", text))
 
 
-def test_labels_may_differ_between_sessions_and_scans_between_atlases(tmp_path) -> None:
+def test_labels_may_differ_between_sessions_and_runs_and_scans_between_atlases(tmp_path) -> None:
     text = "path,subject,session,atlas,age\na.npy,1,x,p,30\nb.npy,1,y,p,31\nc.npy,1,y,q,31\n"
     assert [scan.labels["age"] for scan in find_scans(write(tmp_path / "m.csv", text))] == [30, 31, 31]
+    text = "path,subject,run,condition\na.npy,1,1,rest\nb.npy,1,2,movie\n"
+    assert [scan.labels["condition"] for scan in find_scans(write(tmp_path / "m.csv", text))] == ["rest", "movie"]
 
 
 def test_missing_source_is_refused(tmp_path) -> None:
@@ -83,14 +85,50 @@ def test_missing_source_is_refused(tmp_path) -> None:
 
 
 def test_names_of_files_in_a_folder_are_subjects(tmp_path) -> None:
-    for name in ("b.npy", "a.nii.gz", "c.ptseries.nii", ".hidden.npy", "notes.txt"):
+    names = ("b.npy", "a.nii.gz", "c.ptseries.nii", "d.1D", "e.lh.mgz", "e.rh.mgz")
+    for name in (*names, ".hidden.npy", "notes.txt", "a.json", "README.md"):
         write(tmp_path / name)
     write(tmp_path / "deeper" / "d.npy")
-    assert [(scan.path.name, scan.subject) for scan in find_scans(tmp_path)] == [
-        ("a.nii.gz", "a"),
-        ("b.npy", "b"),
-        ("c.ptseries.nii", "c"),
-    ]
+    scans = find_scans(tmp_path)
+    assert [(scan.path.name, scan.subject) for scan in scans if scan.problem is None] == [
+        ("a.nii.gz", "a"), ("b.npy", "b"), ("c.ptseries.nii", "c"), ("d.1D", "d"), ("e.lh.mgz", "e.lh"),
+    ]  # fmt: skip
+    [unknown] = [scan for scan in scans if scan.problem is not None]
+    assert unknown.subject == "notes.txt" and unknown.problem.startswith("unknown ending .txt: expected .nii.gz, ")
+
+
+PHENOTYPES = """\
+,Unnamed: 0,SUB_ID,X,subject,SITE_ID,FILE_ID,DX_GROUP,AGE_AT_SCAN,SEX,FIQ,qc_notes_rater_2
+1,1,50002,1,50002,PITT,no_filename,1,16.77,1,103,
+2,2,50003,2,50003,PITT,Pitt_0050003,1,24.45,1,-9999,"left, low"
+3,3,50646,3,50646,CMU,CMU_b_0050646,2,19.09,2,124,
+"""
+
+
+def test_folder_that_fetch_abide_pcp_leaves_is_a_source(tmp_path) -> None:
+    folder = tmp_path / "ABIDE_pcp"
+    for name in ("Pitt_0050003_rois_cc200.1D", "CMU_b_0050646_rois_cc200.1D", "Lab_0000001_rois_cc200.1D"):
+        write(folder / "cpac" / "nofilt_noglobal" / name)
+    labels = write(folder / "Phenotypic_V1_0b_preprocessed1.csv", PHENOTYPES)
+    scans = find_scans(folder)
+    assert scans == find_scans(folder, labels) == find_scans(folder / "cpac" / "nofilt_noglobal", labels)
+    assert [(scan.subject, scan.site, scan.tr, scan.atlas) for scan in scans] == [
+        ("CMU_b_0050646", "CMU", 1.5, "cc200"), ("Lab_0000001", None, None, "cc200"),
+        ("Pitt_0050003", "PITT", 1.5, "cc200"),
+    ]  # fmt: skip
+    assert scans[0].labels == {"DX_GROUP": 2, "AGE_AT_SCAN": 19.09, "SEX": 2, "FIQ": 124}
+    assert scans[2].labels == {"DX_GROUP": 1, "AGE_AT_SCAN": 24.45, "SEX": 1, "FIQ": None}
+    assert find_scans(folder / "cpac")[0].labels == {}
+    write(folder / "cpac" / "filt_global" / "Pitt_0050003_rois_cc200.1D")
+    with pytest.raises(ValueError, match="'Pitt_0050003' has series in cpac/filt_global and cpac/nofilt_noglobal"):
+        find_scans(folder)
+
+
+def test_every_site_of_abide_has_its_repetition_time(tmp_path) -> None:
+    times = {"Leuven_1": 1.656, "Leuven_2": 1.656, "MaxMun_c": 3.0, "UCLA_2": 3.0, "UM_1": 2.0, "CMU_a": 2.0, "SBL": 2.2}
+    for site in times:
+        write(tmp_path / f"{site}_0050001_rois_cc200.1D")
+    assert {scan.subject[:-8]: scan.tr for scan in find_scans(tmp_path)} == times
 
 
 @given(
@@ -152,7 +190,33 @@ def test_derivatives_in_template_space_are_found(tmp_path) -> None:
         ("01", "b", "rest", "acq-AP_run-2"),
     ]
     assert scans[-1].ids == ("02", None, "rest", None)
-    assert [scan.path.name for scan in find_scans(tmp_path, space="fsLR")] == [OTHERS[-1]]
+    surfaces = {scan.path.name: scan.problem for scan in find_scans(tmp_path, space="fsLR")}
+    assert surfaces.pop(OTHERS[-1]) is None
+    assert surfaces == dict.fromkeys(
+        NAMES[:4], "no scan in a space like fsLR, of the known endings; there is: MNI152NLin2009cAsym_res-2"
+    )
+
+
+def test_scan_of_another_space_or_an_unknown_ending_is_named(tmp_path) -> None:
+    others = (
+        "sub-03_task-rest_space-T1w_desc-preproc_bold.nii.gz",
+        "sub-04_task-rest_space-MNI152NLin2009cAsym_desc-preproc_bold.nii.zst",
+    )
+    for name in (NAMES[4], *others):
+        derivative(tmp_path, name)
+    problems = {scan.subject: scan.problem for scan in find_scans(tmp_path)}
+    assert problems["02"] is None
+    assert problems["03"].endswith("there is: T1w") and "a file that ends in .nii.zst" in problems["04"]
+
+
+def test_raw_bids_needs_fmriprep(tmp_path) -> None:
+    derivative(tmp_path, "sub-02_task-rest_bold.nii.gz")
+    write(tmp_path / "participants.tsv", "participant_id\tage\nsub-02\t30\n")
+    with pytest.raises(ValueError, match="is raw BIDS, run fMRIPrep first: expected desc-preproc_bold files"):
+        find_scans(tmp_path)
+    # its derivatives are beside it
+    derivative(tmp_path / "derivatives" / "fmriprep", NAMES[4])
+    assert [scan.path.name for scan in find_scans(tmp_path)] == [NAMES[4]]
 
 
 def test_space_must_be_there_and_be_one(tmp_path) -> None:
@@ -187,7 +251,7 @@ def test_labels_are_joined_by_session(tmp_path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("name,age\n1,30\n", "expected a column subject or participant_id, got name, age"),
+        ("name,age\n1,30\n", "expected a column subject, participant_id or FILE_ID, got name, age"),
         ("subject,age\n1,30\n1,31\n", "label 'age' differs between rows of subject '1': 30 and 31"),
         ("subject,path\n1,30\n", "cannot be named 'path'"),
         ("subject,age\nA,30\n", "none of its subjects has a scan; it starts with 'A', the scans with 'sub-1'"),

@@ -14,11 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmrilm.training.data import tasks
-from fmrilm.training.data.collator import ChatCollator
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.data.tasks import Task, check_splits, labels_of, load_task, task_names
-from fmrilm.training.sft.task_chats import task_dataset
 
 
 SEX = load_task("sex")
@@ -37,7 +35,8 @@ def people(**columns) -> list[dict]:
 
 def test_packaged_tasks_are_those_of_the_benchmarks() -> None:
     assert set(task_names()) >= {
-        "sex", "age", "age_group", "fluid_intelligence", "ad", "adhd", "asd", "apoe4", "handedness", "planted_group",
+        "sex", "age", "age_group", "fluid_intelligence", "ad", "adhd", "asd", "apoe4", "handedness", "state",
+        "synthetic_group",
     }  # fmt: skip
 
 
@@ -66,7 +65,11 @@ def test_packaged_task_is_complete(name: str) -> None:
         ("apoe4", 2.0, "yes", "APOE e4 carrier: yes"),
         ("apoe4", 0, "no", "APOE e4 carrier: no"),
         ("handedness", "r", "right", "handedness: right"),
-        ("planted_group", "b", "beta", "planted group: beta"),
+        ("synthetic_group", "b", "beta", "synthetic group: beta"),
+        ("asd", "autism", "yes", "autism: yes"),
+        ("asd", 2, "no", "autism: no"),
+        ("sex", 1.0, "male", "sex: male"),
+        ("state", "movie_sitcom", "sitcom", "state: sitcom"),
     ],
 )
 def test_labels_are_answered(name: str, value, answer: str, statement: str) -> None:
@@ -112,7 +115,7 @@ def example() -> tuple[str, str]:
     return yaml, table
 
 
-def test_task_and_labels_of_ones_own_reach_training(tmp_path: Path, processor, tiny_atlas) -> None:
+def test_task_and_labels_of_ones_own_are_read(tmp_path: Path, tiny_atlas) -> None:
     yaml, table = example()
     (tmp_path / "chronotype.yaml").write_text(yaml)
     (tmp_path / "chronotype.csv").write_text(table)
@@ -130,14 +133,6 @@ def test_task_and_labels_of_ones_own_reach_training(tmp_path: Path, processor, t
     task = load_task(tmp_path / "chronotype.yaml")
     assert task.choice_words == ["morning", "evening"]
     assert labels_of(task, rows) == ["m", "e"]
-
-    codes = np.arange(8).reshape(2, 4)
-    chats = task_dataset(rows, codes, [task], size=4, questions=1, weights=[1, 0, 0], seed=0, source_share=1)
-    for row in chats:
-        asked, answered = row["messages"]
-        assert asked["content"][1]["text"].startswith(task.about)
-        assert answered["content"][0]["text"] == ("morning" if row["codes"][0] == [0, 1, 2, 3] else "evening")
-    assert (ChatCollator(processor)(list(chats))["labels"] != -100).any()
 
 
 def test_unknown_task_names_those_there_are() -> None:
@@ -206,8 +201,8 @@ def test_words_that_yaml_reads_as_truth_values_stay_words(tmp_path: Path) -> Non
         (SEX, people(gender=["F", "M"]), "no column 'sex' among subject, session, gender"),
         (SEX, people(sex=["F", "f", "female"]), "at least two classes, got only 'female' in rows 0, 1, 2$"),
         (SEX, people(sex=[None, None]), "at least two classes, got no label in 2 rows"),
-        (SEX, people(sex=["F", "M", "x", "x"]), "expected one of F, female, M, male, got 'x' in rows 2, 3$"),
-        (SEX, people(sex=["F", 1]), "got 1 in row 1"),
+        (SEX, people(sex=["F", "M", "x", "x"]), "expected one of F, female, 2, M, male, 1, got 'x' in rows 2, 3$"),
+        (SEX, people(sex=["F", 3]), "got 3 in row 1"),
         (AGE, people(age=[30, 130, -1]), "from 0 to 120, got 130 in row 1; .* got -1 in row 2"),
         (AGE, people(age=[30, float("inf")]), "got inf in row 1"),
         (AGE, people(age=["30", "old"]), "expected a number, got 'old' in row 1"),
@@ -236,6 +231,20 @@ def test_age_may_differ_between_sessions_but_not_within_one() -> None:
     rows[2]["age"] = 33
     with pytest.raises(ValueError, match="one label for each session of a subject, got 32.0 in row 1, 33.0 in row 2"):
         labels_of(AGE, rows)
+
+
+def test_column_may_have_another_name_in_each_dataset() -> None:
+    asd = load_task("asd")
+    assert labels_of(asd, people(DX_GROUP=[1, 2, None])) == ["1", "2", None]
+    # as tables of two datasets are joined
+    assert labels_of(asd, people(DX_GROUP=[1.0, float("nan")], diagnosis=[None, "control"])) == ["1", "control"]
+    with pytest.raises(ValueError, match="no column 'asd' among subject, session, autism"):
+        labels_of(asd, people(autism=["yes", "no"]))
+
+
+def test_state_may_differ_between_scans_of_a_session() -> None:
+    rows = people(subject=["p", "p"], session=["1", "1"], condition=["rest", "movie_sitcom"])
+    assert labels_of(load_task("state"), rows) == ["rest", "movie_sitcom"]
 
 
 def test_subject_in_two_splits_is_refused() -> None:

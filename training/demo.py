@@ -18,7 +18,7 @@ from .corpus.source import load_source
 from .data.open_data import TERMS, open_scans
 from .data.prepare import Preparation, prepare
 from .data.scan_sources import find_scans
-from .evaluation.program import evaluate
+from .evaluation.program import EvaluationSettings, evaluate
 from .hub.model_card import fill_card
 from .report.report import write_report
 from .run_log import Clock, run_costs
@@ -46,6 +46,12 @@ def write_open_scans(folder: Path) -> Path:
     return folder / "manifest.csv"
 
 
+def train_stage(stage: str, output: Path, *options: str) -> None:
+    """A stage's program with its configuration, and options that go before those of the file."""
+    program = {"codec": codec, "alignment": alignment, "sft": sft}[stage]
+    program.main(["--config", str(CONFIGS / f"{stage}.yaml"), "--output_dir", str(output), *options])
+
+
 def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
     """
     Runs the chain and writes `model/` (model, processor and card), `results.json` and `report.html` into `output`,
@@ -63,27 +69,25 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
     work.mkdir(parents=True)
     clock = Clock()
 
-    def train(stage: str, program, *options: str) -> None:
-        program.main(
-            [
-                *("--config", str(CONFIGS / f"{stage}.yaml"), "--output_dir", str(work / stage)),
-                *("--seed", str(seed), *options, *(QUICK[stage] if quick else ())),
-            ]
-        )
+    def train(stage: str, *options: str) -> None:
+        train_stage(stage, work / stage, "--seed", str(seed), *options, *(QUICK[stage] if quick else ()))
 
     with clock.part("prepare", "Preparing the open scans: three atlases, four scanners"):
         prepare(find_scans(write_open_scans(work / "scans")), work / "prepared", None, Preparation())
     with clock.part("describe", "Describing them: descriptors, texts, questions"):
         describe_dataset(load_source(str(work / "prepared")), work / "corpus", CorpusSettings())
     with clock.part("codec", "Stage 1: the codec turns scans into discrete tokens"):
-        train("codec", codec, "--data", str(work / "prepared"))
+        train("codec", "--data", str(work / "prepared"))
     with clock.part("alignment", "Stage 2: the language model learns to read and to predict the tokens"):
-        train("alignment", alignment, "--data", str(work / "corpus"), "--codec", str(work / "codec" / "model"))
+        train("alignment", "--data", str(work / "corpus"), "--codec", str(work / "codec" / "model"))
     with clock.part("sft", "Stage 3: instruction tuning on chats about scans"):
-        train("sft", sft, "--data", str(work / "corpus"), "--model_name_or_path", str(work / "alignment" / "model"))
+        train("sft", "--data", str(work / "corpus"), "--model_name_or_path", str(work / "alignment" / "model"))
     shutil.move(work / "sft" / "model", work / "model")
     with clock.part("evaluate", "Questions about held-out subjects"):
-        results = evaluate(work / "model", work / "corpus", work / "evaluation", descriptors=True, quick=quick)
+        settings_of = EvaluationSettings.quick() if quick else EvaluationSettings()
+        results = evaluate(
+            work / "model", work / "corpus", work / "evaluation", descriptors=True, settings=settings_of, show=True
+        )
     results |= {"run": run_costs(clock), "settings": settings, "model": PACKAGED_MODEL_CARD}
     results["data"] = {**results.get("data", {}), "terms": TERMS}
     write_report(work / "report.html", results)

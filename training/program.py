@@ -153,7 +153,8 @@ def make_examples(
     windows = cut_windows(scans, window_length, stride)
     encoded = encode_windows(codec, windows, cache)
     descriptors = windows.descriptors()
-    known = scans.table.to_dict("records")
+    # a column that one folder has and another has not
+    known = scans.table.astype(object).where(scans.table.notna(), None).to_dict("records")
     rows = [{**known[window.scan], "scan": known[window.scan].get("scan", window.scan)} for window in windows]
     codes, features, z_scores = list(encoded.codes), encoded.features, cohort.z_scores(descriptors)
     levels = cohort.levels(descriptors)
@@ -166,7 +167,7 @@ def make_examples(
         features = np.concatenate([features, more.features])
         z_scores = np.concatenate([z_scores, z_mixed])
         levels = np.concatenate([levels, cohort.levels(cohort.from_z_scores(z_mixed))])
-        rows += [{"subject": item["subject"]} for item in items]
+        rows += [{**dict.fromkeys(scans.table), "subject": item["subject"]} for item in items]
     return Examples(codes, features, z_scores, levels, rows, np.zeros((len(codes), 0), np.float32))
 
 
@@ -202,7 +203,7 @@ def trainable(
 
 
 def keep_base(
-    model: "FmriLMForConditionalGeneration | PeftModel", args: TrainingArguments, last: Path | None
+    model: "FmriLMForConditionalGeneration | PeftModel", cohort: "Cohort", args: TrainingArguments, last: Path | None
 ) -> None:
     """Writes a model that is nowhere else to `base/` of a run that begins, for the run's adapters to name."""
     from .checkpoints import output_folder
@@ -210,7 +211,12 @@ def keep_base(
 
     folder = output_folder(args) / "base"
     if last is None and args.should_save:
-        write_folder(folder, lambda part: model.save_pretrained(str(part)))
+
+        def write(part: Path) -> None:
+            model.save_pretrained(str(part))
+            cohort.save(part)
+
+        write_folder(folder, write)
     # a property, which a module's attributes hide
     model.name_or_path = str(folder)  # pyright: ignore[reportArgumentType]
 

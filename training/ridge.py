@@ -4,16 +4,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .data.splits import subject_folds
+
 
 PENALTIES = tuple(10.0**power for power in np.arange(-3, 2.1, 0.5))
-FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Ridge:
     """
     weight [features, targets] and bias [targets] of all rows; out_of_fold [rows, targets]: predictions for each row
-    without any row of its subject, NaN where no fold could be fitted; r_squared [targets]: of these.
+    without any row of its subject, NaN where no fold could be fitted; r_squared [targets]: of these, NaN without
+    any.
     """
 
     weight: np.ndarray
@@ -29,15 +31,14 @@ def cross_fitted_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.n
     """
     Args:
         features: [rows, features], standardised here. targets: [rows, targets], NaN where unknown.
-        subjects: [rows]; all rows of a subject are in one fold.
+        subjects: [rows]; all rows of a subject are in one fold (see `subject_folds`).
 
     The penalty of each target is the one of `PENALTIES` (of features whose squares sum to one on average) with the
     least out-of-fold error.
     """
-    names, whose = np.unique(np.asarray(subjects), return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"expected at least 2 subjects to fit scores on, got {len(names)}")
-    folds = np.random.default_rng(seed).permutation(len(names))[whose] % min(FOLDS, len(names))
+    if len(set(subjects)) < 2:
+        raise ValueError(f"expected at least 2 subjects to fit scores on, got {len(set(subjects))}")
+    folds = subject_folds(subjects, seed)
     mean, std = features.mean(0), features.std(0)
     scale = 1 / (np.where(std > 1e-8 * std.max(initial=1e-12), std, np.inf) * np.sqrt(features.shape[1]))
     inputs = ((features - mean) * scale).astype(np.float64)
@@ -66,9 +67,13 @@ def cross_fitted_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.n
             of_penalty = best == penalty
             weight[:, columns[of_penalty]] = _solve(x, y[:, of_penalty], PENALTIES[penalty])
         bias[columns] = y.mean(0) - x.mean(0) @ weight[:, columns]
-    residual = np.where(known, targets - out_of_fold, np.nan)
+    predicted = np.isfinite(out_of_fold)
+    count = predicted.sum(0).clip(min=1)
+    values = np.where(predicted, targets, 0)
+    around_mean = np.where(predicted, values - values.sum(0) / count, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        r_squared = 1 - np.nansum(residual**2, 0) / np.nansum((targets - np.nanmean(targets, 0)) ** 2, 0)
+        missed = np.where(predicted, targets - out_of_fold, 0)
+        r_squared = 1 - (missed**2).sum(0) / (around_mean**2).sum(0)
     weight = weight * scale[:, None]
     return Ridge(weight, bias - mean @ weight, out_of_fold, r_squared)
 

@@ -29,7 +29,7 @@ from fmrilm.processors.scan_io_fmrilm import read_nifti
 
 from .cli.options import DEFAULT_MODEL, MODEL_VARIABLE
 from .report.scan_figures import carpet, token_map
-from .report.scan_measures import code_places, read_scan, view_scan
+from .report.scan_report import read_scan, token_places, view_scan
 
 
 # uploads: images stream from disk, tables and arrays are read into memory
@@ -125,11 +125,11 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
         view = view_scan(reader, scan)
         frames, rois = scan["signal"].shape
         plots = carpet(view, only_signal=True) + token_map(
-            view,
-            code_places(reader, view.codes),
-            "place in the codebook",
-            ("one end", "the other"),
-            "What the language model reads: each cell is one code. Codes of like colour have like vectors.",
+            "Latent tokens over time",
+            {"all levels": token_places(reader, view.codes)},
+            view.seconds,
+            "rank",
+            "What the language model reads: each cell is one latent token. Tokens of like colour have like vectors.",
         )
         summary = f"Read: {frames} frames of {rois} ROIs, {scan['tr']:g} s apart. The model sees {view.seconds:.0f} s."
         return Session(scan), plots, summary

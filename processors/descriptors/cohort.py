@@ -107,16 +107,6 @@ class Cohort:
         """Descriptors [..., names] with these z-scores: the inverse of `z_scores`."""
         return self._checked(z_scores) * self.std + self.mean
 
-    def named_z_scores(self, descriptors: np.ndarray) -> dict[str, Any]:
-        """Z-scores of one scan, [names], with their cohort: ready for JSON, absent ones left out."""
-        scores = zip(self.names, self.z_scores(descriptors).tolist(), strict=True)
-        return {
-            "cohort": self.name,
-            "subjects": self.subjects,
-            "windows": self.windows,
-            "z_scores": {name: score for name, score in scores if np.isfinite(score)},
-        }
-
     def levels(self, descriptors: np.ndarray) -> np.ndarray:
         """Tercile label of each descriptor: index into `LEVELS` [..., names].
 

@@ -7,10 +7,9 @@ from functools import cached_property
 import numpy as np
 
 from ..atlases_fmrilm import Atlas
-from .connectivity import PAIRS, connectivity
 from .gradients import COMPONENTS, aligned_gradients, network_means
 from .graph import graph_metrics, strength
-from .networks import NETWORKS, membership, network_series, standardize
+from .networks import NETWORKS, PAIRS, connectivity, membership, network_series, standardize
 from .temporal import (
     NETWORK_PAIRS,
     amplitude,

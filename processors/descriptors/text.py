@@ -116,12 +116,6 @@ def reference(cohort: str, subjects: int) -> str:
     return f"Compared with {subjects} training subjects of {cohort}:"
 
 
-def parse_reference(text: str) -> tuple[str, int] | None:
-    """Cohort and number of its subjects from a text that begins with `reference`."""
-    match = re.match(r"Compared with (\d+) training subjects of (.*):$", text, re.MULTILINE)
-    return (match[2], int(match[1])) if match else None
-
-
 def description(levels: np.ndarray, chosen: Sequence[int]) -> str:
     """One sentence for each of the chosen descriptors; levels int [descriptors] as `Cohort.levels` gives them."""
     return " ".join(sentence(Statement(CORE_NAMES[index], LEVELS[levels[index]])) for index in chosen)

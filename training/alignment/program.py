@@ -64,6 +64,7 @@ def align(
     script_args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: "ModelConfig"
 ) -> Path:
     """Trains and writes the joint model's folder, which is returned. Rows are about training subjects alone."""
+    import numpy as np
     import torch
     from transformers import AutoFeatureExtractor, set_seed
 
@@ -110,14 +111,14 @@ def align(
     fit_frequencies(model, examples.codes)
     reached = fit_summary_tokens(model, processor, examples.codes[0], descriptor_probes(examples, names))
     print(f"summary tokens give {reached:.2f} of the answers' log-odds, to first order")
-    print(f"scores of {len(names)} descriptors: mean R2 {r_squared.mean():.2f} on subjects left out of each fold")
+    print(f"scores of {len(names)} descriptors: mean R2 {np.nanmean(r_squared):.2f} on subjects left out of each fold")
     if held_out is not None:
         held_out = read_scores(model, held_out)
     if last is not None and model_args.use_peft:
         # an adapter's checkpoint does not hold what it was trained on
         model = load_model(str(output_folder(training_args) / "base"), torch.float32, merge=False)
     if model_args.use_peft:
-        keep_base(model, training_args, last)
+        keep_base(model, cohort, training_args, last)
     texts, held_out_texts = plain_texts()
 
     def draw(of, count, seed):

@@ -27,6 +27,8 @@ BATCH = 8
 PENALTY = 1e-2
 # inverse penalty of the logistic regression of answers on scores
 LOGISTIC_C = 10.0
+# log-odds a standard deviation, at most: further away the language model is not linear any more
+MAX_SLOPE = 1.5
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ def _log_odds(
     if len(fitted.classes_) == 2:
         signs = np.array([-0.5, 0.5])
         coefficients, intercepts = signs[:, None] * coefficients, signs * intercepts
+    # both by one factor, so that the choices change places at the same scores
+    factor = min(1.0, MAX_SLOPE / np.abs(coefficients).max())
+    coefficients, intercepts = factor * coefficients, factor * intercepts
     slopes, offsets = np.zeros((choices, scores.shape[1])), np.full(choices, intercepts.min())
     slopes[np.ix_(fitted.classes_, columns)] = coefficients
     offsets[fitted.classes_] = intercepts

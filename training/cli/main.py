@@ -1,5 +1,5 @@
 """
-The `fmrilm` command: each of its commands is in a module of its own, which imports what is heavy when it runs.
+The `fmrilm` command. Its commands import what is heavy when they run.
 
 Exit codes: 0, all went well; 1, bad input or something that failed; 2, wrong usage; 3, `prepare` left out scans that
 failed; 130, interrupted.
@@ -11,19 +11,11 @@ from typing import Annotated
 
 import typer
 
-from .app import app as serve
-from .ask import ask, describe_scan, forecast
-from .convert import convert_original
-from .demo import demo
-from .describe import describe
-from .errors import OneLineErrors
-from .evaluate import evaluate
-from .export import export
-from .info import info
-from .prepare import prepare
-from .push import push
-from .report import report
-from .train import train
+from .make import demo, describe, evaluate, prepare, train
+from .options import OneLineErrors
+from .read import app as serve
+from .read import ask, describe_scan, forecast, report
+from .share import convert_original, export, info, push
 
 
 app = typer.Typer(
@@ -35,9 +27,20 @@ app = typer.Typer(
 )
 
 
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fmri-lm {version('fmri-lm')}")
+        raise typer.Exit
+
+
 @app.callback()
 def fmrilm(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """A language model that reads fMRI scans."""
     if not sys.stderr.isatty():
@@ -47,20 +50,14 @@ def fmrilm(
 
 
 READ, MAKE, SHARE = "Read a scan", "Prepare, train, measure", "Share and inspect"
-app.command(rich_help_panel=READ)(ask)
-app.command("describe-scan", rich_help_panel=READ)(describe_scan)
-app.command(rich_help_panel=READ)(forecast)
-app.command(rich_help_panel=READ)(report)
-app.command("app", rich_help_panel=READ)(serve)
-app.command(rich_help_panel=MAKE)(demo)
-app.command(rich_help_panel=MAKE)(prepare)
-app.command(rich_help_panel=MAKE)(describe)
+for panel, commands in {
+    READ: {"ask": ask, "describe-scan": describe_scan, "forecast": forecast, "report": report, "app": serve},
+    MAKE: {"demo": demo, "prepare": prepare, "describe": describe, "evaluate": evaluate},
+    SHARE: {"push": push, "export": export, "convert-original": convert_original, "info": info},
+}.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(command)
 app.add_typer(train, name="train", rich_help_panel=MAKE)
-app.command(rich_help_panel=MAKE)(evaluate)
-app.command(rich_help_panel=SHARE)(push)
-app.command(rich_help_panel=SHARE)(export)
-app.command("convert-original", rich_help_panel=SHARE)(convert_original)
-app.command(rich_help_panel=SHARE)(info)
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Options that several `fmrilm` commands share."""
+"""What the `fmrilm` commands share: options, JSON, and how a command ends when something is wrong."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 
 DEFAULT_MODEL = "runs/demo/model"
@@ -18,13 +20,17 @@ ShardSize = Annotated[int, typer.Option(min=1, help="Scans per Parquet file.")]
 # one scan and the model that reads it
 Scan = Annotated[
     Path,
-    typer.Argument(exists=True, dir_okay=False, help="File of a scan: NIfTI, CIFTI, GIFTI, MGZ, .npy, .csv or .tsv."),
+    typer.Argument(
+        exists=True, dir_okay=False, help="File of a scan: NIfTI, CIFTI, GIFTI, MGZ, .npy, .csv, .tsv or .1D."
+    ),
 ]
 Model = Annotated[
     str, typer.Option(envvar=MODEL_VARIABLE, help="Folder of a model and its processor, or their id on the Hub.")
 ]
 RepetitionTime = Annotated[float | None, typer.Option(help="Seconds between two frames, if the file does not say.")]
-AtlasName = Annotated[str | None, typer.Option(help="Atlas of the scan's ROIs, if the model knows several.")]
+AtlasName = Annotated[
+    str | None, typer.Option(help="Atlas of the scan's ROIs, if the model knows several: a name, or a table (.tsv).")
+]
 LabelImage = Annotated[
     Path | None, typer.Option(exists=True, help="Parcels of the atlas in the space of the scan, for images.")
 ]
@@ -36,3 +42,36 @@ def check_backend(backend: str, scheduler: str | None) -> None:
     """Wrong usage, if one of the two is given without the other."""
     if (backend == "dask") != (scheduler is not None):
         raise typer.BadParameter("--backend dask and --scheduler go together")
+
+
+def print_json(values: dict[str, Any]) -> None:
+    typer.echo(json.dumps(values, ensure_ascii=False, allow_nan=False, default=str))
+
+
+class OneLineErrors(TyperGroup):
+    """
+    Errors of the commands are one line and a hint on standard error, with exit code 1; `--debug` (an option of the
+    group) lets them through. Wrong usage (code 2) and interruptions (code 130) are left to typer.
+    """
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            # what this package says is written to be read; what libraries say may take many lines
+            lines = str(error).strip() if isinstance(error, ValueError) else " ".join(str(error).split())
+            typer.echo(f"error: {lines or type(error).__name__}", err=True)
+            typer.echo(f"hint: {_hint(error, str(ctx.info_name), str(ctx.invoked_subcommand))}", err=True)
+            raise typer.Exit(1) from error
+
+
+def _hint(error: Exception, program: str, command: str) -> str:
+    if isinstance(error, ImportError):
+        return "the commands need all of: pip install 'fmri-lm[train]'"
+    shown = f"`{program} --debug {command} ...` shows where it happened"
+    expected = f"`{program} {command} --help` describes what is expected; "
+    return expected + shown if isinstance(error, ValueError | OSError) else shown

@@ -1,184 +1,233 @@
-"""Where the training of a codec starts: its linear parts, fitted to training scans in seconds."""
+"""
+The codec's fit: every part of it in closed form or by k-means, in two passes over the training scans. Memory holds
+one scan, a fixed number of patches and a covariance for each of a fixed number of windows.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy.fft import dct
-from sklearn.linear_model import Ridge
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from fmrilm.functions_fmricodec import FmriCodecFunctions
-from fmrilm.latent_fmricodec import LatentDecoder, LatentEncoder
-from fmrilm.modeling_fmricodec import FmriCodecModel
-from fmrilm.quantization_fmrilm import VectorQuantizer
+from fmrilm.modeling_fmricodec import FmriCodecModel, FmriSpatialBasis, ResidualVectorQuantizer, sum_of_codes
 
-from ..data.dataset import PreparedScan, collate_signals
+from ..ridge import cross_fitted_ridge
 
 
-# of the functions of place: scans of an update, ROIs and frames of a scan, how far ROIs are moved (mm), learning rate
-SCANS, ROIS, FRAMES, JITTER, RATE = 6, 64, 160, 2.0, 1e-2
-# what all else is fitted to: patches every so many frames, and no more of them than that
-STRIDE, PATCHES = 4, 20000
-# coefficients that a slot's vector starts with; its other dimensions are left to training
-SLOT_COEFFICIENTS = 8
-# the constant beside them, in lengths of a vector: unit vectors then keep what length it had
-LIFT = 2.0
-# deviation of a number at which "fsq" makes even use of its levels
-FSQ_DEVIATION = 0.75
-# mixtures that the descriptor head is fitted to
-HEAD_ITEMS = 1000
-# penalty of the descriptor head's weights, whose inputs' squares add up to about 1
-RIDGE = 0.3
+if TYPE_CHECKING:
+    from ..data.dataset import Scans
 
 
-@torch.no_grad()
-def fit_start(model: FmriCodecModel, scans: Sequence[PreparedScan], steps: int, seed: int) -> float:
+# of the spatial basis: scans of an update, frames of a scan, how far ROIs are moved (mm), learning rate
+SCANS, FRAMES, JITTER, RATE = 6, 160, 2.0, 1e-2
+# patches that the codebooks and the way back are fitted to, and token vectors of them for k-means
+PATCHES, VECTORS = 8000, 40000
+# standard deviation of a number at which "fsq" makes even use of its values
+FSQ_STD = 0.75
+# windows that the summary's mean is fitted to, iterations for it, variance added to coefficients in shares of the mean
+WINDOWS, ITERATIONS, FLOOR = 1000, 30, 1e-3
+
+
+def fit_codec(model: FmriCodecModel, scans: "Scans", steps: int = 400, seed: int = 0) -> float:
     """
-    Makes a transform coder of an untrained codec of the latent layout: functions of place by maximum likelihood in
-    `steps` updates; their coefficients as principal components, by cosine transform over a patch's frames, shared out
-    so that every slot holds as much; a k-means codebook; and the best linear way back. The transformers start from
-    adding nothing to it.
+    Makes a transform coder of an untrained codec: the spatial basis by maximum likelihood in `steps` updates;
+    principal components of its coefficients at each frequency of a cosine transform over a patch's frames, shared out
+    so that every token holds as much; residual k-means; the best linear way back; and the summary's mean. The
+    transformers, if there are any, start from adding nothing to it.
 
     Returns:
-        Share of the variance in the scans' coefficients that the codes keep.
+        Share of the variance on the spatial basis that the codes keep.
     """
-    config, encoder, decoder, quantizer = model.config, model.encoder, model.decoder, model.quantizer
-    if model.functions is None or not isinstance(encoder, LatentEncoder) or not isinstance(decoder, LatentDecoder):
-        raise ValueError(f"expected a codec with token_layout 'latent', got {config.token_layout!r}")
+    if not len(scans):
+        raise ValueError("expected training scans to fit the codec to, got none")
     rng = np.random.default_rng(seed)
-    fit_functions(model.functions, scans, steps, rng)
-    coefficients, gram = _coefficients(model.functions, scans, config.patch_length, rng)
-    # maps on which a coefficient's square is the signal's variance, as principal components
-    root = torch.linalg.cholesky(gram)
-    maps = root @ torch.linalg.eigh((coefficients @ root).flatten(0, 1).T.cov()).eigenvectors.flip(1)
-    cosines = torch.from_numpy(dct(np.eye(config.patch_length), norm="ortho", axis=0)).float()
-    parts = torch.einsum("ft,ntk,km->nfm", cosines, coefficients, maps)
-    learned = isinstance(quantizer, VectorQuantizer)
-    width = min(SLOT_COEFFICIENTS, config.codebook_dim - 1) if learned else config.codebook_dim
-    chosen = _shared_out(parts.var(0).flatten().numpy(), config.tokens_per_step, width)
-    values = parts.flatten(1)[:, chosen]
-    frequency, component = np.divmod(chosen, maps.shape[1])
-
-    vectors = torch.zeros(*values.shape[:2], config.codebook_dim)
-    scale = 1 / values.pow(2).sum(-1).mean().sqrt() if learned else FSQ_DEVIATION / values.std(0)
-    vectors[..., :width] = values * scale
-    analysis = torch.einsum("swt,ksw->swkt", cosines[frequency], maps[:, component]).flatten(2)
-    encoder.analysis.weight.zero_().unflatten(0, (-1, config.codebook_dim))[:, :width] = (
-        analysis * (scale if learned else scale[..., None])
-    )
-    encoder.analysis.bias.zero_()
-    if learned:
-        vectors[..., width] = LIFT
-        encoder.analysis.bias.unflatten(0, (-1, config.codebook_dim))[:, width] = LIFT
-        _start_codebook(quantizer, vectors.flatten(0, 1))
-    codes = quantizer.embed(quantizer.encode(vectors))[..., : width + learned]
-    back = _least_squares(codes.transpose(0, 1), values.transpose(0, 1))
-    inverse = torch.linalg.inv(maps)[component]
-    synthesis = torch.einsum("swt,swk->swkt", cosines[frequency], inverse).flatten(2)
-    decoder.synthesis.weight.zero_().unflatten(1, (-1, config.codebook_dim))[..., : width + learned] = torch.einsum(
-        "sow,swc->cso", back, synthesis
-    )
-    for layer in (encoder.to_codebook, decoder.to_coefficients):
-        layer.weight.zero_()
-        layer.bias.zero_()
-    lost = (torch.einsum("nso,sow->nsw", codes, back) - values).pow(2).sum()
-    return float((values.pow(2).sum() - lost) / parts.pow(2).sum())
-
-
-@torch.no_grad()
-def fit_descriptor_head(model: FmriCodecModel, items: Sequence[dict[str, np.ndarray]], batch_size: int = 16) -> None:
-    """
-    Ridge regression of the descriptors of items, as `collate_signals` takes them, on what their codes tell. The head
-    is not trained any more: its gradient trains the rest, and it is fitted again afterwards.
-    """
-    pooling, head, training = model.pooling, model.descriptor_head, model.training
-    if pooling is None or head is None:
-        raise ValueError("expected a codec with token_layout 'latent' and descriptor_names")
+    torch.manual_seed(seed)
+    training = model.training
     model.eval()
-    found = []
-    for start in range(0, len(items), batch_size):
-        batch = collate_signals(items[start : start + batch_size])
-        inputs = (batch[name].to(model.device) for name in ("fmri_values", "roi_coordinates", "fmri_mask"))
-        codes = model.encode(*inputs)
-        decoded = model.decode_at_pooling_places(model.embed_codes(codes.clamp(min=0)), codes >= 0)
-        found.append(pooling.correlations(*decoded))
-    correlations = torch.cat(found)
-    pooling.fit(correlations)
-    pooled = pooling.standardised(correlations).cpu().numpy()
-    targets = np.stack([item["descriptors"] for item in items])
-    known = ~np.isnan(targets)
-    # descriptors that the same items have are solved for together
-    for pattern in np.unique(known, axis=1).T:
-        if pattern.any():
-            columns = (known == pattern[:, None]).all(0)
-            ridge = Ridge(RIDGE).fit(pooled[pattern], targets[pattern][:, columns])
-            head.weight[columns] = torch.from_numpy(ridge.coef_).to(head.weight)
-            head.bias[columns] = torch.from_numpy(np.asarray(ridge.intercept_)).to(head.bias)
-    head.requires_grad_(False)
+    fit_spatial_basis(model.spatial_basis, scans, steps, rng)
+    kept = fit_transform(model, scans, rng)
+    fit_summary(model, scans, rng)
     model.train(training)
+    return kept
 
 
 @torch.enable_grad()
-def fit_functions(
-    functions: FmriCodecFunctions, scans: Sequence[PreparedScan], steps: int, rng: np.random.Generator
-) -> None:
-    """Maximum likelihood of windows of the scans, at ROIs drawn at random and a little moved."""
-    optimizer = torch.optim.AdamW(functions.parameters(), lr=RATE, weight_decay=0.1)
+def fit_spatial_basis(basis: FmriSpatialBasis, scans: "Scans", steps: int, rng: np.random.Generator) -> None:
+    """Maximum likelihood of random windows of the scans, at coordinates that are moved a little."""
+    optimizer = torch.optim.AdamW(basis.parameters(), lr=RATE, weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 4, steps)
-    for _ in tqdm(range(steps), desc="functions of place", unit="step", disable=None):
+    for _ in tqdm(range(steps), desc="spatial basis", unit="step", disable=None):
         losses = []
         for index in rng.integers(len(scans), size=SCANS):
-            signal, atlas = scans[index].signal, scans[index].atlas
+            signal, coordinates = present(scans, index)
             start = rng.integers(max(1, len(signal) - FRAMES + 1))
-            rois = rng.permutation(signal.shape[1])[:ROIS]
-            window = torch.from_numpy(signal[start : start + FRAMES, rois])
-            moved = atlas.coordinates[rois] + rng.normal(0, JITTER, (len(rois), 3))
-            losses.append(functions.negative_log_likelihood(window.T.cov(), torch.from_numpy(moved)))
+            moved = coordinates + torch.from_numpy(rng.normal(0, JITTER, coordinates.shape)).float()
+            losses.append(basis.negative_log_likelihood(signal[start : start + FRAMES].T.cov(), moved))
         torch.stack(losses).mean().backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
 
-def _coefficients(
-    functions: FmriCodecFunctions, scans: Sequence[PreparedScan], patch_length: int, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of patches of scans in random order [patches, patch_length, functions], and the atlases' mean Gram matrix."""
-    found, grams, count = [], {}, 0
-    for index in rng.permutation(len(scans)):
-        signal, atlas = torch.from_numpy(scans[index].signal), scans[index].atlas
-        values = functions(torch.tensor(atlas.coordinates))
-        grams[atlas.name] = values.T @ values / len(values)
-        patches = signal.unfold(0, patch_length, STRIDE)
-        found.append(functions.coefficients(values[None], patches[None], None)[0].mT)
+@torch.no_grad()
+def fit_transform(model: FmriCodecModel, scans: "Scans", rng: np.random.Generator) -> float:
+    """The linear maps and the quantiser, as [`fit_codec`] says."""
+    config, quantizer, basis = model.config, model.quantizer, model.spatial_basis
+    frames, size, dim = config.patch_length, config.num_basis_functions, config.codebook_dim
+    cosines = torch.from_numpy(dct(np.eye(frames), norm="ortho", axis=0)).float()
+    each = -(-PATCHES // len(scans))
+    gram, covariance, sample = torch.zeros(size, size), torch.zeros(frames, size, size), []
+    count = 0
+    for index in tqdm(rng.permutation(len(scans)), desc="patches", unit="scan", disable=None):
+        signal, coordinates = present(scans, index)
+        functions = basis(coordinates)
+        coefficients = basis.coefficients(functions[None], signal.T[None, None], None)[0, 0]
+        if coefficients.shape[1] < frames:
+            raise ValueError(f"expected scans of at least {frames} frames, got {coefficients.shape[1]}")
+        patches = coefficients.unfold(1, frames, max(1, frames // 4)).transpose(0, 1)
+        spectrum = torch.einsum("ft,nkt->fnk", cosines, patches)
+        gram += functions.T @ functions
+        covariance += spectrum.mT @ spectrum
         count += len(patches)
-        if count >= PATCHES:
-            break
-    gram = torch.stack(list(grams.values())).mean(0)
+        sample.append(patches[torch.from_numpy(rng.permutation(len(patches))[:each])])
+    patches = torch.cat(sample)
+    gram, covariance = gram / len(scans), covariance / count
     # there may be fewer ROIs than functions
-    return torch.cat(found), gram + 1e-4 * gram.trace() / len(gram) * torch.eye(len(gram))
+    gram = gram + 1e-3 * gram.trace() / size * torch.eye(size)
+    # A posterior mean is smaller than what least squares give. Here that is undone, and functions are made orthonormal
+    # over ROIs: a squared difference of coefficients is then one of signals.
+    root = torch.linalg.cholesky(gram)
+    forward = root.T @ torch.linalg.solve(gram, gram + torch.eye(size))
+    variances, components = torch.linalg.eigh(forward @ covariance @ forward.T)
+    # of numbers by frequency and component: [frames * size, size] maps from and to coefficients
+    there = (components.mT @ forward).flatten(0, 1)
+    back = torch.linalg.solve(root.T, components).mT.flatten(0, 1)
+    chosen = shared_out(variances.flatten().clamp(min=0).numpy(), config.tokens_per_patch, dim)
+    frequency = torch.from_numpy(chosen // size)
+    analysis = torch.einsum("nwt,nwk->nwkt", cosines[frequency], there[chosen])
+    values = torch.einsum("nwkt,pkt->pnw", analysis, patches)
+
+    scale = torch.ones(config.tokens_per_patch, dim)
+    if not isinstance(quantizer, ResidualVectorQuantizer):
+        scale = FSQ_STD / values.std(0).clamp(min=1e-6)
+    model.analysis.weight.copy_((analysis * scale[..., None, None]).flatten(2).flatten(0, 1))
+    model.analysis.bias.zero_()
+    vectors = values * scale
+    if isinstance(quantizer, ResidualVectorQuantizer):
+        flat = vectors.flatten(0, 1)
+        quantizer.start(flat[torch.randperm(len(flat))[:VECTORS]])
+    decoded = sum_of_codes(quantizer.codebooks, quantizer.encode(vectors))
+    weights = least_squares(decoded.transpose(0, 1), values.transpose(0, 1))
+    synthesis = torch.einsum("nwt,nwk->nwkt", cosines[frequency], back[chosen])
+    model.synthesis.weight.copy_(torch.einsum("nvw,nwkt->ktnv", weights, synthesis).flatten(0, 1).flatten(1))
+    model.synthesis.bias.zero_()
+    lost = (torch.einsum("pnv,nvw->pnw", decoded, weights) - values).pow(2).sum(0)
+    return float((values.pow(2).sum(0) - lost).sum() / len(patches) / variances.sum())
 
 
-def _shared_out(variances: np.ndarray, slots: int, width: int) -> np.ndarray:
+@torch.no_grad()
+def fit_summary(model: FmriCodecModel, scans: "Scans", rng: np.random.Generator) -> None:
     """
-    Which of the numbers, int [slots, width], each slot holds: from the largest variance on, the next goes to the slot
-    whose product of variances is the least, so that all have about as many bits' worth.
+    The training mean of the summary: the geometric mean of the windows' covariances, each shrunk towards it, so that
+    the mean summary is zero; and the standardisation of the scan features.
     """
-    chosen: list[list[int]] = [[] for _ in range(slots)]
-    held = np.zeros(slots)
-    order = np.argsort(-variances)[: slots * width]
-    logs = np.log(variances.clip(min=1e-6 * variances.max())) - np.log(1e-6 * variances.max())
+    summary, codes = model.tangent_summary, []
+    covariances = []
+    for window in windows_of(scans, model.config.patch_length, rng):
+        codes.append(model.encode(*window))
+        series = model.decode_coefficients(codes[-1])
+        covariances.append(summary.covariance(series, torch.ones(1, series.shape[-1], dtype=torch.bool))[0])
+    covariance = torch.stack(covariances).double()
+    identity = torch.eye(covariance.shape[1], dtype=torch.float64)
+    floor = FLOOR * covariance.diagonal(dim1=1, dim2=2).mean()
+    covariance = covariance + floor * identity
+    shrinkage = float(summary.shrinkage)
+    mean = covariance.mean(0)
+    for _ in range(ITERATIONS):
+        whitening = of_eigenvalues(mean, lambda values: values**-0.5)
+        shrunk = (1 - shrinkage) * (whitening @ covariance @ whitening) + shrinkage * identity
+        tangent = of_eigenvalues(shrunk, torch.log).mean(0)
+        if tangent.norm() < 1e-6 * len(identity):
+            break
+        root = of_eigenvalues(mean, torch.sqrt)
+        mean = root @ of_eigenvalues(tangent / (1 - shrinkage), torch.exp) @ root
+    summary.floor.copy_(floor)
+    summary.whitening.copy_(of_eigenvalues(mean, lambda values: values**-0.5))
+    features = torch.cat([model.scan_features(row) for row in codes])
+    summary.feature_mean.copy_(features.mean(0))
+    summary.feature_std.copy_(features.std(0, correction=0).clamp(min=1e-3))
+
+
+@torch.no_grad()
+def fit_descriptor_head(
+    model: FmriCodecModel, features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """
+    Ridge regression of standardised descriptors [rows, descriptors], NaN where unknown, on scan features
+    [rows, features]; penalties by cross-validation over subjects [rows]. The head is not trained any more.
+
+    Returns:
+        R-squared [descriptors] of the predictions for subjects left out.
+    """
+    head, summary = model.descriptor_head, model.tangent_summary
+    if head is None:
+        raise ValueError("expected a codec with descriptor_names, got one without")
+    ridge = cross_fitted_ridge(features, targets, subjects, seed)
+    weight = torch.from_numpy(ridge.weight)
+    scale = summary.feature_std.double() * np.sqrt(features.shape[1])
+    head.weight.copy_((weight * scale.cpu()[:, None]).T)
+    head.bias.copy_(torch.from_numpy(ridge.bias) + summary.feature_mean.double().cpu() @ weight)
+    head.requires_grad_(False)
+    return ridge.r_squared
+
+
+def present(scans: "Scans", index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signal [time, rois] and coordinates [rois, 3] in mm of the ROIs that the scan has."""
+    signal = scans.signal(int(index))
+    there = ~np.isnan(signal).any(0)
+    coordinates = scans.atlas(int(index)).coordinates[there]
+    return torch.from_numpy(signal[:, there]), torch.from_numpy(np.asarray(coordinates, np.float32))
+
+
+def windows_of(
+    scans: "Scans", patch_length: int, rng: np.random.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Values [1, rois, time] and coordinates of windows of FRAMES frames, or of shorter scans' whole patches."""
+    each = -(-WINDOWS // len(scans))
+    for index in tqdm(rng.permutation(len(scans))[:WINDOWS], desc="summary", unit="scan", disable=None):
+        signal, coordinates = present(scans, index)
+        length = min(FRAMES, len(signal)) // patch_length * patch_length
+        starts = np.arange(0, len(signal) - length + 1, length)
+        for start in rng.permutation(starts)[:each]:
+            yield signal[start : start + length].T[None], coordinates[None]
+
+
+def shared_out(variances: np.ndarray, tokens: int, width: int) -> np.ndarray:
+    """
+    Which of the numbers, int [tokens, width], each token holds: from the largest variance on, the next goes to the
+    token whose product of variances is the least, so that all need about as many bits.
+    """
+    if len(variances) < tokens * width:
+        raise ValueError(
+            f"expected at most {len(variances)} dimensions of all tokens, as many as a patch has coefficients, got "
+            f"tokens_per_patch={tokens} of codebook_dim={width}"
+        )
+    chosen: list[list[int]] = [[] for _ in range(tokens)]
+    held = np.zeros(tokens)
+    order = np.argsort(-variances, kind="stable")[: tokens * width]
+    logs = np.log((variances / variances.max()).clip(min=1e-6)) - np.log(1e-6)
     for index in order:
-        slot = min((slot for slot in range(slots) if len(chosen[slot]) < width), key=lambda slot: held[slot])
-        chosen[slot].append(int(index))
-        held[slot] += logs[index]
+        token = min((token for token in range(tokens) if len(chosen[token]) < width), key=lambda token: held[token])
+        chosen[token].append(int(index))
+        held[token] += logs[index]
     return np.array(chosen)
 
 
-def _least_squares(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    """Weights [slots, in, out] from inputs [slots, n, in] to outputs [slots, n, out]."""
+def least_squares(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Weights [tokens, in, out] from inputs [tokens, n, in] to outputs [tokens, n, out]."""
     # `lstsq` gives other last bits from run to run
     inputs = inputs.double()
     gram = inputs.mT @ inputs
@@ -186,9 +235,10 @@ def _least_squares(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(gram, inputs.mT @ outputs.double()).to(outputs.dtype)
 
 
-def _start_codebook(quantizer: VectorQuantizer, vectors: torch.Tensor) -> None:
-    """With fewer vectors than codes it is left to the first batches."""
-    vectors = quantizer.continuous(vectors)
-    distinct = vectors.unique(dim=0)
-    if len(distinct) >= quantizer.codebook_size:
-        quantizer.start(vectors, distinct)
+def of_eigenvalues(matrices: torch.Tensor, function: Any) -> torch.Tensor:
+    """Symmetric matrices [..., n, n] with their eigenvalues replaced by a function of them."""
+    values, vectors = torch.linalg.eigh(matrices)
+    return (vectors * function(values)[..., None, :]) @ vectors.mT
+
+
+__all__ = ["fit_codec", "fit_descriptor_head", "fit_spatial_basis", "fit_summary", "fit_transform"]

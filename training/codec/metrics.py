@@ -1,15 +1,18 @@
-"""What a codec keeps of scans, how it uses its codebook, and whether scans find their descriptions."""
+"""What a codec keeps of scans, how it uses its codebooks, and whether scans find their descriptions."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA
+import torch
 
-from ..data.dataset import PreparedScan, Window
+from fmrilm.modeling_fmricodec import FmriCodecModel
+
+from ..data.dataset import encode_items
 
 
 def r_squared(signals: Sequence[np.ndarray], guesses: Sequence[np.ndarray]) -> float:
-    """1 - squared error / squared deviation from each window's grand mean, pooled over windows [time, rois]."""
+    """1 - squared error / squared distance from each window's grand mean, pooled over windows [time, rois]."""
     error = sum(((signal - guess) ** 2).sum() for signal, guess in zip(signals, guesses, strict=True))
     return float(1 - error / sum(((signal - signal.mean()) ** 2).sum() for signal in signals))
 
@@ -25,37 +28,46 @@ def fc_correlation(signals: Sequence[np.ndarray], guesses: Sequence[np.ndarray])
     return float(np.mean(values))
 
 
-class PatchPCA:
-    """The baseline: principal components of training patches [patch_length x rois], as many as a step has tokens."""
+@torch.no_grad()
+def evaluate_codec(model: FmriCodecModel, items: Sequence[dict[str, Any]], levels: int | None = None) -> dict:
+    """
+    Of items as `collate_signals` takes them, decoded from the first `levels` levels (all of them): R-squared,
+    correlation of FC, and of each level the share of its codebook that occurs and the perplexity of its codes; where
+    items have a "text_embedding", retrieval as well.
+    """
+    training = model.training
+    model.eval()
+    levels = levels or model.config.num_quantizers
+    encoded = encode_items(model, items)
+    signals, guesses = [], []
+    for item, codes in zip(items, encoded.codes, strict=True):
+        rows = torch.from_numpy(codes)[None, :, :levels].long().to(model.device)
+        places = torch.from_numpy(np.asarray(item["coordinates"], np.float32))[None].to(model.device)
+        signals.append(item["signal"])
+        guesses.append(model.decode(rows, places)[0].T.cpu().numpy()[: len(item["signal"])])
+    correlation = fc_correlation(signals, guesses)
+    results: dict[str, Any] = {
+        "r_squared": r_squared(signals, guesses),
+        # undefined where a ROI is decoded to a constant
+        "fc_correlation": float("nan") if correlation is None else correlation,
+        **codebook_results(encoded.codes, model.config.codebook_size),
+    }
+    if model.alignment_head is not None and "text_embedding" in items[0]:
+        features = model.tangent_summary.standardise(torch.from_numpy(encoded.features).to(model.device))
+        texts = torch.from_numpy(np.stack([item["text_embedding"] for item in items])).to(model.device)
+        pairs = model.alignment_head.embed_scans(features), model.alignment_head.embed_texts(texts)
+        results |= retrieval_results(*(vectors.cpu().numpy() for vectors in pairs))
+    model.train(training)
+    return results
 
-    def __init__(self, scans: Sequence[PreparedScan], patch_length: int, components: int):
-        self.patch_length = patch_length
-        self.models = {}
-        for name in {scan.atlas.name for scan in scans}:
-            patches = [
-                scan.signal[start : start + patch_length].ravel()
-                for scan in scans
-                if scan.atlas.name == name
-                for start in range(0, len(scan.signal) - patch_length + 1, patch_length // 4)
-            ]
-            self.models[name] = PCA(components, svd_solver="randomized", random_state=0).fit(np.stack(patches))
 
-    def reconstruct(self, window: Window) -> np.ndarray:
-        model = self.models[window.scan.atlas.name]
-        patches = window.signal.reshape(-1, self.patch_length * window.signal.shape[1])
-        return model.inverse_transform(model.transform(patches)).reshape(window.signal.shape)
-
-
-def codebook_results(codes: np.ndarray, codebook_size: int) -> dict:
-    """Usage over codes int [windows, tokens]."""
-    counts = np.bincount(codes[codes >= 0], minlength=codebook_size)
-    shares = counts[counts > 0] / counts.sum()
+def codebook_results(codes: Sequence[np.ndarray], codebook_size: int) -> dict[str, list[float]]:
+    """Of each level of codes [tokens, levels]: the share of the codebook that occurs, and the perplexity."""
+    counts = [np.bincount(level, minlength=codebook_size) for level in np.concatenate(list(codes)).T]
+    shares = [count[count > 0] / count.sum() for count in counts]
     return {
-        "numbers_per_window": codes.shape[1],
-        "bits_per_window": float(codes.shape[1] * np.log2(codebook_size)),
-        "codebook_size": codebook_size,
-        "codebook_used": int((counts > 0).sum()),
-        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+        "codebook_usage": [float((count > 0).mean()) for count in counts],
+        "perplexity": [float(np.exp(-(share * np.log(share)).sum())) for share in shares],
     }
 
 
@@ -78,3 +90,6 @@ def retrieval_results(scans: np.ndarray, texts: np.ndarray) -> dict:
         "chance_recall_at_5": min(5 / count, 1.0),
         "chance_median_rank": (count + 1) / 2,
     }
+
+
+__all__ = ["codebook_results", "evaluate_codec", "fc_correlation", "r_squared", "retrieval_results"]

@@ -19,9 +19,10 @@ from fmrilm.processors.descriptors.measures import FAMILIES, describe, descripto
 from fmrilm.processors.descriptors.networks import standardize
 from fmrilm.processors.descriptors.questions import Questioner
 
+from ..data.card import corpus_card
 from ..data.parallel import run_parallel
+from ..data.prepare import ATLASES
 from ..data.shards import content_version, write_whole
-from .card import corpus_card
 from .source import Source, test_subjects_of
 from .writer import CorpusSettings, CorpusWriter, Shard, plan_shards
 
@@ -76,6 +77,9 @@ def describe_dataset(
     rejection_rate = _rejection_rate(corpus, shards) if settings.rewrite else None
     outcome = Outcome(len(values) - len(left_out), left_out, rejection_rate)
     cohort.save(corpus / COHORT)
+    for name, atlas in source.atlases.items():
+        # an atlas of one's own is nowhere else to be found
+        write_whole(corpus / ATLASES / f"{name}.json", json.dumps(atlas.to_dict(), ensure_ascii=False) + "\n")
     write_whole(corpus / "README.md", _card(source, shards, corpus, cohort, fitted, outcome, settings))
     # what a run goes on from lasts until the corpus is in its place
     corpus.rename(output)

@@ -22,6 +22,7 @@ from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.processors.descriptors.networks import membership
 
 from .shards import content_version, write_whole
+from .splits import subject_folds
 
 
 SIGNAL_COLUMNS = ("signal", "censored")
@@ -30,6 +31,8 @@ SHARD = 256
 BATCH = 16
 # of the items of `MixedWindows`: windows as they are
 PLAIN_SHARE = 0.3
+# signals that `MixedWindows` keeps in memory
+SIGNALS_READ = 512
 
 
 class Scans:
@@ -80,7 +83,7 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
         raise ValueError("expected a folder that `fmrilm prepare` or `fmrilm describe` wrote, got none")
     signals: dict[str, list[Dataset]] = {}
     tables, atlases, offsets = [], {}, {}
-    for folder in map(Path, listed):
+    for number, folder in enumerate(map(Path, listed)):
         for atlas, shards in _shards(folder, extractor):
             if atlases.setdefault(atlas.name, atlas).checksum != atlas.checksum:
                 raise ValueError(f"expected one atlas {atlas.name!r}, got another one of that name in {folder.name}")
@@ -93,6 +96,8 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
             offsets[atlas.name] = first + len(rows)
             table["frames"] = signals[atlas.name][-1]["frames"][:]
             table["atlas"] = atlas.name
+            # each corpus numbers its scans
+            table["folder"] = number
             site = table["site"] if "site" in table else pd.Series([None] * len(table))
             table["dataset"] = site.where(site.notna(), folder.name)
             tables.append(table)
@@ -144,7 +149,9 @@ def _read(shards: list[Path]) -> Dataset:
 
 def _standardised(rows: Dataset, atlas: Atlas, extractor: FmriLMFeatureExtractor) -> Dataset:
     """Signals as the codec takes them, {"signal", "frames"}, kept in the cache of `datasets`."""
-    settings = {**extractor.to_dict(), "atlases": [atlas.to_dict()]}
+    # `prepare` refused the scans that lack too much
+    settings = {**extractor.to_dict(), "atlases": [atlas.to_dict()], "max_missing_rois": 1.0}
+    extractor = FmriLMFeatureExtractor.from_dict(settings)
 
     def standardise(row: dict[str, Any]) -> dict[str, Any]:
         scan = {name: row[name] for name in ("signal", "tr", "censored") if row.get(name) is not None}
@@ -239,11 +246,8 @@ def cut_windows(scans: Scans, length: int, stride: int) -> Windows:
 
 def _present(signal: np.ndarray, atlas: Atlas) -> tuple[np.ndarray, Atlas]:
     """The ROIs of a signal [time, rois] that are not missing, and the atlas of these alone."""
-    present = np.flatnonzero(~np.isnan(signal).any(0))
-    if len(present) == len(atlas):
-        return signal, atlas
-    rois, networks = (tuple(values[roi] for roi in present) for values in (atlas.rois, atlas.networks))
-    return signal[:, present], Atlas(atlas.name, rois, networks, atlas.coordinates[present])
+    missing = np.isnan(signal).any(0)
+    return (signal[:, ~missing], atlas.without(missing)) if missing.any() else (signal, atlas)
 
 
 def _item(signal: np.ndarray, atlas: Atlas) -> dict[str, Any]:
@@ -261,16 +265,24 @@ class MixedWindows(torch.utils.data.Dataset):
     An endless supply of new connectivity patterns from few subjects: item i is sqrt(a) x one random window plus
     sqrt(1-a) x another of the same atlas plus white noise of random size in each ROI, or now and then a window as it
     is, with the descriptors computed from the result, as z-scores. At most `max_rois` ROIs of it, drawn at random, are
-    given. Items depend on (seed, i) alone. `subject` of an item is that of the first window.
+    given. Items depend on (seed, i) alone. Both windows, and all else, are of subjects of one fold of `subject_folds`;
+    `subject` of an item is that of the first window.
     """
 
     def __init__(self, scans: Scans, length: int, cohort: Cohort, size: int, seed: int, max_rois: int | None = None):
         usable = np.flatnonzero(scans.table["frames"].to_numpy() >= length)
         if not len(usable):
             raise ValueError(f"expected a scan of at least {length} frames to mix windows of, got none")
-        self.scans = [(scans.signal(int(scan)), scans.atlas(int(scan))) for scan in usable]
-        self.subjects = scans.table["subject"].to_numpy()[usable]
-        self.groups = {name: [s for s, atlas in self.scans if atlas.name == name] for name in scans.atlases}
+        self.scans = scans.select(usable)
+        # a mixture is of one fold's subjects: what is fitted without this fold has seen nothing of it
+        self.folds = subject_folds(scans.table["subject"].to_numpy(), seed)[usable]
+        atlases = self.scans.table["atlas"].to_numpy()
+        self.groups = {
+            (name, fold): np.flatnonzero((atlases == name) & (self.folds == fold))
+            for name, fold in set(zip(atlases, self.folds.tolist(), strict=True))
+        }
+        # the signals that were read last
+        self._read: dict[int, np.ndarray] = {}
         self.length, self.cohort, self.size, self.seed, self.max_rois = length, cohort, size, seed, max_rois
         self._fingerprint = f"{scans.fingerprint} {length} {size} {seed} {max_rois} {cohort.mean.tobytes().hex()}"
 
@@ -287,39 +299,48 @@ class MixedWindows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, index))
         scan = int(rng.integers(len(self.scans)))
-        signal, atlas = self.scans[scan]
-        mixed = self._window(signal, rng) if rng.uniform() < PLAIN_SHARE else self._mixture(signal, atlas, rng)
+        atlas = self.scans.atlas(scan)
+        mixed = self._window(scan, rng) if rng.uniform() < PLAIN_SHARE else self._mixture(scan, atlas, rng)
         mixed, atlas = _present(mixed / mixed.std(0), atlas)
         chosen = np.sort(rng.permutation(mixed.shape[1])[: self.max_rois])
         return {
             "signal": mixed[:, chosen].astype(np.float32),
             "coordinates": atlas.coordinates[chosen],
             "descriptors": self.cohort.z_scores(self.cohort.describe(mixed, atlas)).astype(np.float32),
-            "subject": self.subjects[scan],
+            "subject": self.scans.table.at[scan, "subject"],
         }
 
-    def _mixture(self, signal: np.ndarray, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
-        group = self.groups[atlas.name]
+    def _mixture(self, scan: int, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
+        group = self.groups[atlas.name, int(self.folds[scan])]
         share = rng.uniform() if rng.uniform() < 0.75 else 1.0
-        mixed = np.sqrt(share) * self._window(signal, rng)
+        mixed = np.sqrt(share) * self._window(scan, rng)
         mixed = mixed + np.sqrt(1 - share) * self._window(group[rng.integers(len(group))], rng)
-        mixed += self._sources(atlas, rng)
+        mixed += self._sources(scan, atlas, rng)
         return mixed + rng.uniform(0, 0.5) * rng.uniform(0, 1, mixed.shape[1]) * rng.standard_normal(mixed.shape)
 
-    def _sources(self, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
+    def _sources(self, scan: int, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
         """Zero to three series of other scans' ROIs, shared by the networks at random: [length, rois]."""
         count = rng.integers(4)
         series = np.zeros((self.length, count))
+        group = np.flatnonzero(self.folds == self.folds[scan]) if count else ()
         for column in range(count):
-            window = self._window(self.scans[rng.integers(len(self.scans))][0], rng)
+            window = self._window(group[rng.integers(len(group))], rng)
             series[:, column] = np.nan_to_num(window[:, rng.integers(window.shape[1])])
         members = membership(atlas)
         weights = rng.normal(0, 0.4, (members.shape[1], count)) * (rng.uniform(size=(members.shape[1], count)) < 0.4)
         return series @ (members @ weights).T
 
-    def _window(self, signal: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _window(self, scan: int, rng: np.random.Generator) -> np.ndarray:
+        signal = self._signal(int(scan))
         start = rng.integers(len(signal) - self.length + 1)
         return signal[start : start + self.length]
+
+    def _signal(self, scan: int) -> np.ndarray:
+        if scan not in self._read:
+            if len(self._read) == SIGNALS_READ:
+                del self._read[next(iter(self._read))]
+            self._read[scan] = self.scans.signal(scan)
+        return self._read[scan]
 
 
 def collate_signals(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

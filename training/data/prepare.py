@@ -7,7 +7,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 
+from .card import scans_card
 from .parallel import run_parallel
-from .prepared_card import card
 from .scan_sources import ScanSource
 from .shards import ShardStore, write_whole
 
@@ -37,6 +37,7 @@ class Preparation:
 
     tr: s, goes before a file's header. label_image: absolute path of the parcels, for volumes. confounds: strategy of
     `nilearn.interfaces.fmriprep.load_confounds_strategy` for fMRIPrep's tables. high_pass, low_pass: Hz.
+    max_missing_rois: largest share of its ROIs that a scan may lack.
     """
 
     tr: float | None = None
@@ -44,6 +45,7 @@ class Preparation:
     confounds: str | None = None
     high_pass: float | None = None
     low_pass: float | None = None
+    max_missing_rois: float = 0.2
 
     def describe(self) -> dict[str, Any]:
         """The settings without a path: a label image is named by its content."""
@@ -73,12 +75,13 @@ def prepare(
     Write the scans to `output`, which then holds those of `scans` that can be read, and no others.
 
     Args:
-        default_atlas: name of a packaged atlas or path of its table, for scans that name none.
+        default_atlas: name of a packaged atlas or path of its table, for scans that name none; a table also for the
+            one atlas that all scans name.
         jobs: processes on this machine.
         scheduler: address of a Dask cluster to use instead; its workers must see the same files.
         shard_size: scans per Parquet file.
     """
-    atlas_of = _load_atlases(scans, default_atlas)
+    atlas_of = _load_atlases(scans, default_atlas, preparation.label_image)
     atlases = {atlas.name: atlas for atlas in atlas_of}
     label_types = _label_types(scans)
     features = {name: row_features(atlas, label_types) for name, atlas in atlases.items()}
@@ -106,14 +109,20 @@ def prepare(
             store.add(atlas.name, waiting.pop(atlas.name), features[atlas.name])
     for name, rows in waiting.items():
         store.add(name, rows, features[name])
-    write_whole(output / "README.md", card(output, settings, atlases))
+    write_whole(output / "README.md", scans_card(output, settings, atlases))
     return Outcome(len(todo) - len(failures), len(scans) - len(todo), len(failures))
 
 
 def prepare_scan(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> dict[str, Any]:
-    """The signal float32 [time, rois] at its own TR, parcellated and, if asked, cleaned; tr in s; censored frames."""
+    """
+    The signal float32 [time, rois] at its own TR, parcellated and, if asked, cleaned; tr in s; censored frames; and
+    the number of missing ROIs, which are NaN.
+    """
+    if scan.problem is not None:
+        raise ValueError(scan.problem)
     band = {"high_pass": preparation.high_pass, "low_pass": preparation.low_pass}
-    extractor = FmriLMFeatureExtractor(cleaning=band)
+    most = preparation.max_missing_rois
+    extractor = FmriLMFeatureExtractor(cleaning=band, max_missing_rois=most)
     content: dict[str, Any] = {"signal": scan.path, "confounds": scan.confounds}
     if preparation.confounds is not None:
         if scan.confounds is not None:
@@ -126,14 +135,17 @@ def prepare_scan(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> di
         signal, kept = extractor.clean_signal(measured)
     row = {"signal": signal.astype(np.float32), "tr": float(measured.tr), "censored": ~kept}
     # what a model could not read later is refused now
-    FmriLMFeatureExtractor().prepare_signal(row, atlas=atlas)
-    return row
+    seen, _ = FmriLMFeatureExtractor(max_missing_rois=most).prepare_signal(row, atlas=atlas)
+    return {**row, "missing_rois": int(np.isnan(seen).all(axis=0).sum())}
 
 
 def _fmriprep_confounds(path: Path, strategy: str) -> dict[str, Any]:
     """Confounds [time, confounds] and censored frames, from the table that fMRIPrep wrote beside the scan."""
     from nilearn.interfaces.fmriprep import load_confounds_strategy
 
+    run = re.split(r"_(?:space|hemi|desc|bold)", path.name)[0]
+    if not any(path.parent.glob(f"{run}_desc-confounds_*.tsv")):
+        raise ValueError("no confounds: expected the run's file *_desc-confounds_timeseries.tsv beside the scan")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         confounds, kept = load_confounds_strategy(str(path), denoise_strategy=strategy)
@@ -183,24 +195,28 @@ def _write_failures(output: Path, failures: Sequence[tuple[ScanSource, str]]) ->
     write_whole(path, write)
 
 
-def _load_atlases(scans: Sequence[ScanSource], default: str | None) -> list[Atlas]:
+def _load_atlases(scans: Sequence[ScanSource], default: str | None, label_image: Path | None) -> list[Atlas]:
     """The atlas of each scan."""
-    names = {name for scan in scans if (name := scan.atlas or default) is not None}
     if default is None and any(scan.atlas is None for scan in scans):
         raise ValueError("which atlas are the scans' ROIs from? Give --atlas, or a column atlas in the manifest")
-    named = {}
-    for name in sorted(names):
-        if name.endswith(".tsv") and not Path(name).is_file():
-            raise ValueError(f"no table of an atlas at {name}")
+    is_table = default is not None and default.endswith((".tsv", ".csv"))
+    named = [scan.atlas or default for scan in scans]
+    alias = None
+    if is_table and len(set(named)) == 1:
+        # the table is that of the name which the manifest has for it
+        alias, named = scans[0].atlas, [default] * len(scans)
+    loaded: dict[str, Atlas] = {}
+    for name in sorted({name for name in named if name is not None}):
         # tables of ROI series need no parcels, which may have to be fetched
-        images = any(scan.path.name.endswith(IMAGES) for scan in scans if (scan.atlas or default) == name)
-        named[name] = Atlas.from_table(name) if name.endswith(".tsv") else Atlas.load(name, parcels=images)
+        images = any(scan.path.name.endswith(IMAGES) for scan, own in zip(scans, named, strict=True) if own == name)
+        atlas = Atlas.resolve(name, label_image if is_table else None, images and label_image is None)
+        loaded[name] = replace(atlas, name=alias) if alias and not alias.endswith((".tsv", ".csv")) else atlas
         # it names a folder of the output
-        if not ATLAS_NAME.fullmatch(named[name].name) or named[name].name == ATLASES:
-            raise ValueError(f"expected an atlas name of letters, digits and '_.-', got {named[name].name!r}")
-    if len({atlas.name for atlas in named.values()}) < len(named):
-        raise ValueError(f"two atlases of one name among {', '.join(named)}")
-    return [named[scan.atlas or default] for scan in scans]
+        if not ATLAS_NAME.fullmatch(loaded[name].name) or loaded[name].name == ATLASES:
+            raise ValueError(f"expected an atlas name of letters, digits and '_.-', got {loaded[name].name!r}")
+    if len({atlas.name for atlas in loaded.values()}) < len(loaded):
+        raise ValueError(f"two atlases of one name among {', '.join(loaded)}")
+    return [loaded[name] for name in named if name is not None]
 
 
 def _key(scan: ScanSource, atlas: Atlas) -> str:
@@ -235,6 +251,7 @@ def row_features(atlas: Atlas, label_types: Mapping[str, str]) -> Features:
             "signal": Array2D((None, len(atlas)), "float32"),
             "tr": Value("float64"),
             "censored": List(Value("bool")),
+            "missing_rois": Value("int32"),
             **{name: Value("string") for name in strings},
             **{name: Value(kind) for name, kind in label_types.items()},
         }

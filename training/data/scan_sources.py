@@ -1,4 +1,7 @@
-"""Which scans there are to prepare: from a manifest, a derivatives folder (fMRIPrep, BIDS) or a folder of files."""
+"""
+Which scans there are to prepare: from a manifest, a derivatives folder (fMRIPrep, BIDS), a folder of the Preprocessed
+Connectomes Project, or a folder of files.
+"""
 
 import csv
 import re
@@ -7,16 +10,32 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fmrilm.processors.scan_io_fmrilm import check_text_size
+from fmrilm.processors.scan_io_fmrilm import FORMATS, check_text_size, hemispheres
 
 
-ENDINGS = (".nii.gz", ".dtseries.nii", ".ptseries.nii", ".nii", ".npy", ".csv", ".tsv")
 MANIFEST_COLUMNS = ("path", "subject", "session", "task", "run", "site", "tr", "atlas", "confounds")
+IDS = ("subject", "session", "task", "run", "site")
 # what a prepared row holds beside the labels of a manifest, now or later
-ROW_COLUMNS = ("signal", "censored", "descriptors", "description", "messages")
+ROW_COLUMNS = ("signal", "censored", "missing_rois", "descriptors", "description", "messages")
 # ids are written to the output: nothing in them may be a path or break a line
 ID = re.compile(r"[^\s\x00-\x1f/\\.][^\x00-\x1f/\\]*")
 MISSING = ("", "n/a")
+# beside the scans of a folder
+NO_SCANS = re.compile(r"\..*|.*\.json|(README|CHANGES|LICENSE)(\..*)?", re.IGNORECASE)
+# of the Preprocessed Connectomes Project (ABIDE): series of a subject, and the table of phenotypes
+PCP_SERIES = re.compile(r"(?P<subject>.+_\d{7})_rois_(?P<atlas>\w+)\.1D")
+PCP_TABLE = "Phenotypic_V1_0b_preprocessed1.csv"
+PCP_LABELS = (
+    "DX_GROUP", "DSM_IV_TR", "AGE_AT_SCAN", "SEX", "HANDEDNESS_CATEGORY", "FIQ", "VIQ", "PIQ", "EYE_STATUS_AT_SCAN",
+    "ADOS_TOTAL", "func_mean_fd",
+)  # fmt: skip
+PCP_MISSING = ("-9999", "-9999.0")
+# repetition times (s) of the sites, by what a subject's name starts with; the series do not have them
+PCP_TRS = {
+    "Caltech": 2.0, "CMU_a": 2.0, "CMU_b": 1.5, "KKI": 2.5, "Leuven": 1.656, "MaxMun": 3.0, "NYU": 2.0, "OHSU": 2.5,
+    "Olin": 1.5, "Pitt": 1.5, "SBL": 2.2, "SDSU": 2.0, "Stanford": 2.0, "Trinity": 2.0, "UCLA": 3.0, "UM": 2.0,
+    "USM": 2.0, "Yale": 2.0,
+}  # fmt: skip
 
 Label = str | int | float | None
 
@@ -27,7 +46,7 @@ class ScanSource:
     A scan that can be prepared.
 
     path, confounds: absolute paths. subject ... site: ids as they are written to the output. tr: s, if it is known.
-    atlas: name or table. labels: what is known about the subject or session.
+    atlas: name or table. labels: what is known about the subject or session. problem: why it cannot be prepared.
     """
 
     path: Path
@@ -40,6 +59,7 @@ class ScanSource:
     atlas: str | None = None
     confounds: Path | None = None
     labels: dict[str, Label] = field(default_factory=dict)
+    problem: str | None = None
 
     @property
     def ids(self) -> tuple[str | None, ...]:
@@ -52,8 +72,10 @@ def find_scans(source: Path, labels: Path | None = None, space: str = "MNI*") ->
     All scans of a manifest or folder, with their labels.
 
     Args:
-        source: manifest (.csv or .tsv), derivatives folder (holds `desc-preproc_bold` files) or folder of scans.
-        labels: table with a column `subject` (or `participant_id`), perhaps `session`, and labels.
+        source: manifest (.csv or .tsv), derivatives folder (holds `desc-preproc_bold` files), folder of the
+            Preprocessed Connectomes Project (holds `NAME_rois_ATLAS.1D` files) or folder of scans.
+        labels: table with a column `subject` (or `participant_id`, `FILE_ID`), perhaps `session`, and labels; by
+            default the table of phenotypes of the Preprocessed Connectomes Project, where the folder holds it.
         space: pattern of the template space to take of a derivatives folder.
     """
     # other processes, on other machines too, start elsewhere
@@ -61,13 +83,15 @@ def find_scans(source: Path, labels: Path | None = None, space: str = "MNI*") ->
     if source.is_file():
         scans = read_manifest(source)
     elif source.is_dir():
-        scans = find_derivatives(source, space) or find_files(source)
+        scans = find_derivatives(source, space) or find_pcp(source) or find_files(source)
+        phenotypes = sorted(source.rglob(PCP_TABLE))
+        labels = phenotypes[0] if labels is None and phenotypes else labels
     else:
         raise ValueError(f"expected a manifest or a folder of scans, there is nothing at {source}")
     if not scans:
-        raise ValueError(f"no scans in {source}: expected files that end in {', '.join(ENDINGS)}")
+        raise ValueError(f"no scans in {source}: expected files that end in {', '.join(FORMATS)}")
     _check_ids(scans)
-    _check_agreement((scan.subject, scan.session, scan.labels) for scan in scans)
+    _check_agreement((scan.ids, scan.labels) for scan in scans)
     return scans if labels is None else join_labels(scans, labels)
 
 
@@ -116,20 +140,20 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
     """
     The preprocessed scans of an fMRIPrep or other BIDS derivatives folder in one space; empty if it holds none at all.
 
-    What else tells scans of a subject apart (acquisition, direction, reconstruction, echo) becomes part of `run`.
+    What else is different between scans of a subject (acquisition, direction, reconstruction, echo) becomes part of
+    `run`. Scans that are in other spaces alone, or of an unknown ending, have a problem. ValueError for raw BIDS.
     """
     found: dict[tuple, dict[str, Path]] = {}
-    spaces = set()
-    for path in sorted(folder.rglob("sub-*_bold.*nii*")):
+    elsewhere: dict[tuple, dict[str, Path]] = {}
+    raw = None
+    for path in sorted(folder.rglob("sub-*_bold.*")):
         entities = parse_bids_name(path.name)
-        if entities is None or not path.name.endswith(ENDINGS):
+        if entities is None or entities["suffix"] != "bold" or entities["extension"] == ".json":
             continue
         if entities.get("desc") != "preproc" and not entities["extension"].endswith("series.nii"):
+            raw = raw or path
             continue
         template = entities.get("space", "native")
-        spaces.add(template)
-        if not fnmatchcase(template, space):
-            continue
         distinct = [f"{key}-{entities[key]}" for key in ("acq", "ce", "rec", "dir", "echo") if key in entities]
         if distinct and "run" in entities:
             distinct.append(f"run-{entities['run']}")
@@ -137,29 +161,68 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
         # the other entities of its grid: resolution or density
         grid = "_".join([template, *(f"{key}-{entities[key]}" for key in ("res", "den", "cohort") if key in entities)])
         ids = (entities["sub"], entities.get("ses"), entities.get("task"), run)
-        found.setdefault(ids, {})[grid] = path
-    if spaces and not found:
-        raise ValueError(f"no preprocessed scan in a space like {space!r}; spaces found: {', '.join(sorted(spaces))}")
+        if not path.name.endswith(FORMATS):
+            grid = f"a file that ends in {entities['extension']}"
+        fits = path.name.endswith(FORMATS) and fnmatchcase(template, space)
+        (found if fits else elsewhere).setdefault(ids, {})[grid] = path
+    if raw is not None and not (found or elsewhere):
+        raise ValueError(f"{folder.name} is raw BIDS, run fMRIPrep first: expected desc-preproc_bold files, got none")
+    if elsewhere and not found:
+        spaces = ", ".join(sorted({grid for grids in elsewhere.values() for grid in grids}))
+        raise ValueError(f"no preprocessed scan in a space like {space!r}; spaces found: {spaces}")
     for ids, grids in found.items():
         if len(grids) > 1:
             raise ValueError(
                 f"subject {ids[0]!r} has one scan in {len(grids)} spaces or resolutions: {', '.join(sorted(grids))}; "
                 "name one with --space"
             )
+    return [ScanSource(next(iter(grids.values())), *ids) for ids, grids in found.items()] + [
+        ScanSource(
+            next(iter(grids.values())),
+            *ids,
+            problem=f"no scan in a space like {space}, of the known endings; there is: {', '.join(sorted(grids))}",
+        )
+        for ids, grids in elsewhere.items()
+        if ids not in found
+    ]
+
+
+def find_pcp(folder: Path) -> list[ScanSource]:
+    """The series of ROIs that `nilearn.datasets.fetch_abide_pcp` leaves; of the site's repetition time."""
+    found: dict[tuple[str, str], Path] = {}
+    for path in sorted(folder.rglob("*_rois_*.1D")):
+        if (match := PCP_SERIES.fullmatch(path.name)) is None:
+            continue
+        subject, atlas = match["subject"], match["atlas"]
+        if (before := found.setdefault((subject, atlas), path)) != path:
+            places = " and ".join(str(one.parent.relative_to(folder)) for one in (before, path))
+            raise ValueError(f"subject {subject!r} has series in {places}: expected the folder of one of them")
+    times = {subject: [tr for site, tr in PCP_TRS.items() if subject.startswith(f"{site}_")] for subject, _ in found}
     return [
-        ScanSource(next(iter(grids.values())), subject, session, task, run)
-        for (subject, session, task, run), grids in found.items()
+        ScanSource(path, subject, tr=times[subject][0] if times[subject] else None, atlas=atlas)
+        for (subject, atlas), path in found.items()
     ]
 
 
 def find_files(folder: Path) -> list[ScanSource]:
-    """Every scan file of a folder; the file's name without its ending is the subject's id."""
-    scans = []
+    """Every file of a folder; its name without the ending is the subject's id. Of other endings, it has a problem."""
+    scans, right = [], set()
     for path in sorted(folder.iterdir()):
-        ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
-        if ending and path.is_file() and not path.name.startswith("."):
-            scans.append(ScanSource(path, subject=path.name[: -len(ending)]))
-    return scans
+        if path.is_dir() or path in right or NO_SCANS.fullmatch(path.name):
+            continue
+        ending = next((ending for ending in FORMATS if path.name.lower().endswith(ending.lower())), None)
+        if ending is None:
+            problem = f"unknown ending {path.suffix or 'of a file without any'}: expected {', '.join(FORMATS)}"
+            scans.append(ScanSource(path, subject=path.name, problem=problem))
+            continue
+        if ending in (".gii", ".func.gii", ".mgh", ".mgz"):
+            try:
+                right.add(hemispheres(path)[1])
+            except ValueError:
+                # said when it is read
+                pass
+        scans.append(ScanSource(path, subject=path.name[: -len(ending)]))
+    return scans if any(scan.problem is None for scan in scans) else []
 
 
 def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
@@ -168,11 +231,13 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     `sub-` and `ses-` do not count. A column `site` fills in missing sites. Scans without a row get empty labels.
     """
     rows = _read_rows(path)
+    if "FILE_ID" in rows[0]:
+        rows = _phenotypes(rows)
     aliases = {"participant_id": "subject", "session_id": "session"}
     rows = [{aliases.get(column, column): cell for column, cell in row.items()} for row in rows]
     header = list(rows[0])
     if "subject" not in header:
-        raise ValueError(f"{path.name}: expected a column subject or participant_id, got {', '.join(header)}")
+        raise ValueError(f"{path.name}: expected a column subject, participant_id or FILE_ID, got {', '.join(header)}")
     if reserved := [c for c in header if c in MANIFEST_COLUMNS and c not in ("subject", "session", "site")]:
         raise ValueError(f"{path.name}: a label cannot be named {reserved[0]!r}")
     names = [column for column in header if column not in MANIFEST_COLUMNS]
@@ -182,7 +247,7 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     keys = [(_bare(row["subject"]), _bare(row["session"]) if by_session else None) for row in rows]
     sites = [None if row.get("site", "") in MISSING else row["site"] for row in rows]
     values = _typed_labels(path, rows, names)
-    _check_agreement((*key, {**labels, "site": site}) for key, labels, site in zip(keys, values, sites, strict=True))
+    _check_agreement((key, {**labels, "site": site}) for key, labels, site in zip(keys, values, sites, strict=True))
     table = dict(zip(keys, zip(values, sites, strict=True), strict=True))
     empty = (dict.fromkeys(names), None)
 
@@ -201,6 +266,16 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     return joined
 
 
+def _phenotypes(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Subject, site and labels of the Preprocessed Connectomes Project's table, of those who have series."""
+    return [
+        {"subject": row["FILE_ID"], "site": row.get("SITE_ID", "")}
+        | {name: "" if row[name] in PCP_MISSING else row[name] for name in PCP_LABELS if name in row}
+        for row in rows
+        if row["FILE_ID"] != "no_filename"
+    ]
+
+
 def _bare(name: str) -> str:
     return re.sub(r"^(sub|ses)-", "", name)
 
@@ -217,7 +292,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path.name}: not a readable table: {error}") from error
     if len(lines) < 2:
         raise ValueError(f"{path.name}: expected a header and at least one row, got {len(lines)} lines")
-    header = [cell.strip() for cell in lines[0]]
+    # pandas leaves the name of an index empty
+    header = [cell.strip() or ("index" if not number else "") for number, cell in enumerate(lines[0])]
     if len(set(header)) < len(header) or "" in header:
         raise ValueError(f"{path.name}: expected different names of columns, got {', '.join(header)}")
     for number, line in enumerate(lines[1:], start=2):
@@ -248,7 +324,7 @@ def _is_written(kind: type, cell: str) -> bool:
 def _check_ids(scans: Sequence[ScanSource]) -> None:
     seen = set()
     for scan in scans:
-        for what, value in zip(("subject", "session", "task", "run", "site"), (*scan.ids, scan.site), strict=True):
+        for what, value in zip(IDS, (*scan.ids, scan.site), strict=True):
             if value is not None and not ID.fullmatch(value):
                 raise ValueError(f"expected a {what} without slashes, line breaks or a leading dot, got {value!r}")
         if (scan.ids, scan.atlas) in seen:
@@ -256,15 +332,13 @@ def _check_ids(scans: Sequence[ScanSource]) -> None:
         seen.add((scan.ids, scan.atlas))
 
 
-def _check_agreement(rows: Iterable[tuple[str, str | None, dict[str, Label]]]) -> None:
-    """Several rows of one subject (and session, where there are any) must say the same about it."""
-    known: dict[tuple[str, str | None], dict[str, Label]] = {}
-    for subject, session, labels in rows:
-        before = known.setdefault((subject, session), labels)
+def _check_agreement(rows: Iterable[tuple[tuple[str | None, ...], dict[str, Label]]]) -> None:
+    """Rows of one scan in several atlases, or of one subject and session in a table of labels, have the same labels."""
+    known: dict[tuple[str | None, ...], dict[str, Label]] = {}
+    for ids, labels in rows:
+        before = known.setdefault(ids, labels)
         if before != labels:
             name = next(name for name in labels if before[name] != labels[name])
-            where = f"subject {subject!r}" + ("" if session is None else f", session {session!r}")
-            raise ValueError(
-                f"label {name!r} differs between rows of {where}: {before[name]!r} and {labels[name]!r}; "
-                "a label belongs to a subject, or to its session"
-            )
+            given = [f"{what} {value!r}" for what, value in zip(IDS, ids, strict=False) if value is not None]
+            differ = f"{before[name]!r} and {labels[name]!r}"
+            raise ValueError(f"label {name!r} differs between rows of {', '.join(given)}: {differ}")

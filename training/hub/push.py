@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    eval_result_entries_to_yaml,
+)
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -20,6 +28,8 @@ from .model_card import UNKNOWN_REPO, fill_card, read_card
 
 
 CARD = "README.md"
+# of leaderboards: https://huggingface.co/docs/hub/eval-results
+EVAL_RESULTS = ".eval_results/fmrilm.yaml"
 ADAPTER = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pkl", ".pickle", ".pth", ".ckpt", ".joblib")
 # the Hub's limits: https://huggingface.co/docs/hub/storage-limits
@@ -37,29 +47,38 @@ def push(
     message: str = "Upload model",
     results: Path | None = None,
     dry_run: bool = False,
+    benchmark: str | None = None,
 ) -> tuple[str | None, dict[str, int]]:
     """
     Uploads a saved model or adapter with its processor to the repository `repo`, which is made if need be. The
     card is the folder's own README.md, or is filled in where there is none, or anew from `results` (results.json).
+    benchmark: id of a dataset on the Hub whose leaderboard the card's results belong to.
 
     Returns:
         The commit (None in a dry run, which asks the Hub nothing), and the size in bytes of each file by path.
     """
     validate_repo_id(repo)
     problems = list(find_problems(folder))
-    card = b""
-    try:
-        card = b"" if problems else str(_card(folder, repo, results)).encode()
-    except ValueError as error:
-        problems = [str(error)]
-    if problems:
+    card = None
+    if not problems:
+        try:
+            card = _card(folder, repo, results)
+            if not dry_run:
+                # the Hub's own check, before anything is made there
+                card.validate()
+        except ValueError as error:
+            problems = [str(error)]
+    if card is None or problems:
         raise ValueError(f"{folder} was not pushed:\n" + "\n".join(f"- {problem}" for problem in problems))
+    own = {CARD: str(card).encode()}
+    if benchmark is not None:
+        own[EVAL_RESULTS] = _benchmark_results(card, benchmark)
     files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    sizes = {name: path.stat().st_size for name, path in files.items()} | {CARD: len(card)}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    sizes |= {name: len(content) for name, content in own.items()}
     if dry_run:
         return None, sizes
     api = HfApi()
-    own = {CARD: card}
     if ADAPTER in files:
         own[ADAPTER] = _pinned(files[ADAPTER], api)
     repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
@@ -189,7 +208,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
         return
     if config.get("auto_map") != AUTO_MAP:
         yield f"config.json: expected auto_map {AUTO_MAP}, got {config.get('auto_map')}"
-    tokens = {config[f"fmri_{name}token_id"] for name in ("start_", "", "end_")}
+    tokens = {config[f"fmri_{name}token_id"] for name in ("start_", "", "summary_", "end_")}
     path = folder / "generation_config.json"
     suppressed = json.loads(path.read_text()).get("suppress_tokens") if path.exists() else None
     if not tokens <= set(suppressed or []):
@@ -246,3 +265,16 @@ def _card(folder: Path, repo: str, results: Path | None) -> ModelCard:
     card = read_card(folder / CARD)
     card.text = card.text.replace(UNKNOWN_REPO, repo)
     return card
+
+
+def _benchmark_results(card: ModelCard, benchmark: str) -> bytes:
+    """The card's results, those that are no differences, as entries of a benchmark's leaderboard."""
+    validate_repo_id(benchmark)
+    entries = [
+        EvalResultEntry(dataset_id=benchmark, task_id=str(result.dataset_config), value=result.metric_value)
+        for result in card.data.eval_results or []
+        if not result.metric_type.endswith("_difference")
+    ]
+    if not entries:
+        raise ValueError(f"expected a card with results for the leaderboard of {benchmark}, got none")
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode()

@@ -1,196 +1,191 @@
-"""One self-contained page that shows what a run learned and what it did not."""
+"""The page about a run: what a model reads in the scans of held-out subjects, and what the codec keeps of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
-from .codec import ReportExample, codec_section, subjects_section, tokens_section
-from .page import (
-    as_count,
-    as_interval,
-    as_number,
-    as_percent,
-    as_points,
-    as_text,
-    bar,
-    drawing,
-    mean_of,
-    pill,
-    table,
-    write_page,
-)
+from ..evaluation.report import TITLES, table
+from .page import as_interval, as_number, as_percent, drawing, write_page
 
 
-CHANCE = 1 / 3  # of balanced accuracy over low, typical, high
-# Mid-tones of a colour-blind safe palette: the same lines are legible on the light and the dark page.
-CONDITIONS = {
-    "right": ("right scan", "#0b7fc7", "o"),
-    "swapped": ("swapped scan", "#e0690c", "s"),
-    "noise": ("noise", "#8b93a0", "D"),
-    "majority": ("majority answer", "#12a07a", "^"),
-}
+# mid-tones of a colour-blind safe palette: the same lines are legible on the light and the dark page
+MODEL, CONTROL, BASELINE = "#0b7fc7", "#e0690c", "#8b93a0"
+# of a model; the other conditions are baselines
+MODELS = ("zero-shot", "few-shot", "tuned", "probe")
 
 
-def write_report(path: Path, results: dict[str, Any], example: ReportExample) -> None:
-    """Writes the page to `path` (see [`write_page`])."""
-    sections = {
-        "answers": ("Answers", _answers(results["answers"])),
-        "families": ("Question families", _families(results["questions"]["families"])),
-        "codec": ("From signal to codes and back", codec_section(results["codec"], example)),
-        "tokens": ("The codes", tokens_section(results["codec"], example)),
-        "subjects": ("Reconstruction per person", subjects_section(results["codec"]["subjects"])),
-        "descriptions": ("Descriptions in free text", _descriptions(results["descriptions"])),
-        "run": ("The run", _run(results["run"])),
-    }
-    write_page(path, "fMRI-LM: report of a run", _summary(results), sections)
-
-
-def _summary(results: dict[str, Any]) -> str:
-    data, codec, families = results["data"], results["codec"], results["questions"]["families"]
-    overall = families["all"]
-    right, swapped = overall["right"], overall["swapped"]
-    difference = overall["difference"]
-    gap, gap_interval = as_points(difference["value"]), as_interval(difference["interval"], "+.0f", "")
-    single = {name: family["beats_swapped"] for name, family in families.items() if name != "all"}
-    winners = [as_text(name) for name, beats in single.items() if beats]
-    if overall["beats_swapped"]:
-        verdict = f"The right scan beats a swapped one ({gap}, {gap_interval}): the answers depend on the scan."
-    else:
-        verdict = (
-            f"<strong>The right scan does not beat a swapped one</strong> ({gap}, {gap_interval}): "
-            "these numbers do not show that the answers depend on the scan."
-        )
-    verdict += f" Of {as_count(len(single), 'question family', 'question families')}, each taken alone, the right "
-    verdict += f"scan beats a swapped one in {len(winners)}{': ' if winners else ''}{', '.join(winners)}."
-    people = ", ".join(
-        f"{as_text(name)} ({as_number(n['training'], 'd')} + {as_number(n['held_out'], 'd')})"
-        for name, n in data["datasets"].items()
-    )
-    quick = " This was a quick run: it shows that every part works, not how well." if results["run"]["quick"] else ""
-    r_squared = mean_of([subject["r_squared"] for subject in codec["subjects"]])
-    bits = as_number(codec["bits_per_window"], ",")
-    tiles = [
-        ("Right scan", as_percent(right["accuracy"]), f"balanced accuracy, {as_interval(right['interval'])}"),
-        ("Swapped scan", as_percent(swapped["accuracy"]), f"balanced accuracy, {as_interval(swapped['interval'])}"),
-        ("Right − swapped", gap, f"95 % interval {gap_interval}"),
-        ("Signal kept by the codes", as_percent(r_squared), f"of the variance, in {bits} bits a window"),
+def write_report(path: Path, results: dict[str, Any]) -> None:
+    """Writes the page to `path`. results: of `training.evaluation.evaluate`, with "run" those of a demo."""
+    descriptors = results.get("descriptors") or {}
+    shown = table(results)
+    shown = shown[(shown["variant"] != "uncalibrated") & shown["value"].notna()]
+    sections = [
+        _section("results", "Does it read the scan?", _results(shown)),
+        _section("answers", "Answers", _answers(descriptors.get("answers"))),
+        _section("descriptions", "Descriptions in free text", _descriptions(descriptors.get("descriptions"))),
+        _section("codec", "What the codec keeps", _facts(results.get("codec"))),
+        _section("run", "The run", _run(results.get("run"))),
     ]
-    cells = "".join(f"<div><dt>{name}</dt><dd><b>{value}</b>{note}</dd></div>" for name, value, note in tiles)
-    return (
-        '<header class="summary"><p class="kicker">fMRI-LM · report of a run</p>'
-        "<h1>What the model reads in a brain scan</h1>"
-        f"<p>The model learned from {as_count(data['training_windows'], 'window', 'windows')} of "
-        f"{as_count(data['training_subjects'], 'person', 'people')} and was then asked about "
-        f"{as_count(data['held_out_windows'], 'window', 'windows')} of "
-        f"{as_count(data['held_out_subjects'], 'other', 'others')} it had never seen. Given the right scan, "
-        f"it answers with {as_percent(right['accuracy'])} balanced accuracy (95 % interval "
-        f"{as_interval(right['interval'])}); given a swapped scan (the same dataset, another "
-        f"person), with {as_percent(swapped['accuracy'])} ({as_interval(swapped['interval'])}). Guessing gives "
-        f"{as_percent(CHANCE)}.</p>"
-        f'<p class="verdict{"" if overall["beats_swapped"] else " no"}">{verdict}</p>'
-        f"<p>This is a demonstration, not a medical device.{quick}</p>"
-        f'<p class="note">Datasets (training + held-out people): {people}. '
-        f'Atlases: {", ".join(map(as_text, data["atlases"]))}.</p><dl class="tiles">{cells}</dl></header>'
+    data, overall = results["data"], (descriptors.get("families") or {}).get("all")
+    verdict = None
+    tiles = [("Held-out subjects", as_number(sum(data["test_subjects"]), ",.0f"), "of no training data")]
+    if overall:
+        right, control, difference = overall["right"], overall["shuffled"], overall["difference"]
+        verdict = {"text": f"{descriptors['verdict'][:1].upper()}{descriptors['verdict'][1:]}."}
+        verdict["good"] = overall["beats_shuffled"]
+        tiles += [
+            ("Right scan", as_percent(right["accuracy"]), f"balanced accuracy, {_interval(right['interval'])}"),
+            ("Subject-shuffled", as_percent(control["accuracy"]), f"the same, {_interval(control['interval'])}"),
+            ("Difference", _points(difference["value"]), f"95 % interval {_interval(difference['interval'])}"),
+        ]
+    quick = bool((results.get("settings") or {}).get("quick"))
+    write_page(
+        path,
+        title="fMRI-LM: report of a run",
+        kicker="fMRI-LM · report of a run",
+        heading="What the model reads in a brain scan",
+        summary=[
+            f"Questions about {as_number(data['windows'], ',')} windows of {as_number(data['scans'], ',')} scans: "
+            f"{as_number(sum(data['training_subjects']), ',')} training and "
+            f"{as_number(sum(data['test_subjects']), ',')} held-out subjects. Beside each number of the model stands "
+            "the subject-shuffled control: the same answers, compared with the labels of other subjects of the same "
+            "site and atlas. Intervals are 95 % bootstrap intervals over subjects.",
+            *(["This was a quick run: it shows that every part works, not how well."] if quick else []),
+        ],
+        verdict=verdict,
+        tiles=tiles,
+        sections=[section for section in sections if section["blocks"]],
     )
 
 
-def _answers(answers: Sequence[dict[str, Any]]) -> str:
-    rows = []
-    for item in answers:
-        bars = "".join(
-            f"<div{' class=chosen' if choice == item['answer'] else ''}>{as_text(choice)}"
-            f"<span>{as_percent(share)}</span>{bar(share or 0)}</div>"
-            for choice, share in item["probabilities"].items()
-        )
-        correct = None if item["truth"] is None else item["answer"] == item["truth"]
-        start = as_number(item["window_start_seconds"], ".0f", " s")
-        rows.append(
-            [
-                f"{as_text(item['question'])}<small>{as_text(item['subject'])}, window from {start}</small>",
-                as_text(item["truth"]),
-                as_text(item["answer"]),
-                f'<div class="choices">{bars}</div>',
-                pill(correct, "correct", "wrong"),
-            ]
-        )
-    right = sum(item["truth"] is not None and item["answer"] == item["truth"] for item in answers)
-    return (
-        f"<p>{as_count(len(answers), 'question', 'questions')} about people the model never saw, {right} answered "
-        "correctly. The bars are the probability the model gives to each allowed answer; its answer is in bold.</p>"
-        + table(["Question", "Truth", "Answer", "Probability", "Result"], rows, "answers", "Answers to questions")
-    )
+def _section(key: str, title: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": key, "title": title, "blocks": blocks}
 
 
-def _families(families: dict[str, dict[str, Any]]) -> str:
-    ordered = {name: family for name, family in families.items() if name != "all"} | {"all": families["all"]}
-    rows = []
-    for name, family in ordered.items():
-        measured = [family[key] for key in CONDITIONS]
-        scores = [f"{as_percent(m['accuracy'])}<small>{as_interval(m['interval'])}</small>" for m in measured]
-        gap = family["difference"]
-        gap = f"{as_points(gap['value'])}<small>{as_interval(gap['interval'], '+.0f', '')}</small>"
-        beats = pill(family["beats_swapped"], "yes", "no")
-        rows.append([as_text(name), as_number(family["questions"], ","), *scores, gap, beats])
-    labels = [label.capitalize() for label, *_ in CONDITIONS.values()]
-    head = ["Family", "Questions", *labels, "Right − swapped", "Right beats swapped"]
+def _interval(bounds: Any) -> str:
+    return as_interval(None if bounds is None else [None if one is None else 100 * one for one in bounds], ".0f", " %")
+
+
+def _points(value: float | None) -> str:
+    return as_number(None if value is None else 100 * value, "+.0f", " points")
+
+
+def _results(shown: pd.DataFrame) -> list[dict[str, Any]]:
+    """The main rows of all tasks: model, control and baselines; drawn where there are intervals, and as a table."""
+    if shown.empty:
+        return []
+    rows = [
+        [
+            {"text": row.task, "small": TITLES.get(row.metric, row.metric)},
+            " ".join(str(part) for part in (row.condition, row.shots, row.variant) if part not in ("", None)),
+            row.comparison,
+            as_number(row.value),
+            as_interval(None if pd.isna(row.low) else (row.low, row.high)),
+        ]
+        for row in shown.itertuples()
+    ]
+    drawn = shown[shown["comparison"].isin(["right", "shuffled"]) & shown["low"].notna()]
+    metrics = {task: group["metric"].iloc[0] for task, group in drawn.groupby("task", sort=False)}
+    drawn = drawn[drawn["metric"] == drawn["task"].map(metrics)] if len(drawn) else drawn
+    names = [f"{row.task}: {row.condition} {row.comparison}" for row in drawn.itertuples()]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for number, (key, (label, colour, marker)) in enumerate(CONDITIONS.items()):
-            height = np.arange(len(ordered)) + 0.19 * (number - 1.5)
-            bounds = np.array([family[key]["interval"] or (None, None) for family in ordered.values()], float)
-            accuracy = np.array([family[key]["accuracy"] for family in ordered.values()], float)
-            axes.hlines(height, *bounds.T * 100, color=colour, linewidth=2)
-            axes.plot(accuracy * 100, height, marker, color=colour, markersize=6, label=label)
-        ink = axes.xaxis.label.get_color()
-        axes.axvline(100 * CHANCE, linestyle="--", color=ink, linewidth=1, label="chance, 1/3")
-        axes.axhline(len(ordered) - 1.5, color=ink, linewidth=0.5)
-        axes.set_yticks(range(len(ordered)), list(ordered))
-        axes.set(xlabel="balanced accuracy (%)", xlim=(0, 100), ylim=(len(ordered) - 0.5, -0.5))
-        axes.tick_params(axis="y", length=0)
+        for place, row in enumerate(drawn.itertuples()):
+            colour = BASELINE if row.condition not in MODELS else MODEL if row.comparison == "right" else CONTROL
+            axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
+            axes.plot(row.value, place, "o" if row.comparison == "right" else "s", color=colour)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.25, linewidth=0.6)
-        figure.legend(loc="outside upper left", ncols=5)
 
-    caption = (
-        "Dots are balanced accuracies on the held-out questions of a family, lines their 95 % intervals. A family "
-        "is read from the scan where blue lies to the right of orange; at the dashed line the model guesses."
+    head = ["Task", "Condition", "Comparison", "Value", "95 % interval"]
+    figure = (
+        drawing(
+            "Model, control and baselines",
+            draw,
+            0.8 + 0.24 * len(names),
+            "The first metric of each task with 95 % intervals over subjects. Blue circles: the model, right scan; "
+            "orange squares: the subject-shuffled control; grey: baselines.",
+        )
+        if len(names)
+        else None
     )
-    return (
-        "<p>The same questions, answered four ways: with the right scan, with other people's scans of "
-        "the same dataset, with noise "
-        "in its place, and always with the commonest answer.</p>"
-        + drawing("Accuracy of each question family", draw, 1.2 + 0.62 * len(ordered), caption)
-        + table(head, rows, "numbers", "Accuracy of each question family")
-    )
+    return [{"figure": figure}, {"head": head, "rows": rows, "label": "All results"}]
 
 
-def _descriptions(descriptions: dict[str, Any]) -> str:
-    accuracy = descriptions["statement_accuracy"]
-    pairs = "".join(
-        f'<div class="pair"><h3>{as_text(item["subject"])}</h3>'
-        f'<div><p class="note">Written by the model</p><p>{as_text(item["generated"])}</p></div>'
-        f'<div><p class="note">True description</p><p>{as_text(item["truth"])}</p></div></div>'
-        for item in descriptions["examples"]
-    )
-    return (
-        f"<p>Asked to describe a scan, the model makes statements; {as_percent(accuracy['right'])} of them are true "
-        f"when it is given the right scan, {as_percent(accuracy['swapped'])} when given a swapped one. Always stating "
-        f"the commonest makes {as_percent(accuracy['majority'])} true.</p>{pairs}"
-    )
-
-
-def _run(run: dict[str, Any]) -> str:
-    total = sum(value or 0 for value in run["seconds"].values())
+def _answers(answers: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    if not answers:
+        return []
     rows = [
-        [as_text(stage), bar((value or 0) / (total or 1)), as_number(value, ",.1f")]
-        for stage, value in run["seconds"].items()
+        [
+            {
+                "text": item["question"],
+                "small": f"{item['subject']}, window from {as_number(item['window_start_seconds'], '.0f', ' s')}",
+            },
+            item["truth"],
+            item["answer"],
+            {"choices": item["probabilities"], "chosen": item["answer"]},
+            {"correct": None if item["truth"] is None else item["answer"] == item["truth"]},
+        ]
+        for item in answers
     ]
+    right = sum(item["truth"] is not None and item["answer"] == item["truth"] for item in answers)
+    head = ["Question", "Truth", "Answer", "Probability of each answer", ""]
+    return [
+        {"text": f"{len(answers)} questions about held-out subjects, {right} answered correctly."},
+        {"head": head, "rows": rows, "label": "Answers to questions", "style": "answers"},
+    ]
+
+
+def _descriptions(descriptions: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if not descriptions:
+        return []
+    accuracy = descriptions["statement_accuracy"]
+    pairs = [
+        {
+            "title": item["subject"],
+            "texts": [("Written by the model", item["generated"]), ("True description", item["truth"])],
+        }
+        for item in descriptions.get("examples", ())
+    ]
+    shares = ", ".join(f"{as_percent(share)} ({name})" for name, share in accuracy.items())
+    return [{"text": f"Share of the statements in free descriptions that are true: {shares}."}, {"pairs": pairs}]
+
+
+def _facts(values: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Numbers by key, estimates with their intervals; lists of subjects become a table of their own."""
+    if not values:
+        return []
+    rows, tables = [], []
+    for key, value in values.items():
+        name = TITLES.get(key, key.replace("_", " "))
+        if isinstance(value, Mapping) and "value" in value:
+            rows.append([name, as_number(value["value"]), as_interval(value.get("interval"))])
+        elif isinstance(value, int | float):
+            rows.append([name, as_number(value, ",.4g"), ""])
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            head = [str(column).replace("_", " ") for column in value[0]]
+            body = [[cell if isinstance(cell, str) else as_number(cell) for cell in row.values()] for row in value]
+            tables.append({"head": head, "rows": body, "label": name})
+    return [{"head": ["", "Value", "95 % interval"], "rows": rows, "label": "Codec"}, *tables]
+
+
+def _run(run: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if not run:
+        return []
+    seconds = {stage: value or 0 for stage, value in run["seconds"].items() if stage != "total"}
+    total = float(np.sum(list(seconds.values()))) or 1.0
+    rows = [[stage, {"share": value / total}, as_number(value, ",.1f")] for stage, value in seconds.items()]
     rows.append(["total", "", as_number(total, ",.1f")])
-    versions = ", ".join(f"{as_text(name)} {as_text(version)}" for name, version in run["versions"].items())
-    return (
-        table(["Stage", "Share of the time", "Seconds"], rows, "stages", "Seconds of each stage")
-        + f'<p class="note">Peak memory {as_number(run["peak_memory_gb"], ".1f", " GB")}. Versions: {versions}.</p>'
-    )
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    note = f"Peak memory {as_number(run['peak_memory_gb'], '.1f', ' GB')}. Versions: {versions}."
+    head = ["Stage", "Share of the time", "Seconds"]
+    return [
+        {"head": head, "rows": rows, "label": "Seconds of each stage", "style": "stages"},
+        {"text": note, "note": True},
+    ]

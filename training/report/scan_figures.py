@@ -16,8 +16,6 @@ from .page import as_number, drawing
 
 SIGNAL, RECONSTRUCTION = "#8b93a0", "#0b7fc7"
 DARK = "#1a2330"
-# numbers are written into the cells of a token map up to so many codes
-WRITTEN_CODES = 320
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class ScanView:
     A scan, or a window of one, and what the codec makes of it.
 
     signal, reconstruction: [time, rois], z-scores, NaN where a ROI is missing. repetition_time: s. networks: one per
-    ROI. codes: [steps, tokens_per_step].
+    ROI. codes: [patches, tokens_per_patch, levels].
     """
 
     signal: np.ndarray
@@ -159,38 +157,30 @@ def connectivity(view: ScanView) -> str:
     )
 
 
-def token_map(view: ScanView, shade: np.ndarray, label: str, ends: tuple[str, str], caption: str) -> str:
-    """The codes over time, each cell coloured by `shade` [steps, slots] in 0..1, whose ends are called `ends`."""
-    steps, slots = view.codes.shape
+def token_map(title: str, panels: dict[str, np.ndarray], seconds: float, label: str, caption: str) -> str:
+    """Values [patches, tokens_per_patch] of latent tokens over time, a panel each, every panel with its own scale."""
+    patches, tokens = next(iter(panels.values())).shape
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        image = axes.imshow(
-            shade.T,
-            cmap="viridis_r",
-            vmin=0,
-            vmax=1,
-            aspect="auto",
-            interpolation="none",
-            extent=(0, view.seconds, slots - 0.5, -0.5),
-        )
-        if view.codes.size <= WRITTEN_CODES:
-            for (step, slot), code in np.ndenumerate(view.codes):
-                axes.text(
-                    (step + 0.5) * view.seconds / steps,
-                    slot,
-                    str(code),
-                    ha="center",
-                    va="center",
-                    fontsize=7.5,
-                    color="white" if shade[step, slot] > 0.45 else DARK,
-                )
-        axes.set(xlabel="time (s)", ylabel="token of the step", xticks=np.linspace(0, view.seconds, steps + 1))
-        axes.set_yticks(range(0, slots, -(-slots // 32)))
-        bar = figure.colorbar(image, ax=axes, label=label, ticks=[0, 1], pad=0.01)
-        bar.ax.set_yticklabels(ends)
+        axes_of = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (name, values) in zip(axes_of, panels.items(), strict=True):
+            signed = bool((values < 0).any())
+            limit = float(np.abs(values).max()) or 1.0
+            image = axes.imshow(
+                values.T,
+                cmap="PuOr" if signed else "viridis_r",
+                vmin=-limit if signed else 0,
+                vmax=limit,
+                aspect="auto",
+                interpolation="none",
+                extent=(0, seconds, tokens - 0.5, -0.5),
+            )
+            axes.set_title(name, loc="left")
+            axes.set(ylabel="token of the patch", yticks=range(0, tokens, -(-tokens // 8)))
+            figure.colorbar(image, ax=axes, label=label, pad=0.01)
+        axes_of[-1].set(xlabel="time (s)", xticks=np.linspace(0, seconds, min(patches, 20) + 1).round())
 
-    return drawing("Codes over time", draw, min(1.1 + 0.3 * slots, 12.0), caption)
+    return drawing(title, draw, 0.7 + 1.5 * len(panels), caption)
 
 
 def glass_brain(title: str, values: np.ndarray, coordinates: np.ndarray, label: str, caption: str) -> str:

@@ -1,18 +1,18 @@
-"""One self-contained page about one scan: what the model reads in it, what it keeps of it, and what it answers."""
+"""The page about one scan: what the model reads in it, what the codec keeps of it, and what the answers rest on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
-from .page import as_count, as_number, as_percent, as_text, bar, drawing, table, write_page
+from .page import as_number, drawing, write_page
 from .scan_figures import ScanView, carpet, connectivity, glass_brain, network_name, token_map, traces
-from .scan_measures import code_places, network_surprise, read_scan, token_contributions, view_scan
 
 
-SURPRISE = "#0b7fc7"
+NLL_COLOUR = "#0b7fc7"
 
 
 def write_scan_report(
@@ -24,131 +24,224 @@ def write_scan_report(
     tr: float | None = None,
     atlas: Any = None,
     label_image: Any = None,
-    window: str | None = None,
 ) -> None:
     """
-    Writes the page to `path` in one move.
+    Writes the page to `path` in one move. It is about the first window of the scan.
 
     Args:
         reader: of `fmrilm.load`.
         scan: one scan, in any form the reader takes.
         questions: what to ask, each with its allowed answers; None for an answer in free text.
         title: what the page calls the scan.
-        tr, atlas, label_image, window: of the scan, as the reader takes them.
+        tr, atlas, label_image: of the scan, as the reader takes them.
     """
     # read once: a volume takes a while, and all that follows needs its ROIs alone
     scan = read_scan(reader, scan, tr, atlas, label_image)
-    view = view_scan(reader, scan, window)
-    answers, contributions = {}, {}
+    view = view_scan(reader, scan)
+    answers, carried = {}, {}
     for text, choices in questions.items():
-        answers[text] = reader.ask(scan, text, choices, window=window)
-        contributions[text] = token_contributions(reader, scan, text, answers[text]["answer"], choices, window)
-    surprise, networks = network_surprise(reader, scan, window)
-    sections = {
-        "answers": ("Answers", _answers(view, answers, contributions)),
-        "codec": ("From signal to codes and back", carpet(view) + traces(view) + connectivity(view)),
-        "codes": ("The codes", _codes(reader, view)),
-        "surprise": ("Surprise", _surprise(view, surprise, networks)),
-        "brain": ("On the brain", _brain(view, scan["atlas"].coordinates)),
-    }
-    write_page(path, f"fMRI-LM: {title}", _summary(view, scan, title, surprise), sections)
-
-
-def _summary(view: ScanView, scan: dict[str, Any], title: str, surprise: np.ndarray) -> str:
+        answers[text] = reader.ask(scan, text, choices, window="first")
+        carried[text] = token_contributions(reader, scan, text, answers[text]["answer"], choices)
+    nll, networks = network_nll(reader, scan)
     missing = int(np.isnan(view.signal).all(0).sum())
     frames, rois = scan["signal"].shape
-    tiles = [
-        ("Read of the scan", f"{view.seconds:.0f} s", f"of {frames * scan['tr']:.0f} s measured"),
-        ("Codes", as_number(view.codes.size, ","), f"{view.codes.shape[1]} in each of {len(view.codes)} steps"),
-        ("FC kept by the codes", as_number(view.connectivity_similarity), "correlation over pairs of ROIs"),
-        ("Surprise", as_number(_mean(surprise)), "nats a code, mean over steps"),
+    patches, tokens, levels = view.codes.shape
+    places = token_places(reader, view.codes)
+    seconds = view.seconds / patches
+    drawings = (carpet(view), traces(view), connectivity(view))
+    sections = [
+        ("answers", "Answers", _answers(view, answers, carried)),
+        ("codec", "From signal to codes and back", [{"figure": draw} for draw in drawings]),
+        (
+            "codes",
+            "The codes",
+            [
+                {
+                    "text": f"What the language model reads: {patches} patches of {seconds:.0f} s, {tokens} latent "
+                    f"tokens each; a token has {levels} levels, one of "
+                    f"{reader.model.config.codec_config.codebook_size:,} codes each."
+                },
+                {
+                    "figure": token_map(
+                        "Latent tokens over time",
+                        {"all levels": places},
+                        view.seconds,
+                        "rank",
+                        "Each cell is one latent token. Tokens of like colour have like vectors: colour is the rank "
+                        "along the first principal component of the scan's tokens.",
+                    )
+                },
+            ],
+        ),
+        ("surprise", "Next-code NLL", _nll(view, nll, networks)),
+        ("brain", "On the brain", _brain(view, scan["atlas"].coordinates)),
     ]
-    cells = "".join(f"<div><dt>{name}</dt><dd><b>{value}</b>{note}</dd></div>" for name, value, note in tiles)
-    return (
-        f'<header class="summary"><p class="kicker">fMRI-LM · report of a scan</p><h1>{as_text(title)}</h1>'
-        f"<p>{as_count(frames, 'frame', 'frames')} of {rois} ROIs ({as_text(scan['atlas'].name)}"
-        f"{f', {missing} missing' if missing else ''}), one each {as_number(scan['tr'], 'g')} s. What follows is "
-        f"about the window that the model read, at {as_number(view.repetition_time, 'g')} s a frame and in robust "
-        f'z-scores of each ROI.</p><dl class="tiles">{cells}</dl></header>'
+    write_page(
+        path,
+        title=f"fMRI-LM: {title}",
+        kicker="fMRI-LM · report of a scan",
+        heading=title,
+        summary=[
+            f"{frames} frames of {rois} ROIs ({scan['atlas'].name}{f', {missing} missing' if missing else ''}), one "
+            f"each {as_number(scan['tr'], 'g')} s. What follows is about the window that the model read, at "
+            f"{as_number(view.repetition_time, 'g')} s a frame and in robust z-scores of each ROI."
+        ],
+        verdict=None,
+        tiles=[
+            ("Read of the scan", f"{view.seconds:.0f} s", f"of {frames * scan['tr']:.0f} s measured"),
+            ("Codes", as_number(view.codes.size, ","), f"{tokens} tokens of {levels} levels in {patches} patches"),
+            ("FC kept by the codes", as_number(view.connectivity_similarity), "correlation over pairs of ROIs"),
+            ("Next-code NLL", as_number(_mean(nll)), "nats a code, mean over patches"),
+        ],
+        sections=[{"id": key, "title": name, "blocks": blocks} for key, name, blocks in sections],
     )
 
 
-def _answers(view: ScanView, answers: dict[str, dict[str, Any]], contributions: dict[str, np.ndarray]) -> str:
+def read_scan(
+    reader: Any, scan: Any, tr: float | None = None, atlas: Any = None, label_image: Any = None
+) -> dict[str, Any]:
+    """
+    A scan as it was measured, read once: {"signal" [time, rois], "tr" (s), "atlas" (an Atlas), "confounds",
+    "censored"}, itself a scan for `reader` (see `fmrilm.load`) that gives the same results. It is what the functions
+    below take.
+    """
+    return dict(vars(reader.processor.feature_extractor.read_signal(scan, tr, atlas, label_image)))
+
+
+def view_scan(reader: Any, scan: dict[str, Any]) -> ScanView:
+    """The first window of a scan and what the codec keeps of it."""
+    return ScanView(
+        signal=reader.signal(scan, window="first"),
+        reconstruction=reader.reconstruct(scan, window="first"),
+        repetition_time=reader.processor.feature_extractor.repetition_time,
+        networks=scan["atlas"].networks,
+        codes=reader.tokenize(scan, window="first"),
+    )
+
+
+@torch.no_grad()
+def token_places(reader: Any, codes: np.ndarray) -> np.ndarray:
+    """
+    Where the tokens [patches, tokens_per_patch] of codes [patches, tokens_per_patch, levels] lie among each other, in
+    0..1: the rank of their vectors along the first principal component, so that like vectors have like places.
+    """
+    codec = reader.model.model.codec
+    vectors = codec.embed_codes(torch.as_tensor(codes, device=codec.device)).flatten(0, 1).float()
+    vectors = vectors - vectors.mean(0)
+    component = torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -1]
+    ranks = (vectors @ component).argsort().argsort().cpu().numpy()
+    return ranks.reshape(codes.shape[:2]) / max(len(ranks) - 1, 1)
+
+
+@torch.no_grad()
+def network_nll(reader: Any, scan: dict[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """
+    Next-code NLL of each patch of a scan, [patches] in nats a code, mean over levels; and the share of each network,
+    [patches] by network: the NLL less the one of the same scan in which the network's ROIs keep to their mean
+    (occlusion: Zeiler and Fergus 2014, arXiv 1311.2901). Positive: the patch is less expected because of this network.
+    """
+    networks = np.array(scan["atlas"].networks)
+    names = list(dict.fromkeys(networks.tolist()))
+    features = reader.processor.feature_extractor([scan], window="first").to(reader.model.device)
+    # z-scores: a ROI's mean is close to zero
+    kept = torch.tensor(np.stack([np.ones(len(networks), bool), *(networks != name for name in names)]))
+    values = features["fmri_values"] * kept[..., None].to(reader.model.device)
+    rows = [features[name].expand(len(kept), -1, -1) for name in ("roi_coordinates", "fmri_mask")]
+    nll = reader.model.surprise(reader.model.model.get_fmri_codes(values, *rows)).mean(-1).cpu().numpy()
+    return nll[0], {name: nll[0] - without for name, without in zip(names, nll[1:], strict=True)}
+
+
+def token_contributions(
+    reader: Any, scan: dict[str, Any], question: str, answer: str, choices: Sequence[str] | None = None
+) -> tuple[np.ndarray, float]:
+    """
+    How far each latent token of a scan, [patches, tokens_per_patch], and its summary tokens together carry an answer,
+    in nats: gradient times input (Shrikumar et al. 2016, arXiv 1605.01713). The gradient is that of the answer's
+    log-probability, with `choices` of its probability among them, by the tokens' embeddings. To first order, a token
+    taken down by one percent takes one percent of its contribution from the log-probability.
+    """
+    model, processor = reader.model, reader.processor
+    content = [{"type": "fmri", "fmri": scan}, {"type": "text", "text": question}]
+    chat = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, window="first").to(model.device)
+    if choices is None:
+        answers, chosen = [processor.tokenizer(answer, add_special_tokens=False)["input_ids"]], 0
+    else:
+        answers, chosen = processor.encode_choices(list(choices)), list(choices).index(answer)
+    ids = inputs.pop("input_ids")
+    del inputs["attention_mask"]
+    with torch.no_grad():
+        prompt = model.model.embed(ids, **inputs)
+    with torch.enable_grad():
+        scores = _log_likelihoods(model, prompt.requires_grad_(True), answers)
+        target = scores[0] if choices is None else scores.log_softmax(0)[chosen]
+        (gradient,) = torch.autograd.grad(target, prompt)
+    carried = (gradient * prompt.detach()).float().sum(-1)
+    of_tokens = carried[ids == model.config.fmri_token_id].cpu().numpy().reshape(-1, processor.tokens_per_patch)
+    return of_tokens, float(carried[ids == model.config.fmri_summary_token_id].sum())
+
+
+def _log_likelihoods(model: Any, prompt: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:
+    """Log-likelihood [answers] of each answer (token ids) after a prompt, embeddings [1, length, hidden]."""
+    totals = []
+    for answer in answers:
+        following = torch.tensor(answer, device=prompt.device)
+        words = model.get_input_embeddings()(following[None, :-1])
+        logits = model.model.causal_lm(inputs_embeds=torch.cat([prompt, words], 1)).logits[0, -len(answer) :]
+        totals.append(logits.float().log_softmax(-1).gather(-1, following[:, None]).sum())
+    return torch.stack(totals)
+
+
+def _answers(
+    view: ScanView, answers: dict[str, dict[str, Any]], carried: dict[str, tuple[np.ndarray, float]]
+) -> list[dict[str, Any]]:
     if not answers:
-        return "<p>Nothing was asked.</p>"
+        return [{"text": "Nothing was asked."}]
     rows = []
     for text, found in answers.items():
-        bars = "".join(
-            f"<div{' class=chosen' if choice == found['answer'] else ''}>{as_text(choice)}"
-            f"<span>{as_percent(share)}</span>{bar(share)}</div>"
-            for choice, share in found.get("probabilities", {}).items()
-        )
-        probability = f'<div class="choices">{bars}</div>' if bars else "in free text"
-        rests_on = _strongest(view, contributions[text])
-        rows.append([as_text(text), as_text(found["answer"]), probability, rests_on])
-    steps, slots = view.codes.shape
-
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(len(answers), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (text, values) in zip(panels, contributions.items(), strict=True):
-            limit = float(np.abs(values).max()) or 1.0
-            image = axes.imshow(
-                values.T,
-                cmap="PuOr",
-                vmin=-limit,
-                vmax=limit,
-                aspect="auto",
-                interpolation="none",
-                extent=(0, view.seconds, slots - 0.5, -0.5),
+        tokens, summary = carried[text]
+        patch, token = np.unravel_index(np.abs(tokens).argmax(), tokens.shape)
+        width = view.seconds / len(tokens)
+        strongest = {
+            "text": f"token {token} at {patch * width:.0f} to {(patch + 1) * width:.0f} s",
+            "small": f"{as_number(float(tokens[patch, token]), '+.3f')} nats; summary tokens "
+            f"{as_number(summary, '+.3f')} nats",
+        }
+        shares = found.get("probabilities")
+        probability = {"choices": shares, "chosen": found["answer"]} if shares else "free text"
+        rows.append([text, found["answer"], probability, strongest])
+    panels = {_shortened(f"{text} {answers[text]['answer']}"): tokens for text, (tokens, _) in carried.items()}
+    return [
+        {"text": "The bars are the probability the model gives to each allowed answer; its answer is in bold."},
+        {
+            "head": ["Question", "Answer", "Probability", "Rests most on"],
+            "rows": rows,
+            "label": "Answers to questions",
+            "style": "answers",
+        },
+        {
+            "figure": token_map(
+                "The tokens that the answers rest on",
+                panels,
+                view.seconds,
+                "nats",
+                "Gradient × input (Shrikumar et al. 2016): to first order, by how much each token's embedding raises "
+                "(purple) or lowers (orange) the log-probability of the answer that was given; each question has its "
+                "own scale. It shows what the model used, not whether the answer is true.",
             )
-            axes.set_title(_shortened(f"{text} {answers[text]['answer']}"), loc="left")
-            axes.set_ylabel("token")
-            figure.colorbar(image, ax=axes, label="nats", pad=0.01)
-        panels[-1].set(xlabel="time (s)", xticks=np.linspace(0, view.seconds, steps + 1))
-
-    return (
-        "<p>The bars are the probability the model gives to each allowed answer; its answer is in bold.</p>"
-        + table(["Question", "Answer", "Probability", "Rests most on"], rows, "answers", "Answers to questions")
-        + drawing(
-            "The tokens that the answers rest on",
-            draw,
-            0.7 + 1.5 * len(answers),
-            "Gradient × input (Shrikumar et al. 2016): to first order, by how much each token's embedding raises "
-            "(purple) or lowers (orange) the log-probability of the answer that was given; each question has its "
-            "own scale. It says what the model used, not whether the answer is true.",
-        )
-    )
+        },
+    ]
 
 
-def _codes(reader: Any, view: ScanView) -> str:
-    steps, slots = view.codes.shape
-    used = len(np.unique(view.codes))
-    return (
-        f"<p>What the language model reads: {steps} steps of {view.seconds / steps:.0f} s, {slots} codes each; "
-        f"{used} different ones of a codebook of "
-        f"{as_number(reader.model.config.codec_config.codebook_size, ',')}.</p>"
-        + token_map(
-            view,
-            code_places(reader, view.codes),
-            "place in the codebook",
-            ("one end", "the other"),
-            "Each cell is one code with its number in the codebook. Codes of like colour have like vectors: colour is "
-            "the rank along the first principal component of the codebook.",
-        )
-    )
-
-
-def _surprise(view: ScanView, surprise: np.ndarray, networks: dict[str, np.ndarray]) -> str:
-    known = {name: values for name, values in networks.items() if np.isfinite(values).any()}
-    if not known:
-        return "<p>A scan of one step leaves nothing to expect.</p>"
-    values = np.stack(list(known.values()))
+def _nll(view: ScanView, nll: np.ndarray, networks: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    values = np.stack(list(networks.values()))
     limit = float(np.nanmax(np.abs(values))) or 1.0
-    edges = np.linspace(0, view.seconds, len(surprise) + 1)
+    edges = np.linspace(0, view.seconds, len(nll) + 1)
+    names = [network_name(name) for name in networks]
 
     def draw(figure: Figure) -> None:
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.25 * len(known) + 0.6))
-        above.stairs(surprise, edges, color=SURPRISE, linewidth=1.8, baseline=None)
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.25 * len(names) + 0.6))
+        above.stairs(nll, edges, color=NLL_COLOUR, linewidth=1.8, baseline=None)
         above.set_ylabel("nats a code")
         image = below.imshow(
             values,
@@ -157,58 +250,60 @@ def _surprise(view: ScanView, surprise: np.ndarray, networks: dict[str, np.ndarr
             vmax=limit,
             aspect="auto",
             interpolation="none",
-            extent=(0, view.seconds, len(known) - 0.5, -0.5),
+            extent=(0, view.seconds, len(names) - 0.5, -0.5),
         )
-        below.set_yticks(range(len(known)), [network_name(name) for name in known])
-        below.set(xlabel="time (s)", xticks=edges)
+        below.set_yticks(range(len(names)), names)
+        below.set(xlabel="time (s)")
         below.tick_params(axis="y", length=0)
         figure.colorbar(image, ax=below, label="share of the network", pad=0.01)
 
-    means = {network_name(name): _mean(values) for name, values in known.items()}
-    most = max(means, key=lambda name: means[name] or 0.0)
-    return (
-        "<p>How unexpected each step's codes are for the model, given the steps before, in nats a code (mean over the "
-        f"step's codes; the first step has none before). Over the window, most of it goes with the {as_text(most)} "
-        f"network ({as_number(means[most], '+.3f')}).</p>"
-        + drawing(
-            "Surprise of each step, and the networks it goes with",
-            draw,
-            2.6 + 0.28 * len(known),
-            "Above: surprise of each step. Below: the surprise less that of the same scan in which the ROIs of one "
-            "network keep to their mean (occlusion, Zeiler and Fergus 2014). Red: the step is less expected for what "
-            "this network does; blue: the network made it more predictable. A scan with a network at rest is none the "
-            "model has learned from, so small differences say little.",
-        )
-    )
+    means = [_mean(row) or 0.0 for row in values]
+    most = int(np.argmax(means))
+    return [
+        {
+            "text": "How unexpected each patch's codes are for the model given the tokens before: nats a code, mean "
+            "over the patch's tokens and their levels. Over the window, most of it goes with the "
+            f"{names[most]} network ({as_number(means[most], '+.3f')})."
+        },
+        {
+            "figure": drawing(
+                "Next-code NLL of each patch, and the networks it goes with",
+                draw,
+                2.6 + 0.28 * len(names),
+                "Above: next-code NLL of each patch. Below: the NLL less that of the same scan in which the ROIs of "
+                "one network keep to their mean (occlusion, Zeiler and Fergus 2014). Red: the patch is less expected "
+                "because of this network; blue: the network made it more predictable. No scan of the training has a "
+                "network at rest, so small differences mean little.",
+            )
+        },
+    ]
 
 
-def _brain(view: ScanView, coordinates: np.ndarray) -> str:
+def _brain(view: ScanView, coordinates: np.ndarray) -> list[dict[str, Any]]:
     signal, _ = view.connectivity
     np.fill_diagonal(signal, np.nan)
     counts = np.isfinite(signal).sum(0)
     strength = np.where(counts > 0, np.nansum(signal, 0) / np.maximum(counts, 1), np.nan)
-    return glass_brain(
-        "How connected each ROI is",
-        strength,
-        coordinates,
-        "mean correlation",
-        "Mean correlation of a ROI's signal with those of all others, at the ROI's centre (MNI).",
-    ) + glass_brain(
-        "What the codes keep of each ROI",
-        view.roi_correlations,
-        coordinates,
-        "r of signal and reconstruction",
-        "Correlation over time of a ROI's signal with its reconstruction.",
-    )
-
-
-def _strongest(view: ScanView, contributions: np.ndarray) -> str:
-    step, slot = np.unravel_index(np.abs(contributions).argmax(), contributions.shape)
-    width = view.seconds / len(view.codes)
-    return (
-        f"token {slot} at {step * width:.0f} to {(step + 1) * width:.0f} s"
-        f"<small>{as_number(float(contributions[step, slot]), '+.3f')} nats</small>"
-    )
+    return [
+        {
+            "figure": glass_brain(
+                "How connected each ROI is",
+                strength,
+                coordinates,
+                "mean correlation",
+                "Mean correlation of a ROI's signal with those of all others, at the ROI's centre (MNI).",
+            )
+        },
+        {
+            "figure": glass_brain(
+                "What the codes keep of each ROI",
+                view.roi_correlations,
+                coordinates,
+                "r of signal and reconstruction",
+                "Correlation over time of a ROI's signal with its reconstruction.",
+            )
+        },
+    ]
 
 
 def _shortened(text: str, length: int = 110) -> str:

@@ -150,8 +150,7 @@ class ScanChats:
         ]
         self.places = defaultdict(list)
         for place, row in enumerate(examples.rows):
-            if "scan" in row:
-                self.places[row["scan"]].append(place)
+            self.places[row.get("folder"), row.get("scan")].append(place)
         self.sources = _Sources(examples.rows, tasks, labels) if mixture.source_share else None
         self.known = [row for row in range(len(examples)) if self.labels[row] or (examples.levels[row] >= 0).any()]
 
@@ -185,18 +184,19 @@ class ScanChats:
                 if task.column not in columns and len(turns) < most:
                     columns.add(task.column)
                     turns.append(task_turn(task, label, rng))
-        levels = self.examples.levels[row]
+        levels, named = self.examples.levels[row], set()
         for index in rng.permutation(np.flatnonzero(levels >= 0))[: most - len(turns)]:
             turns.append(Turn(*descriptor_question(CORE_NAMES[index], levels[index], rng)))
+            named.add(CORE_NAMES[index])
         turns = [turns[place] for place in rng.permutation(len(turns))]
-        of_corpus = [
-            asked
-            for asked in self.examples.rows[row].get("questions") or ()
-            if all(scan in self.places for scan in asked["scans"])
-        ]
+        known, of_corpus = self.examples.rows[row], []
+        for asked in known.get("questions") or ():
+            scans = [self.places[known.get("folder"), scan] for scan in asked["scans"]]
+            # what the whole scan's level is may differ from the window's
+            if all(scans) and (len(scans) > 1 or not named & set(asked["descriptors"])):
+                of_corpus.append((asked, scans))
         if of_corpus and len(turns) > 1:
-            asked = of_corpus[rng.integers(len(of_corpus))]
-            scans = [self.places[scan] for scan in asked["scans"]]
+            asked, scans = of_corpus[rng.integers(len(of_corpus))]
             drawn = tuple(int(windows[rng.integers(len(windows))]) for windows in scans) if len(scans) > 1 else ()
             turns[-1] = Turn(asked["text"], asked["answer"], scans=drawn)
         return turns

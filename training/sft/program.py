@@ -96,6 +96,7 @@ def main(command_line: list[str] | None = None) -> Path:
 
 def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: "ModelConfig") -> Path:
     """Trains and writes the tuned model's folder, which is returned. Rows are about training subjects alone."""
+    import torch
     from peft import PeftModel
     from transformers import set_seed
 
@@ -149,18 +150,21 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
                 "the adapter first (--merge_adapter)"
             )
         model = joint = with_score_names(joint, [*joint.config.score_names, *(n for n in names if n in widened)])
+    before = joint.model.summary.readout.weight.clone()
     examples, r_squared = fit_scores(joint, examples, names, targets, training_args.seed)
+    refitted = not torch.equal(before, joint.model.summary.readout.weight)
     for one, value in zip(names, r_squared, strict=True):
         if one not in cohort.names:
             print(f"score {one}: R2 {value:.2f} on subjects left out of each fold")
     if widened:
-        probes = [*descriptor_probes(examples, names), *task_probes(examples, tasks, names)]
+        known = joint.config.score_names
+        probes = [*descriptor_probes(examples, known), *task_probes(examples, tasks, known)]
         reached = fit_summary_tokens(joint, processor, examples.codes[0], probes)
         print(f"summary tokens give {reached:.2f} of the answers' log-odds, to first order")
     if held_out is not None:
         held_out = read_scores(joint, held_out)
-    if model_args.use_peft and (widened or script_args.merge_adapter):
-        keep_base(model, training_args, last)
+    if model_args.use_peft and not isinstance(model, PeftModel) and (refitted or script_args.merge_adapter):
+        keep_base(model, cohort, training_args, last)
     mixture = Mixture(
         script_args.row_weights,
         script_args.questions,

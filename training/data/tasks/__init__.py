@@ -1,5 +1,5 @@
 """
-Tasks: what people ask about the person in a scan, with an answer that a column of labels holds.
+Tasks: questions about the subject of a scan, with an answer that a column of labels holds.
 
 A task is one small YAML file. Those beside this one go by their name (`load_task("sex")`), others by their path:
 
@@ -49,13 +49,13 @@ SHOWN = 5
 @dataclass(frozen=True)
 class Task:
     """
-    A question about the person in a scan.
+    A question about the subject of a scan.
 
-    column: holds the labels. questions: paraphrases. choices: value in the column (in any case) to the answer, in
+    column: holds the labels. other_columns: names that it may have instead. questions: paraphrases. choices: value in the column (in any case) to the answer, in
     the answers' order; none if the answer is a number. cuts: upwards, where the column holds numbers and a choice is a
     range of them; a number on a cut belongs to the upper one. range: least and largest number, in `unit`. decimals: of
-    a number as an answer. left_out: values of people who are not asked about. per_session: the label may differ
-    between sessions of a subject. title: what an open-ended answer calls it. reveals: words that give the answer away,
+    a number as an answer. left_out: values of subjects who are not asked about. per_session: the label may differ
+    between sessions of a subject. per_scan: also between scans of a session. title: what an open-ended answer calls it. reveals: words that give the answer away,
     beside the choices, their values and the unit. about: sentence that may stand before the question.
     """
 
@@ -73,6 +73,8 @@ class Task:
     left_out: tuple[str, ...] = ()
     per_session: bool = False
     reveals: tuple[str, ...] = ()
+    other_columns: tuple[str, ...] = ()
+    per_scan: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+", self.name):
@@ -108,7 +110,7 @@ class Task:
 
     def label(self, value: Any) -> Label | None:
         """The label in a cell of the column; None if there is none or it is left out. ValueError if it is unknown."""
-        if value is None or value == "" or (isinstance(value, Real) and math.isnan(value)):
+        if _is_empty(value):
             return None
         if _folded(value) in self._left_out:
             return None
@@ -127,7 +129,7 @@ class Task:
         return number
 
     def answer(self, value: Any) -> str:
-        """What is to be said of a label, or of a cell of the column that holds one."""
+        """The answer for a label, or for a cell of the column that holds one."""
         label = self.label(value)
         if label is None:
             raise ValueError(f"task {self.name!r} has no answer where there is no label, got {value!r}")
@@ -143,8 +145,8 @@ class Task:
         return f"{self.title or self.name.replace('_', ' ')}: {self.answer(value)}{unit}"
 
     def leaks(self, text: str, value: Any = None) -> list[str]:
-        """Words of a text that tell about the answer, whatever it is, or that are the number `value`."""
-        found = [match.group() for match in self._telling.finditer(text)]
+        """Words of a text that give the answer away, whatever it is, or that are the number `value`."""
+        found = [match.group() for match in self._revealing.finditer(text)]
         if self.choices is None and value is not None:
             number = re.escape(self.answer(value))
             found += re.findall(rf"(?<![\d.]){number}(?!\.?\d)", text)
@@ -159,7 +161,7 @@ class Task:
         return {value.casefold() for value in self.left_out}
 
     @cached_property
-    def _telling(self) -> re.Pattern:
+    def _revealing(self) -> re.Pattern:
         values = [*(self.choices or {}), *([self.unit] if self.unit else [])]
         # a value of a single letter or digit stands in any text
         words = {*self.choice_words, *self.reveals, *(value for value in values if len(value) > 1)}
@@ -200,11 +202,11 @@ def _from_yaml(content: Any) -> Task:
             values[name] = {word: word for word in _texts(name, value)}
         elif name in ("range", "cuts"):
             values[name] = tuple(map(float, _texts(name, value)))
-        elif name in ("questions", "metrics", "left_out", "reveals"):
+        elif name in ("questions", "metrics", "left_out", "reveals", "other_columns"):
             values[name] = tuple(_texts(name, value))
         elif name == "decimals":
             values[name] = int(_text(name, value))
-        elif name == "per_session":
+        elif name in ("per_session", "per_scan"):
             if value not in ("true", "false"):
                 raise ValueError(f"expected true or false as {name}, got {value!r}")
             values[name] = value == "true"
@@ -234,7 +236,12 @@ def labels_of(task: Task, rows: Rows) -> list[Label | None]:
     the range, labels that differ between sessions of a subject; a column that is missing; fewer than two classes.
     """
     labels, unreadable = [], defaultdict(list)
-    for row, value in enumerate(column_of(rows, task.column)):
+    names = column_names(rows)
+    # several datasets in one may each have another name for it
+    columns = [name for name in (task.column, *task.other_columns) if name in names] or [task.column]
+    cells = zip(*(column_of(rows, name) for name in columns), strict=True)
+    for row, values in enumerate(cells):
+        value = next((value for value in values if not _is_empty(value)), None)
         try:
             labels.append(task.label(value))
         except ValueError as error:
@@ -270,6 +277,8 @@ def check_splits(splits: Mapping[str, Rows]) -> None:
 
 
 def _check_agreement(task: Task, labels: Sequence[Label | None], rows: Rows) -> None:
+    if task.per_scan:
+        return
     keys = column_of(rows, "subject")
     if task.per_session:
         keys = list(zip(keys, column_of(rows, "session"), strict=True))
@@ -294,13 +303,17 @@ def column_of(rows: Rows, name: str) -> list[Any]:
     """The cells of a column; ValueError that names those there are."""
     if name not in column_names(rows):
         raise ValueError(f"no column {name!r} among {', '.join(column_names(rows))}")
-    # a whole row of a dataset would be read with its signal
-    return rows[name][:] if isinstance(rows, Dataset) else [row[name] for row in rows]
+    # a whole row of a dataset would be read with its signal; of several datasets, not all have each column
+    return rows[name][:] if isinstance(rows, Dataset) else [row.get(name) for row in rows]
 
 
 def _named(rows: Sequence[int]) -> str:
     more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
     return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:SHOWN]))}{more}"
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, Real) and math.isnan(value))
 
 
 def _folded(value: Any) -> str:

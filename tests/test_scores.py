@@ -1,0 +1,228 @@
+"""Scores of scans: ridge regression across subjects, what it becomes in a model, and the summary tokens' start."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
+
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.training import ridge
+from fmrilm.training.alignment.examples import fit_frequencies, fit_scores, read_scores, score_targets
+from fmrilm.training.alignment.joint import with_score_names
+from fmrilm.training.alignment.start import Probe, descriptor_probes, fit_summary_tokens, task_probes
+from fmrilm.training.data.tasks import load_task
+from helpers import random_examples
+
+
+def regression(rows: int = 40, features: int = 6, subjects: int = 10, noise: float = 0.5, seed: int = 0):
+    """Features [rows, features], targets [rows, 2] linear in them, and subjects [rows]."""
+    rng = np.random.default_rng(seed)
+    inputs = 3 + rng.standard_normal((rows, features)) * rng.uniform(0.1, 10, features)
+    weight = rng.standard_normal((features, 2)) / inputs.std(0)[:, None]
+    targets = inputs @ weight + noise * rng.standard_normal((rows, 2))
+    return inputs, targets, np.array([f"s{row % subjects}" for row in range(rows)])
+
+
+@pytest.mark.parametrize(("rows", "features"), [(40, 6), (12, 30)])
+def test_ridge_equals_that_of_scikit_learn(rows: int, features: int, monkeypatch) -> None:
+    monkeypatch.setattr(ridge, "PENALTIES", (3.0,))
+    inputs, targets, subjects = regression(rows, features, subjects=6)
+    fitted = ridge.cross_fitted_ridge(inputs, targets, subjects)
+    scaled = (inputs - inputs.mean(0)) / inputs.std(0) / np.sqrt(features)
+    expected = Ridge(3.0 * rows / 1000).fit(scaled, targets)
+    assert np.allclose(fitted.predict(inputs), expected.predict(scaled))
+    # a fold holds whole subjects: those who are predicted by the same others
+    for subject in np.unique(subjects):
+        mine = subjects == subject
+        candidates = [
+            Ridge(3.0 * (~away).sum() / 1000).fit(scaled[~away], targets[~away]).predict(scaled[mine])
+            for other in np.unique(subjects)
+            for away in [mine | (subjects == other)]
+        ]
+        assert any(np.allclose(fitted.out_of_fold[mine], candidate) for candidate in candidates)
+
+
+@given(st.integers(0, 9), st.integers(2, 12), st.floats(-100, 100), st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_out_of_fold_prediction_knows_nothing_of_the_subject(
+    left_out: int, subjects: int, shift: float, seed: int
+) -> None:
+    inputs, targets, names = regression(36, subjects=subjects)
+    mine = names == f"s{left_out % subjects}"
+    changed = targets + shift * mine[:, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ridge, "PENALTIES", (1.0,))
+        before, after = (ridge.cross_fitted_ridge(inputs, y, names, seed).out_of_fold for y in (targets, changed))
+    assert np.allclose(before[mine], after[mine])
+    assert abs(shift) < 1 or subjects == 2 or not np.allclose(before[~mine], after[~mine])
+
+
+def test_penalty_follows_the_noise_of_each_target() -> None:
+    inputs, targets, subjects = regression(60, 30, noise=0.0)
+    targets[:, 1] = np.random.default_rng(1).standard_normal(60)
+    fitted = ridge.cross_fitted_ridge(inputs, targets, subjects)
+    assert fitted.r_squared[0] > 0.9 and -0.3 < fitted.r_squared[1] < 0.3
+    # nothing but the mean is left where there is nothing to find
+    assert fitted.predict(inputs)[:, 1].std() < 0.5 * targets[:, 1].std()
+
+
+def test_rows_without_a_target_count_for_the_others_alone() -> None:
+    inputs, targets, subjects = regression()
+    known = np.arange(40) < 30
+    with_gaps = np.column_stack([targets, targets[:, 1], np.full(40, np.nan)])
+    with_gaps[~known, 1] = np.nan
+    fitted = ridge.cross_fitted_ridge(inputs, with_gaps, subjects)
+    assert np.array_equal(np.isnan(fitted.out_of_fold[:, 1]), ~known)
+    complete = ridge.cross_fitted_ridge(inputs, targets, subjects)
+    assert np.allclose(fitted.out_of_fold[:, [0, 2]], complete.out_of_fold)
+    assert fitted.r_squared[1] > 0.5 and np.isnan(fitted.r_squared[3])
+    assert not fitted.predict(inputs)[:, 3].any()
+    with pytest.raises(ValueError, match="at least 2 subjects to fit scores on, got 1"):
+        ridge.cross_fitted_ridge(inputs, targets, np.array(["s"] * 40))
+
+
+# --- scores of a model
+
+
+def codec_examples(model, windows: int = 60):
+    """Examples whose features are those of their codes, and targets [windows, 2] that follow from these."""
+    examples = random_examples(windows)
+    codes = torch.from_numpy(np.stack(examples.codes)).long()
+    features = model.model.codec.scan_features(codes).numpy()
+    chosen = features[:, :2] + 0.1 * np.random.default_rng(0).standard_normal((windows, 2)) * features[:, :2].std(0)
+    return dataclasses.replace(examples, features=features), codes, 5 + 3 * chosen
+
+
+def test_scores_are_cross_fitted_and_have_a_standard_deviation_of_one(llama) -> None:
+    examples, codes, targets = codec_examples(llama)
+    targets[50:, 1] = np.nan
+    fitted, r_squared = fit_scores(llama, examples, ["age", "motion"], targets, seed=0)
+    assert np.allclose(fitted.scores.std(0), 1, atol=1e-5) and np.allclose(fitted.scores.mean(0), 0, atol=1e-5)
+    assert (r_squared > 0.5).all()
+    subjects = np.array([row["subject"] for row in examples.rows])
+    out_of_fold = ridge.cross_fitted_ridge(examples.features, targets, subjects, 0).out_of_fold[:50]
+    assert np.corrcoef(fitted.scores[:50, 1], out_of_fold[:, 1])[0, 1] > 0.9999
+    read = read_scores(llama, examples).scores
+    assert np.allclose(read, llama.model.get_fmri_scores(codes).numpy(), atol=1e-4)
+    # of those whose target is unknown, the model reads the very score
+    assert np.allclose(read[50:, 1], fitted.scores[50:, 1], atol=1e-3)
+    assert not np.allclose(read[:50], fitted.scores[:50], atol=1e-3)
+    assert np.corrcoef(read[:50, 0], fitted.scores[:50, 0])[0, 1] > 0.8
+
+
+def test_other_scores_stay_as_they_are(llama) -> None:
+    examples, _, targets = codec_examples(llama)
+    before = llama.model.summary.readout.weight.clone()
+    fitted, _ = fit_scores(llama, examples, ["motion"], targets[:, 1:], seed=0)
+    assert torch.equal(before[0], llama.model.summary.readout.weight[0])
+    assert np.allclose(fitted.scores[:, 0], read_scores(llama, examples).scores[:, 0])
+
+
+def test_model_with_more_scores_reads_the_old_ones_as_before(llama) -> None:
+    examples, codes, targets = codec_examples(llama)
+    llama.model.summary.output_proj.weight.data.normal_()
+    wider = with_score_names(llama, ["motion", "sex=male", "age"])
+    scores = llama.model.get_fmri_scores(codes)
+    assert torch.equal(wider.model.get_fmri_scores(codes)[:, [2, 0]], scores)
+    assert not wider.model.summary.output_proj.weight[:, 1].any()
+    new = scores[:, [1, 0, 0]]
+    assert torch.allclose(wider.model.summary(new), llama.model.summary(scores), atol=1e-5)
+    same = set(llama.state_dict()) - {name for name in llama.state_dict() if "summary" in name}
+    assert all(torch.equal(wider.state_dict()[name], llama.state_dict()[name]) for name in same)
+
+
+def test_targets_are_z_scores_numbers_and_choices() -> None:
+    sex, hand = ["F", "M", "M", None], ["left", "right", "both", "left"]
+    columns = {"session": [None] * 4, "sex": sex, "age": [20.0, None, 40.0, 60.0], "handedness": hand}
+    rows = [{"subject": f"s{row}", **{name: cells[row] for name, cells in columns.items()}} for row in range(4)]
+    examples = random_examples(4, rows)
+    tasks = [load_task(name) for name in ("age", "sex", "handedness")]
+    names, targets = score_targets(examples, list(CORE_NAMES), tasks)
+    second = tasks[1].choice_words[1]
+    assert names[-5:-3] == ["age", f"sex={second}"]
+    assert names[-3:] == [f"handedness={word}" for word in tasks[2].choice_words]
+    assert np.array_equal(targets[:, :-5], examples.z_scores, equal_nan=True)
+    assert np.array_equal(targets[:, -5], [20, np.nan, 40, 60], equal_nan=True)
+    found = [np.nan if value is None else float(tasks[1].answer(value) == second) for value in sex]
+    assert np.array_equal(targets[:, -4], found, equal_nan=True)
+    assert targets[:, -3:].argmax(1).tolist() == [tasks[2].choice_words.index(word) for word in hand]
+
+
+def test_next_codes_start_at_their_frequencies(llama) -> None:
+    codes = [np.array([[3, 1, 4], [1, 5, 9]] * 3), np.array([[3, 1, 5], [1, 5, 9]])]
+    fit_frequencies(llama, codes)
+    chances = llama.model.fmri_head.frequencies.exp()
+    assert torch.allclose(chances.sum(-1), torch.ones(2, 3))
+    assert torch.isclose(chances[0, 2, 4], torch.tensor((3 + 1) / (4 + 16)))
+    assert torch.isclose(chances[1, 2, 9], torch.tensor((4 + 1) / (4 + 16)))
+
+
+# --- the summary tokens' start
+
+
+def log_odds(model, processor, probes: list[Probe], codes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Of each choice's first token against that of the first choice: [scores, probes * (choices - 1)]."""
+    from fmrilm.training.alignment.start import _prompt
+
+    found = []
+    for probe in probes:
+        ids = _prompt(processor, probe.text, codes)[None].repeat(len(scores), 1)
+        scans = torch.from_numpy(codes)[None].long().repeat(len(scores), 1, 1)
+        with torch.no_grad():
+            logits = model(ids, fmri_codes=scans, fmri_scores=torch.from_numpy(scores).float()).logits[:, -1]
+        first = [processor.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in probe.choices]
+        found += [logits[:, token] - logits[:, first[0]] for token in first[1:]]
+    return torch.stack(found, dim=1).numpy()
+
+
+@pytest.mark.parametrize("backbone", ["llama", "gpt2"])
+def test_answers_follow_the_scores_from_the_start(backbone: str, tiny_model, processor) -> None:
+    model, codes = tiny_model(backbone), random_examples(1).codes[0]
+    rng = np.random.default_rng(0)
+    texts = ["Is the age low, typical or high?", "How much motion: low, typical or high?", "So?"]
+    model.model.summary.output_proj.weight.data.zero_()
+    probes = [Probe(text, LEVELS, np.zeros((3, 2)), np.zeros(3)) for text in texts]
+    before = log_odds(model, processor, probes, codes, np.zeros((1, 2)))[0].reshape(3, 2)
+    probes = [
+        dataclasses.replace(probe, slopes=0.02 * rng.standard_normal((3, 2)), intercepts=np.array([0, *odds]) + [0, 0.02, 0])
+        for probe, odds in zip(probes, before, strict=True)
+    ]
+    # choices that begin alike: nothing can be asked of their first token
+    alike = Probe(texts[2], ("none", "nine"), np.ones((2, 2)), np.zeros(2))
+    reached = fit_summary_tokens(model, processor, codes, probes)
+    scores = rng.standard_normal((20, 2))
+    wanted = np.concatenate(
+        [(scores @ (p.slopes[1:] - p.slopes[0]).T + p.intercepts[1:] - p.intercepts[0]) for p in probes], axis=1
+    )
+    got = log_odds(model, processor, probes, codes, scores)
+    assert reached > 0.8
+    for column in range(6):
+        assert np.corrcoef(wanted[:, column], got[:, column])[0, 1] > 0.8
+    assert np.abs(got - wanted).mean() < 0.02
+    fit_summary_tokens(model, processor, codes, [*probes, alike])
+    with_alike = log_odds(model, processor, probes, codes, scores)
+    assert np.corrcoef(wanted.ravel(), with_alike.ravel())[0, 1] > 0.8
+
+
+def test_probes_hold_the_log_odds_of_answers_given_scores() -> None:
+    rng = np.random.default_rng(0)
+    rows = [{"subject": f"s{row}", "handedness": "left" if row % 4 == 0 else "right"} for row in range(200)]
+    examples = random_examples(200, rows)
+    scores = np.stack([examples.levels[:, 0] + rng.standard_normal(200), [row % 4 == 0 for row in range(200)]], 1)
+    examples = dataclasses.replace(examples, scores=(scores + 0.0).astype(np.float32))
+    names = [CORE_NAMES[0], "handedness=right"]
+    probes = descriptor_probes(examples, names)
+    assert len({probe.text for probe in probes}) == len(probes) and all(p.choices == LEVELS for p in probes)
+    assert (np.diff(probes[0].slopes[:, 0]) > 0).all() and not probes[0].slopes[:, 1].any()
+    task = load_task("handedness")
+    (first, *_) = asked = task_probes(examples, [task], names)
+    assert [probe.text for probe in asked] == list(task.questions) and first.choices == tuple(task.choice_words)
+    left, right, both = map(first.choices.index, ("left", "right", "both"))
+    assert first.slopes[right, 1] < 0 < first.slopes[left, 1] and not first.slopes[:, 0].any()
+    # nobody is ambidextrous
+    assert not first.slopes[both].any() and first.intercepts[both] == first.intercepts.min()
