@@ -79,7 +79,8 @@ def add_to_card(card_path: Path, results: dict) -> None:
             task_name=f"{row.task}, {row.condition}",
             dataset_type="prepared-scans",
             dataset_name=f"{data['dataset']}: {sum(data['test_subjects'])} test subjects",
-            dataset_config=f"{row.condition}-{row.shots}",
+            # the Hub merges entries that differ in the task's name alone
+            dataset_config=f"{row.task}-{row.condition}-{row.shots}",
             metric_type=row.metric if row.comparison == "right" else f"{row.metric}_difference",
             metric_name=TITLES[row.metric] + ("" if row.comparison == "right" else " minus subject-shuffled control"),
             metric_value=round(row.value, 4),
