@@ -651,7 +651,10 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             other = fn(tensor)
-            return other.float() if other.is_floating_point() else other
+            if other.dtype == torch.float32 or not other.is_floating_point():
+                return other
+            # not what was rounded on the way
+            return tensor.to(other.device).float()
 
         return super()._apply(moved, recurse)
 

@@ -53,7 +53,8 @@ def load(
     source: Any = FmriLMForConditionalGeneration
     model = source.from_pretrained(path, revision=revision, dtype=dtype)
     values, _ = FmriLMProcessor.get_processor_dict(path, revision=revision)
-    extractor = FmriLMFeatureExtractor.from_pretrained(path, revision=revision)
+    extractors: Any = FmriLMFeatureExtractor
+    extractor = extractors.from_pretrained(path, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     processor = FmriLMProcessor.from_args_and_dict([extractor, tokenizer], values)
     if device is None:

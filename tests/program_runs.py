@@ -70,9 +70,9 @@ def make_folders(
         writer = csv.writer(handle)
         writer.writerow(["path", "subject", "site", "tr", "handedness"])
         for subject in range(SUBJECTS):
-            np.save(root / f"{subject}.npy", noise(f"p{subject}", FRAMES, ROIS))
+            np.save(root / f"{subject}.npy", noise(f"s{subject}", FRAMES, ROIS))
             handedness = "left" if subject % 3 == 1 else "right"
-            writer.writerow([f"{subject}.npy", f"p{subject}", "AB"[subject % 2], 2.0, handedness])
+            writer.writerow([f"{subject}.npy", f"s{subject}", "AB"[subject % 2], 2.0, handedness])
     prepare(find_scans(root / "manifest.csv"), root / "prepared", str(root / "net.tsv"), Preparation())
     settings = CorpusSettings(statements=1, questions=3)
     describe_dataset(load_source(str(root / "prepared")), root / "corpus", settings)

@@ -19,7 +19,7 @@ from official_checkpoint import WIDTH, brain_tensors, language_tensors
 
 
 ATLAS, TR, FRAMES = "aal2-94", 0.72, 120
-# p2, p3, s04 and s05 are held out everywhere; of them, and of the others, there are both sexes
+# cb2, cb3, hm04 and hm05 are held out everywhere; of them, and of the others, there are both sexes
 SUBJECTS = 6
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 # what makes runs of the programs' own configurations short
@@ -62,9 +62,9 @@ def write_small_world(folder: Path) -> Path:
     (folder / "recordings").mkdir()
     for path in (folder / "scans").glob("*.npy"):
         shutil.copy(path, folder / "recordings")
-    kinds = [f"p{number + 1},{'FM'[number % 2]},{'mme'[number % 3]}" for number in range(SUBJECTS)]
+    kinds = [f"cb{number + 1},{'FM'[number % 2]},{'mme'[number % 3]}" for number in range(SUBJECTS)]
     (folder / "labels.csv").write_text("\n".join(["subject,sex,chronotype", *kinds]) + "\n")
-    labels = [f"sub-s{number + 1:02}\t{20 + 5 * number}\t{'fm'[number % 2]}" for number in range(SUBJECTS)]
+    labels = [f"sub-hm{number + 1:02}\t{20 + 5 * number}\t{'fm'[number % 2]}" for number in range(SUBJECTS)]
     (folder / "participants.tsv").write_text("\n".join(["participant_id\tage\tsex", *labels]) + "\n")
     write_configs(folder / "training" / "configs" / "demo")
     return folder
@@ -111,14 +111,14 @@ def write_scans(folder: Path) -> None:
     folder.mkdir()
     rows = ["path,subject,tr,atlas,age,sex"]
     for number in range(SUBJECTS):
-        name = f"p{number + 1}"
+        name = f"cb{number + 1}"
         np.save(folder / f"{name}.npy", slow_series(number, FRAMES, 94).astype(np.float32))
         rows.append(f"{name}.npy,{name},{TR},{ATLAS},{20 + 5 * number},{'fm'[number % 2]}")
     (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
 
 
 def write_fmriprep(folder: Path, number: int) -> None:
-    subject = f"sub-s{number:02}"
+    subject = f"sub-hm{number:02}"
     stem = folder / subject / "func" / f"{subject}_task-rest"
     stem.parent.mkdir(parents=True)
     nib.save(volume(number, 2.0), f"{stem}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")

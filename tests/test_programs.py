@@ -75,7 +75,7 @@ def test_folders_hold_no_pickle_no_path_and_no_subject(name: str, runs: Path, pr
     for path in (runs / name / "model").iterdir():
         content = path.read_bytes()
         assert str(runs).encode() not in content and str(program_folders).encode() not in content, path.name
-        assert not [subject for subject in range(6) if f'"p{subject}"'.encode() in content], path.name
+        assert not [subject for subject in range(6) if f'"s{subject}"'.encode() in content], path.name
 
 
 def test_adapter_goes_on_or_is_merged_first(runs: Path) -> None:
@@ -138,13 +138,13 @@ def scans_of(stage: str, folders: Path, output: Path, **changes) -> tuple[set[st
 @pytest.mark.parametrize("stage", ["codec", "alignment", "sft"])
 def test_programs_hold_out_the_same_subjects(stage: str, program_folders: Path, tmp_path: Path) -> None:
     by_hash = scans_of(stage, program_folders, tmp_path)
-    assert by_hash == ({"p0", "p1", "p4", "p5"}, {"p2", "p3"})
+    assert by_hash == ({"s0", "s1", "s4", "s5"}, {"s2", "s3"})
     with open(tmp_path / "splits.csv", "w", newline="") as handle:
-        csv.writer(handle).writerows([["subject", "split"], ["p0", "test"], ["p3", "train"], ["p5", "train"]])
+        csv.writer(handle).writerows([["subject", "split"], ["s0", "test"], ["s3", "train"], ["s5", "train"]])
     by_table = scans_of(stage, program_folders, tmp_path, splits=tmp_path / "splits.csv")
-    assert by_table == ({"p3", "p5"}, {"p0"})
+    assert by_table == ({"s3", "s5"}, {"s0"})
     by_site = scans_of(stage, program_folders, tmp_path, leave_out="site=B")
-    assert by_site == ({"p0", "p2", "p4"}, {"p1", "p3", "p5"})
+    assert by_site == ({"s0", "s2", "s4"}, {"s1", "s3", "s5"})
 
 
 # --- one recipe
@@ -198,7 +198,7 @@ def test_packing_is_refused_with_the_reason(option: str, program_folders: Path, 
         ("alignment", {"data": None}, "expected a folder that `fmrilm prepare`"),
         ("alignment", {"summary_tokens": 0}, "expected num_summary_tokens >= 1 for 52 scores, got 0"),
         ("alignment", {"leave_out": "site=C"}, "expected a value of 'site' out of A, B, got 'C'"),
-        ("alignment", {"leave_out": "frames=60"}, "expected subjects to learn from, got 6 subjects, all of them held"),
+        ("alignment", {"leave_out": "frames=60"}, "expected subjects to learn from, got 6 subjects, none in training"),
         ("alignment", {"leave_out": "site=A", "splits": "table.csv"}, "expected splits or leave_out, got both"),
         ("sft", {"lora_target_modules": "all-linear"}, "alone, got .* layers elsewhere"),
         ("sft", {"data": "no such folder"}, "no prepared scans in no such folder"),
@@ -214,8 +214,8 @@ def test_bad_options_are_refused(stage: str, changes: dict, reason: str, program
 
 def test_splits_of_subjects_without_scans_are_refused(program_folders: Path, tmp_path: Path) -> None:
     table = tmp_path / "splits.csv"
-    table.write_text("subject,split\np0,train\nsomeone,test\n")
-    with pytest.raises(ValueError, match="splits.csv: expected subjects that have scans, got 1 others: someone"):
+    table.write_text("subject,split\ns0,train\nsomeone,test\n")
+    with pytest.raises(ValueError, match="splits.csv: expected subjects that have scans, got without: someone"):
         run("sft", program_folders, tmp_path, splits=table)
 
 
