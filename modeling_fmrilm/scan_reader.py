@@ -55,7 +55,9 @@ def load(
     values, _ = FmriLMProcessor.get_processor_dict(path, revision=revision)
     extractors: Any = FmriLMFeatureExtractor
     extractor = extractors.from_pretrained(path, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, config=model.config, revision=revision, trust_remote_code=False
+    )
     processor = FmriLMProcessor.from_args_and_dict([extractor, tokenizer], values)
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"

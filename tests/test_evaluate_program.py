@@ -181,7 +181,7 @@ def test_held_out_subjects_are_those_of_every_program(cohort, saved, tasks, tmp_
     with pytest.raises(ValueError, match="expected no folds.*new_subjects"):
         evaluate(saved, cohort, tmp_path / "trained", tasks[:1], split=split, settings=FEW)
     splits.write_text(splits.read_text() + "made-up-001,train\n")
-    with pytest.raises(ValueError, match="'made-up-001' in one split, got it in two"):
+    with pytest.raises(ValueError, match="each subject in one split, got in both: made-up-001"):
         evaluate(saved, cohort, tmp_path / "two", tasks[:1], split=SplitArguments(splits=str(splits)), settings=FEW)
 
 

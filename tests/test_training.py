@@ -92,6 +92,7 @@ def test_lora_trains_attention_and_what_a_scan_passes_through(backbone: str, tin
     }
     whole |= {f"fmri_head.modules_to_save.default.{name}" for name in ("proj.weight", "frequencies")}
     whole |= {"boundaries.modules_to_save.default.weight"}
+    whole |= {f"summary.output_proj.modules_to_save.default.{name}" for name in ("weight", "bias")}
     layer = "causal_lm.model.layers.{}.self_attn.{}.lora_{}.default.weight"
     projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
     if backbone == "gpt2":
