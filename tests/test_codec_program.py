@@ -123,7 +123,7 @@ def test_descriptor_head_reads_what_regions_do_together(fitted: FmriCodecModel) 
         for item in Waves(seeds).items():
             signal = torch.from_numpy(item["signal"].T)[None]
             codes = fitted.encode(signal, torch.tensor(item["coordinates"], dtype=torch.float32)[None])
-            features.append(fitted.scan_features(codes)[0].numpy())
+            features.append(fitted.scan_features(codes)[0].detach().numpy())
             targets.append(np.corrcoef(item["signal"].T)[:4, 12:].mean())
         return np.stack(features), np.array(targets)
 

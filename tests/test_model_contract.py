@@ -23,7 +23,12 @@ def built(request, make_codec: Callable, tiny_model: Callable) -> PreTrainedMode
     """Each model with every part that a configuration can ask for."""
     if request.param in BACKBONES:
         return tiny_model(request.param)
-    return make_codec(token_layout=request.param, descriptor_names=["a", "b"], text_hidden_size=12, alignment_size=8)
+    heads = {"descriptor_names": ["a", "b"], "text_hidden_size": 12, "alignment_size": 8}
+    codec = make_codec(**CODECS[request.param], **heads)
+    for transformer in (codec.patch_encoder, codec.patch_decoder):
+        # at zero nothing before it has a gradient
+        torch.nn.init.normal_(transformer.output_proj.weight, std=0.1)
+    return codec
 
 
 def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -24,7 +24,8 @@ def folder(llama, tiny_atlas, tiny_tokenizer, tmp_path: Path) -> Path:
         atlases=[tiny_atlas, build_tiny_atlas(7, "other")], patch_length=4, window_length=16
     )
     llama.save_pretrained(tmp_path / "model")
-    FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=2).save_pretrained(tmp_path / "model")
+    processor = FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=2)
+    processor.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

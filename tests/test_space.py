@@ -47,7 +47,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "table.tsv").write_text("\n".join(["index\tname\tnetwork", *rows]) + "\n")
     atlas = Atlas.from_image(folder / "labels.nii.gz", folder / "table.tsv", "tiny")
     extractor = FmriLMFeatureExtractor(atlases=[atlas], patch_length=4, window_length=16)
-    processor = FmriLMProcessor(extractor, build_tiny_tokenizer(), tokens_per_patch=2)
+    processor = FmriLMProcessor(extractor, build_tiny_tokenizer(), tokens_per_patch=2, summary_tokens=2)
     language_model = build_tiny_language_model("llama", len(processor.tokenizer) - 4)
     model = join(build_tiny_codec(), language_model, processor, ["age", "motion"]).eval()
     model.save_pretrained(folder / "saved")

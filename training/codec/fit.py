@@ -56,7 +56,13 @@ def fit_codec(model: FmriCodecModel, scans: "Scans", steps: int = 400, seed: int
 
 @torch.enable_grad()
 def fit_spatial_basis(basis: FmriSpatialBasis, scans: "Scans", steps: int, rng: np.random.Generator) -> None:
-    """Maximum likelihood of random windows of the scans, at coordinates that are moved a little."""
+    """Maximum likelihood of random windows, at coordinates that are moved a little, from random weights."""
+    for parameter in basis.parameters():
+        # whatever parts of the codec took random numbers before
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        else:
+            torch.nn.init.zeros_(parameter)
     optimizer = torch.optim.AdamW(basis.parameters(), lr=RATE, weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 4, steps)
     for _ in tqdm(range(steps), desc="spatial basis", unit="step", disable=None):
