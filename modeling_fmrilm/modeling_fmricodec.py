@@ -227,6 +227,19 @@ class FmriCodecTransformer(nn.Module):
         return self.output_proj(states.mean(2) if self.pooled else states)
 
 
+def kept_in_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`fn` of a module's `_apply`, moving its tensors to other devices and never to another floating type."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        other = fn(tensor)
+        if other.dtype == torch.float32 or not other.is_floating_point():
+            return other
+        # not what was rounded on the way
+        return tensor.to(other.device).float()
+
+    return moved
+
+
 def sum_of_codes(codebooks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Vectors [..., dim] of codes [..., levels], all levels or the first ones, in codebooks [levels, codes, dim]."""
     levels, size = codes.shape[-1], codebooks.shape[1]
@@ -395,12 +408,13 @@ class ResidualFiniteScalarQuantizer(nn.Module):
 
     def forward(self, z: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As [`ResidualVectorQuantizer`], with a loss of zero."""
-        bounded = self._bound(z) / (self.values // 2)
+        bounded = self._bound(z) / self._grid()[1]
         codes = self.encode(z)
         return bounded + (sum_of_codes(self.codebooks, codes) - bounded).detach(), codes, z.new_zeros(())
 
     def _grid(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        values = self.values
+        # loading keeps the quantiser in float32, its integers included
+        values = self.values.long()
         return values, values // 2, (values % 2 == 0) * 0.5, values.cumprod(0) // values
 
     def _bound(self, z: torch.Tensor) -> torch.Tensor:
@@ -648,15 +662,7 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FmriCodecPreTrainedModel":
         """Follows the model it is a part of to other devices, but stays in float32."""
-
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            other = fn(tensor)
-            if other.dtype == torch.float32 or not other.is_floating_point():
-                return other
-            # not what was rounded on the way
-            return tensor.to(other.device).float()
-
-        return super()._apply(moved, recurse)
+        return super()._apply(kept_in_float32(fn), recurse)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

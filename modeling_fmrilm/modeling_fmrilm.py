@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .configuration_fmrilm import FmriLMConfig
-from .modeling_fmricodec import FmriCodecModel
+from .modeling_fmricodec import FmriCodecModel, kept_in_float32
 from .pipeline_fmrilm import CUSTOM_PIPELINES
 
 
@@ -73,6 +73,13 @@ class FmriLMProjector(nn.Module):
         return self.output_norm(self.output_proj(F.gelu(states)))
 
 
+class FmriLMReadout(nn.Linear):
+    """A linear map that stays in float32: scores in half precision are other scores."""
+
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        return super()._apply(kept_in_float32(fn), recurse)
+
+
 class FmriLMSummary(nn.Module):
     """
     A scan's scores as a few token embeddings. The scores are descriptors and labels, read out of the features of the
@@ -82,7 +89,7 @@ class FmriLMSummary(nn.Module):
     def __init__(self, config: FmriLMConfig):
         super().__init__()
         self.tokens = config.num_summary_tokens
-        self.readout = nn.Linear(config.codec_config.num_scan_features, len(config.score_names))
+        self.readout = FmriLMReadout(config.codec_config.num_scan_features, len(config.score_names))
         self.output_proj = nn.Linear(len(config.score_names), self.tokens * config.text_config.hidden_size)
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
