@@ -34,7 +34,7 @@ def train_sharded(folder: Path, output: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))
     model = FmriLMForConditionalGeneration.from_pretrained(folder).train()
-    for layer in model.model.language_model.layers:
+    for layer in model.model.causal_lm.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert all(isinstance(value, DTensor) for value in model.parameters())
@@ -54,5 +54,5 @@ def test_sharded_step_and_its_checkpoint_equal_those_of_one_process(llama, tmp_p
     assert trained.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.allclose(trained[name].float(), value.float(), atol=1e-6), name
-    assert not torch.equal(trained["lm_head.weight"], start["lm_head.weight"])
-    assert not torch.equal(trained["fmri_head.weight"], start["fmri_head.weight"])
+    assert not torch.equal(trained["model.causal_lm.lm_head.weight"], start["model.causal_lm.lm_head.weight"])
+    assert not torch.equal(trained["model.fmri_head.proj.weight"], start["model.fmri_head.proj.weight"])
