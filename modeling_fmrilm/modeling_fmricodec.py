@@ -705,7 +705,8 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         )
         self.alignment_head = FmriCodecAlignment(config) if config.text_hidden_size else None
         self.post_init()
-        self.float()
+        if self.dtype != torch.float32:
+            self.float()
 
     def encode(
         self,
