@@ -70,6 +70,7 @@ def test_card_of_the_model_states_what_was_measured(quick_demo: Path, results: d
     families = results["descriptors"]["families"]
     accuracies = [result for result in card.data.eval_results if result.metric_type == "balanced_accuracy"]
     assert {result.dataset_config: result.metric_value for result in accuracies} == {
-        name: pytest.approx(family["right"]["accuracy"], abs=1e-4) for name, family in families.items()
+        f"descriptors, {name}, zero-shot": pytest.approx(family["right"]["accuracy"], abs=1e-4)
+        for name, family in families.items()
     }
     assert not list(find_problems(quick_demo / "model"))
