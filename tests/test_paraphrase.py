@@ -137,8 +137,8 @@ def corrupted(statements: list[Statement], rng: np.random.Generator, corruption:
         other = statements[int(rng.integers(len(statements)))]
         if other[field] == statements[place][field]:
             return None
-        swapped = {statements[place].descriptor: other, other.descriptor: statements[place]}
-        parts = [(item, swapped.get(item.descriptor, item)) for item in statements]
+        exchanged = {statements[place].descriptor: other, other.descriptor: statements[place]}
+        parts = [(item, exchanged.get(item.descriptor, item)) for item in statements]
         return " ".join(
             sentence(item._replace(z=with_[2]) if field == 2 else item._replace(level=with_[1]), rng)
             for item, with_ in parts
