@@ -54,6 +54,7 @@ class FmriCodecConfig(PreTrainedConfig):
         fsq_levels: number of values that each dimension of "fsq" is rounded to.
         repetition_time: seconds between two frames of the input.
         num_basis_functions: functions of MNI coordinates that a frame is the sum of.
+        num_networks: networks of ROIs whose mean series are compared in the scan features.
         num_hidden_layers: encoder layers over the latent tokens, causal over patches; 0: no transformer.
         num_decoder_layers: decoder layers over the quantised tokens, causal over patches; 0: no transformer.
         max_patches: longest scan in patches.
@@ -80,6 +81,7 @@ class FmriCodecConfig(PreTrainedConfig):
     fsq_levels: list[int] | None = None
     repetition_time: float | int = 2.0
     num_basis_functions: int = 64
+    num_networks: int = 8
     hidden_size: int = 128
     intermediate_size: int = 512
     num_hidden_layers: int = 0
@@ -100,9 +102,17 @@ class FmriCodecConfig(PreTrainedConfig):
     domain_weight: float | int = 0.5
 
     @property
+    def scan_feature_blocks(self) -> tuple[int, int, int]:
+        """
+        Numbers that describe a scan as a whole: the summary (a covariance's triangle), each coefficient's
+        autocorrelation, and covariance and autocorrelation of the networks' mean series.
+        """
+        basis, networks = self.num_basis_functions, self.num_networks
+        return basis * (basis + 1) // 2, basis, networks * (networks + 1) // 2 + networks
+
+    @property
     def num_scan_features(self) -> int:
-        """Numbers that describe a scan as a whole: a covariance's triangle and each coefficient's autocorrelation."""
-        return self.num_basis_functions * (self.num_basis_functions + 1) // 2 + self.num_basis_functions
+        return sum(self.scan_feature_blocks)
 
     @classmethod
     def from_size(cls, size: str, **changes) -> "FmriCodecConfig":

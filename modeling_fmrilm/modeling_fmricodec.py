@@ -452,10 +452,12 @@ class FmriCodecSummary(nn.Module):
     """
     What the regions of a scan do together, from its decoded basis coefficients: their covariance in the tangent space
     at the training scans' mean, as nilearn's `ConnectivityMeasure(kind="tangent", vectorize=True)` has it (lower
-    triangle, its diagonal divided by sqrt(2)), and the coefficients' lag-1 autocorrelation.
+    triangle, its diagonal divided by sqrt(2)); the coefficients' lag-1 autocorrelation; and covariance and lag-1
+    autocorrelation of networks' mean series, which mean connectivity between networks is linear in.
     """
 
     whitening: torch.Tensor
+    network_basis: torch.Tensor
     floor: torch.Tensor
     shrinkage: torch.Tensor
     feature_mean: torch.Tensor
@@ -466,6 +468,8 @@ class FmriCodecSummary(nn.Module):
         size = config.num_basis_functions
         # the inverse square root of the mean covariance
         self.register_buffer("whitening", torch.eye(size))
+        # of each network, the mean of its ROIs' basis functions: the mean series is this times the coefficients
+        self.register_buffer("network_basis", torch.zeros(config.num_networks, size))
         # variance added to every coefficient: some may always be decoded to zero
         self.register_buffer("floor", torch.tensor(0.0))
         # weight of the mean in a covariance: the logarithm of one from few frames is finite
@@ -475,6 +479,7 @@ class FmriCodecSummary(nn.Module):
 
     def init_weights(self) -> None:
         init.copy_(self.whitening, torch.eye(len(self.whitening)))
+        init.zeros_(self.network_basis)
         init.zeros_(self.floor)
         init.constant_(self.shrinkage, 0.3)
         init.zeros_(self.feature_mean)
@@ -496,14 +501,25 @@ class FmriCodecSummary(nn.Module):
         row, column = torch.tril_indices(len(identity), len(identity), device=covariance.device)
         return matrices[:, row, column] * torch.where(row == column, 0.5**0.5, 1.0)
 
-    def forward(self, series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-        """Scan features [batch, n * (n + 1) / 2 + n] of coefficients [batch, n, time]."""
+    @staticmethod
+    def autocorrelation(series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """Lag-1 autocorrelation [batch, n] of series [batch, n, time]; 0 of what is decoded to a constant."""
         mask = frame_mask[:, None].to(series.dtype)
         centred = (series - (series * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
-        lagged = (centred[..., 1:] * centred[..., :-1]).sum(-1)
-        # a coefficient that is decoded to a constant correlates with nothing
-        autocorrelation = lagged / centred.pow(2).sum(-1).clamp(min=1e-6)
-        return torch.cat([self.tangent(self.covariance(series, frame_mask)), autocorrelation], dim=-1)
+        return (centred[..., 1:] * centred[..., :-1]).sum(-1) / centred.pow(2).sum(-1).clamp(min=1e-6)
+
+    def forward(self, series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """Scan features [batch, num_scan_features] of coefficients [batch, n, time]."""
+        covariance = self.covariance(series, frame_mask)
+        between = self.network_basis @ covariance @ self.network_basis.T
+        row, column = torch.tril_indices(len(between[0]), len(between[0]), device=series.device)
+        parts = (
+            self.tangent(covariance),
+            self.autocorrelation(series, frame_mask),
+            between[:, row, column],
+            self.autocorrelation(self.network_basis @ series, frame_mask),
+        )
+        return torch.cat(parts, dim=-1)
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """Scan features [batch, features] in standard deviations of training scans, scaled to squares of sum 1."""
@@ -758,10 +774,10 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         What the regions of scans do together, float32 [batch, K * (K + 1) / 2] of codes [batch, tokens, levels]:
         covariance of the K basis coefficients in tangent space (see [`FmriCodecSummary`]).
         """
-        return self.scan_features(codes)[:, : -self.config.num_basis_functions]
+        return self.scan_features(codes)[:, : self.config.scan_feature_blocks[0]]
 
     def scan_features(self, codes: torch.Tensor) -> torch.Tensor:
-        """Float32 [batch, num_scan_features] of codes: `summarize` and the coefficients' lag-1 autocorrelation."""
+        """Float32 [batch, num_scan_features] of codes, `summarize` and what else [`FmriCodecSummary`] says."""
         return self._features(self.decode_coefficients(codes), codes[..., 0] >= 0)
 
     def describe(self, codes: torch.Tensor) -> torch.Tensor:

@@ -55,9 +55,7 @@ def load(
     values, _ = FmriLMProcessor.get_processor_dict(path, revision=revision)
     extractors: Any = FmriLMFeatureExtractor
     extractor = extractors.from_pretrained(path, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, config=model.config, revision=revision, trust_remote_code=False
-    )
+    tokenizer = AutoTokenizer.from_pretrained(path, config=model.config, revision=revision, trust_remote_code=False)
     processor = FmriLMProcessor.from_args_and_dict([extractor, tokenizer], values)
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
@@ -232,9 +230,7 @@ class ScanReader:
             frames = int(features["fmri_mask"].any(1).sum())
             kept = slice(max(0, frames - extractor.window_length), frames)
             values, mask = features["fmri_values"][..., kept], features["fmri_mask"][..., kept]
-            future = self.model.forecast(
-                values, features["roi_coordinates"], mask, seconds, num_samples, temperature
-            )
+            future = self.model.forecast(values, features["roi_coordinates"], mask, seconds, num_samples, temperature)
             known = mask.any(-1, keepdim=True).expand(*mask.shape[:2], future.shape[-1])
             if num_samples is None:
                 return _time_first(future, known)

@@ -199,7 +199,22 @@ def test_summary_is_nilearns_tangent_space() -> None:
     found = summary(padded, mask)
     np.testing.assert_allclose(found[:, :21].numpy(), expected, atol=2e-3)
     lagged = [[np.corrcoef(one[:, k])] and _lag(one[:, k]) for one in series for k in range(6)]
-    np.testing.assert_allclose(found[:, 21:].flatten().numpy(), lagged, atol=1e-4)
+    np.testing.assert_allclose(found[:, 21:27].flatten().numpy(), lagged, atol=1e-4)
+    # no networks are known yet
+    assert not found[:, 27:].any()
+
+
+def test_network_features_are_those_of_the_mean_series_of_the_networks_rois() -> None:
+    rng = np.random.default_rng(0)
+    series, functions = rng.standard_normal((6, 50)), rng.standard_normal((9, 6))
+    members = np.eye(3)[np.arange(9) % 3]
+    summary = FmriCodecSummary(FmriCodecConfig(num_basis_functions=6, num_networks=3))
+    summary.network_basis.copy_(torch.from_numpy(members.T @ functions / 3))
+    found = summary(torch.from_numpy(series).float()[None], torch.ones(1, 50, dtype=torch.bool))[0, 27:].numpy()
+    means = members.T @ (functions @ series) / 3
+    row, column = np.tril_indices(3)
+    np.testing.assert_allclose(found[:6], np.cov(means, bias=True)[row, column], rtol=1e-4)
+    np.testing.assert_allclose(found[6:], [_lag(one) for one in means], atol=1e-4)
 
 
 def _lag(series: np.ndarray) -> float:
@@ -219,7 +234,7 @@ def test_summary_and_descriptors_of_one_patch_half_a_brain_and_padding(make_code
     inputs = scan(2)
     inputs["roi_coordinates"][..., 0] = -inputs["roi_coordinates"][..., 0].abs()
     codes = codec.encode(**inputs)
-    assert codec.scan_features(codes).shape == (2, codec.config.num_scan_features) == (2, 27)
+    assert codec.scan_features(codes).shape == (2, codec.config.num_scan_features) == (2, 71)
     assert torch.equal(codec.summarize(codes), codec.scan_features(codes)[:, :21])
     assert codec.scan_features(codes[:, :2]).isfinite().all()
     longer = torch.cat([codes, torch.full_like(codes, -1)], 1)

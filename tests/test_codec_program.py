@@ -27,6 +27,7 @@ class Waves:
 
     def __init__(self, seeds: range, frames: int = FRAMES):
         self.seeds, self.frames = seeds, frames
+        self.atlases = {"waves": self.atlas(0)}
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -287,9 +287,7 @@ def test_converted_model_refuses_scans_it_cannot_know(backbone_folder, tiny_atla
     folder, reference = backbone_folder(backbone)
     tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, None)[0]
     torch.save(tensors, tmp_path / "model.pt")
-    convert_original(
-        tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, text_config=str(folder), atlas=tiny_atlas
-    )
+    convert_original(tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, text_config=str(folder), atlas=tiny_atlas)
     model = FmriOriginalForConditionalGeneration.from_pretrained(tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
     with pytest.raises(ValueError, match=r"\[5, 160\], got \[5, 320\]"):

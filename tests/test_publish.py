@@ -95,10 +95,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a pickle in an archive": (lambda f: torch.save({"a": 1}, f / "notes.dat"), "notes.dat: expected no pickle"),
     "a pickle in an array": (
-        lambda f: np.save(f / "codes.npy", np.array([{}], dtype=object), allow_pickle=True), "codes.npy: expected no",
+        lambda f: np.save(f / "codes.npy", np.array([{}], dtype=object), allow_pickle=True),
+        "codes.npy: expected no",
     ),
     "a pickle in arrays": (
-        lambda f: np.savez(f / "codes.npz", np.array([{}], dtype=object)), "codes.npz: expected no pickle",
+        lambda f: np.savez(f / "codes.npz", np.array([{}], dtype=object)),
+        "codes.npz: expected no pickle",
     ),
     "a pickle in a subfolder": (
         lambda f: ((f / "checkpoint-1").mkdir(), (f / "checkpoint-1" / "optimizer.pt").touch()),
@@ -110,16 +112,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "more/scan_io_fmrilm.py: expected no",
     ),
     "changed code": (
-        lambda f: (f / "scan_io_fmrilm.py").write_text("pass\n"), "scan_io_fmrilm.py: expected this version's code",
+        lambda f: (f / "scan_io_fmrilm.py").write_text("pass\n"),
+        "scan_io_fmrilm.py: expected this version's code",
     ),
     "code missing": (
-        lambda f: (f / "modeling_fmricodec.py").unlink(), "without modeling_fmricodec.py it does not load",
+        lambda f: (f / "modeling_fmricodec.py").unlink(),
+        "without modeling_fmricodec.py it does not load",
     ),
     "auto classes missing": (lambda f: change(f / "config.json", auto_map={}), "config.json: expected auto_map"),
     "another model": (lambda f: change(f / "config.json", model_type="llama"), "expected model_type fmrilm, got 'll"),
     "neither model nor adapter": (lambda f: (f / "config.json").unlink(), "got neither"),
     "placeholders may be spoken": (
-        lambda f: change(f / "generation_config.json", suppress_tokens=None), "expected suppress_tokens with",
+        lambda f: change(f / "generation_config.json", suppress_tokens=None),
+        "expected suppress_tokens with",
     ),
     "broken JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: expected JSON"),
     "a file too large": (lambda f: enormous(f / "model.dat"), "expected at most 50000000000 bytes"),
@@ -239,13 +244,16 @@ def results() -> dict:
 def test_card_is_filled_from_folder_and_results(folder: Path) -> None:
     card = ModelCard(str(fill_card(folder, results(), "me/tiny")))
     text = card.text
-    assert card.data.to_dict().items() >= {
-        "license": "apache-2.0",
-        "library_name": "transformers",
-        "pipeline_tag": "any-to-any",
-        "base_model": "someone/words",
-        "base_model_relation": "finetune",
-    }.items()
+    assert (
+        card.data.to_dict().items()
+        >= {
+            "license": "apache-2.0",
+            "library_name": "transformers",
+            "pipeline_tag": "any-to-any",
+            "base_model": "someone/words",
+            "base_model_relation": "finetune",
+        }.items()
+    )
     for expected in (
         '"me/tiny", "<commit>"',
         "2 latent\ntokens of 3 levels for each 8.0 s, 16 codes a level",
@@ -292,7 +300,9 @@ def test_card_without_results_claims_nothing(folder: Path) -> None:
 def test_card_of_an_adapter_names_its_base(saved_adapter: Path) -> None:
     card = ModelCard(str(fill_card(saved_adapter)))
     assert (card.data.base_model, card.data.base_model_relation, card.data.library_name) == (
-        "someone/base", "adapter", "peft",
+        "someone/base",
+        "adapter",
+        "peft",
     )
     assert "AutoPeftModelForCausalLM" in card.text and "AutoModelForMultimodalLM" not in card.text
 

@@ -188,9 +188,7 @@ def test_missing_roi_is_nan_in_every_signal(reader: ScanReader, scans: list[dict
 def test_forecast_follows_the_last_window(reader: ScanReader, scans: list[dict]) -> None:
     long = np.random.default_rng(2).normal(1000, 10, (400, 5)).astype(np.float32)
     features = reader.processor.feature_extractor({**scans[0], "signal": long}, window="full")
-    last = {
-        name: value if name == "roi_coordinates" else value[..., 384:400] for name, value in features.items()
-    }
+    last = {name: value if name == "roi_coordinates" else value[..., 384:400] for name, value in features.items()}
     expected = reader.model.forecast(**last, seconds=10)[0].T
     assert np.allclose(reader.forecast({**scans[0], "signal": long}, 10), expected, atol=1e-5)
     assert [one.shape for one in reader.forecast(scans, 20)] == [(10, 5), (10, 7)]

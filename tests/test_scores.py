@@ -45,6 +45,14 @@ def test_ridge_equals_that_of_scikit_learn(rows: int, features: int, monkeypatch
         assert any(np.allclose(fitted.out_of_fold[mine], candidate) for candidate in candidates)
 
 
+def test_features_of_a_small_block_count_as_much_as_those_of_a_large_one(monkeypatch) -> None:
+    monkeypatch.setattr(ridge, "PENALTIES", (3.0,))
+    inputs, targets, subjects = regression(60, 12)
+    fitted = ridge.cross_fitted_ridge(inputs, targets, subjects, blocks=(10, 2))
+    scaled = (inputs - inputs.mean(0)) / inputs.std(0) / np.sqrt([*[20] * 10, *[4] * 2])
+    assert np.allclose(fitted.predict(inputs), Ridge(3.0 * 60 / 1000).fit(scaled, targets).predict(scaled))
+
+
 @given(st.integers(0, 9), st.integers(2, 12), st.floats(-100, 100), st.integers(0, 5))
 @settings(max_examples=30, deadline=None)
 def test_out_of_fold_prediction_knows_nothing_of_the_subject(

@@ -1,5 +1,6 @@
 """Ridge regression of many targets at once, with penalties chosen, and predictions made, out of fold by subject."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,10 +28,14 @@ class Ridge:
         return features @ self.weight + self.bias
 
 
-def cross_fitted_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, seed: int = 0) -> Ridge:
+def cross_fitted_ridge(
+    features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, seed: int = 0, blocks: Sequence[int] | None = None
+) -> Ridge:
     """
     Args:
         features: [rows, features], standardised here. targets: [rows, targets], NaN where unknown.
+        blocks: sizes of groups of features that follow one another; the squares of each group sum to the same, so that
+            a few features beside thousands count as much. By default, one group.
         subjects: [rows]; all rows of a subject are in one fold (see `subject_folds`).
 
     The penalty of each target is the one of `PENALTIES` (of features whose squares sum to one on average) with the
@@ -40,7 +45,9 @@ def cross_fitted_ridge(features: np.ndarray, targets: np.ndarray, subjects: np.n
         raise ValueError(f"expected at least 2 subjects to fit scores on, got {len(set(subjects))}")
     folds = subject_folds(subjects, seed)
     mean, std = features.mean(0), features.std(0)
-    scale = 1 / (np.where(std > 1e-8 * std.max(initial=1e-12), std, np.inf) * np.sqrt(features.shape[1]))
+    sizes = np.array(blocks or [features.shape[1]])
+    scale = 1 / np.where(std > 1e-8 * std.max(initial=1e-12), std, np.inf)
+    scale /= np.repeat(np.sqrt(sizes * len(sizes)), sizes)
     inputs = ((features - mean) * scale).astype(np.float64)
     known = np.isfinite(targets)
     weight = np.zeros((features.shape[1], targets.shape[1]))

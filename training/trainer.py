@@ -92,9 +92,7 @@ class LossPartsTrainer(CheckedTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs: Any
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         # evaluation must not mix into what is logged of training
         if model.training:
             for name in self.loss_parts:

@@ -75,7 +75,8 @@ def fit_scores(
     if summary is None:
         raise ValueError("expected a model with score_names, got one without")
     subjects = np.array([str(row["subject"]) for row in examples.rows])
-    ridge = cross_fitted_ridge(examples.features, targets, subjects, seed)
+    blocks = model.config.codec_config.scan_feature_blocks
+    ridge = cross_fitted_ridge(examples.features, targets, subjects, seed, blocks)
     # a row without a target is predicted by all the others
     found = np.where(np.isfinite(ridge.out_of_fold), ridge.out_of_fold, ridge.predict(examples.features))
     mean, std = found.mean(0), found.std(0)

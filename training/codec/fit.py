@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from fmrilm.modeling_fmricodec import FmriCodecModel, FmriSpatialBasis, ResidualVectorQuantizer, sum_of_codes
+from fmrilm.processors.descriptors.networks import membership
 
 from ..ridge import cross_fitted_ridge
 
@@ -138,9 +139,10 @@ def fit_transform(model: FmriCodecModel, scans: "Scans", rng: np.random.Generato
 def fit_summary(model: FmriCodecModel, scans: "Scans", rng: np.random.Generator) -> None:
     """
     The training mean of the summary: the geometric mean of the windows' covariances, each shrunk towards it, so that
-    the mean summary is zero; and the standardisation of the scan features.
+    the mean summary is zero; the networks of the scans' atlases; and the standardisation of the scan features.
     """
     summary, codes = model.tangent_summary, []
+    summary.network_basis.copy_(network_basis(model.spatial_basis, scans))
     covariances = []
     for window in windows_of(scans, model.config.patch_length, rng):
         codes.append(model.encode(*window))
@@ -168,6 +170,17 @@ def fit_summary(model: FmriCodecModel, scans: "Scans", rng: np.random.Generator)
 
 
 @torch.no_grad()
+def network_basis(basis: FmriSpatialBasis, scans: "Scans") -> torch.Tensor:
+    """[networks, basis functions]: mean over each network's ROIs, then over the atlases that have it; else zero."""
+    of_atlas = []
+    for atlas in scans.atlases.values():
+        members = torch.from_numpy(membership(atlas)).float()
+        functions = basis(torch.tensor(atlas.coordinates, dtype=torch.float32))
+        of_atlas.append(members.T @ functions / members.sum(0)[:, None])
+    return torch.stack(of_atlas).nanmean(0).nan_to_num()
+
+
+@torch.no_grad()
 def fit_descriptor_head(
     model: FmriCodecModel, features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, seed: int = 0
 ) -> np.ndarray:
@@ -181,7 +194,7 @@ def fit_descriptor_head(
     head, summary = model.descriptor_head, model.tangent_summary
     if head is None:
         raise ValueError("expected a codec with descriptor_names, got one without")
-    ridge = cross_fitted_ridge(features, targets, subjects, seed)
+    ridge = cross_fitted_ridge(features, targets, subjects, seed, model.config.scan_feature_blocks)
     weight = torch.from_numpy(ridge.weight)
     scale = summary.feature_std.double() * np.sqrt(features.shape[1])
     head.weight.copy_((weight * scale.cpu()[:, None]).T)

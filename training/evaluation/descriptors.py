@@ -74,7 +74,8 @@ def ask_descriptors(
     training = np.flatnonzero(np.isin(scans.of_window, split.training))
     test = np.flatnonzero(np.isin(scans.of_window, split.test))
     majority = one_hot(most_frequent(labels[training]))
-    ridge = one_hot(ridge_labels(scans, training, cohort.z_scores(descriptors)[training]))
+    blocks = model.config.codec_config.scan_feature_blocks
+    ridge = one_hot(ridge_labels(scans, training, cohort.z_scores(descriptors)[training], blocks))
     subjects, groups = scans.subjects[scans.of_window], scans.groups[scans.of_window]
     choices = processor.encode_choices(list(LEVELS))
     parts = []
@@ -135,14 +136,16 @@ def one_hot(labels: np.ndarray) -> np.ndarray:
     return (labels[..., None] == np.arange(len(LEVELS))).astype(float)
 
 
-def ridge_labels(scans: EvaluationScans, training: np.ndarray, z_scores: np.ndarray) -> np.ndarray:
+def ridge_labels(
+    scans: EvaluationScans, training: np.ndarray, z_scores: np.ndarray, blocks: Sequence[int]
+) -> np.ndarray:
     """
     Tercile labels int [windows, descriptors] by ridge regression of the training windows' z-scores on the features of
     their codes: thirds of the predictions, as these are for training subjects who were left out.
     """
     features = np.stack([window.features for window in scans.encoded])
     subjects = scans.subjects[scans.of_window[training]]
-    ridge = cross_fitted_ridge(features[training], z_scores, subjects)
+    ridge = cross_fitted_ridge(features[training], z_scores, subjects, blocks=blocks)
     found = np.where(np.isnan(ridge.out_of_fold), ridge.predict(features[training]), ridge.out_of_fold)
     lower, upper = np.quantile(found, QUANTILES, axis=0)
     predicted = ridge.predict(features)

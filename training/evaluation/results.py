@@ -43,9 +43,7 @@ def summarize(
         failures[name, shots, ""] = sum(int(each["failures"].sum()) for each in merged if "failures" in each)
     has_other = shuffled >= 0
     others = np.where(has_other, shuffled, 0)
-    values = {
-        key: distributions(statistics(truth, given, sites), subjects) for key, (truth, given) in found.items()
-    }
+    values = {key: distributions(statistics(truth, given, sites), subjects) for key, (truth, given) in found.items()}
     entries = []
     for key, (truth, given) in found.items():
         name, shots, variant = key
