@@ -102,13 +102,17 @@ class FmriCodecConfig(PreTrainedConfig):
     domain_weight: float | int = 0.5
 
     @property
-    def scan_feature_blocks(self) -> tuple[int, int, int]:
+    def scan_feature_blocks(self) -> tuple[int, int]:
         """
-        Numbers that describe a scan as a whole: the summary (a covariance's triangle), each coefficient's
-        autocorrelation, and covariance and autocorrelation of the networks' mean series.
+        Numbers that describe a scan as a whole: of the basis coefficients, the summary (a covariance's triangle) and
+        each one's autocorrelation; of the networks' mean series, covariance and autocorrelation.
         """
         basis, networks = self.num_basis_functions, self.num_networks
-        return basis * (basis + 1) // 2, basis, networks * (networks + 1) // 2 + networks
+        return self.num_summary_features + basis, networks * (networks + 1) // 2 + networks
+
+    @property
+    def num_summary_features(self) -> int:
+        return self.num_basis_functions * (self.num_basis_functions + 1) // 2
 
     @property
     def num_scan_features(self) -> int:

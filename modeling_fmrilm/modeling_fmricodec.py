@@ -774,7 +774,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         What the regions of scans do together, float32 [batch, K * (K + 1) / 2] of codes [batch, tokens, levels]:
         covariance of the K basis coefficients in tangent space (see [`FmriCodecSummary`]).
         """
-        return self.scan_features(codes)[:, : self.config.scan_feature_blocks[0]]
+        return self.scan_features(codes)[:, : self.config.num_summary_features]
 
     def scan_features(self, codes: torch.Tensor) -> torch.Tensor:
         """Float32 [batch, num_scan_features] of codes, `summarize` and what else [`FmriCodecSummary`] says."""

@@ -45,12 +45,19 @@ def test_ridge_equals_that_of_scikit_learn(rows: int, features: int, monkeypatch
         assert any(np.allclose(fitted.out_of_fold[mine], candidate) for candidate in candidates)
 
 
-def test_features_of_a_small_block_count_as_much_as_those_of_a_large_one(monkeypatch) -> None:
-    monkeypatch.setattr(ridge, "PENALTIES", (3.0,))
-    inputs, targets, subjects = regression(60, 12)
-    fitted = ridge.cross_fitted_ridge(inputs, targets, subjects, blocks=(10, 2))
-    scaled = (inputs - inputs.mean(0)) / inputs.std(0) / np.sqrt([*[20] * 10, *[4] * 2])
-    assert np.allclose(fitted.predict(inputs), Ridge(3.0 * 60 / 1000).fit(scaled, targets).predict(scaled))
+def test_features_of_a_small_block_count_more_where_that_predicts_better(monkeypatch) -> None:
+    monkeypatch.setattr(ridge, "PENALTIES", (30.0,))
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((60, 42))
+    targets = np.stack([inputs[:, 40:].sum(1), inputs[:, :40].sum(1)], 1)
+    subjects = np.array([f"s{row % 20}" for row in range(60)])
+    fitted = ridge.cross_fitted_ridge(inputs, targets, subjects, blocks=(40, 2))
+    scaled = (inputs - inputs.mean(0)) / inputs.std(0)
+    of_blocks = Ridge(30.0 * 60 / 1000).fit(scaled / np.sqrt([*[80] * 40, *[4] * 2]), targets[:, 0])
+    alike = Ridge(30.0 * 60 / 1000).fit(scaled / np.sqrt(42), targets[:, 1])
+    found = fitted.predict(inputs)
+    assert np.allclose(found[:, 0], of_blocks.predict(scaled / np.sqrt([*[80] * 40, *[4] * 2])))
+    assert np.allclose(found[:, 1], alike.predict(scaled / np.sqrt(42)))
 
 
 @given(st.integers(0, 9), st.integers(2, 12), st.floats(-100, 100), st.integers(0, 5))

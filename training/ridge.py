@@ -34,9 +34,9 @@ def cross_fitted_ridge(
     """
     Args:
         features: [rows, features], standardised here. targets: [rows, targets], NaN where unknown.
-        blocks: sizes of groups of features that follow one another; the squares of each group sum to the same, so that
-            a few features beside thousands count as much. By default, one group.
         subjects: [rows]; all rows of a subject are in one fold (see `subject_folds`).
+        blocks: sizes of groups of features that follow one another. Features count alike, or groups do, so that a few
+            features beside thousands weigh as much: whichever predicts a target better. By default, one group.
 
     The penalty of each target is the one of `PENALTIES` (of features whose squares sum to one on average) with the
     least out-of-fold error.
@@ -45,10 +45,11 @@ def cross_fitted_ridge(
         raise ValueError(f"expected at least 2 subjects to fit scores on, got {len(set(subjects))}")
     folds = subject_folds(subjects, seed)
     mean, std = features.mean(0), features.std(0)
+    scale = 1 / (np.where(std > 1e-8 * std.max(initial=1e-12), std, np.inf) * np.sqrt(features.shape[1]))
     sizes = np.array(blocks or [features.shape[1]])
-    scale = 1 / np.where(std > 1e-8 * std.max(initial=1e-12), std, np.inf)
-    scale /= np.repeat(np.sqrt(sizes * len(sizes)), sizes)
-    inputs = ((features - mean) * scale).astype(np.float64)
+    balance = np.repeat(np.sqrt(sizes.sum() / (len(sizes) * sizes)), sizes)
+    scales = [scale] if len(sizes) == 1 else [scale, scale * balance]
+    inputs = [((features - mean) * each).astype(np.float64) for each in scales]
     known = np.isfinite(targets)
     weight = np.zeros((features.shape[1], targets.shape[1]))
     bias = np.zeros(targets.shape[1])
@@ -59,21 +60,26 @@ def cross_fitted_ridge(
         columns = np.flatnonzero(pattern_of.ravel() == number)
         if rows.sum() < 2:
             continue
-        x, y, fold = inputs[rows], targets[rows][:, columns].astype(np.float64), folds[rows]
-        found = np.full((len(PENALTIES), *y.shape), np.nan)
+        y, fold = targets[rows][:, columns].astype(np.float64), folds[rows]
+        # [scales, penalties, rows, columns]
+        found = np.full((len(inputs), len(PENALTIES), *y.shape), np.nan)
         for test in np.unique(fold):
             training = fold != test
             if training.sum() >= 2:
-                found[:, ~training] = _path(x[training], y[training], x[~training])
+                for place, each in enumerate(inputs):
+                    x = each[rows]
+                    found[place][:, ~training] = _path(x[training], y[training], x[~training])
+        found = found.reshape(-1, *y.shape)
         fitted = np.isfinite(found[0, :, 0])
         errors = ((found[:, fitted] - y[fitted]) ** 2).sum(1)
         best = errors.argmin(0)
-        chosen = found[best, :, np.arange(len(columns))].T
-        out_of_fold[np.ix_(rows, columns)] = chosen
-        for penalty in np.unique(best):
-            of_penalty = best == penalty
-            weight[:, columns[of_penalty]] = _solve(x, y[:, of_penalty], PENALTIES[penalty])
-        bias[columns] = y.mean(0) - x.mean(0) @ weight[:, columns]
+        out_of_fold[np.ix_(rows, columns)] = found[best, :, np.arange(len(columns))].T
+        for choice in np.unique(best):
+            place, penalty = divmod(int(choice), len(PENALTIES))
+            chosen = columns[best == choice]
+            solved = _solve(inputs[place][rows], y[:, best == choice], PENALTIES[penalty])
+            weight[:, chosen] = solved * scales[place][:, None]
+        bias[columns] = y.mean(0) - features[rows].mean(0) @ weight[:, columns]
     predicted = np.isfinite(out_of_fold)
     count = predicted.sum(0).clip(min=1)
     values = np.where(predicted, targets, 0)
@@ -81,8 +87,7 @@ def cross_fitted_ridge(
     with np.errstate(invalid="ignore", divide="ignore"):
         missed = np.where(predicted, targets - out_of_fold, 0)
         r_squared = 1 - (missed**2).sum(0) / (around_mean**2).sum(0)
-    weight = weight * scale[:, None]
-    return Ridge(weight, bias - mean @ weight, out_of_fold, r_squared)
+    return Ridge(weight, bias, out_of_fold, r_squared)
 
 
 def _path(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
