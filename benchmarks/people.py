@@ -8,6 +8,7 @@ The argument is a folder that `fmrilm prepare` wrote. Folds are stratified by si
 "leave one site out", each site is tested once. Tables hold figures over all subjects, and no single answer.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,7 @@ app = typer.Typer(add_completion=False)
 Data = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of `fmrilm prepare`.")]
 Tasks = Annotated[str, typer.Option(help="By comma; a task's label column after =.")]
 Seeds = Annotated[int, typer.Option(help="Fold seeds.")]
-DEFAULT_TASKS = "asd,sex,age"
+DEFAULT_TASKS = "asd,sex,age_group"
 
 
 def read_tasks(names: str) -> list:
@@ -126,6 +127,8 @@ def release(
     shots: Annotated[str, typer.Option(help="Also tuned on so many subjects of each class, by comma.")] = "0",
     descriptors: Annotated[bool, typer.Option(help="Questions about descriptors, too.")] = True,
     leave_one_site_out: bool = False,
+    first: Annotated[int | None, typer.Option(help="Only the first folds of each seed, so many.")] = None,
+    questions: Annotated[int, typer.Option(help="About descriptors, of each family, about each window.")] = 2,
     work: Annotated[Path, typer.Option(help="Folder of the models; goes on where it was stopped.")] = Path(
         "runs/people"
     ),
@@ -137,14 +140,15 @@ def release(
     columns = [f"{task.name}={task.column}" for task in asked]
     known = [Labelled.read(task, scans) for task in asked]
     counts = tuple(int(count) for count in shots.split(","))
-    settings = EvaluationSettings(shots=counts)
+    settings = EvaluationSettings(shots=counts, questions_per_family=questions, described=0)
     if any(counts):
-        settings = EvaluationSettings(shots=counts, conditions=(*settings.conditions, "tuned"))
+        settings = replace(settings, conditions=(*settings.conditions, "tuned"))
     wanted = all_splits(scans, asked, folds, seeds)
     for name, splits in wanted.items():
         if name == "leave one site out" and not leave_one_site_out:
             continue
         answers: dict[str, dict] = {labelled.task.name: {} for labelled in known}
+        splits = splits[:first]
         for fold, split in enumerate(splits):
             folder = work / name.replace(" ", "-").replace(",", "") / f"fold{fold}"
             path = folder / "splits.csv"
