@@ -5,67 +5,47 @@ What the codec keeps of scans of held-out subjects, in which bits, and how fast.
     python benchmarks/codec.py states --data FOLDER --state FOLDER  another atlas; cognitive states of 64 s windows
     python benchmarks/codec.py speed --data FOLDER                  encoding, summary, and the fit against subjects
 
-A folder holds `manifest.csv` (path, subject, tr, atlas, labels; paths relative to it), series `.npy` [time, rois] with
-zeros for missing ROIs, and a table of the atlas (`*.tsv`). Results: `benchmarks/results/codec_*.csv`.
+A folder is one that `fmrilm prepare` wrote, of one atlas. The codec is the release recipe's
+(`training/configs/release/codec.yaml`). Results: `benchmarks/results/codec_*.csv`.
 """
 
 import argparse
 import csv
-import logging
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
+import yaml
 from scipy.fft import dct, idct
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, StratifiedKFold
 
-from fmrilm import Atlas, FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor
+from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor
 from fmrilm.modeling_fmricodec import FmriCodecSummary
-from fmrilm.training.codec.fit import fit_codec, fit_summary, fit_transform, present
+from fmrilm.training.codec.fit import fit_codec, fit_summary, present
 from fmrilm.training.codec.metrics import fc_correlation, r_squared
+from fmrilm.training.data.dataset import Scans, load_scans
 
 
 RESULTS = Path(__file__).parent / "results"
-PATCH, LEVELS, BOOTSTRAPS = 16, (1, 2, 4, 8), 1000
+RECIPE = Path(__file__).parents[1] / "training" / "configs" / "release" / "codec.yaml"
+PATCH, BOOTSTRAPS = 16, 1000
+# parts of all levels that decode on their own
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 PENALTIES = 10.0 ** np.arange(-3, 2.1, 0.5)
 
 
-class FolderScans:
-    """Scans of a folder as the fit reads them, standardised in memory."""
+def load(folder: Path) -> Scans:
+    scans = load_scans(folder, FmriLMFeatureExtractor(patch_length=PATCH))
+    if len(scans.atlases) != 1:
+        raise ValueError(f"expected scans of one atlas in {folder}, got {', '.join(scans.atlases)}")
+    return scans
 
-    def __init__(self, folder: Path):
-        self.table = pd.read_csv(folder / "manifest.csv")
-        rois = pd.read_csv(next(folder.glob("*.tsv")), sep="\t")
-        networks = tuple(rois["network"].fillna("").astype(str))
-        self._atlas = Atlas(
-            self.table["atlas"][0], tuple(rois["name"]), networks, rois[["x", "y", "z"]].to_numpy(float)
-        )
-        extractor = FmriLMFeatureExtractor(atlases=[self._atlas])
-        logging.disable(logging.WARNING)
-        self.signals = []
-        for path, tr in zip(self.table["path"], self.table["tr"], strict=True):
-            series = np.load(folder / path).astype(np.float32)
-            series[:, (series == series[0]).all(0)] = np.nan
-            self.signals.append(extractor.prepare_signal(series, tr=tr, atlas=self._atlas)[0])
 
-    def __len__(self) -> int:
-        return len(self.signals)
-
-    def signal(self, index: int) -> np.ndarray:
-        return self.signals[index]
-
-    def atlas(self, index: int) -> Atlas:
-        return self._atlas
-
-    def select(self, rows: Iterable[int]) -> "FolderScans":
-        part = object.__new__(FolderScans)
-        part._atlas, part.table = self._atlas, self.table.iloc[list(rows)].reset_index(drop=True)
-        part.signals = [self.signals[row] for row in rows]
-        return part
+def signals_of(scans: Scans) -> list[np.ndarray]:
+    """Of each scan, [time, rois], NaN where a ROI is missing."""
+    return [scans.signal(index) for index in range(len(scans))]
 
 
 def write(name: str, rows: list[dict]) -> None:
@@ -78,23 +58,28 @@ def write(name: str, rows: list[dict]) -> None:
         print(name, row, flush=True)
 
 
-def whole(scans: FolderScans, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def whole(scans: Scans, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values [1, rois, time] of whole patches and coordinates [1, rois, 3]."""
-    signal, coordinates = present(scans, index)  # pyright: ignore[reportArgumentType]
+    signal, coordinates = present(scans, index)
     return signal[: len(signal) // PATCH * PATCH].T[None], coordinates[None]
 
 
-def fitted(scans: FolderScans, seed: int = 0, **changes) -> FmriCodecModel:
+def fitted(scans: Scans, seed: int = 0) -> FmriCodecModel:
     torch.manual_seed(seed)
-    model = FmriCodecModel(FmriCodecConfig(**changes)).eval()
-    fit_codec(model, scans, seed=seed)  # pyright: ignore[reportArgumentType]
+    known = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    names = ("patch_length", "tokens_per_patch", "num_quantizers", "codebook_size", "codebook_dim")
+    model = FmriCodecModel(FmriCodecConfig(**{name: known[name] for name in names})).eval()
+    fit_codec(model, scans, seed=seed)
     return model
 
 
+def bits(config: FmriCodecConfig, levels: int) -> float:
+    """Of a patch."""
+    return config.tokens_per_patch * levels * float(np.log2(config.codebook_size))
+
+
 @torch.no_grad()
-def distortion(
-    model: FmriCodecModel, scans: FolderScans, codes: list[torch.Tensor], levels: int
-) -> tuple[float, float]:
+def distortion(model: FmriCodecModel, scans: Scans, codes: list[torch.Tensor], levels: int) -> tuple[float, float]:
     pairs = []
     for index, row in enumerate(codes):
         values, coordinates = whole(scans, index)
@@ -106,14 +91,14 @@ def distortion(
 class TransformCoder:
     """Principal components of training frames, cosines over a patch, one uniform step, ideal entropy coding."""
 
-    def __init__(self, scans: FolderScans, components: int = 64):
-        frames = np.nan_to_num(np.concatenate(scans.signals))
+    def __init__(self, scans: Scans, components: int = 64):
+        frames = np.nan_to_num(np.concatenate(signals_of(scans)))
         self.components = np.linalg.eigh(frames.T @ frames)[1][:, ::-1][:, :components]
 
-    def code(self, scans: FolderScans, step: float) -> tuple[float, float, float]:
+    def code(self, scans: Scans, step: float) -> tuple[float, float, float]:
         """Bits a patch, R-squared, FC correlation."""
         signals, guesses, numbers = [], [], []
-        for signal in scans.signals:
+        for signal in signals_of(scans):
             signal = signal[: len(signal) // PATCH * PATCH]
             patches = (np.nan_to_num(signal) @ self.components).reshape(-1, PATCH, self.components.shape[1])
             rounded = np.round(dct(patches, axis=1, norm="ortho") / step)
@@ -124,11 +109,11 @@ class TransformCoder:
             guesses.append(
                 guess[:, there] + 1e-5 * np.random.default_rng(0).standard_normal((len(signal), there.sum()))
             )
-        bits = 0.0
+        spent = 0.0
         for column in np.concatenate(numbers).reshape(-1, PATCH * self.components.shape[1]).T:
             shares = np.unique(column, return_counts=True)[1] / len(column)
-            bits -= float((shares * np.log2(shares)).sum())
-        return bits, r_squared(signals, guesses), fc_correlation(signals, guesses) or float("nan")
+            spent -= float((shares * np.log2(shares)).sum())
+        return spent, r_squared(signals, guesses), fc_correlation(signals, guesses) or float("nan")
 
 
 def ridge(known: np.ndarray, targets: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -173,7 +158,7 @@ def score(name: str, truth: np.ndarray, found: np.ndarray) -> float:
 
 @torch.no_grad()
 def labels(folder: Path, folds: int) -> None:
-    scans = FolderScans(folder)
+    scans = load(folder)
     table = scans.table
     targets = {
         "autism": (table["diagnosis"] == "autism").to_numpy(float),
@@ -182,7 +167,8 @@ def labels(folder: Path, folds: int) -> None:
     }
     stacked = np.stack(list(targets.values()), 1)
     strata = table["site"] + table["diagnosis"]
-    raw = np.stack([correlations(signal) for signal in scans.signals])
+    signals = signals_of(scans)
+    raw = np.stack([correlations(signal) for signal in signals])
     predictions: dict[str, np.ndarray] = {}
     rate, identified = [], []
     split = StratifiedKFold(5, shuffle=True, random_state=0).split(strata, strata)
@@ -196,29 +182,32 @@ def labels(folder: Path, folds: int) -> None:
         model = fitted(learned)
         print(f"fold {fold}: fitted in {time.perf_counter() - start:.0f} s", flush=True)
         codes = [model.encode(*whole(scans, index)) for index in range(len(scans))]
-        for levels in LEVELS:
+        config = model.config
+        all_levels = config.num_quantizers
+        for levels in sorted({max(1, int(share * all_levels)) for share in SHARES}):
             r2, fc = distortion(model, held_out, [codes[index] for index in test], levels)
             rate.append(
-                {"fold": fold, "coder": "codec", "bits": 144.0 * levels, "r_squared": r2, "fc_correlation": fc}
+                {
+                    "fold": fold,
+                    "coder": "codec",
+                    "bits": bits(config, levels),
+                    "r_squared": r2,
+                    "fc_correlation": fc,
+                }
             )
-        small = FmriCodecModel(FmriCodecConfig(tokens_per_patch=8, num_quantizers=1)).eval()
-        small.spatial_basis.load_state_dict(model.spatial_basis.state_dict())
-        fit_transform(small, learned, np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
-        r2, fc = distortion(small, held_out, [small.encode(*whole(held_out, i)) for i in range(len(test))], 1)
-        rate.append({"fold": fold, "coder": "codec", "bits": 72.0, "r_squared": r2, "fc_correlation": fc})
         coder = TransformCoder(learned)
         for step in (1.0, 1.5, 2.5, 4.0, 6.0, 9.0):
-            bits, r2, fc = coder.code(held_out, step)
-            rate.append({"fold": fold, "coder": "transform", "bits": bits, "r_squared": r2, "fc_correlation": fc})
-        features = {"FC, raw": raw, "tangent, raw": raw_tangent(scans.signals, training)}
-        for levels in (1, 4, 8):
-            if levels < model.config.num_quantizers:
+            spent, r2, fc = coder.code(held_out, step)
+            rate.append({"fold": fold, "coder": "transform", "bits": spent, "r_squared": r2, "fc_correlation": fc})
+        features = {"FC, raw": raw, "tangent, raw": raw_tangent(signals, training)}
+        for levels in (all_levels // 8, all_levels // 2, all_levels):
+            if levels < all_levels:
                 # a prefix of the levels decodes to other covariances: its own mean
                 refit(model, learned, levels)
             else:
-                fit_summary(model, learned, np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
+                fit_summary(model, learned, np.random.default_rng(0))
             rows = [model.summarize(row[..., :levels])[0] for row in codes]
-            features[f"codes, {144 * levels} bits"] = torch.stack(rows).numpy()
+            features[f"codes, {bits(config, levels):.0f} bits"] = torch.stack(rows).numpy()
         for name, values in features.items():
             found = predictions.setdefault(name, np.full(stacked.shape, np.nan))
             found[test] = ridge(values[training], stacked[training], values[test])
@@ -228,10 +217,10 @@ def labels(folder: Path, folds: int) -> None:
         write("identification", identified)
 
 
-def refit(model: FmriCodecModel, scans: FolderScans, levels: int) -> None:
+def refit(model: FmriCodecModel, scans: Scans, levels: int) -> None:
     encode = model.encode
     model.encode = lambda *inputs: encode(*inputs)[..., :levels]  # pyright: ignore[reportAttributeAccessIssue]
-    fit_summary(model, scans, np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
+    fit_summary(model, scans, np.random.default_rng(0))
     model.encode = encode  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -252,7 +241,7 @@ def label_rows(targets: dict[str, np.ndarray], predictions: dict[str, np.ndarray
 
 
 @torch.no_grad()
-def identification(model: FmriCodecModel, scans: FolderScans) -> dict[str, float]:
+def identification(model: FmriCodecModel, scans: Scans) -> dict[str, float]:
     """Share of scans whose first half is nearest (correlation) to their second half, of `len(scans)` of them."""
     halves: dict[str, list] = {"codes": [], "raw": []}
     for index in range(len(scans)):
@@ -260,7 +249,7 @@ def identification(model: FmriCodecModel, scans: FolderScans) -> dict[str, float
         middle = values.shape[-1] // 2 // PATCH * PATCH
         parts = values[..., :middle], values[..., middle : 2 * middle]
         halves["codes"].append([model.summarize(model.encode(part, coordinates))[0].numpy() for part in parts])
-        signal = scans.signals[index]
+        signal = scans.signal(index)
         halves["raw"].append([correlations(signal[:middle]), correlations(signal[middle : 2 * middle])])
     found = {"scans": float(len(scans))}
     for name, rows in halves.items():
@@ -272,7 +261,7 @@ def identification(model: FmriCodecModel, scans: FolderScans) -> dict[str, float
 
 @torch.no_grad()
 def states(folder: Path, state_folder: Path) -> None:
-    scans, others = FolderScans(folder), FolderScans(state_folder)
+    scans, others = load(folder), load(state_folder)
     model = fitted(scans)
     groups = others.table["subject"].to_numpy()
     training, test = next(GroupKFold(5).split(groups, groups=groups))
@@ -280,7 +269,7 @@ def states(folder: Path, state_folder: Path) -> None:
     rows = []
     for name, codec in (("fitted on the other atlas", model), ("fitted there", fitted(there))):
         codes = [codec.encode(*whole(held_out, index)) for index in range(len(held_out))]
-        r2, fc = distortion(codec, held_out, codes, 8)
+        r2, fc = distortion(codec, held_out, codes, codec.config.num_quantizers)
         rows.append({"codec": name, "r_squared": r2, "fc_correlation": fc})
     # neighbours merged in pairs: the same scans in half as many ROIs
     coordinates = torch.tensor(scans.atlas(0).coordinates, dtype=torch.float32)
@@ -335,7 +324,7 @@ def merged(coordinates: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def speed(folder: Path) -> None:
-    scans, rows = FolderScans(folder), []
+    scans, rows = load(folder), []
     for subjects in (100, 300, len(scans)):
         start = time.perf_counter(), time.process_time()
         model = fitted(scans.select(range(subjects)))
