@@ -143,6 +143,11 @@ SECTIONS = {
         "One question",
         "Seconds of `fmrilm ask` from start to answer, and of its parts: `python benchmarks/ask.py MODEL`.",
     ),
+    "rates.csv": Section(
+        "Rates of one core",
+        "Work done in a second of processor time, from which [scaling](scaling.md) is computed: "
+        "`python benchmarks/rates.py`.",
+    ),
     "load.csv": Section(
         "Many clients", "The Space and the pipeline under load: `python benchmarks/load.py MODEL --seconds 120`."
     ),

@@ -1,4 +1,4 @@
-"""The page of results is what its script makes of the CSV files, and the demo's table is what its runs hold."""
+"""Pages of results and scaling are what their scripts make, and the demo's table is what its runs hold."""
 
 import json
 import runpy
@@ -42,6 +42,11 @@ def results(seed: int) -> dict:
 
 def test_page_is_what_the_script_makes(script: dict) -> None:
     assert script["page"](RESULTS) == script["PAGE"].read_text(encoding="utf-8"), "run: python docs/results.py"
+
+
+def test_scaling_is_what_its_script_makes() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "scaling.py"))
+    assert script["page"]() == script["PAGE"].read_text(encoding="utf-8"), "run: python docs/scaling.py"
 
 
 def test_sections_are_those_of_the_files_that_are_there(script: dict, tmp_path: Path) -> None:
