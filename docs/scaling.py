@@ -39,7 +39,7 @@ Written by `python docs/scaling.py`. Operations and parameters are counted on mo
 mark come from rates of one core that were measured ([`rates.csv`](../benchmarks/results/rates.csv) by
 `python benchmarks/rates.py`), times cores and an assumed efficiency of {CORES}. **\\*** marks what is extrapolated
 without any measurement: no GPU was measured, {REACHED / 1e12:.0f} TFLOP/s in bfloat16 and, for the codec,
-{REACHED_BY_CODEC / 1e12:.0f} in float32 are assumed of an H100. Nothing was run at its size. The codec's fit is left out.
+{REACHED_BY_CODEC / 1e12:.0f} in float32 are assumed (H100). Nothing was run at its size; the codec's fit is left out.
 
 A scan has {VOLUMES} volumes of the MNI grid at 2 mm (TR 0.8 s) in {ROIS} ROIs, and {WINDOWS} windows of 160 frames.
 The language model reads {ROWS} rows of {TOKENS} tokens about it in stages 2 and 3. Configurations are those of
