@@ -1,4 +1,4 @@
-"""Seconds of `fmrilm ask` on a 2 mm NIfTI, split by part, and of `import fmrilm` and `fmrilm --help`.
+"""Seconds of `fmrilm ask` on a 2 mm NIfTI, split by part, on an array, and of `import fmrilm` and `fmrilm --help`.
 
 Every run is a process of its own. The whole is the command as a user types it, timed from outside. The parts are those
 of a process that does the same with the same objects:
@@ -40,7 +40,10 @@ CHOICES = ["low", "typical", "high"]
 
 
 def synthesize(folder: Path, frames: int) -> None:
-    """`scan.nii.gz` int16 with noise in an ellipsoid, and `labels.nii.gz`, the ROI that is nearest to each voxel."""
+    """
+    `scan.nii.gz` int16 with noise in an ellipsoid; `labels.nii.gz`, the ROI that is nearest to each voxel; and
+    `scan.npy`, the courses of the ROIs.
+    """
     import nibabel as nib
     from scipy.spatial import KDTree
 
@@ -56,6 +59,7 @@ def synthesize(folder: Path, frames: int) -> None:
     nib.save(nib.Nifti1Image(labels.reshape(SHAPE), affine), folder / "labels.nii.gz")
     # each ROI has a slow course of its own
     courses = np.cumsum(rng.standard_normal((frames, 1 + max(atlas.labels)), dtype=np.float32), axis=0)
+    np.save(folder / "scan.npy", courses[:, list(atlas.labels)])
     header = nib.Nifti1Image(np.zeros((*SHAPE, 1), np.int16), affine).header
     header.set_data_shape((*SHAPE, frames))
     header.set_data_offset(352)
@@ -121,8 +125,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthesize(folder, arguments.frames)
-        asked = [fmrilm, "ask", str(folder / "scan.nii.gz"), QUESTION, "--choices", ",".join(CHOICES), "--json"]
-        asked += ["--model", arguments.model, "--atlas", ATLAS, "--label-image", str(folder / "labels.nii.gz")]
+        options = [QUESTION, "--choices", ",".join(CHOICES), "--json", "--device", "cpu"]
+        options += ["--model", arguments.model, "--atlas", ATLAS]
+        parcels = ["--label-image", str(folder / "labels.nii.gz")]
         commands = {
             "python -c pass": [sys.executable, "-c", "pass"],
             "import fmrilm": [sys.executable, "-c", "import fmrilm"],
@@ -130,7 +135,8 @@ def main() -> None:
             "import torch and transformers' models alone": [
                 sys.executable, "-c", "import torch; from transformers import AutoModelForCausalLM, PreTrainedModel",
             ],
-            "fmrilm ask": [*asked, "--device", "cpu"],
+            "fmrilm ask, an array": [fmrilm, "ask", str(folder / "scan.npy"), *options, "--tr", str(REPETITION_TIME)],
+            "fmrilm ask": [fmrilm, "ask", str(folder / "scan.nii.gz"), *options, *parcels],
         }  # fmt: skip
         # the first round warms the disk and is left out
         for number in range(1 + arguments.repeats):

@@ -220,8 +220,8 @@ def reliability(halves: list[tuple[PreparedScan, PreparedScan]]) -> list[dict]:
     """
     Of each descriptor: correlation over scans between first and second halves, of all scans and after each dataset's
     mean is taken away (scanners and atlases differ, which alone makes halves agree). Of the subjects with two
-    sessions, who are too few to correlate: mean absolute difference between sessions of a person and between
-    persons, in standard deviations of the cohort of first halves.
+    sessions, who are too few to correlate: mean absolute difference between sessions of a subject and between
+    subjects, in standard deviations of the cohort of first halves.
     """
     first, second = paired(halves)
     scans = [scan for scan, _ in halves]
@@ -250,7 +250,7 @@ def reliability(halves: list[tuple[PreparedScan, PreparedScan]]) -> list[dict]:
                 "halves_correlation": round(correlate(first[:, column], second[:, column]), 3),
                 "halves_correlation_within_datasets": round(correlate(*(half[:, column] for half in centred)), 3),
                 "difference_between_sessions": round(float(sessions[column]), 3),
-                "difference_between_people": round(float(between[column]), 3),
+                "difference_between_subjects": round(float(between[column]), 3),
             }
         )
     return rows
@@ -259,7 +259,7 @@ def reliability(halves: list[tuple[PreparedScan, PreparedScan]]) -> list[dict]:
 def identification(halves: list[tuple[PreparedScan, PreparedScan]]) -> list[dict]:
     """
     For the second half of each scan, the first half with the most similar z-scores (Pearson correlation over the
-    descriptors both have): how often it is the same scan's, or the same person's. Among all scans, and among those
+    descriptors both have): how often it is the same scan's, or the same subject's. Among all scans, and among those
     of one dataset with a cohort of that dataset alone. No second half has a part in any cohort.
     """
     rows = []
@@ -282,9 +282,9 @@ def identification(halves: list[tuple[PreparedScan, PreparedScan]]) -> list[dict
                     "among": group,
                     "descriptors": what,
                     "scans": len(members),
-                    "people": len(set(keys)),
+                    "subjects": len(set(keys)),
                     "right_scan": int((nearest == np.arange(len(members))).sum()),
-                    "right_person": sum(keys[place] == key for place, key in zip(nearest, keys, strict=True)),
+                    "right_subject": sum(keys[place] == key for place, key in zip(nearest, keys, strict=True)),
                 }
             )
             print(*rows[-1].values(), sep="  ")

@@ -19,6 +19,19 @@ from .processors.feature_extraction_fmrilm import FmriLMFeatureExtractor
 from .processors.processing_fmrilm import FmriLMProcessor
 
 
+EXPECTED = "expected a folder with a model and its processor, or their id on the Hub"
+ADVICE = "`fmrilm demo` makes a model in runs/demo/model"
+
+
+def check_source(path: str | Path) -> None:
+    """ValueError for what is no folder and can be no repository on the Hub."""
+    if not Path(path).exists():
+        try:
+            validate_repo_id(str(path))
+        except HFValidationError as error:
+            raise ValueError(f"{EXPECTED}, got {path}, which is neither: {ADVICE}") from error
+
+
 def load(
     path: str | Path,
     device: str | torch.device | None = None,
@@ -36,17 +49,16 @@ def load(
 
     ValueError for what is no folder and can be no repository, and for a model of another kind.
     """
-    expected = "expected a folder with a model and its processor, or their id on the Hub"
-    if Path(path).exists():
-        if not Path(path, "config.json").is_file():
-            raise ValueError(f"{expected}, got {path}, which holds no config.json")
-    else:
-        try:
-            validate_repo_id(str(path))
-        except HFValidationError as error:
-            raise ValueError(f"{expected}, got {path}, which is neither: `fmrilm demo` makes a model") from error
+    check_source(path)
+    if Path(path).exists() and not Path(path, "config.json").is_file():
+        raise ValueError(f"{EXPECTED}, got {path}, which holds no config.json")
     # the classes themselves, as the Auto classes take a while to import
-    values, _ = FmriLMConfig.get_config_dict(path, revision=revision)
+    try:
+        values, _ = FmriLMConfig.get_config_dict(path, revision=revision)
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        raise ValueError(f"{EXPECTED}, got {path}, which is no folder ({ADVICE}): {error}") from error
     if (kind := values.get("model_type")) != "fmrilm":
         raise ValueError(f"expected a model of type 'fmrilm' in {path}, got one of type {kind!r}")
     dtype = "auto" if dtype is None else dtype

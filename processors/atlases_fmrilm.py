@@ -16,6 +16,7 @@ import numpy as np
 from .scan_io_fmrilm import (
     CORTEX,
     SIDES,
+    SurfaceSeries,
     Volumes,
     check_archive_size,
     check_text_size,
@@ -37,6 +38,9 @@ JOINED = {"schaefer-400-tian-s3": ("tian-s3", "schaefer-400-7networks")}
 COLUMNS = ("index", "name", "network", "x", "y", "z")
 # of all labels of an atlas and a label image: more that only one of them has, and they are not of one atlas
 MAX_LABEL_DIFFERENCE = 0.25
+# well-known atlases whose parcels are in packages, as voxels and as vertices
+WITH_VOLUMES = ("aal2-94", "schaefer-400-7networks", "schaefer-400-tian-s3", "tian-s3")
+WITH_SURFACES = ("glasser-360", "schaefer-100-7networks", "schaefer-400-7networks")
 SCHAEFER_NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
 # in the order of Yeo's numbers, which the HCP utilities keep
 YEO_NETWORKS = ("None", *SCHAEFER_NETWORKS)
@@ -543,6 +547,16 @@ class Atlas:
 
     def __repr__(self) -> str:
         return f"Atlas({self.name!r}, {len(self)} ROIs, {self.checksum})"
+
+
+def fitting_atlases(scan: Any) -> list[str]:
+    """Names of the well-known atlases that what `read_scan` found, or an array [..., rois], can be of."""
+    if isinstance(scan, Volumes):
+        return list(WITH_VOLUMES)
+    if isinstance(scan, SurfaceSeries):
+        return list(WITH_SURFACES)
+    shape = np.shape(getattr(scan, "values", scan))
+    return Atlas.names_of(shape[-1]) if shape else []
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers import BatchFeature, FeatureExtractionMixin
 from transformers.utils import cached_file
 
-from .atlases_fmrilm import Atlas, Parcels
+from .atlases_fmrilm import Atlas, Parcels, fitting_atlases
 from .cleaning_fmrilm import (
     Cleaning,
     clean,
@@ -328,7 +328,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             what, fitting = "that fit the scan", [atlas for atlas in self.atlases if (len(atlas["rois"]),) == rois]
         raise ValueError(
             f"which atlas are the scan's ROIs from? Give atlas=...; known: {_sized(self.atlases)}; {what}: "
-            f"{_sized(fitting)}"
+            f"{_sized(fitting)}; well-known ones that fit: {', '.join(fitting_atlases(scan)) or 'none'}"
         )
 
     def _roi_signal(self, file: Any, atlas: Atlas) -> np.ndarray:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils import Bunch
 
-from fmrilm.processors import Atlas, Parcels, atlases_fmrilm
-from fmrilm.processors.atlases_fmrilm import volume_centers
+from fmrilm.processors import Atlas, Parcels, atlases_fmrilm, read_scan
+from fmrilm.processors.atlases_fmrilm import fitting_atlases, volume_centers
 
 
 PACKAGED = {"aal2-94": 94, "cc200": 200, "schaefer-100-7networks": 100, "schaefer-400-7networks": 400, "tian-s3": 50}
@@ -175,6 +175,15 @@ def test_one_resolver_takes_names_tables_dicts_and_atlases(tmp_path) -> None:
     with pytest.raises(ValueError, match="no package carries the parcels of 'cc200': give its label image"):
         Atlas.resolve("cc200", parcels=True)
     assert Atlas.names_of(450) == ["schaefer-400-tian-s3"] and Atlas.names_of(200) == ["cc200"]
+
+
+def test_atlases_that_fit_have_what_the_scan_needs() -> None:
+    volumes = read_scan(nib.Nifti1Image(np.zeros((2, 2, 2, 3), np.float32), np.eye(4)))
+    for name in fitting_atlases(volumes):
+        assert Atlas.load(name, parcels=True).parcels.volume is not None
+    for name in atlases_fmrilm.WITH_SURFACES:
+        assert Atlas.load(name, parcels=True).parcels.left is not None
+    assert fitting_atlases(np.zeros((10, 94))) == ["aal2-94"] and not fitting_atlases(np.zeros(()))
 
 
 def test_joined_atlases_keep_all_rois_and_the_first_lies_on_top() -> None:

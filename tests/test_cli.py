@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
@@ -163,6 +164,82 @@ def test_info_describes_a_model_folder(folder: Path, tmp_path: Path) -> None:
     assert "  tiny                      5 ROIs" in run("info", folder).stdout.splitlines()
     failed = run("info", tmp_path)
     assert failed.exit_code == 1 and "expected the config.json of a codec or a model" in failed.stderr
+
+
+def test_info_names_stages_data_and_figures(folder: Path, make_codec, extractor) -> None:
+    cohort = {"subjects": 10, "windows": 90}
+    (folder / "cohort.json").write_text(json.dumps(cohort))
+    data = {"test_subjects": [2, 3], "scans": 17, "terms": {"hcp": "its own"}}
+    written = {"run": {"seconds": {"codec": 90.0, "total": 120.0}}, "data": data}
+    (folder.parent / "results.json").write_text(json.dumps(written))
+    figure = EvalResult(
+        task_type="any-to-any",
+        dataset_type="held-out-subjects",
+        dataset_name="5 held-out subjects",
+        metric_type="accuracy",
+        metric_value=0.0,
+        metric_name="accuracy",
+    )
+    ModelCard(f"---\n{ModelCardData(model_name='tiny', eval_results=[figure]).to_yaml()}\n---\n").save(
+        folder / "README.md"
+    )
+    found = json.loads(run("info", folder, "--json").stdout)
+    assert found["stages"] == {"codec": "1.5 minutes", "total": "2.0 minutes"}
+    counts = {"training subjects": 10, "training windows": 90, "held-out subjects": 5, "scans": 17}
+    assert found["data"] == {**counts, "hcp": "its own"}
+    assert found["results"] == {"5 held-out subjects, accuracy": 0.0}
+    assert "  5 held-out subjects, accuracy  0.0" in run("info", folder).stdout.splitlines()
+    # a codec has figures beside it and no card
+    make_codec().save_pretrained(folder.parent / "codec" / "model")
+    (folder.parent / "codec" / "results.json").write_text(json.dumps({"r_squared": 0.5, "codebook_usage": [1.0]}))
+    found = json.loads(run("info", folder.parent / "codec" / "model", "--json").stdout)
+    assert (found["model"], found["results"]) == ({"stage": "1 (codec)"}, {"held-out scans, r_squared": 0.5})
+
+
+def test_missing_model_comes_with_the_way_to_get_one(scan: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    for words in (["evaluate", "runs/model", "."], ["info", "runs/model"], ["export", "runs/model", "out"]):
+        refused = run(*words)
+        assert refused.exit_code == 2
+        assert "got runs/model, which is none: `fmrilm demo` makes a model" in refused.stderr
+    failed = run("ask", scan, QUESTION, "--tr", "2")
+    assert failed.exit_code == 1
+    assert "got runs/demo/model, which is neither: `fmrilm demo` makes a model in runs/demo/model" in failed.stderr
+
+    def unreachable(*args: object, **options: object) -> None:
+        raise OSError("no repository of that name")
+
+    monkeypatch.setattr("fmrilm.scan_reader.FmriLMConfig.get_config_dict", unreachable)
+    failed = run("ask", scan, QUESTION, "--tr", "2", "--model", "me/model")
+    expected = "got me/model, which is no folder (`fmrilm demo` makes a model in runs/demo/model): no repository"
+    assert expected in failed.stderr
+
+
+def test_shell_completion_is_offered() -> None:
+    assert "--install-completion" in run("--help").stdout
+    command = [str(Path(sys.executable).with_name("fmrilm"))]
+    asked = {"_FMRILM_COMPLETE": "complete_bash", "COMP_WORDS": "fmrilm fore", "COMP_CWORD": "1"}
+    found = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["forecast"]
+
+
+def test_commands_that_write_files_say_so_as_json(folder: Path, scan: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--question", QUESTION, "--choices", "yes,no", "--output", "o.html", "--json"]
+    found = json.loads(read(folder, "report", scan, *options).stdout)
+    assert found == {"scan": str(scan), "output": "o.html", "questions": [QUESTION]}
+    found = json.loads(run("export", folder, tmp_path / "plain", "--json").stdout)
+    assert found["output"] == str(tmp_path / "plain") and "config.json" in found["files"]
+
+    def demo(output: Path, quick: bool) -> dict:
+        print("== preparing")
+        return {"settings": {"quick": quick}}
+
+    monkeypatch.setattr("fmrilm.training.demo.run_demo", demo)
+    printed = run("demo", "--quick", "--output", tmp_path, "--json")
+    assert json.loads(printed.stdout) == {"output": str(tmp_path), "settings": {"quick": True}}
+    assert "== preparing" in printed.stderr
 
 
 def test_version_is_printed() -> None:

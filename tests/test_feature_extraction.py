@@ -196,7 +196,8 @@ def test_volume_without_an_atlas_takes_the_one_with_parcels(signal, caplog) -> N
     assert caplog.messages == ["using the atlas 'a5', the only one of this model with parcels"]
     other = replace(ATLASES[0], parcels=atlas.parcels)
     with pytest.raises(
-        ValueError, match=r"which atlas.*known: a2 .*a3.*; with parcels: a2 \(2 ROIs\), a5 \(5 ROIs\)$"
+        ValueError,
+        match=r"which atlas.*known: a2 .*a3.*; with parcels: a2 \(2 ROIs\), a5 \(5 ROIs\); well-known .*: aal2-94, ",
     ):
         FmriLMFeatureExtractor([other, ATLASES[1], atlas])(image)
 
@@ -358,6 +359,8 @@ def test_atlas_must_be_named_when_several_or_none_are_known() -> None:
             ValueError, match=f"which atlas.*{known}.*that fit the scan: {'a5' if atlases else 'none'}"
         ):
             FmriLMFeatureExtractor(atlases=atlases)(bold(20), tr=2.0)
+    with pytest.raises(ValueError, match="that fit the scan: none; well-known ones that fit: cc200$"):
+        FmriLMFeatureExtractor(atlases=ATLASES)(bold(20, 200), tr=2.0)
     out = FmriLMFeatureExtractor()(bold(20), tr=2.0, atlas=ATLASES[2])
     assert out["fmri_values"].shape == (1, 5, 32)
 

@@ -13,6 +13,19 @@ from fmrilm import processors
 
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "trl", "sklearn", "matplotlib", "scipy", "nilearn")
+# by an answer about an array
+UNUSED = (
+    "sklearn",
+    "scipy.signal",
+    "scipy.ndimage",
+    "datasets",
+    "nilearn",
+    "sknetwork",
+    "pandas",
+    "pyarrow",
+    "joblib",
+)
+UNUSED += ("matplotlib", "peft", "trl", "torchvision")
 COMMAND = Path(sys.executable).with_name("fmrilm")
 
 
@@ -48,9 +61,15 @@ from fmrilm.training.cli.main import app
 arguments = ["ask", {str(saved / "scan.npy")!r}, "Is it?", "--choices", "yes,no", "--tr", "2"]
 run = CliRunner().invoke(app, [*arguments, "--json", "--model", {str(saved)!r}])
 assert run.exit_code == 0, run.output
-names = ("sklearn", "scipy.signal", "scipy.ndimage", "datasets", "nilearn", "pandas", "matplotlib", "peft", "trl")
-print(json.dumps([name for name in names if name in sys.modules]))
+print(json.dumps([name for name in {UNUSED} if name in sys.modules]))
 """
+    assert fresh(code) == []
+
+
+def test_the_reader_takes_nothing_that_it_does_not_need() -> None:
+    code = (
+        f"import fmrilm.scan_reader, json, sys\nprint(json.dumps([name for name in {UNUSED} if name in sys.modules]))"
+    )
     assert fresh(code) == []
 
 

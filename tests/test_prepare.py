@@ -280,7 +280,7 @@ def test_wrong_number_of_confounds_is_told(table, tmp_path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (lambda folder: [folder / "manifest.csv", folder / "out"], "Give --atlas"),
+        (lambda folder: [folder / "manifest.csv", folder / "out"], "well-known ones that fit 0.npy: none"),
         (lambda folder: [folder / "manifest.csv", folder / "out", "--atlas", "../x"], "no atlas '../x'"),
         (lambda folder: [folder / "manifest.csv", folder / "out", "--atlas", "x.tsv"], "no table of an atlas at x"),
         (lambda folder: [folder / "manifest.csv", folder, "--atlas", "aal2-94"], "holds something else"),

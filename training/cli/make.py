@@ -1,12 +1,14 @@
 """The commands that make a model: `fmrilm demo`, `prepare`, `describe`, `train codec|align|sft` and `evaluate`."""
 
+import sys
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from .options import AsJson, Backend, Jobs, Scheduler, ShardSize, check_backend, print_json
+from .options import AsJson, Backend, Jobs, ModelFolder, Scheduler, ShardSize, check_backend, print_json
 
 
 SOME_FAILED = 3
@@ -19,10 +21,16 @@ def demo(
         "runs/demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="The same chain in about a minute; learns nothing.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train all three stages on real scans out of Python packages, and ask about held-out subjects."""
     from ..demo import run_demo
 
+    if as_json:
+        # progress is printed, too
+        with redirect_stdout(sys.stderr):
+            results = run_demo(output, quick)
+        return print_json({"output": str(output), **results})
     run_demo(output, quick)
     typer.echo(f"\nmodel, results.json and report.html are in {output}")
 
@@ -133,7 +141,7 @@ def describe(
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a model and its processor.")],
+    model: ModelFolder,
     data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="What `fmrilm prepare` wrote.")],
     task: Annotated[
         list[str] | None, typer.Option(help="Packaged task, or a YAML file of one's own; may be given several times.")

@@ -27,6 +27,19 @@ Scan = Annotated[
 Model = Annotated[
     str, typer.Option(envvar=MODEL_VARIABLE, help="Folder of a model and its processor, or their id on the Hub.")
 ]
+
+
+def existing_folder(folder: Path | None) -> Path | None:
+    """Wrong usage where there is no such folder of a model, with the way to get one."""
+    if folder is not None and not folder.is_dir():
+        made = f"`fmrilm demo` makes a model in {DEFAULT_MODEL}"
+        raise typer.BadParameter(f"expected the folder of a model, got {folder}, which is none: {made}")
+    return folder
+
+
+ModelFolder = Annotated[
+    Path, typer.Argument(callback=existing_folder, help="Folder of a model or adapter and its processor.")
+]
 RepetitionTime = Annotated[float | None, typer.Option(help="Seconds between two frames, if the file does not say.")]
 AtlasName = Annotated[
     str | None, typer.Option(help="Atlas of the scan's ROIs, if the model knows several: a name, or a table (.tsv).")

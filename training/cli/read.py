@@ -128,6 +128,7 @@ def report(
     atlas: AtlasName = None,
     label_image: LabelImage = None,
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a page about one scan: signal, codes, next-code NLL, and answers with the tokens they rest on."""
     from fmrilm.processors.descriptors.text import level_answers
@@ -138,6 +139,8 @@ def report(
     asked = {text: given or level_answers(text) for text in question or QUESTIONS}
     with _reader(model, device) as (reader, _):
         write_scan_report(output, reader, scan, asked, title, tr=tr, atlas=atlas, label_image=label_image)
+    if as_json:
+        return print_json({"scan": str(scan), "output": str(output), "questions": list(asked)})
     typer.echo(str(output))
 
 

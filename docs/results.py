@@ -1,0 +1,185 @@
+"""Writes results.md out of the CSV files in benchmarks/results: python docs/results.py"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+
+PAGE = Path(__file__).with_name("results.md")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+MAIN_METRICS = ("roc_auc", "within_site_auc", "pearson_r")
+# of a model; the other conditions are baselines
+MODELS = ("zero-shot", "few-shot", "tuned", "probe")
+BEGINNING = """# Results
+
+Written by `python docs/results.py` from the CSV files in [`benchmarks/results/`](../benchmarks/results).
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a file holds, in a sentence; shown: the part of its table that stands in the page."""
+
+    heading: str
+    sentence: str
+    shown: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table
+
+
+def with_bounds(values: pd.Series, low: pd.Series, high: pd.Series) -> list[str]:
+    """ "value (low to high)", nothing where there is no value."""
+    cells = zip(values.map(number), low.map(number), high.map(number), strict=True)
+    return [value and f"{value} ({least} to {most})" for value, least, most in cells]
+
+
+def by_condition(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each figure of the demo, a column for each condition: mean (lowest to highest)."""
+    cells = with_bounds(table["mean"], table["lowest"], table["highest"])
+    table = table.assign(cell=cells, condition=table["condition"].fillna("value"))
+    order = list(dict.fromkeys(table["what"])), list(dict.fromkeys(table["condition"]))
+    return table.pivot(index="what", columns="condition", values="cell").loc[order].reset_index()
+
+
+def by_split(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each task, metric and condition, a column for each split: value (low to high)."""
+    kept = (table["comparison"] == "right") | ((table["comparison"] == "shuffled") & table["condition"].isin(MODELS))
+    kept &= table["metric"].isin(MAIN_METRICS) & (table["variant"].fillna("") == "")
+    table = table[kept & ~table["split"].str.contains(", fold ")]
+    index = ["task", "metric", "condition", "shots", "comparison"]
+    order = list(dict.fromkeys(table[index].itertuples(index=False, name=None))), list(dict.fromkeys(table["split"]))
+    cells = table.assign(cell=with_bounds(table["value"], table["low"], table["high"]))
+    return cells.pivot(index=index, columns="split", values="cell").loc[order].reset_index()
+
+
+def over_folds(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over the folds, which hold the same rows in the same order."""
+    names = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
+    place = table.groupby("fold").cumcount().rename("place")
+    means = table.drop(columns="fold").groupby([place, *names], sort=False).mean()
+    return means.reset_index(names).reset_index(drop=True)
+
+
+def by_family(table: pd.DataFrame) -> pd.DataFrame:
+    """Medians over the descriptors of each family, and how many there are."""
+    groups = table.drop(columns=["descriptor", "scans"]).groupby("family", sort=False)
+    return groups.median().reset_index().assign(descriptors=groups.size().to_numpy())
+
+
+SECTIONS = {
+    "demo.csv": Section(
+        "The demo",
+        "What the demo's model reads in scans of held-out subjects, what its codec keeps, and minutes of each part, "
+        "as mean (lowest to highest) over seeds: `python benchmarks/demo.py runs/demo-seeds`.",
+        by_condition,
+    ),
+    "people_baselines.csv": Section(
+        "Labels of subjects: baselines",
+        "Sex, age and diagnosis of test subjects by baselines without a language model, with 95 % intervals over "
+        "subjects: `python benchmarks/people.py baselines PREPARED`.",
+        by_split,
+    ),
+    "people_release.csv": Section(
+        "Labels of subjects: the release recipe",
+        "The same by models of the release recipe, one trained for each fold, beside the subject-shuffled control "
+        "and baselines: `python benchmarks/people.py release PREPARED`.",
+        by_split,
+    ),
+    "codec_rate.csv": Section(
+        "Codec: rate and distortion",
+        "R2 of the decoded signal and correlation of its connectivity by bits of a patch, means over folds: "
+        "`python benchmarks/codec.py labels --data FOLDER`.",
+        over_folds,
+    ),
+    "codec_labels.csv": Section(
+        "Codec: labels",
+        "Labels of test subjects by ridge regression on the codes' summary and on the signal's connectivity: "
+        "`python benchmarks/codec.py labels --data FOLDER`.",
+    ),
+    "codec_identification.csv": Section(
+        "Codec: identification",
+        "How often a scan's other half is found among those of all test subjects, by fold: "
+        "`python benchmarks/codec.py labels --data FOLDER`.",
+    ),
+    "codec_atlases.csv": Section(
+        "Codec: another atlas",
+        "What codes keep of scans in ROIs that the codec was not fitted on: "
+        "`python benchmarks/codec.py states --data FOLDER --state FOLDER`.",
+    ),
+    "codec_states.csv": Section(
+        "Codec: cognitive states",
+        "The condition of windows of 64 s by ridge regression, over folds of subjects: "
+        "`python benchmarks/codec.py states --data FOLDER --state FOLDER`.",
+    ),
+    "codec_speed.csv": Section(
+        "Codec: speed",
+        "Seconds of the fit, of encoding and of decoding: `python benchmarks/codec.py speed --data FOLDER`.",
+    ),
+    "descriptors_reliability.csv": Section(
+        "Descriptors: reliability",
+        "Correlation of descriptors between the halves of a scan, and their mean difference between sessions and "
+        "between subjects in standard deviations, as medians over the descriptors of a family: "
+        "`python benchmarks/descriptors.py reliability`.",
+        by_family,
+    ),
+    "descriptors_identification.csv": Section(
+        "Descriptors: identification",
+        "For how many scans the most similar first half, by descriptors, is the same scan's or the same subject's: "
+        "`python benchmarks/descriptors.py reliability`.",
+    ),
+    "descriptors_speed.csv": Section(
+        "Descriptors: speed",
+        "Cost of each family for a scan of 160 frames and 450 ROIs beside common libraries: "
+        "`python benchmarks/descriptors.py speed`.",
+    ),
+    "descriptors_throughput.csv": Section(
+        "Descriptors: throughput", "Scans described in a second: `python benchmarks/descriptors.py throughput`."
+    ),
+    "parcellation.csv": Section(
+        "Parcellation",
+        "Means of parcels of a volume beside nilearn's, file to series: `python benchmarks/parcellation.py`.",
+    ),
+    "ask.csv": Section(
+        "One question",
+        "Seconds of `fmrilm ask` from start to answer, and of its parts: `python benchmarks/ask.py MODEL`.",
+    ),
+    "rates.csv": Section(
+        "Rates of one core",
+        "Work done in a second of processor time, from which [scaling](scaling.md) is computed: "
+        "`python benchmarks/rates.py`.",
+    ),
+    "load.csv": Section(
+        "Many clients", "The Space and the pipeline under load: `python benchmarks/load.py MODEL --seconds 120`."
+    ),
+    "newcomer.csv": Section(
+        "A new user",
+        "Time from a fresh clone in an empty environment to the first answer: clone, `make demo`, `fmrilm ask`.",
+    ),
+}
+
+
+def number(value: object) -> str:
+    """A cell: three decimals at most, nothing for what is not known."""
+    if pd.isna(value):
+        return ""
+    return f"{value:,.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def page(results: Path) -> str:
+    """The page about the CSV files in a folder; ValueError for a file without a section."""
+    found = {path.name: path for path in results.glob("*.csv")}
+    if unknown := sorted(found.keys() - SECTIONS.keys()):
+        raise ValueError(f"{results}: expected files of {', '.join(SECTIONS)}, got {', '.join(unknown)}")
+    parts = [BEGINNING]
+    for name, section in SECTIONS.items():
+        if name in found:
+            shown = section.shown(pd.read_csv(found[name], keep_default_na=False, na_values=["", "nan"]))
+            rows = [shown.columns, ["---"] * shown.shape[1], *shown.map(number).itertuples(index=False)]
+            lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            source = f"[`{name}`](../benchmarks/results/{name})"
+            parts.append(f"## {section.heading}\n\n{section.sentence} Table: {source}.\n\n{lines}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(RESULTS), encoding="utf-8")

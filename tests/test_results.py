@@ -1,0 +1,102 @@
+"""Pages of results and scaling are what their scripts make, and the demo's table is what its runs hold."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CONDITIONS = ("right", "shuffled", "noise", "majority", "codes_ridge")
+
+
+@pytest.fixture(scope="module")
+def script() -> dict:
+    return runpy.run_path(str(ROOT / "docs" / "results.py"))
+
+
+@pytest.fixture(scope="module")
+def demo() -> dict:
+    return runpy.run_path(str(ROOT / "benchmarks" / "demo.py"))
+
+
+def results(seed: int) -> dict:
+    """A run's results.json as far as the table goes; the first seed's descriptions state nothing."""
+    family = {name: {"accuracy": 0.1 * place + 0.01 * seed} for place, name in enumerate(CONDITIONS)}
+    family["difference"] = {"value": -0.1}
+    shares = {name: None if seed == 0 else 0.5 for name in ("right", "shuffled", "majority")}
+    return {
+        "settings": {"quick": False, "seed": seed},
+        "descriptors": {
+            "families": {"strength": family, "all": family},
+            "descriptions": {"statements": 2 * seed, "statement_accuracy": shares, "repeated_sentences": 0.25},
+        },
+        "codec": {"r_squared": {"value": 0.6 + 0.1 * seed}, "fc_correlation": {"value": 0.8}},
+        "run": {"seconds": {"codec": 60.0 * seed, "total": 120.0}},
+    }
+
+
+def test_page_is_what_the_script_makes(script: dict) -> None:
+    assert script["page"](RESULTS) == script["PAGE"].read_text(encoding="utf-8"), "run: python docs/results.py"
+
+
+def test_scaling_is_what_its_script_makes() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "scaling.py"))
+    assert script["page"]() == script["PAGE"].read_text(encoding="utf-8"), "run: python docs/scaling.py"
+
+
+def test_sections_are_those_of_the_files_that_are_there(script: dict, tmp_path: Path) -> None:
+    shutil.copy(RESULTS / "descriptors_identification.csv", tmp_path)
+    (tmp_path / "ask.csv").write_text("what,seconds,n\nfmrilm ask,4.5678,5\n", encoding="utf-8")
+    page = script["page"](tmp_path)
+    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == [
+        "Descriptors: identification",
+        "One question",
+    ]
+    assert page.endswith("| what | seconds | n |\n| --- | --- | --- |\n| fmrilm ask | 4.568 | 5 |\n")
+    (tmp_path / "guesses.csv").write_text("a\n1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"expected files of demo.csv, .*, got guesses.csv"):
+        script["page"](tmp_path)
+
+
+def test_long_tables_are_shortened(script: dict) -> None:
+    folds = pd.DataFrame({"fold": [0, 0, 1, 1], "coder": ["a", "b"] * 2, "r_squared": [0.1, 0.2, 0.3, 0.4]})
+    assert script["over_folds"](folds).to_dict("list") == {"coder": ["a", "b"], "r_squared": [0.2, pytest.approx(0.3)]}
+    row = {"split": "5 folds, seed 0", "task": "sex", "condition": "zero-shot", "shots": "0", "variant": None}
+    row |= {"comparison": "right", "metric": "roc_auc", "value": 0.7, "low": 0.6, "high": 0.8}
+    left_out = {"metric": "f1"}, {"variant": "uncalibrated"}, {"comparison": "minus shuffled"}, {"split": "x, fold 0"}
+    more = {"split": "leave one site out"}, {"comparison": "shuffled"}, *left_out
+    people = script["by_split"](pd.DataFrame([row, *(row | change for change in more)]))
+    assert list(people) == ["task", "metric", "condition", "shots", "comparison", row["split"], "leave one site out"]
+    assert people.iloc[:, -3:].fillna("").to_numpy().tolist() == [
+        ["right", "0.7 (0.6 to 0.8)", "0.7 (0.6 to 0.8)"],
+        ["shuffled", "0.7 (0.6 to 0.8)", ""],
+    ]
+
+
+def test_table_of_the_demo_is_over_seeds(demo: dict, script: dict, tmp_path: Path) -> None:
+    table = demo["table"]([results(seed) for seed in range(3)])
+    rows = {(row.what, row.condition): row for row in table.itertuples()}
+    right = rows["balanced accuracy, strength", "shuffled"]
+    assert (right.mean, right.lowest, right.highest, right.seeds) == pytest.approx((0.11, 0.1, 0.12, 3))
+    assert rows["true statements in descriptions", "majority"].seeds == 2
+    assert (rows["R2 of the decoded signal", ""].mean, rows["minutes, codec", ""].highest) == pytest.approx((0.7, 2.0))
+    table.to_csv(tmp_path / "demo.csv", index=False, float_format="%.4f")
+    lines = script["page"](tmp_path).splitlines()
+    assert f"| what | {' | '.join(CONDITIONS)} | right minus shuffled | value |" in lines
+    assert any(line.startswith("| balanced accuracy, all | 0.01 (0 to 0.02) | 0.11 (0.1 to 0.12) |") for line in lines)
+    undefined = demo["table"]([results(0)])
+    undefined.to_csv(tmp_path / "demo.csv", index=False)
+    assert "| true statements in descriptions |  |" in script["page"](tmp_path)
+
+
+def test_finished_runs_of_the_demo_are_read(demo: dict, tmp_path: Path) -> None:
+    for seed in range(2):
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}" / "results.json").write_text(json.dumps(results(seed)), encoding="utf-8")
+    demo["main"](tmp_path, "0,1", tmp_path)
+    assert pd.read_csv(tmp_path / "demo.csv")["seeds"].max() == 2
