@@ -32,6 +32,8 @@ def test_run_leaves_its_stages_model_results_and_report(quick_demo: Path) -> Non
     }
     assert {path.name for path in quick_demo.parent.iterdir()} == {"run"}
     assert (quick_demo / "model" / "model.safetensors").stat().st_size > 400e6
+    parcels = {path.stem for path in (quick_demo / "model" / "atlases").iterdir()}
+    assert parcels == {"aal2-94", "schaefer-100-7networks", "schaefer-400-7networks"}
 
 
 def test_results_are_about_the_held_out_subjects(results: dict) -> None:
