@@ -182,6 +182,11 @@ def _sorted_voxels(parcels: Parcels, shape: tuple[int, ...], affine: bytes) -> t
     return sort_by_label(parcels.on_grid(shape, np.frombuffer(affine).reshape(4, 4)).ravel(order="F"))
 
 
+def packaged_names() -> list[str]:
+    """Names of the atlases whose tables are beside this file."""
+    return sorted(table.stem for table in TABLES.glob("*.tsv"))
+
+
 def check_affine(affine: np.ndarray | None, what: str) -> None:
     """Refuse what does not map voxels to mm and back."""
     if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(np.asarray(affine)[:3, :3])) < 1e-9:
@@ -327,7 +332,7 @@ class Atlas:
         if name in JOINED:
             return cls.join(name, [cls.load(part, parcels) for part in JOINED[name]])
         # compared with the listing, not with the file system: a name such as "../x" must not leave the folder
-        if name in (packaged := sorted(table.stem for table in TABLES.glob("*.tsv"))):
+        if name in (packaged := packaged_names()):
             atlas = cls.from_table(TABLES / f"{name}.tsv", name)
             return replace(atlas, parcels=atlas._packaged_parcels()) if parcels else atlas
         if name == "glasser-360":
@@ -404,6 +409,17 @@ class Atlas:
                 f"{counts}; labels of the atlas alone: {_listed(missing)}; of the image alone: {_listed(unknown)}"
             )
         return replace(self, parcels=parcels)
+
+    def with_packaged_parcels(self) -> "Atlas":
+        """The atlas with the parcels that an installed package carries for it; as it is where none does."""
+        if self.parcels is not None or self.name not in (*packaged_names(), *JOINED, "glasser-360"):
+            return self
+        try:
+            known = Atlas.load(self.name, parcels=True)
+        except ValueError:
+            return self
+        # another one may have the same name
+        return replace(self, parcels=known.parcels) if known == self else self
 
     def without(self, missing: np.ndarray) -> "Atlas":
         """The atlas without the ROIs that are missing, bool [rois]; it has no parcels."""

@@ -96,14 +96,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         # not saved as attributes: paths are read when a volume or a surface comes
         self._parcels: dict[str, Parcels | str] = dict(parcel_files or {})
         for atlas in atlases or []:
-            known = Atlas.resolve(atlas)
-            checksum = atlas.get("parcels_checksum") if isinstance(atlas, dict) else None
-            if known.parcels is not None:
-                self._parcels[known.name], checksum = known.parcels, known.parcels.checksum
-            self.atlases.append(known.to_dict() | ({} if checksum is None else {"parcels_checksum": checksum}))
-        names = [atlas["name"] for atlas in self.atlases]
-        if len(set(names)) < len(names):
-            raise ValueError(f"expected atlases of different names, got {names}")
+            self.add_atlas(atlas)
         if not TR_RANGE[0] < repetition_time < TR_RANGE[1]:
             raise ValueError(f"repetition_time must be in {TR_RANGE} seconds, got {repetition_time}")
         if patch_length < 1 or window_length < patch_length:
@@ -127,6 +120,17 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         self.iqr = iqr
         self.cleaning = cleaning
         self.max_missing_rois = max_missing_rois
+
+    def add_atlas(self, atlas: Atlas | dict[str, Any]) -> None:
+        """From now on this extractor knows the atlas, and saves it."""
+        known = Atlas.resolve(atlas)
+        names = [*(each["name"] for each in self.atlases), known.name]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected atlases of different names, got {names}")
+        checksum = atlas.get("parcels_checksum") if isinstance(atlas, dict) else None
+        if known.parcels is not None:
+            self._parcels[known.name], checksum = known.parcels, known.parcels.checksum
+        self.atlases.append(known.to_dict() | ({} if checksum is None else {"parcels_checksum": checksum}))
 
     def to_dict(self) -> dict[str, Any]:
         # the base class drops an attribute of this name: for audio it is an array of filter weights
@@ -208,8 +212,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
 
         Args:
             tr: repetition time of the scans in seconds; goes before the one in a file's sidecar or header.
-            atlas: name of a known or well-known atlas, path of its table, or an Atlas; may be left out if only one is
-                known, or only one that has parcels where the scan is a volume or surface.
+            atlas: name of a known or well-known atlas, path of its table, or an Atlas. May be left out if only one is
+                known; and of a volume or surface, for which the first one is taken that has parcels there.
             label_image: the atlas' parcels in the scan's own space, in place of its own; see `read_parcels`.
             generator: draws the starts of random windows.
             return_windows: also return what was read.
@@ -319,9 +323,10 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         if len(self.atlases) == 1:
             return self.atlases[0]
         if on_grid:
-            what, fitting = "with parcels", [atlas for atlas in self.atlases if atlas.get("parcels_checksum")]
-            if len(fitting) == 1:
-                warn_once(f"using the atlas {fitting[0]['name']!r}, the only one of this model with parcels")
+            what, fitting = "with parcels there", [atlas for atlas in self.atlases if self._lies_in(atlas, scan)]
+            if fitting:
+                others = f"; it also has: {_sized(fitting[1:])}" if fitting[1:] else ""
+                warn_once(f"using the atlas {fitting[0]['name']!r}, whose parcels this model has{others}")
                 return fitting[0]
         else:
             rois = np.shape(getattr(scan, "values", scan))[-1:]
@@ -330,6 +335,13 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             f"which atlas are the scan's ROIs from? Give atlas=...; known: {_sized(self.atlases)}; {what}: "
             f"{_sized(fitting)}; well-known ones that fit: {', '.join(fitting_atlases(scan)) or 'none'}"
         )
+
+    def _lies_in(self, atlas: dict[str, Any], scan: Any) -> bool:
+        """Whether the parcels of a known atlas are labels of a volume, or of the mesh of a surface scan."""
+        parcels = self._known_parcels(atlas["name"])
+        if parcels is None or hasattr(scan, "stored"):
+            return parcels is not None and parcels.volume is not None
+        return any(parcels.left is not None and part.mesh == len(parcels.left) for part in scan.structures)
 
     def _roi_signal(self, file: Any, atlas: Atlas) -> np.ndarray:
         """Series [time, rois] of what `read_scan` found: its columns by name, or the means of its parcels."""

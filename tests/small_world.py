@@ -19,6 +19,8 @@ from official_checkpoint import WIDTH, brain_tensors, language_tensors
 
 
 ATLAS, TR, FRAMES = "aal2-94", 0.72, 120
+# of the demo's model
+ATLASES = (ATLAS, "schaefer-100-7networks", "schaefer-400-7networks")
 # cb2, cb3, hm04 and hm05 are held out everywhere; of them, and of the others, there are both sexes
 SUBJECTS = 6
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
@@ -71,17 +73,17 @@ def write_small_world(folder: Path) -> Path:
 
 
 def write_model(folder: Path) -> None:
-    """A model of random weights with its processor, which knows AAL2 and its parcels, and its cohort."""
+    """A model of random weights with its processor, which knows the atlases of the demo's, and its cohort."""
     tokenizer = build_tiny_tokenizer()
-    atlas = Atlas.load(ATLAS, parcels=True)
-    extractor = FmriLMFeatureExtractor(atlases=[atlas], window_length=32)
+    atlases = [Atlas.load(name, parcels=True) for name in ATLASES]
+    extractor = FmriLMFeatureExtractor(atlases=atlases, window_length=32)
     processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2, summary_tokens=2)
     codec = build_tiny_codec(patch_length=16)
     language_model = build_tiny_language_model("llama", len(tokenizer) - 4)
     join(codec, language_model, processor, CORE_NAMES).eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     descriptors = np.random.default_rng(0).normal(0, 0.3, (SUBJECTS, len(CORE_NAMES)))
-    Cohort.fit("the model's training subjects", CORE_MEASURES, descriptors, SUBJECTS, [atlas]).save(folder)
+    Cohort.fit("the model's training subjects", CORE_MEASURES, descriptors, SUBJECTS, atlases).save(folder)
 
 
 def write_official_checkpoint(path: Path) -> None:

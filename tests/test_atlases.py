@@ -1,6 +1,7 @@
 import copy
 import json
 import pickle
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -184,6 +185,18 @@ def test_atlases_that_fit_have_what_the_scan_needs() -> None:
     for name in atlases_fmrilm.WITH_SURFACES:
         assert Atlas.load(name, parcels=True).parcels.left is not None
     assert fitting_atlases(np.zeros((10, 94))) == ["aal2-94"] and not fitting_atlases(np.zeros(()))
+
+
+def test_trained_models_get_the_parcels_that_packages_carry(monkeypatch) -> None:
+    for name in ("aal2-94", "schaefer-100-7networks", "schaefer-400-7networks"):
+        atlas = Atlas.load(name).with_packaged_parcels()
+        assert atlas == Atlas.load(name) and atlas.parcels.labels >= set(atlas.labels)
+    # of another atlas of that name, of one that no package carries, and without the package: none
+    other = replace(Atlas.load("aal2-94"), coordinates=np.zeros((94, 3)))
+    for atlas in (other, Atlas.load("cc200"), replace(other, name="schaefer-200-7networks")):
+        assert atlas.with_packaged_parcels() is atlas
+    monkeypatch.setattr(atlases_fmrilm.importlib.util, "find_spec", lambda name: None)
+    assert Atlas.load("tian-s3").with_packaged_parcels().parcels is None
 
 
 def test_joined_atlases_keep_all_rois_and_the_first_lies_on_top() -> None:

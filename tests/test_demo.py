@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fmrilm.training import demo
+from fmrilm.training.cli.main import app
 from fmrilm.training.data.open_data import open_scans
 from fmrilm.training.data.splits import held_out_subjects
 from fmrilm.training.demo import run_demo
@@ -29,6 +32,8 @@ def test_run_leaves_its_stages_model_results_and_report(quick_demo: Path) -> Non
     }
     assert {path.name for path in quick_demo.parent.iterdir()} == {"run"}
     assert (quick_demo / "model" / "model.safetensors").stat().st_size > 400e6
+    parcels = {path.stem for path in (quick_demo / "model" / "atlases").iterdir()}
+    assert parcels == {"aal2-94", "schaefer-100-7networks", "schaefer-400-7networks"}
 
 
 def test_results_are_about_the_held_out_subjects(results: dict) -> None:
@@ -61,6 +66,26 @@ def test_finished_run_is_not_repeated(quick_demo: Path, capsys: pytest.CaptureFi
     run_demo(quick_demo, quick=True)
     assert "holds a finished run" in capsys.readouterr().out
     assert (quick_demo / "results.json").stat().st_mtime_ns == before
+
+
+def test_seed_of_the_command_reaches_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken = {}
+    monkeypatch.setattr(demo, "write_open_scans", lambda folder: folder)
+    for name in ("find_scans", "prepare", "load_source"):
+        monkeypatch.setattr(demo, name, lambda *arguments: None)
+    monkeypatch.setattr(demo, "describe_dataset", lambda *arguments: taken.update(corpus=arguments[2].seed))
+    monkeypatch.setattr(demo, "train_stage", lambda *arguments: taken.update({arguments[0]: arguments[2:4]}))
+    monkeypatch.setattr(demo.shutil, "move", lambda *arguments: None)
+
+    def stop(*arguments, settings, **options) -> None:
+        taken["evaluation"] = settings.seed
+        raise ValueError("enough")
+
+    monkeypatch.setattr(demo, "evaluate", stop)
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "run"), "--quick", "--seed", "7"])
+    assert "enough" in result.output
+    stages = dict.fromkeys(("codec", "alignment", "sft"), ("--seed", "7"))
+    assert taken == {"corpus": 7, "evaluation": 7, **stages}
 
 
 def test_card_of_the_model_states_what_was_measured(quick_demo: Path, results: dict) -> None:

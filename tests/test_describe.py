@@ -19,11 +19,12 @@ from fmrilm.training.corpus import describe
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
 from fmrilm.training.data.collator import with_token_counts
+from fmrilm.training.data.splits import SplitArguments
 from helpers import atlas, noise_signal
 
 
 PEOPLE = 6
-SETTINGS = CorpusSettings(test_share=0.34, statements=3, questions=4, shard_size=2)
+SETTINGS = CorpusSettings(SplitArguments(0.34), statements=3, questions=4, shard_size=2)
 
 
 def write_manifest(folder: Path, people: int) -> Path:
@@ -157,7 +158,7 @@ def test_processes_and_interruptions_do_not_change_a_byte(scans: Path, corpus: P
 
 
 def test_command_takes_a_cohort_fitted_before(scans: Path, corpus: Path, tmp_path) -> None:
-    command("describe", scans, tmp_path / "again", "--cohort", corpus / "cohort", "--test-share", 0.5)
+    command("describe", scans, tmp_path / "again", "--cohort", corpus / "cohort", "--held-out-share", 0.5)
     assert_equal_folders(tmp_path / "again" / "cohort", corpus / "cohort")
 
 
@@ -188,23 +189,32 @@ def test_scan_is_described_without_its_missing_rois(scans: Path, corpus: Path, t
 
 def test_split_file_and_left_out_value_go_before_the_rule(scans: Path, tmp_path) -> None:
     (tmp_path / "splits.csv").write_text("subject,split\np0,test\np1,train\np2,train\np3,train\n")
-    for options, splits in (
-        ({"splits": str(tmp_path / "splits.csv")}, {"train": {"p1", "p2", "p3"}, "test": {"p0"}}),
-        ({"leave_out": "handedness=left"}, {"train": {"p0", "p2", "p4"}, "test": {"p1", "p3", "p5"}}),
+    for option, value, splits in (
+        ("--splits", tmp_path / "splits.csv", {"train": {"p1", "p2", "p3"}, "test": {"p0"}}),
+        ("--leave-out", "handedness=left", {"train": {"p0", "p2", "p4"}, "test": {"p1", "p3", "p5"}}),
     ):
-        output = tmp_path / next(iter(options))
-        outcome = describe_dataset(
-            load_source(str(scans)), output, CorpusSettings(statements=3, questions=4, **options)
-        )
-        assert outcome.scans == sum(map(len, splits.values()))
-        assert {split: set(rows["subject"]) for split, rows in load_dataset(str(output)).items()} == splits
+        said = command("describe", scans, tmp_path / option, option, value, "--statements", 3, "--questions", 4)
+        assert f"{sum(map(len, splits.values()))} scans described, 0 left out" in said
+        assert {split: set(rows["subject"]) for split, rows in load_dataset(str(tmp_path / option)).items()} == splits
+
+
+def test_run_does_not_go_on_with_another_split_file(scans: Path, tmp_path, monkeypatch) -> None:
+    splits = tmp_path / "splits.csv"
+    splits.write_text("subject,split\np0,test\np1,train\np2,train\n")
+    settings = CorpusSettings(SplitArguments(splits=str(splits)), 3, 4)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(describe, "write_whole", failing(4))
+        describe_dataset(load_source(str(scans)), tmp_path / "corpus", settings)
+    splits.write_text("subject,split\np0,train\np1,train\np2,test\n")
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        describe_dataset(load_source(str(scans)), tmp_path / "corpus", settings)
 
 
 def test_folder_of_which_no_scan_can_be_described_is_refused(corpus: Path, tmp_path) -> None:
     of = atlas("net", 24)
     rows = {"signal": [[[1.0] * 24] * 60] * 3, "tr": [2.0] * 3, "atlas": ["net"] * 3, "subject": ["a", "b", "c"]}
     source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, {"c"})
-    settings = CorpusSettings(test_share=0)
+    settings = CorpusSettings(SplitArguments(0))
     with pytest.raises(
         ValueError, match="no training scan could be described; the first: 24 of the 24 ROIs of 'net' are missing"
     ):
@@ -221,7 +231,7 @@ def test_rewrites_that_say_something_else_leave_the_text(
     module_tokenizer.chat_template = "{{ messages[0].content }}\n"
     for part in (make_language_model("llama", len(module_tokenizer)), module_tokenizer):
         part.save_pretrained(tmp_path / "model")
-    options = ("--statements", 1, "--test-share", 0.34)
+    options = ("--statements", 1, "--held-out-share", 0.34)
     command("describe", scans, tmp_path / "plain", *options)
     said = command("describe", scans, tmp_path / "corpus", *options, "--rewrite", tmp_path / "model")
     assert "100% of the rewrites were refused, their template text kept" in said
@@ -248,7 +258,7 @@ def test_files_of_which_every_scan_is_left_out_do_not_spoil_the_corpus(tmp_path)
     for tests, splits in (({"p0"}, {"train": 4}), ({"p1"}, {"train": 3, "test": 1})):
         source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, tests)
         output = tmp_path / str(len(splits))
-        describe_dataset(source, output, CorpusSettings(test_share=0, statements=3, questions=4, shard_size=1))
+        describe_dataset(source, output, CorpusSettings(SplitArguments(0), 3, 4, shard_size=1))
         assert {split: len(found) for split, found in load_dataset(str(output)).items()} == splits
 
 
@@ -258,16 +268,16 @@ def test_card_names_nobody(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("share", "message"),
     [
-        ({"test_share": 0.85}, "at least 2 training subjects to fit a cohort on, got 1"),
-        ({"test_share": 1.0}, "share of held-out subjects"),
-        ({"test_share": 0.999}, "expected subjects to learn from, got 6 subjects, none in training"),
+        (0.85, "at least 2 training subjects to fit a cohort on, got 1"),
+        (1.0, "share of held-out subjects"),
+        (0.999, "expected subjects to learn from, got 6 subjects, none in training"),
     ],
 )
-def test_split_without_a_cohort_is_refused(scans: Path, settings: dict, message: str, tmp_path) -> None:
+def test_split_without_a_cohort_is_refused(scans: Path, share: float, message: str, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
-        describe_dataset(load_source(str(scans)), tmp_path / "corpus", CorpusSettings(**settings))
+        describe_dataset(load_source(str(scans)), tmp_path / "corpus", CorpusSettings(SplitArguments(share)))
     assert not (tmp_path / "corpus").exists()
 
 

@@ -214,9 +214,22 @@ def test_unknown_conditions_shots_and_columns_are_refused() -> None:
     with pytest.raises(ValueError, match="expected shots of 0"):
         EvaluationSettings(shots=(-1,))
     assert [task.column for task in program.with_columns([GROUP, AGE], ["made_up_age=years"])] == ["group", "years"]
-    assert program.with_columns([GROUP], ["diagnosis"])[0].column == "diagnosis"
     with pytest.raises(ValueError, match="expected TASK=COLUMN with a task of made_up_group, made_up_age"):
         program.with_columns([GROUP, AGE], ["diagnosis"])
+
+
+def test_column_of_the_command_goes_before_all_names_in_the_yaml(cohort, saved, tmp_path) -> None:
+    named = replace(GROUP, other_columns=("group",))
+    [task] = program.with_columns([named], ["diagnosis"])
+    assert (task.column, task.other_columns) == ("diagnosis", ())
+    [task] = program.with_columns([named], ["made_up_group=diagnosis"])
+    assert (task.column, task.other_columns) == ("diagnosis", ())
+    file = tmp_path / "task.yaml"
+    values = {"name": "a_task", "column": "absent", "other_columns": ["group"], "choices": GROUP.choices}
+    file.write_text(yaml.safe_dump({**values, "questions": list(GROUP.questions)}))
+    assert evaluate(saved, cohort, tmp_path / "yaml", [str(file)], settings=FEW)["tasks"]["a_task"]
+    with pytest.raises(ValueError, match="no column 'diagnosis' among"):
+        evaluate(saved, cohort, tmp_path / "named", [str(file)], columns=["diagnosis"], settings=FEW)
 
 
 @pytest.mark.parametrize("rank", [4, None])
@@ -252,6 +265,10 @@ def test_command_prints_the_metrics_and_names_what_is_wrong(cohort, saved, tasks
     arguments = ["evaluate", str(saved), str(cohort), "--task", tasks[0], "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(app, [*arguments, "--conditions", "zero-shot, majority"])
     assert done.exit_code == 0 and "balanced_accuracy" in done.output and "shuffled" in done.output, done.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    more = [*arguments[:-1], str(tmp_path / "half"), "--held-out-share", "0.5", "--conditions", "majority", "--json"]
+    found = json.loads(CliRunner().invoke(app, more).stdout.splitlines()[-1])
+    assert found["data"]["test_subjects"] > results["data"]["test_subjects"]
     failed = CliRunner().invoke(app, [*arguments, "--shots", "some"])
     assert failed.exit_code == 1 and "expected shots of 0" in failed.output
     failed = CliRunner().invoke(app, arguments[:3])

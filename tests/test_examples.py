@@ -63,12 +63,12 @@ def test_atlas_of_ones_own_is_read_and_saved(run) -> None:
 
 
 def test_forecast_is_compared_with_the_truth(run) -> None:
-    said = run("forecast.py", MODEL, "scan.npy", "--tr", "0.72", "--samples", "2")
+    said = run("forecast.py", MODEL, "scan.npy", "--tr", "0.72", "--atlas", ATLAS, "--samples", "2")
     assert "context 54 s, forecast 32 s: [frames, rois] (16, 94)" in said
 
 
 def test_codec_works_alone(run) -> None:
-    said = run("codec_alone.py", MODEL, "scan.npy", "--tr", "0.72")
+    said = run("codec_alone.py", MODEL, "scan.npy", "--tr", "0.72", "--atlas", ATLAS)
     assert "as 6 latent tokens of 3 levels" in said and "levels 1 to 3:" in said
     assert "100 ROIs of schaefer-100-7networks: (1, 100, 48)" in said
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, Parcels, feature_extraction_fmrilm, scan_io_fmrilm
 from fmrilm.processors.cleaning_fmrilm import detrend, resample, resampled_length, robust_zscore, window_bounds
+from fmrilm.processors.scan_io_fmrilm import SIDES, Structure, SurfaceSeries
 
 
 ATLASES = [
@@ -193,13 +194,25 @@ def test_volume_without_an_atlas_takes_the_one_with_parcels(signal, caplog) -> N
     atlas, image = atlas_with_parcels()
     found = FmriLMFeatureExtractor([*ATLASES[:2], atlas]).read_signal(image)
     assert found.atlas == atlas
-    assert caplog.messages == ["using the atlas 'a5', the only one of this model with parcels"]
-    other = replace(ATLASES[0], parcels=atlas.parcels)
-    with pytest.raises(
-        ValueError,
-        match=r"which atlas.*known: a2 .*a3.*; with parcels: a2 \(2 ROIs\), a5 \(5 ROIs\); well-known .*: aal2-94, ",
-    ):
-        FmriLMFeatureExtractor([other, ATLASES[1], atlas])(image)
+    assert caplog.messages == ["using the atlas 'a5', whose parcels this model has"]
+    surface = replace(ATLASES[0], parcels=Parcels(left=np.ones(4, int), right=np.ones(4, int)))
+    more = replace(ATLASES[1], parcels=atlas.parcels)
+    # as of the demo's model: the first that has parcels where the scan has values, with a note
+    found = FmriLMFeatureExtractor([surface, atlas, more]).read_signal(image)
+    assert found.atlas == atlas and caplog.messages[1].endswith("this model has; it also has: a3 (3 ROIs)")
+    with pytest.raises(ValueError, match=r"which atlas.*known: a2 .*a3.*; with parcels there: none; well-known"):
+        FmriLMFeatureExtractor([surface, ATLASES[1]])(image)
+
+
+def test_surface_scan_without_an_atlas_takes_the_one_on_its_mesh() -> None:
+    structures = [Structure(slice(5 * i, 5 * i + 5), side, np.arange(5), 5) for i, side in enumerate(SIDES)]
+    scan = SurfaceSeries("made", bold(20, 10).astype(np.float32), 2.0, tuple(structures))
+    halves = {side: np.full(5, number) for number, side in enumerate(SIDES, start=1)}
+    coarse = replace(ATLASES[1], parcels=Parcels(left=np.ones(4, int), right=np.ones(4, int)))
+    extractor = FmriLMFeatureExtractor(
+        [atlas_with_parcels()[0], coarse, replace(ATLASES[0], parcels=Parcels(**halves))]
+    )
+    assert [known["name"] for known in extractor.atlases if extractor._lies_in(known, scan)] == ["a2"]
 
 
 def test_well_known_atlas_need_not_be_known_to_the_model(extractor) -> None:

@@ -77,6 +77,83 @@ def test_a_chat_cut_by_max_length_is_refused_and_not_read_wrongly(llama: Model, 
         trainer(SFTTrainer, llama, processor, tmp_path, cut).train()
 
 
+# --- what a plain SFTTrainer itself does to rows
+
+
+def prepared(model: Model, processor, output: Path, data: Dataset, own: bool = True, **changes) -> SFTTrainer:
+    """An SFTTrainer that prepares the rows, with our collator or its own."""
+    collator = RowCollator(processor.tokenizer.pad_token_id) if own else None
+    config = SFTConfig(
+        str(output), **{**OPTIONS, "remove_unused_columns": False, "gradient_checkpointing": False, **changes}
+    )
+    tools = {"processing_class": processor.tokenizer, "data_collator": collator}
+    return SFTTrainer(model=model, args=config, train_dataset=data, **tools)
+
+
+def answered_between(model: Model) -> Dataset:
+    """Rows of two scans with an answer behind each."""
+    row = ids(model, SHORT, "yes", LONG, "no")[0].tolist()
+    labels = [token if 10 <= token < 138 else -100 for token in row]
+    return Dataset.from_list(
+        [{"input_ids": row, "labels": labels, "codes": [SHORT, LONG], "scores": [[0.5, -1.0]] * 2}] * 4
+    )
+
+
+def test_max_length_in_an_answer_trains_on_what_is_left_of_it(llama: Model, processor, tmp_path) -> None:
+    data = answered_between(llama)
+    length = len(data[0]["input_ids"])
+    cut = prepared(llama, processor, tmp_path, data, max_length=length - 1).train_dataset
+    assert cut[0] == {**data[0], "input_ids": data[0]["input_ids"][:-1], "labels": data[0]["labels"][:-1]}
+    losses = [llama(**RowCollator(0)(list(rows)[:2])).text_loss for rows in (data, cut)]
+    trainer = prepared(llama, processor, tmp_path, data, max_length=length - 1, max_steps=1)
+    trainer.train()
+    assert losses[0] != losses[1] and trainer.state.log_history[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("left_out", [4, 6, 13])
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_max_length_shorter_than_a_chat_whose_scan_is_last_is_refused(
+    left_out: int, mode: str, llama: Model, processor, tmp_path
+) -> None:
+    data = answered_between(llama)
+    length = len(data[0]["input_ids"]) - left_out
+    trainer = prepared(llama, processor, tmp_path, data, max_length=length, truncation_mode=mode)
+    with pytest.raises(ValueError, match=r"expected \d+ (fMRI placeholder|summary) tokens for the scans, got"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("own", "strategy", "reason"),
+    [
+        (True, "bfd", "custom data collator is not supported"),
+        (
+            True,
+            "wrapped",
+            "expected rows with input_ids, labels, codes and scores, got none of codes, scores: packing",
+        ),
+        (False, "bfd", "expected 0 fMRI placeholder tokens for the scans, got"),
+        (False, "bfd_split", "expected 0 fMRI placeholder tokens for the scans, got"),
+        (False, "wrapped", "expected 0 fMRI placeholder tokens for the scans, got"),
+    ],
+)
+def test_packing_by_a_plain_sft_trainer_is_refused(
+    own: bool, strategy: str, reason: str, llama: Model, processor, tmp_path
+) -> None:
+    options = {"packing": True, "packing_strategy": strategy, "max_length": 64}
+    with pytest.raises(ValueError, match=reason):
+        prepared(llama, processor, tmp_path, rows(llama), own, **options).train()
+
+
+def test_text_alone_may_be_packed(llama: Model, processor, tmp_path) -> None:
+    row = ids(llama, "some words")[0].tolist()
+    data = Dataset.from_list([{"input_ids": row, "labels": row}] * 8)
+    trainer = prepared(
+        llama, processor, tmp_path, data, False, packing=True, packing_strategy="wrapped", max_length=16
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > trainer.state.log_history[5]["loss"]
+
+
 @pytest.mark.parametrize("backbone", ["llama", "gpt2"])
 def test_adapters_train_the_language_model_and_what_a_scan_passes_through(backbone: str, tiny_model) -> None:
     model = tiny_model(backbone)

@@ -120,8 +120,8 @@ def test_dead_rois_are_missing_and_counted(table, tmp_path) -> None:
     assert {subject: row["missing_rois"] for subject, row in rows.items()} == {"s0": 1, "s1": 0, "s3": 1}
     np.testing.assert_array_equal(np.isnan(np.array(rows["s0"]["signal"])).all(0), np.arange(ROIS) == 2)
     # with the option, nothing is lost, then and when it is read
-    half = Preparation(max_missing_rois=0.5)
-    assert run(manifest, tmp_path / "half", table, preparation=half) == Outcome(4, 0, 0)
+    arguments = ["prepare", str(manifest), str(tmp_path / "half"), "--atlas", str(table), "--max-missing-rois", "0.5"]
+    assert "4 scans prepared" in CliRunner().invoke(app, arguments).output
     scans = load_scans(tmp_path / "half", FmriLMFeatureExtractor())
     assert scans.table["missing_rois"].tolist() == [1, 0, 2, 1]
     np.testing.assert_array_equal(np.isnan(scans.signal(2)).all(0), [False, True, False, True, False])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer
 from typer.testing import CliRunner
 
-from fmrilm import load
+from fmrilm import Atlas, FmriLMFeatureExtractor, load
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.training import demo
 from fmrilm.training.alignment import program as alignment
@@ -22,8 +22,11 @@ from fmrilm.training.cli.main import app
 from fmrilm.training.codec import program as codec
 from fmrilm.training.data import splits
 from fmrilm.training.data.collator import RowCollator, encode_dataset
+from fmrilm.training.data.prepare import Preparation, prepare
+from fmrilm.training.data.scan_sources import find_scans
+from fmrilm.training.program import ScanArguments, read_scans
 from fmrilm.training.sft import program as sft
-from helpers import chats
+from helpers import chats, noise
 from program_runs import CONFIGS, assert_equal_weights, checkpoints, command_line, run, weights
 
 
@@ -106,6 +109,21 @@ def test_model_folder_reads_scans_of_its_atlas(runs: Path, program_folders: Path
     scan = {"signal": np.load(program_folders / "0.npy"), "tr": 2.0, "atlas": "net"}
     for name in ("alignment", "anew"):
         assert isinstance(load(runs / name / "model").describe(scan, max_new_tokens=4), str)
+
+
+def test_models_learn_the_parcels_of_packaged_atlases(tmp_path: Path) -> None:
+    """As the demo's: without them, the trained model could read no image."""
+    lines = ["path,subject,tr,atlas"]
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", noise(f"s{number}", 40, 94))
+        lines.append(f"{number}.npy,s{number},2.0,aal2-94")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines))
+    prepare(find_scans(tmp_path / "manifest.csv"), tmp_path / "prepared", None, Preparation())
+    extractor = FmriLMFeatureExtractor()
+    read_scans(ScanArguments(data=[str(tmp_path / "prepared")], held_out_share=0), extractor)
+    extractor.save_pretrained(tmp_path / "model")
+    parcels = FmriLMFeatureExtractor.from_pretrained(tmp_path / "model").atlas("aal2-94").parcels
+    assert parcels.checksum == Atlas.load("aal2-94", parcels=True).parcels.checksum
 
 
 def test_full_tuning_changes_all_but_what_is_fitted_before(program_folders: Path, tmp_path: Path) -> None:

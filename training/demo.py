@@ -6,6 +6,7 @@ of `configs/demo/`. `fmrilm train ... --config training/configs/demo/X.yaml` on 
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
     with clock.part("prepare", "Preparing the open scans: three atlases, four scanners"):
         prepare(find_scans(write_open_scans(work / "scans")), work / "prepared", None, Preparation())
     with clock.part("describe", "Describing them: descriptors, texts, questions"):
-        describe_dataset(load_source(str(work / "prepared")), work / "corpus", CorpusSettings())
+        describe_dataset(load_source(str(work / "prepared")), work / "corpus", CorpusSettings(seed=seed))
     with clock.part("codec", "Stage 1: the codec turns scans into discrete tokens"):
         train("codec", "--data", str(work / "prepared"))
     with clock.part("alignment", "Stage 2: the language model learns to read and to predict the tokens"):
@@ -84,7 +85,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
         train("sft", "--data", str(work / "corpus"), "--model_name_or_path", str(work / "alignment" / "model"))
     shutil.move(work / "sft" / "model", work / "model")
     with clock.part("evaluate", "Questions about held-out subjects"):
-        settings_of = EvaluationSettings.quick() if quick else EvaluationSettings()
+        settings_of = replace(EvaluationSettings.quick() if quick else EvaluationSettings(), seed=seed)
         results = evaluate(
             work / "model", work / "corpus", work / "evaluation", descriptors=True, settings=settings_of, show=True
         )

@@ -113,7 +113,9 @@ def read_scans(script_args: ScanArguments, extractor: "FmriLMFeatureExtractor") 
 
     scans = load_scans(script_args.data, extractor)
     known = {atlas["name"] for atlas in extractor.atlases}
-    extractor.atlases += [atlas.to_dict() for name, atlas in scans.atlases.items() if name not in known]
+    for name, atlas in scans.atlases.items():
+        if name not in known:
+            extractor.add_atlas(atlas.with_packaged_parcels())
     return split_scans(scans, script_args)
 
 

@@ -8,12 +8,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import AsJson, Backend, Jobs, ModelFolder, Scheduler, ShardSize, check_backend, print_json
+from .options import (
+    HELD_OUT_SHARE,
+    AsJson,
+    Backend,
+    HeldOutShare,
+    Jobs,
+    LeaveOut,
+    ModelFolder,
+    Scheduler,
+    ShardSize,
+    Splits,
+    check_backend,
+    print_json,
+)
 
 
 SOME_FAILED = 3
-# of `data.splits`, which imports scikit-learn
-HELD_OUT_SHARE = 0.2
 
 
 def demo(
@@ -21,6 +32,7 @@ def demo(
         "runs/demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="The same chain in about a minute; learns nothing.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the texts, the three trainings and the evaluation.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train all three stages on real scans out of Python packages, and ask about held-out subjects."""
@@ -29,9 +41,9 @@ def demo(
     if as_json:
         # progress is printed, too
         with redirect_stdout(sys.stderr):
-            results = run_demo(output, quick)
+            results = run_demo(output, quick, seed)
         return print_json({"output": str(output), **results})
-    run_demo(output, quick)
+    run_demo(output, quick, seed)
     typer.echo(f"\nmodel, results.json and report.html are in {output}")
 
 
@@ -55,6 +67,9 @@ def prepare(
     low_pass: Annotated[float | None, typer.Option(help="Remove faster fluctuations, Hz.")] = None,
     tr: Annotated[float | None, typer.Option(help="Repetition time (s) where the manifest has none.")] = None,
     space: Annotated[str, typer.Option(help="Template space to take of a derivatives folder.")] = "MNI*",
+    max_missing_rois: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest share of its ROIs that a scan may lack; above it, it fails.")
+    ] = 0.2,
     jobs: Jobs = 1,
     backend: Backend = "local",
     scheduler: Scheduler = None,
@@ -72,7 +87,7 @@ def prepare(
         find_scans(source, labels, space),
         output,
         atlas,
-        Preparation(tr, label_image and label_image.absolute(), confounds, high_pass, low_pass),
+        Preparation(tr, label_image and label_image.absolute(), confounds, high_pass, low_pass, max_missing_rois),
         jobs,
         scheduler,
         shard_size,
@@ -95,9 +110,9 @@ def describe(
         Path | None, typer.Option(help="Folder of a fitted cohort; by default, one of the training subjects.")
     ] = None,
     atlas: Annotated[list[Path] | None, typer.Option(help="Table (.tsv) of an atlas that is not packaged.")] = None,
-    test_share: Annotated[
-        float, typer.Option(help="Share of the subjects to hold out, beside those of the dataset's own test split.")
-    ] = HELD_OUT_SHARE,
+    held_out_share: HeldOutShare = HELD_OUT_SHARE,
+    splits: Splits = None,
+    leave_out: LeaveOut = None,
     statements: Annotated[int, typer.Option(min=1, help="Statements per family in a description.")] = 6,
     questions: Annotated[int, typer.Option(min=0, help="Questions about a scan.")] = 6,
     min_margin: Annotated[
@@ -121,12 +136,14 @@ def describe(
 
     from ..corpus.describe import CorpusSettings, describe_dataset
     from ..corpus.source import load_source
+    from ..data.splits import SplitArguments
 
+    split = SplitArguments(held_out_share, splits, leave_out)
     atlases = {known.name: known for known in map(Atlas.from_table, atlas or [])}
     outcome = describe_dataset(
         load_source(dataset, atlases),
         output,
-        CorpusSettings(test_share, statements, questions, min_margin, rewrite, shard_size, seed),
+        CorpusSettings(split, statements, questions, min_margin, rewrite, shard_size, seed),
         None if cohort is None else Cohort.load(cohort),
         jobs,
         scheduler,
@@ -155,9 +172,8 @@ def evaluate(
     column: Annotated[
         list[str] | None, typer.Option(help="Column of the task's labels, or TASK=COLUMN where there are several.")
     ] = None,
-    splits: Annotated[
-        str | None, typer.Option(help="CSV of subject and split (train, test), as the model was trained with.")
-    ] = None,
+    held_out_share: HeldOutShare = HELD_OUT_SHARE,
+    splits: Splits = None,
     leave_out: Annotated[
         str | None,
         typer.Option(help="COLUMN=VALUE that the model was trained without; or COLUMN, each value in turn."),
@@ -201,7 +217,7 @@ def evaluate(
         tuning=Tuning(steps=steps, rank=rank or None),
         seed=seed,
     )
-    split = SplitArguments(splits=splits, leave_out=leave_out)
+    split = SplitArguments(held_out_share, splits, leave_out)
     results = run(
         model,
         data,

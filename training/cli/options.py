@@ -17,6 +17,18 @@ Backend = Annotated[Literal["local", "dask"], typer.Option(help="Where to work."
 Scheduler = Annotated[str | None, typer.Option(help="Address of the Dask scheduler.")]
 ShardSize = Annotated[int, typer.Option(min=1, help="Scans per Parquet file.")]
 
+# subjects that are held out, as in every program; the default is that of `data.splits`, which imports scikit-learn
+HELD_OUT_SHARE = 0.2
+HeldOutShare = Annotated[
+    float, typer.Option(help="Share of the subjects that are held out, by a hash of their names.")
+]
+Splits = Annotated[
+    str | None, typer.Option(metavar="FILE", help="CSV of subject and split (train, test), in place of the hash.")
+]
+LeaveOut = Annotated[
+    str | None, typer.Option(metavar="COLUMN=VALUE", help="Hold out the subjects with this value instead of the hash.")
+]
+
 # one scan and the model that reads it
 Scan = Annotated[
     Path,

@@ -172,7 +172,8 @@ def main(command_line: list[str] | None = None) -> None:
     transformers.set_seed(seed)
     extractor = FmriLMFeatureExtractor(patch_length=args.patch_length, window_length=args.window_length)
     scans = load_scans(args.data, extractor)
-    extractor.atlases = [atlas.to_dict() for atlas in scans.atlases.values()]
+    for atlas in scans.atlases.values():
+        extractor.add_atlas(atlas.with_packaged_parcels())
     training, held_out = split_scans(scans, args)
     cohort = fit_cohort(training, args.window_length, args.window_stride)
     texts = TextEmbeddings(*load_text_encoder(args.language_model)) if args.language_model else None

@@ -55,12 +55,13 @@ def describe_dataset(
     """
     if output.exists():
         raise ValueError(f"{output} exists: expected a new folder")
-    splits = subject_splits(source, settings)
+    splits = subject_splits(source, settings.split)
     if cohort is not None:
         _check_cohort(cohort, source.atlases)
     shards = plan_shards(source, splits, settings.shard_size)
     work = output.with_name(f"{output.name}.partial")
-    _begin(work, {**asdict(settings), "scans": source.fingerprint, "cohort": cohort and cohort.name})
+    known = {"split": settings.split.describe(), "scans": source.fingerprint, "cohort": cohort and cohort.name}
+    _begin(work, {**asdict(settings), **known})
     fitted = cohort is None
     cohort, values, left_out = _measure(source, shards, work, cohort, jobs, scheduler)
     asked = _ask(source, shards, cohort, values, settings)
@@ -87,15 +88,14 @@ def describe_dataset(
     return outcome
 
 
-def subject_splits(source: Source, settings: CorpusSettings) -> dict[str, str]:
+def subject_splits(source: Source, args: SplitArguments) -> dict[str, str]:
     """
     Train or test by subject, by the rule of all programs; by its hash, the source's own test split is held out, too.
     The same name at several sites counts as one subject.
     """
-    args = SplitArguments(settings.test_share, settings.splits, settings.leave_out)
     names = source.table["subject"].to_numpy()
     training, test = (set(names[rows]) for rows in split_rows(source.table, args))
-    if settings.splits is None and settings.leave_out is None:
+    if args.splits is None and args.leave_out is None:
         training, test = training - source.test_subjects, test | source.test_subjects
     if not training:
         raise ValueError(f"no training subject left: {len(test)} of {len(set(names))} subjects are test subjects")

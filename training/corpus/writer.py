@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from fmrilm.processors.descriptors.text import REQUESTS, choose_statements, inte
 
 from ..alignment.chats import assistant, scan_block, text_block, user
 from ..alignment.language_models import load_language_model
-from ..data.splits import HELD_OUT_SHARE
+from ..data.splits import SplitArguments
 from .rewrite import rewrite
 from .source import Source
 
@@ -37,20 +37,18 @@ class CorpusSettings:
     """
     The texts about each scan.
 
-    test_share, splits, leave_out: which subjects are held out, see `SplitArguments`. statements: per family, in a
-    description. questions: about a scan. minimum_margin: of a question, in standard deviations of the cohort.
-    rewrite: language model (packaged name, folder or Hub id) that rewrites the descriptions. shard_size: scans a file.
+    split: which subjects are held out. statements: per family, in a description. questions: about a scan.
+    minimum_margin: of a question, in standard deviations of the cohort. rewrite: language model (packaged name, folder
+    or Hub id) that rewrites the descriptions. shard_size: scans a file.
     """
 
-    test_share: float = HELD_OUT_SHARE
+    split: SplitArguments = field(default_factory=SplitArguments)
     statements: int = 6
     questions: int = 6
     minimum_margin: float = 0.0
     rewrite: str | None = None
     shard_size: int = 64
     seed: int = 0
-    splits: str | None = None
-    leave_out: str | None = None
 
 
 @dataclass(frozen=True)

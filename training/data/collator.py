@@ -36,15 +36,20 @@ class RowCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        if missing := {"input_ids", "labels", "codes", "scores"} - rows[0].keys():
+            raise ValueError(
+                f"expected rows with input_ids, labels, codes and scores, got none of {', '.join(sorted(missing))}: "
+                "packing leaves them out"
+            )
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
         labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
         codes = [np.asarray(scan) for row in rows for scan in row["codes"]]
         scores = [np.asarray(scan, np.float32) for row in rows for scan in row["scores"]]
-        missing = -max(map(len, ids)) % LENGTH_MULTIPLE
+        padding = -max(map(len, ids)) % LENGTH_MULTIPLE
         batch = {
-            "input_ids": _padded(ids, self.pad_token_id, missing),
-            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0, missing),
-            "labels": _padded(labels, IGNORED, missing),
+            "input_ids": _padded(ids, self.pad_token_id, padding),
+            "attention_mask": _padded([torch.ones_like(row) for row in ids], 0, padding),
+            "labels": _padded(labels, IGNORED, padding),
         }
         # a batch may be text alone
         if codes:

@@ -23,7 +23,7 @@ MISSING = ("", "n/a")
 # beside the scans of a folder
 NO_SCANS = re.compile(r"\..*|.*\.json|(README|CHANGES|LICENSE)(\..*)?", re.IGNORECASE)
 # of the Preprocessed Connectomes Project (ABIDE): series of a subject, and the table of phenotypes
-PCP_SERIES = re.compile(r"(?P<subject>.+_\d{7})_rois_(?P<atlas>\w+)\.1D")
+PCP_SERIES = re.compile(r"(?P<subject>.+)_rois_(?P<atlas>\w+)\.1D")
 PCP_TABLE = "Phenotypic_V1_0b_preprocessed1.csv"
 PCP_LABELS = (
     "DX_GROUP", "DSM_IV_TR", "AGE_AT_SCAN", "SEX", "HANDEDNESS_CATEGORY", "FIQ", "VIQ", "PIQ", "EYE_STATUS_AT_SCAN",
@@ -141,17 +141,15 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
     The preprocessed scans of an fMRIPrep or other BIDS derivatives folder in one space; empty if it holds none at all.
 
     What else is different between scans of a subject (acquisition, direction, reconstruction, echo) becomes part of
-    `run`. Scans that are in other spaces alone, or of an unknown ending, have a problem. ValueError for raw BIDS.
+    `run`. Scans that are in other spaces alone, of an unknown ending or not preprocessed have a problem. ValueError
+    for raw BIDS.
     """
     found: dict[tuple, dict[str, Path]] = {}
     elsewhere: dict[tuple, dict[str, Path]] = {}
-    raw = None
+    raw: dict[tuple, dict[str, Path]] = {}
     for path in sorted(folder.rglob("sub-*_bold.*")):
         entities = parse_bids_name(path.name)
         if entities is None or entities["suffix"] != "bold" or entities["extension"] == ".json":
-            continue
-        if entities.get("desc") != "preproc" and not entities["extension"].endswith("series.nii"):
-            raw = raw or path
             continue
         template = entities.get("space", "native")
         distinct = [f"{key}-{entities[key]}" for key in ("acq", "ce", "rec", "dir", "echo") if key in entities]
@@ -161,11 +159,15 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
         # the other entities of its grid: resolution or density
         grid = "_".join([template, *(f"{key}-{entities[key]}" for key in ("res", "den", "cohort") if key in entities)])
         ids = (entities["sub"], entities.get("ses"), entities.get("task"), run)
+        # surfaces have no desc
+        if entities.get("desc") != "preproc" and not entities["extension"].endswith(("series.nii", ".gii")):
+            raw.setdefault(ids, {})[f"desc-{entities['desc']}" if "desc" in entities else "the raw scan"] = path
+            continue
         if not path.name.endswith(FORMATS):
             grid = f"a file that ends in {entities['extension']}"
         fits = path.name.endswith(FORMATS) and fnmatchcase(template, space)
         (found if fits else elsewhere).setdefault(ids, {})[grid] = path
-    if raw is not None and not (found or elsewhere):
+    if raw and not (found or elsewhere):
         raise ValueError(f"{folder.name} is raw BIDS, run fMRIPrep first: expected desc-preproc_bold files, got none")
     if elsewhere and not found:
         spaces = ", ".join(sorted({grid for grids in elsewhere.values() for grid in grids}))
@@ -182,13 +184,16 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
             *ids,
             problem=f"no scan in a space like {space}, of the known endings; there is: {', '.join(sorted(grids))}",
         )
-        for ids, grids in elsewhere.items()
+        for ids, grids in {**raw, **elsewhere}.items()
         if ids not in found
     ]
 
 
 def find_pcp(folder: Path) -> list[ScanSource]:
-    """The series of ROIs that `nilearn.datasets.fetch_abide_pcp` leaves; of the site's repetition time."""
+    """
+    The series of ROIs that `nilearn.datasets.fetch_abide_pcp` leaves; of the site's repetition time. Files beside them
+    of subjects without a series have a problem.
+    """
     found: dict[tuple[str, str], Path] = {}
     for path in sorted(folder.rglob("*_rois_*.1D")):
         if (match := PCP_SERIES.fullmatch(path.name)) is None:
@@ -201,14 +206,31 @@ def find_pcp(folder: Path) -> list[ScanSource]:
     return [
         ScanSource(path, subject, tr=times[subject][0] if times[subject] else None, atlas=atlas)
         for (subject, atlas), path in found.items()
+    ] + [
+        # of an atlas that is there: none has to be named for it
+        ScanSource(path, path.name, atlas=atlas, problem="expected a series by the name NAME_rois_ATLAS.1D")
+        for parent, atlas in {path.parent: atlas for (_, atlas), path in found.items()}.items()
+        for path in sorted(parent.iterdir())
+        if path.is_file()
+        and path.suffix != ".csv"
+        and not NO_SCANS.fullmatch(path.name)
+        and not path.name.startswith(tuple(f"{subject}_" for subject, _ in found))
     ]
 
 
 def find_files(folder: Path) -> list[ScanSource]:
-    """Every file of a folder; its name without the ending is the subject's id. Of other endings, it has a problem."""
+    """
+    Every file of a folder; its name without the ending is the subject's id. Of other endings, it has a problem, and so
+    has a folder in it that holds scans.
+    """
     scans, right = [], set()
     for path in sorted(folder.iterdir()):
-        if path.is_dir() or path in right or NO_SCANS.fullmatch(path.name):
+        if path in right or NO_SCANS.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            if any(file.name.endswith(FORMATS) for file in path.rglob("*")):
+                problem = "a folder with scans in it: prepare it by itself, or list its files in a manifest"
+                scans.append(ScanSource(path, path.name, problem=problem))
             continue
         ending = next((ending for ending in FORMATS if path.name.lower().endswith(ending.lower())), None)
         if ending is None:

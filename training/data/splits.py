@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,14 @@ class SplitArguments:
     leave_out: str | None = field(
         default=None, metadata={"help": "COLUMN=VALUE: hold out the subjects with this value, in place of the hash."}
     )
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, the table of splits named by its content: a run goes on with the same subjects alone."""
+        try:
+            content = self.splits and hashlib.sha256(Path(self.splits).read_bytes()).hexdigest()[:16]
+        except OSError as error:
+            raise ValueError(f"{Path(str(self.splits)).name}: not a readable table of splits: {error}") from error
+        return {**asdict(self), "splits": content}
 
 
 def held_out_subjects(subjects: Iterable[str], share: float = HELD_OUT_SHARE) -> set[str]:

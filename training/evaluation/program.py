@@ -111,7 +111,7 @@ def evaluate(
             "model": str(model_folder),
             "data": str(data),
             "tasks": [asdict(task) for task in loaded],
-            "split": {**asdict(split), "folds": folds},
+            "split": {**split.describe(), "folds": folds},
             "descriptors": descriptors,
             "settings": asdict(settings),
         },
@@ -169,7 +169,7 @@ def evaluate_scans(
 
 
 def with_columns(tasks: Sequence[Task], columns: Sequence[str]) -> list[Task]:
-    """The tasks with other label columns: each "TASK=NAME", or one "NAME" where there is one task."""
+    """The tasks with other label columns alone: each "TASK=NAME", or one "NAME" where there is one task."""
     changed = {task.name: task for task in tasks}
     for column in columns:
         name, _, value = column.rpartition("=")
@@ -177,7 +177,7 @@ def with_columns(tasks: Sequence[Task], columns: Sequence[str]) -> list[Task]:
             name = tasks[0].name
         if name not in changed:
             raise ValueError(f"expected TASK=COLUMN with a task of {', '.join(changed)}, got {column!r}")
-        changed[name] = replace(changed[name], column=value)
+        changed[name] = replace(changed[name], column=value, other_columns=())
     return list(changed.values())
 
 
