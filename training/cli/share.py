@@ -96,9 +96,10 @@ def info(
         typer.echo(part)
         width = max([26, *(len(name) + 2 for name in values)])
         for name, value in values.items():
-            shown = "not installed" if value is None else value
             if part == "caches":
                 shown = f"{value / 1e6:,.0f} MB"
+            else:
+                shown = "not installed" if value is None else value
             typer.echo(f"  {name:<{width}}{shown}")
 
 
