@@ -14,7 +14,6 @@ from fmrilm.training.data.splits import (
     SplitArguments,
     check_disjoint,
     held_out_subjects,
-    hold_out,
     k_fold,
     k_shot,
     split_rows,
@@ -125,24 +124,23 @@ def test_folds_part_subjects_and_cover_all_rows(count: int, sessions: int, seed:
     splits = list(k_fold(subjects, labels, folds, seed))
     assert len(splits) == folds
     np.testing.assert_array_equal(np.sort(np.concatenate([split.test for split in splits])), np.arange(len(subjects)))
-    for split in [*splits, hold_out(subjects, labels, 0.4, seed)]:
+    for split in splits:
         assert not set(subjects[split.training]) & set(subjects[split.test])
         assert len(split.training) + len(split.test) == len(subjects)
 
 
 def test_splits_are_stratified_where_the_classes_allow_it() -> None:
     subjects, labels = cohort(40, classes=4)
-    for split in [*k_fold(subjects, labels, 5, 0), hold_out(subjects, labels, 0.2, 0)]:
+    for split in k_fold(subjects, labels, 5, 0):
         np.testing.assert_array_equal(np.unique(labels[split.test], return_counts=True)[1], [4, 4, 4, 4])
     # a class of one subject cannot be in all folds, numbers have no classes: subjects are parted all the same
     lonely = (np.arange(80) < 2).astype(int)
     assert len(list(k_fold(subjects, lonely, 5, 0))) == len(list(k_fold(subjects, None, 5, 0))) == 5
-    assert len(hold_out(subjects, lonely, 0.25, 0).test) == 20
 
 
 def test_seeds_draw_different_subjects_and_the_same_ones_again() -> None:
     subjects, labels = cohort(20)
-    drawn = [hold_out(subjects, labels, 0.5, seed).test.tolist() for seed in (0, 1, 0)]
+    drawn = [next(iter(k_fold(subjects, labels, 2, seed))).test.tolist() for seed in (0, 1, 0)]
     assert drawn[0] == drawn[2] != drawn[1]
     shots = [k_shot(subjects, labels, 3, seed).tolist() for seed in (0, 1, 0)]
     assert shots[0] == shots[2] != shots[1]
@@ -168,9 +166,5 @@ def test_impossible_splits_are_refused() -> None:
     subjects, labels = cohort(4)
     with pytest.raises(ValueError, match="between 2 folds and one for each of the 4 subjects, got 5"):
         list(k_fold(subjects, labels, 5, 0))
-    with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
-        hold_out(subjects, labels, 1.5, 0)
-    with pytest.raises(ValueError, match="at least 2 subjects"):
-        hold_out(["a", "a"], None, 0.5, 0)
     with pytest.raises(ValueError, match="one label for each subject, got different ones in rows 0 and 1"):
-        hold_out(subjects, np.array([0, 1, 1, 1, 0, 0, 1, 1]), 0.5, 0)
+        list(k_fold(subjects, np.array([0, 1, 1, 1, 0, 0, 1, 1]), 2, 0))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, StratifiedShuffleSplit
+from sklearn.model_selection import KFold, StratifiedKFold
 
 
 if TYPE_CHECKING:
@@ -142,22 +142,6 @@ class Split:
 
     training: np.ndarray
     test: np.ndarray
-
-
-def hold_out(subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None, share: float, seed: int) -> Split:
-    """
-    A `share` of the subjects for the test, all rows of a subject on one side. labels: class int [rows] by which the
-    two are stratified where each class has two subjects; None for numbers.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"expected a share of test subjects between 0 and 1, got {share}")
-    names, classes = _by_subject(subjects, labels)
-    if len(names) < 2:
-        raise ValueError(f"expected at least 2 subjects to split, got {len(names)}")
-    stratified = classes is not None and _fewest(classes) >= 2
-    splitter = (StratifiedShuffleSplit if stratified else ShuffleSplit)(1, test_size=share, random_state=seed)
-    training, test = next(splitter.split(names, classes if stratified else None))
-    return _split(subjects, names[training], names[test])
 
 
 def k_fold(subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None, folds: int, seed: int) -> Iterator[Split]:

@@ -260,23 +260,6 @@ def labels_of(task: Task, rows: Rows, least: int = 2) -> list[Label | None]:
     return labels
 
 
-def check_splits(splits: Mapping[str, Rows]) -> None:
-    """ValueError if a subject has rows in two splits."""
-    first: dict[str, tuple[str, int]] = {}
-    for split, rows in splits.items():
-        twice = defaultdict(list)
-        for row, subject in enumerate(column_of(rows, "subject")):
-            before, place = first.setdefault(subject, (split, row))
-            if before != split:
-                twice[before, place].append(row)
-        if twice:
-            (before, place), numbers = next(iter(twice.items()))
-            raise ValueError(
-                f"expected every subject in one split, got {len(twice)} in two: one has row {place} of {before!r} and "
-                f"{_named(numbers)} of {split!r}"
-            )
-
-
 def _check_agreement(task: Task, labels: Sequence[Label | None], rows: Rows) -> None:
     if task.per_scan:
         return
