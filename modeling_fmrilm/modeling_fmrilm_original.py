@@ -235,6 +235,11 @@ class FmriOriginalProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "fmri_values"]
 
+    def decode_answers(self, ids: torch.Tensor) -> list[str]:
+        """Texts of generated ids [batch, tokens] without special tokens."""
+        texts: Any = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
+
     def apply_chat_template(
         self,
         conversation: list,

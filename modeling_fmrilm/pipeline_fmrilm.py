@@ -120,7 +120,8 @@ class FmriLMPipeline(Pipeline):
             ]
         ids = self.model.generate(**batch, **self._prepare_generate_kwargs(generate_kwargs or {}))
         new = ids[:, batch["input_ids"].shape[1] :]
-        return [{"answer": text} for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        processor: Any = self.processor
+        return [{"answer": text} for text in processor.decode_answers(new)]
 
     def postprocess(self, outputs: dict) -> dict:
         """Nothing is left to do."""

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, TextIteratorStreamer
 from .configuration_fmrilm import FmriLMConfig
 from .modeling_fmrilm import FmriLMForConditionalGeneration
 from .processors.feature_extraction_fmrilm import FmriLMFeatureExtractor
-from .processors.processing_fmrilm import FmriLMProcessor
+from .processors.processing_fmrilm import FmriLMProcessor, without_repeats
 
 
 EXPECTED = "expected a folder with a model and its processor, or their id on the Hub"
@@ -295,7 +295,7 @@ class ScanReader:
 
     def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[str]:
         ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens)[:, inputs["input_ids"].shape[1] :]
-        return self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return self.processor.decode_answers(ids)
 
     def _stream(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -317,7 +317,7 @@ class ScanReader:
         thread = Thread(target=generate, daemon=True)
         thread.start()
         try:
-            yield from (piece for piece in streamer if piece)
+            yield from without_repeats(streamer)
         finally:
             # also where nobody wants the rest
             stopped.set()

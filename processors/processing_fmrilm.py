@@ -1,7 +1,7 @@
 """FmriLMProcessor: scans and text, or a chat that holds scans -> the inputs of the language model."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ FMRI_PAD = "<|fmri_pad|>"
 FMRI_SUMMARY = "<|fmri_summary|>"
 FMRI_END = "<|fmri_end|>"
 FMRI_TOKENS = (FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END)
+
+# of a sentence
+ENDS = (".", "!", "?")
 
 # one scan: a whole block, expanded already or not, or a bare pad token
 _SCAN = re.compile(
@@ -106,6 +109,12 @@ class FmriLMProcessor(ProcessorMixin):
     def scan_text(self, tokens: int) -> str:
         """A scan of that many latent tokens in a text."""
         return FMRI_START + FMRI_PAD * tokens + FMRI_SUMMARY * self.summary_tokens + FMRI_END
+
+    def decode_answers(self, ids: Any) -> list[str]:
+        """Texts of generated ids [batch, tokens] without special tokens; no text has a sentence twice."""
+        return [
+            "".join(without_repeats([text])) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ]
 
     @property
     def fmri_token_id(self) -> int:
@@ -398,6 +407,33 @@ def _copied(conversation: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             _refuse_typed([content])
         copies.append({**message, "content": content})
     return copies
+
+
+def without_repeats(pieces: Iterable[str]) -> Iterator[str]:
+    """
+    The pieces of a text without sentences that it has already had, which greedy generation falls into. What may become
+    such a sentence waits until it is another one.
+    """
+    said: set[str] = set()
+    sentence, shown = "", 0
+    for piece in pieces:
+        out = ""
+        for letter in piece:
+            # not at the point within a number
+            if letter.isspace() and sentence.endswith(ENDS):
+                if sentence.strip() not in said:
+                    out += sentence[shown:]
+                    said.add(sentence.strip())
+                sentence, shown = "", 0
+            sentence += letter
+            if not any(known.startswith(sentence.strip()) for known in said):
+                out += sentence[shown:]
+                shown = len(sentence)
+        if out:
+            yield out
+    whole = sentence.endswith(ENDS) and sentence.strip() not in said
+    if sentence[shown:] and (whole or not sentence.strip()):
+        yield sentence[shown:]
 
 
 def _fmri_blocks(conversation: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -19,6 +19,7 @@ from fmrilm.processors import (
     FmriLMProcessor,
     add_fmri_tokens,
 )
+from fmrilm.processors.processing_fmrilm import without_repeats
 
 
 BLOCK = FMRI_START + FMRI_PAD + FMRI_END
@@ -305,6 +306,33 @@ def test_template_that_rewrites_earlier_answers_has_no_mask(processor) -> None:
 
 
 # --- choices
+
+
+A, B = "Connectivity of A is low (z = -0.31).", "Connectivity of B is low (z = -0.31)."
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (f"{A} {B} {A}", f"{A} {B}"),
+        (f"{A}\n{A} {A} {B}", f"{A} {B}"),
+        (f"{A} {B} Connectivity of A is", f"{A} {B}"),
+        (f"{A} {B} Connectivity of C is", f"{A} {B} Connectivity of C is"),
+        (f"{A} Connectivity.", f"{A} Connectivity."),
+        ("yes yes 0.5 0.5", "yes yes 0.5 0.5"),
+        (" It is. \n", " It is. \n"),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_no_sentence_stands_twice_in_a_text(text: str, kept: str, size: int) -> None:
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    assert "".join(without_repeats(pieces)) == kept
+
+
+def test_sentences_that_are_new_come_as_they_are_generated() -> None:
+    pieces = ["It ", "is ", "low. ", "It ", "is ", "high. It is low. No"]
+    assert list(without_repeats(pieces)) == ["It ", "is ", "low.", " It is high. No"]
 
 
 def test_choices_are_plain_ids(processor) -> None:

@@ -85,6 +85,23 @@ def test_description_is_asked_for_in_words_of_the_training() -> None:
     assert ScanReader.describe.__defaults__[0] in REQUESTS
 
 
+def test_no_sentence_twice_in_a_greedy_description(reader: ScanReader, scans: list[dict], monkeypatch) -> None:
+    tokenizer = reader.processor.tokenizer
+    said = tokenizer("It is low. It is high. It is low. It is low", add_special_tokens=False)["input_ids"]
+
+    def generate(input_ids, streamer=None, **options):
+        rows = torch.cat([input_ids, torch.tensor([said] * len(input_ids))], 1)
+        if streamer is not None:
+            for column in [input_ids[0], *rows[0, input_ids.shape[1] :, None]]:
+                streamer.put(column)
+            streamer.end()
+        return rows
+
+    monkeypatch.setattr(reader.model, "generate", generate)
+    assert reader.describe(scans) == ["It is low. It is high."] * 2
+    assert "".join(reader.describe(scans[0], stream=True)) == "It is low. It is high."
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_choices_get_the_probabilities_of_the_model(reader: ScanReader, scans: list[dict], batch_size: int) -> None:
     found = reader.ask(scans, QUESTION, CHOICES, batch_size=batch_size)

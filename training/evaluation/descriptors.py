@@ -6,6 +6,7 @@ control), and about noise. Beside them stand the label that is most frequent in 
 features of the codes. Free descriptions of the same scans are read back into statements, which are true or false.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -292,4 +293,5 @@ def claims(text: str) -> list[tuple[int, int]]:
 
 
 def sentences(text: str) -> list[str]:
-    return [part.strip() for part in text.split(".") if part.strip()]
+    """Of a text; the point within a number ends none."""
+    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
