@@ -26,6 +26,7 @@ from fmrilm.modeling_fmricodec import FmriCodecSummary
 from fmrilm.training.codec.fit import fit_codec, fit_summary, present
 from fmrilm.training.codec.metrics import fc_correlation, r_squared
 from fmrilm.training.data.dataset import Scans, load_scans
+from fmrilm.training.ridge import cross_fitted_ridge
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +34,6 @@ RECIPE = Path(__file__).parents[1] / "training" / "configs" / "release" / "codec
 PATCH, BOOTSTRAPS = 16, 1000
 # parts of all levels that decode on their own
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
-PENALTIES = 10.0 ** np.arange(-3, 2.1, 0.5)
 
 
 def load(folder: Path) -> Scans:
@@ -116,25 +116,6 @@ class TransformCoder:
         return spent, r_squared(signals, guesses), fc_correlation(signals, guesses) or float("nan")
 
 
-def ridge(known: np.ndarray, targets: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Predictions of targets [rows, n] by ridge regression, each with the penalty of the least leave-one-out error."""
-    mean, scale = known.mean(0), known.std(0).mean() * np.sqrt(known.shape[1])
-    known, new = (known - mean) / scale, (new - mean) / scale
-    values, vectors = np.linalg.eigh((known @ known.T).astype(np.float64))
-    centre, best = targets.mean(0), np.full(targets.shape[1], np.inf)
-    found = np.zeros((len(new), targets.shape[1]))
-    for penalty in PENALTIES:
-        shrunk = vectors * (values / (values + penalty))
-        error = (targets - centre - shrunk @ (vectors.T @ (targets - centre))) / (1 - (shrunk * vectors).sum(1))[
-            :, None
-        ]
-        better = (error**2).sum(0) < best
-        best = np.where(better, (error**2).sum(0), best)
-        dual = vectors @ ((vectors.T @ (targets - centre)) / (values + penalty)[:, None])
-        found[:, better] = (centre + new @ (known.T @ dual))[:, better]
-    return found
-
-
 def correlations(signal: np.ndarray) -> np.ndarray:
     """Fisher z of all pairs of ROIs, zero where one is missing."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -166,7 +147,7 @@ def labels(folder: Path, folds: int) -> None:
         "age": table["age"].to_numpy(float),
     }
     stacked = np.stack(list(targets.values()), 1)
-    strata = table["site"] + table["diagnosis"]
+    strata, subjects = table["site"] + table["diagnosis"], table["subject"].to_numpy(str)
     signals = signals_of(scans)
     raw = np.stack([correlations(signal) for signal in signals])
     predictions: dict[str, np.ndarray] = {}
@@ -206,11 +187,13 @@ def labels(folder: Path, folds: int) -> None:
                 refit(model, learned, levels)
             else:
                 fit_summary(model, learned, np.random.default_rng(0))
-            rows = [model.summarize(row[..., :levels])[0] for row in codes]
+            rows = [model.scan_features(row[..., :levels])[0] for row in codes]
             features[f"codes, {bits(config, levels):.0f} bits"] = torch.stack(rows).numpy()
         for name, values in features.items():
             found = predictions.setdefault(name, np.full(stacked.shape, np.nan))
-            found[test] = ridge(values[training], stacked[training], values[test])
+            blocks = config.scan_feature_blocks if name.startswith("codes") else None
+            ridge = cross_fitted_ridge(values[training], stacked[training], subjects[training], 0, blocks)
+            found[test] = ridge.predict(values[test])
         identified.append({"fold": fold, **identification(model, held_out)})
         write("rate", rate)
         write("labels", label_rows(targets, predictions, np.concatenate(tested)))
@@ -302,8 +285,10 @@ def states(folder: Path, state_folder: Path) -> None:
     rows = []
     for name, values in features.items():
         inputs, found = np.stack(values), np.zeros(len(truth), int)
-        for training, test in GroupKFold(5).split(inputs, groups=subjects):
-            found[test] = ridge(inputs[training], np.eye(len(names))[truth[training]], inputs[test]).argmax(1)
+        groups = np.array(subjects)
+        for training, test in GroupKFold(5).split(inputs, groups=groups):
+            ridge = cross_fitted_ridge(inputs[training], np.eye(len(names))[truth[training]], groups[training])
+            found[test] = ridge.predict(inputs[test]).argmax(1)
         majority = np.bincount(truth).max() / len(truth)
         rows.append(
             {"features": name, "windows": len(truth), "accuracy": float((found == truth).mean()), "majority": majority}
