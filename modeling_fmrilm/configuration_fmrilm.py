@@ -42,7 +42,7 @@ CODEC_SIZES = {
 
 class FmriCodecConfig(PreTrainedConfig):
     """
-    Configuration of [`FmriCodecModel`]. The defaults are the release's: 16 tokens of 8 levels of 512 codes, 1,152
+    Configuration of [`FmriCodecModel`]. The defaults are the release's: 8 tokens of 16 levels of 512 codes, 1,152
     bits for a patch of 16 frames, and no transformer.
 
     Args:
@@ -73,11 +73,11 @@ class FmriCodecConfig(PreTrainedConfig):
     base_config_key = "codec_config"
 
     patch_length: int = 16
-    tokens_per_patch: int = 16
-    num_quantizers: int = 8
+    tokens_per_patch: int = 8
+    num_quantizers: int = 16
     quantizer: str = "vq"
     codebook_size: int = 512
-    codebook_dim: int = 32
+    codebook_dim: int = 64
     fsq_levels: list[int] | None = None
     repetition_time: float | int = 2.0
     num_basis_functions: int = 64

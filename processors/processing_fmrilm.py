@@ -82,7 +82,7 @@ class FmriLMProcessor(ProcessorMixin):
         self,
         feature_extractor: Any,
         tokenizer: PreTrainedTokenizerBase,
-        tokens_per_patch: int = 16,
+        tokens_per_patch: int = 8,
         summary_tokens: int = 8,
         chat_template: str | None = None,
         **kwargs: Any,

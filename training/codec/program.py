@@ -47,11 +47,11 @@ class CodecArguments(SplitArguments):
         default=None, metadata={"help": "Transformers added to the linear maps: tiny, small, base or large; or none."}
     )
     patch_length: int = 16
-    tokens_per_patch: int = 16
-    num_quantizers: int = field(default=8, metadata={"help": "Levels: codes of a token."})
+    tokens_per_patch: int = 8
+    num_quantizers: int = field(default=16, metadata={"help": "Levels: codes of a token."})
     quantizer: str = field(default="vq", metadata={"help": "vq or fsq."})
     codebook_size: int = 512
-    codebook_dim: int = 32
+    codebook_dim: int = 64
     fsq_levels: list[int] | None = None
     num_basis_functions: int = 64
     start_steps: int = field(default=400, metadata={"help": "Updates of the spatial basis in the fit."})
