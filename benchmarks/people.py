@@ -20,9 +20,9 @@ from fmrilm.processors import FmriLMFeatureExtractor
 from fmrilm.training.data.dataset import Scans, load_scans
 from fmrilm.training.data.shards import write_whole
 from fmrilm.training.data.splits import Split, SplitArguments
-from fmrilm.training.data.tasks import load_task
+from fmrilm.training.data.tasks import load_task, with_columns
 from fmrilm.training.evaluation.baselines import Baselines, shuffle_subjects
-from fmrilm.training.evaluation.program import EvaluationSettings, evaluate, make_splits, with_columns
+from fmrilm.training.evaluation.program import EvaluationSettings, evaluate, make_splits
 from fmrilm.training.evaluation.report import table
 from fmrilm.training.evaluation.results import FULL, summarize
 from fmrilm.training.evaluation.scans import Labelled

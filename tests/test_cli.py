@@ -232,7 +232,7 @@ def test_commands_that_write_files_say_so_as_json(folder: Path, scan: Path, tmp_
     found = json.loads(run("export", folder, tmp_path / "plain", "--json").stdout)
     assert found["output"] == str(tmp_path / "plain") and "config.json" in found["files"]
 
-    def demo(output: Path, quick: bool) -> dict:
+    def demo(output: Path, quick: bool, seed: int) -> dict:
         print("== preparing")
         return {"settings": {"quick": quick}}
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fmrilm.training.cli.main import app
 from fmrilm.training.data.splits import SplitArguments, held_out_subjects
-from fmrilm.training.data.tasks import Task, load_task
+from fmrilm.training.data.tasks import Task, load_task, with_columns
 from fmrilm.training.evaluation import program, tuning
 from fmrilm.training.evaluation.ask import score_windows
 from fmrilm.training.evaluation.program import EvaluationSettings, evaluate
@@ -213,16 +213,16 @@ def test_unknown_conditions_shots_and_columns_are_refused() -> None:
         EvaluationSettings(conditions=("vibes",))
     with pytest.raises(ValueError, match="expected shots of 0"):
         EvaluationSettings(shots=(-1,))
-    assert [task.column for task in program.with_columns([GROUP, AGE], ["made_up_age=years"])] == ["group", "years"]
+    assert [task.column for task in with_columns([GROUP, AGE], ["made_up_age=years"])] == ["group", "years"]
     with pytest.raises(ValueError, match="expected TASK=COLUMN with a task of made_up_group, made_up_age"):
-        program.with_columns([GROUP, AGE], ["diagnosis"])
+        with_columns([GROUP, AGE], ["diagnosis"])
 
 
 def test_column_of_the_command_goes_before_all_names_in_the_yaml(cohort, saved, tmp_path) -> None:
     named = replace(GROUP, other_columns=("group",))
-    [task] = program.with_columns([named], ["diagnosis"])
+    [task] = with_columns([named], ["diagnosis"])
     assert (task.column, task.other_columns) == ("diagnosis", ())
-    [task] = program.with_columns([named], ["made_up_group=diagnosis"])
+    [task] = with_columns([named], ["made_up_group=diagnosis"])
     assert (task.column, task.other_columns) == ("diagnosis", ())
     file = tmp_path / "task.yaml"
     values = {"name": "a_task", "column": "absent", "other_columns": ["group"], "choices": GROUP.choices}

@@ -222,6 +222,7 @@ def test_packing_is_refused_with_the_reason(option: str, program_folders: Path, 
         ("sft", {"data": "no such folder"}, "no prepared scans in no such folder"),
         ("sft", {"tasks": "shoe_size"}, "handedness"),
         ("sft", {"tasks": "sex"}, "no column 'sex'"),
+        ("sft", {"tasks": "handedness", "columns": "handedness=hand"}, "no column 'hand'"),
         ("sft", {"model_name_or_path": None}, "expected model_name_or_path"),
     ],
 )

@@ -49,7 +49,9 @@ def scans_and_texts(rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
 def align(rank: int | None) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     # as many scan features as `scans_and_texts` gives
-    head = FmriCodecAlignment(FmriCodecConfig(text_hidden_size=12, alignment_size=5, num_basis_functions=3))
+    head = FmriCodecAlignment(
+        FmriCodecConfig(text_hidden_size=12, alignment_size=5, num_basis_functions=3, num_networks=0)
+    )
     scans, texts = scans_and_texts(rank)
     loss = head.siglip(head.embed_scans(scans), texts)
     loss.backward()

@@ -11,7 +11,7 @@ the same site and atlas: what is right there does not come from the scan.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fmrilm.processors.descriptors.cohort import JSON_FILE, Cohort
 from ..data.dataset import Scans, load_scans
 from ..data.shards import write_whole
 from ..data.splits import Split, SplitArguments, k_fold, k_shot, split_scans
-from ..data.tasks import Task, labels_of, load_task
+from ..data.tasks import Task, labels_of, load_task, with_columns
 from ..trainer import half_precision
 from . import descriptors as descriptor_questions
 from .ask import Example, answer_windows, calibrated, embed_windows, parse_number, score_windows
@@ -166,19 +166,6 @@ def evaluate_scans(
             tested = np.concatenate([split.test for split in splits])
             results["codec"] = reconstruction_results(model.model.codec, encoded, tested, show)
     return results
-
-
-def with_columns(tasks: Sequence[Task], columns: Sequence[str]) -> list[Task]:
-    """The tasks with other label columns alone: each "TASK=NAME", or one "NAME" where there is one task."""
-    changed = {task.name: task for task in tasks}
-    for column in columns:
-        name, _, value = column.rpartition("=")
-        if not name and len(tasks) == 1:
-            name = tasks[0].name
-        if name not in changed:
-            raise ValueError(f"expected TASK=COLUMN with a task of {', '.join(changed)}, got {column!r}")
-        changed[name] = replace(changed[name], column=value, other_columns=())
-    return list(changed.values())
 
 
 def make_splits(

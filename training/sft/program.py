@@ -71,6 +71,10 @@ class SftArguments(ScanArguments):
         default_factory=list,
         metadata={"help": "Tasks that ask about labels: names of packaged ones, or YAML files."},
     )
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "TASK=COLUMN: columns of the tasks' labels, in place of the tasks' own."},
+    )
     row_weights: list[float] = field(
         default_factory=lambda: [0.1, 0.8, 0.1],
         metadata={"help": "Of one question, several questions in one conversation, and an open-ended request."},
@@ -107,7 +111,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     from ..alignment.examples import fit_scores, read_scores, score_targets
     from ..alignment.joint import with_score_names
     from ..checkpoints import last_checkpoint, output_folder
-    from ..data.tasks import load_task
+    from ..data.tasks import load_task, with_columns
     from ..hub.model_folder import base_of, load_model
     from ..program import (
         keep_base,
@@ -127,7 +131,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     check_source(name)
     set_seed(training_args.seed)
     last = last_checkpoint(output_folder(training_args))
-    tasks = [load_task(task) for task in script_args.tasks]
+    tasks = with_columns([load_task(task) for task in script_args.tasks], script_args.columns)
     processor = FmriLMProcessor.from_pretrained(name)
     extractor = processor.feature_extractor
     training, test = read_scans(script_args, extractor)

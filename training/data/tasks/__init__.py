@@ -28,7 +28,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -187,6 +187,19 @@ def load_task(source: str | Path) -> Task:
         return _from_yaml(content)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from error
+
+
+def with_columns(tasks: Sequence[Task], columns: Sequence[str]) -> list[Task]:
+    """The tasks with other label columns alone: each "TASK=NAME", or one "NAME" where there is one task."""
+    changed = {task.name: task for task in tasks}
+    for column in columns:
+        name, _, value = column.rpartition("=")
+        if not name and len(tasks) == 1:
+            name = tasks[0].name
+        if name not in changed:
+            raise ValueError(f"expected TASK=COLUMN with a task of {', '.join(changed)}, got {column!r}")
+        changed[name] = replace(changed[name], column=value, other_columns=())
+    return list(changed.values())
 
 
 def _from_yaml(content: Any) -> Task:
