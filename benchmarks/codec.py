@@ -269,7 +269,7 @@ def states(folder: Path, state_folder: Path) -> None:
         ]
         agree.append(float(torch.stack(both).corrcoef()[0, 1]))
     rows.append({"codec": "summaries of a scan in 200 and 100 ROIs, correlation", "r_squared": float(np.mean(agree))})
-    write("atlases", [{"fc_correlation": "", **row} for row in rows])
+    write("atlases", [{**row, "fc_correlation": row.get("fc_correlation", "")} for row in rows])
 
     features: dict[str, list] = {"codes": [], "raw FC": []}
     conditions, subjects = [], []
