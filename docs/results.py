@@ -93,7 +93,7 @@ SECTIONS = {
     ),
     "codec_labels.csv": Section(
         "Codec: labels",
-        "Labels of test subjects by ridge regression on the codes' summary and on the signal's connectivity: "
+        "Labels of test subjects by ridge regression on scan features of the codes and on the signal's connectivity: "
         "`python benchmarks/codec.py labels --data FOLDER`.",
     ),
     "codec_identification.csv": Section(
