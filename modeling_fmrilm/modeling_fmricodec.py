@@ -486,12 +486,15 @@ class FmriCodecSummary(nn.Module):
         init.ones_(self.feature_std)
 
     @staticmethod
-    def covariance(series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-        """[batch, n, n] of series [batch, n, time]; frame_mask bool [batch, time]: frames with data."""
+    def centred(series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """Series [batch, n, time] without their mean over frames with data (bool [batch, time]), zero elsewhere."""
         mask = frame_mask[:, None].to(series.dtype)
-        count = mask.sum(-1, keepdim=True).clamp(min=1)
-        series = (series - (series * mask).sum(-1, keepdim=True) / count) * mask
-        return series @ series.mT / count
+        return (series - (series * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
+
+    def covariance(self, series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """[batch, n, n] of series [batch, n, time]; frame_mask bool [batch, time]: frames with data."""
+        series = self.centred(series, frame_mask)
+        return series @ series.mT / frame_mask.sum(-1).clamp(min=1)[:, None, None]
 
     def tangent(self, covariance: torch.Tensor) -> torch.Tensor:
         """[batch, n * (n + 1) / 2] of covariances [batch, n, n]."""
@@ -501,12 +504,10 @@ class FmriCodecSummary(nn.Module):
         row, column = torch.tril_indices(len(identity), len(identity), device=covariance.device)
         return matrices[:, row, column] * torch.where(row == column, 0.5**0.5, 1.0)
 
-    @staticmethod
-    def autocorrelation(series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+    def autocorrelation(self, series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
         """Lag-1 autocorrelation [batch, n] of series [batch, n, time]; 0 of what is decoded to a constant."""
-        mask = frame_mask[:, None].to(series.dtype)
-        centred = (series - (series * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
-        return (centred[..., 1:] * centred[..., :-1]).sum(-1) / centred.pow(2).sum(-1).clamp(min=1e-6)
+        series = self.centred(series, frame_mask)
+        return (series[..., 1:] * series[..., :-1]).sum(-1) / series.pow(2).sum(-1).clamp(min=1e-6)
 
     def forward(self, series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
         """Scan features [batch, num_scan_features] of coefficients [batch, n, time]."""
