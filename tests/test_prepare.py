@@ -199,6 +199,20 @@ def test_fmriprep_folder_is_cleaned_by_strategy(table, tmp_path) -> None:
     assert "confounds simple" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_surfaces_are_prepared_on_a_packaged_atlas(tmp_path) -> None:
+    atlas = Atlas.load("schaefer-100-7networks", parcels=True)
+    expected = np.random.default_rng(0).normal(100, 5, (FRAMES, len(atlas))).astype(np.float32)
+    for side, labels in (("L", atlas.parcels.left), ("R", atlas.parcels.right)):
+        frames = np.hstack([np.zeros((FRAMES, 1), np.float32), expected])[:, labels]
+        arrays = [nib.gifti.GiftiDataArray(frame, meta={"TimeStep": "2000"}) for frame in frames]
+        nib.save(nib.GiftiImage(darrays=arrays), tmp_path / f"sub-01_hemi-{side}_space-fsLR_den-32k_bold.func.gii")
+    scans = find_scans(tmp_path, space="fsLR")
+    assert prepare(scans, tmp_path / "out", atlas.name, Preparation()) == Outcome(1, 0, 0)
+    [row] = rows_of(tmp_path / "out", atlas.name)
+    np.testing.assert_allclose(np.array(row["signal"]), expected, rtol=1e-5)
+    assert row["tr"] == 2.0
+
+
 def test_run_without_confounds_is_named(table, tmp_path) -> None:
     for subject in ("01", "02"):
         fmriprep(tmp_path / "in", subject)
@@ -220,11 +234,10 @@ def test_files_of_unknown_endings_are_named(table, tmp_path) -> None:
 def test_moving_frames_are_marked_and_interpolated(table, tmp_path) -> None:
     fmriprep(tmp_path, "02")
     [scan] = find_scans(tmp_path)
-    atlas = Atlas.from_table(table)
-    parcels = label_image(tmp_path / "labels.nii.gz")
-    plain = prepare_scan(scan, atlas, Preparation(label_image=parcels))
+    atlas = Atlas.from_image(label_image(tmp_path / "labels.nii.gz"), table)
+    plain = prepare_scan(scan, atlas, Preparation())
     assert not plain["censored"].any() and len(plain["signal"]) == FRAMES
-    scrubbed = prepare_scan(scan, atlas, Preparation(label_image=parcels, confounds="scrubbing"))
+    scrubbed = prepare_scan(scan, atlas, Preparation(confounds="scrubbing"))
     np.testing.assert_array_equal(np.flatnonzero(scrubbed["censored"]), [20, 45])
     between = scrubbed["signal"][[19, 21]].mean(axis=0)
     np.testing.assert_allclose(scrubbed["signal"][20], between, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -19,14 +20,15 @@ from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.training import demo
 from fmrilm.training.alignment import program as alignment
 from fmrilm.training.cli.main import app
-from fmrilm.training.codec import program as codec
+from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
+from fmrilm.training.corpus.source import load_source
 from fmrilm.training.data import splits
 from fmrilm.training.data.collator import RowCollator, encode_dataset
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.program import ScanArguments, read_scans
 from fmrilm.training.sft import program as sft
-from helpers import chats, noise
+from helpers import atlas, chats, noise
 from program_runs import CONFIGS, assert_equal_weights, checkpoints, command_line, run, weights
 
 
@@ -126,6 +128,35 @@ def test_models_learn_the_parcels_of_packaged_atlases(tmp_path: Path) -> None:
     assert parcels.checksum == Atlas.load("aal2-94", parcels=True).parcels.checksum
 
 
+@pytest.mark.parametrize("data", ["prepared", "corpus"])
+@pytest.mark.parametrize("known", [False, True])
+def test_models_learn_the_parcels_of_a_label_image(data: str, known: bool, tmp_path: Path) -> None:
+    rows = [f"{label}\tR{label}\tVis\t{-10 * label}\t0\t0" for label in range(1, 4)]
+    (tmp_path / "own.tsv").write_text("\n".join(["index\tname\tnetwork\tx\ty\tz", *rows]))
+    parcels = np.arange(1, 4, dtype=np.int16)[:, None, None]
+    nib.save(nib.Nifti1Image(parcels, np.eye(4)), tmp_path / "labels.nii")
+    (tmp_path / "scans").mkdir()
+    for number in range(3):
+        image = nib.Nifti1Image(noise(f"s{number}", 40, 3).T[:, None, None], np.eye(4))
+        image.header.set_zooms((1, 1, 1, 2.0))
+        nib.save(image, tmp_path / "scans" / f"s{number}.nii")
+    preparation = Preparation(label_image=tmp_path / "labels.nii")
+    prepare(find_scans(tmp_path / "scans"), tmp_path / "prepared", str(tmp_path / "own.tsv"), preparation)
+    if data == "corpus":
+        describe_dataset(load_source(str(tmp_path / "prepared")), tmp_path / "corpus", CorpusSettings(questions=0))
+    # the codec may have learned from tables of ROIs
+    extractor = FmriLMFeatureExtractor([Atlas.from_table(tmp_path / "own.tsv")] if known else [])
+    read_scans(ScanArguments(data=[str(tmp_path / data)], held_out_share=0), extractor)
+    extractor.save_pretrained(tmp_path / "model")
+    found = FmriLMFeatureExtractor.from_pretrained(tmp_path / "model").read_signal(tmp_path / "scans" / "s1.nii")
+    np.testing.assert_allclose(found.signal, noise("s1", 40, 3), atol=1e-5)
+
+
+def test_another_atlas_of_a_known_name_is_refused(program_folders: Path) -> None:
+    with pytest.raises(ValueError, match="expected the atlas 'net' that the codec knows, got another one"):
+        read_scans(ScanArguments(data=[str(program_folders / "prepared")]), FmriLMFeatureExtractor([atlas("net", 5)]))
+
+
 def test_full_tuning_changes_all_but_what_is_fitted_before(program_folders: Path, tmp_path: Path) -> None:
     run("sft", program_folders, tmp_path, max_steps=2, use_peft="false", save_strategy="no")
     before, after = load_file(program_folders / "joint" / "model.safetensors").items(), weights(tmp_path)
@@ -147,7 +178,7 @@ def scans_of(stage: str, folders: Path, output: Path, **changes) -> tuple[set[st
         raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec if stage == "codec" else splits, "split_scans", split)
+        patch.setattr(splits, "split_scans", split)
         with pytest.raises(InterruptedError):
             run(stage, folders, output, **changes)
     return found[0], found[1]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fmrilm.processors.descriptors.cohort import Cohort
 
     from .alignment.examples import Examples
+    from .codec.program import CodecArguments
     from .data.dataset import Scans
 
 
@@ -106,15 +107,23 @@ def _fit(args: TrainingArguments) -> None:
         args.bf16 = not args.fp16 and half_precision()
 
 
-def read_scans(script_args: ScanArguments, extractor: "FmriLMFeatureExtractor") -> tuple["Scans", "Scans"]:
-    """Training and held-out scans; extractor: that of the codec, which gets to know their atlases."""
+def read_scans(
+    script_args: "ScanArguments | CodecArguments", extractor: "FmriLMFeatureExtractor"
+) -> tuple["Scans", "Scans"]:
+    """Training and held-out scans; extractor: that of the codec, which gets to know their atlases and parcels."""
+    from fmrilm.processors import Atlas
+
     from .data.dataset import load_scans
     from .data.splits import split_scans
 
     scans = load_scans(script_args.data, extractor)
-    known = {atlas["name"] for atlas in extractor.atlases}
     for name, atlas in scans.atlases.items():
-        if name not in known:
+        known = next((known for known in extractor.atlases if known["name"] == name), None)
+        if known is not None and Atlas.from_dict(known).checksum != atlas.checksum:
+            raise ValueError(f"expected the atlas {name!r} that the codec knows, got another one of that name")
+        if known is None or "parcels_checksum" not in known:
+            # known anew, with the parcels that it lacked
+            extractor.atlases = [other for other in extractor.atlases if other is not known]
             extractor.add_atlas(atlas.with_packaged_parcels())
     return split_scans(scans, script_args)
 

@@ -22,10 +22,10 @@ from fmrilm.processors.descriptors.text import description
 
 from ..alignment.language_models import load_text_encoder
 from ..checkpoints import last_checkpoint, output_folder
-from ..data.dataset import MixedWindows, Scans, collate_signals, cut_windows, encode_windows, load_scans
-from ..data.splits import SplitArguments, split_scans
+from ..data.dataset import MixedWindows, Scans, collate_signals, cut_windows, encode_windows
+from ..data.splits import SplitArguments
 from ..hub.model_folder import write_folder
-from ..program import fit_cohort
+from ..program import fit_cohort, read_scans
 from .fit import fit_codec, fit_descriptor_head, fit_summary
 from .metrics import evaluate_codec
 from .text_embeddings import TextEmbeddings
@@ -171,10 +171,7 @@ def main(command_line: list[str] | None = None) -> None:
     output, seed = output_folder(training_args), training_args.seed
     transformers.set_seed(seed)
     extractor = FmriLMFeatureExtractor(patch_length=args.patch_length, window_length=args.window_length)
-    scans = load_scans(args.data, extractor)
-    for atlas in scans.atlases.values():
-        extractor.add_atlas(atlas.with_packaged_parcels())
-    training, held_out = split_scans(scans, args)
+    training, held_out = read_scans(args, extractor)
     cohort = fit_cohort(training, args.window_length, args.window_stride)
     texts = TextEmbeddings(*load_text_encoder(args.language_model)) if args.language_model else None
     model = FmriCodecModel(codec_config(args, None if texts is None else texts.word_embeddings.shape[1])).eval()

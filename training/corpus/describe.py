@@ -20,8 +20,7 @@ from fmrilm.processors.descriptors.questions import Questioner
 
 from ..data.card import corpus_card
 from ..data.parallel import run_parallel
-from ..data.prepare import ATLASES
-from ..data.shards import write_whole
+from ..data.shards import write_atlases, write_whole
 from ..data.splits import SplitArguments, split_rows
 from .source import Source
 from .writer import CorpusSettings, CorpusWriter, Shard, plan_shards
@@ -78,9 +77,7 @@ def describe_dataset(
     rejection_rate = _rejection_rate(corpus, shards) if settings.rewrite else None
     outcome = Outcome(sum(len(shard.scans) for shard in planned) - len(left_out), left_out, rejection_rate)
     cohort.save(corpus / COHORT)
-    for name, atlas in source.atlases.items():
-        # an atlas of one's own is nowhere else to be found
-        write_whole(corpus / ATLASES / f"{name}.json", json.dumps(atlas.to_dict(), ensure_ascii=False) + "\n")
+    write_atlases(corpus, source.atlases.values())
     write_whole(corpus / "README.md", _card(source, shards, corpus, cohort, fitted, outcome, settings))
     # what a run goes on from lasts until the corpus is in its place
     corpus.rename(output)

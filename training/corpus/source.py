@@ -1,7 +1,6 @@
 """The scans that a corpus is made of: a `datasets` folder or a Hub dataset, and its atlases."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,8 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_con
 from tqdm import tqdm
 
 from fmrilm.processors import Atlas
+
+from ..data.shards import read_atlases
 
 
 COLUMNS = ("signal", "tr", "atlas", "subject")
@@ -69,10 +70,7 @@ def load_source(dataset: str, atlases: dict[str, Atlas] | None = None) -> Source
     atlases: by name, beside those that are packaged and those in the folder's own `atlases/`.
     """
     folder = Path(dataset)
-    known = dict(atlases or {})
-    for path in sorted((folder / "atlases").glob("*.json")):
-        atlas = Atlas.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        known.setdefault(atlas.name, atlas)
+    known = read_atlases(folder) | (atlases or {})
     try:
         loaded = {config: load_dataset(dataset, config) for config in get_dataset_config_names(dataset)}
     except FileNotFoundError as error:

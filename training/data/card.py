@@ -32,7 +32,7 @@ scans = load_dataset("path of this folder", "{first}", split="train")
 
 | column | content |
 |---|---|
-| `signal` | float32 [time, rois], time first; ROI names, networks and MNI coordinates in `atlases/` |
+| `signal` | float32 [time, rois], time first; the atlas in `atlases/`: names, networks, MNI coordinates, parcels |
 | `tr` | repetition time, s |
 | `censored` | bool [time], True where a frame was interpolated |
 | `missing_rois` | ROIs without a signal, such as those outside of the field of view; they are NaN |

@@ -21,7 +21,7 @@ from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.processors.descriptors.networks import membership
 
-from .shards import content_version, write_whole
+from .shards import content_version, read_atlases, write_whole
 from .splits import subject_folds
 
 
@@ -87,6 +87,8 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
         for atlas, shards in _shards(folder, extractor):
             if atlases.setdefault(atlas.name, atlas).checksum != atlas.checksum:
                 raise ValueError(f"expected one atlas {atlas.name!r}, got another one of that name in {folder.name}")
+            if atlases[atlas.name].parcels is None:
+                atlases[atlas.name] = atlas
             rows = _read(shards)
             signals.setdefault(atlas.name, []).append(_standardised(rows, atlas, extractor))
             known = [name for name in rows.column_names if name not in SIGNAL_COLUMNS]
@@ -114,13 +116,11 @@ def _shards(folder: Path, extractor: FmriLMFeatureExtractor) -> Iterator[tuple[A
         raise ValueError(
             f"no prepared scans in {folder}: expected a folder that `fmrilm prepare` or `fmrilm describe` wrote"
         )
-    own = [Atlas.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("atlases/*.json")]
-    known = {atlas["name"]: atlas for atlas in extractor.atlases}
-    known |= {atlas.name: atlas.to_dict() for atlas in own}
+    known = {atlas["name"]: Atlas.from_dict(atlas) for atlas in extractor.atlases} | read_atlases(folder)
     for place in dict.fromkeys(found):
         shards = sorted(place.glob("*.parquet"))
         name = _parquet(lambda first=shards[0]: pq.read_table(first, columns=["atlas"]), shards[0])["atlas"][0].as_py()
-        yield Atlas.from_dict(known[name]) if name in known else Atlas.load(name), shards
+        yield known[name] if name in known else Atlas.load(name), shards
 
 
 def _parquet(read: Any, path: Path) -> Any:

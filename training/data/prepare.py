@@ -22,13 +22,12 @@ from fmrilm.processors.atlases_fmrilm import fitting_atlases
 from .card import scans_card
 from .parallel import run_parallel
 from .scan_sources import ScanSource
-from .shards import ShardStore, write_whole
+from .shards import ATLASES, ShardStore, write_atlases, write_whole
 
 
 FAILURES = "failures.csv"
-ATLASES = "atlases"
 ATLAS_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-IMAGES = (".nii", ".nii.gz")
+IMAGES = (".nii", ".nii.gz", ".gii", ".mgh", ".mgz")
 LABEL_TYPES = {int: "int64", float: "float64", str: "string"}
 
 
@@ -90,8 +89,7 @@ def prepare(
     settings = {**preparation.describe(), "labels": label_types}
     keys = [_key(scan, atlas) for scan, atlas in zip(scans, atlas_of, strict=True)]
     store = ShardStore(output, settings, set(keys))
-    for name, atlas in atlases.items():
-        write_whole(output / ATLASES / f"{name}.json", json.dumps(atlas.to_dict(), ensure_ascii=False) + "\n")
+    write_atlases(output, atlases.values())
 
     done = store.keys
     todo = [item for item in zip(keys, scans, atlas_of, strict=True) if item[0] not in done]
@@ -131,7 +129,7 @@ def prepare_scan(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> di
             raise ValueError("a table of confounds is given, and a strategy to make one: expected one of the two")
         content.update(_fmriprep_confounds(scan.path, preparation.confounds))
     tr = preparation.tr if scan.tr is None else scan.tr
-    measured = extractor.read_signal(content, tr=tr, atlas=atlas, label_image=preparation.label_image)
+    measured = extractor.read_signal(content, tr=tr, atlas=atlas)
     signal, kept = measured.signal, np.ones(len(measured.signal), dtype=bool)
     if measured.confounds is not None or any(band.values()):
         signal, kept = extractor.clean_signal(measured)
@@ -167,7 +165,7 @@ def _attempt(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> dict[s
     # whatever a broken file raises, it must not stop the others
     except Exception as error:
         reason = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-        return _anonymous(reason, [scan.path, scan.confounds, preparation.label_image], {atlas.name, *atlas.rois})
+        return _anonymous(reason, [scan.path, scan.confounds], {atlas.name, *atlas.rois})
 
 
 def _anonymous(reason: str, paths: Iterable[Path | None], speakable: set[str]) -> str:
@@ -217,7 +215,7 @@ def _load_atlases(scans: Sequence[ScanSource], default: str | None, label_image:
     for name in sorted({name for name in named if name is not None}):
         # tables of ROI series need no parcels, which may have to be fetched
         images = any(scan.path.name.endswith(IMAGES) for scan, own in zip(scans, named, strict=True) if own == name)
-        atlas = Atlas.resolve(name, label_image if is_table else None, images and label_image is None)
+        atlas = Atlas.resolve(name, label_image if is_table or images else None, images)
         loaded[name] = replace(atlas, name=alias) if alias and not alias.endswith((".tsv", ".csv")) else atlas
         # it names a folder of the output
         if not ATLAS_NAME.fullmatch(loaded[name].name) or loaded[name].name == ATLASES:

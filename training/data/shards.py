@@ -1,9 +1,9 @@
-"""Parquet shards that are whole or not there at all, and the ledger of what they hold."""
+"""Parquet shards that are whole or not there at all, the ledger of what they hold, and the atlases of their scans."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
+from fmrilm.processors import Atlas
+from fmrilm.processors.atlases_fmrilm import Parcels
+
 
 LEDGER = "ledger.jsonl"
+ATLASES = "atlases"
 
 
 class ShardStore:
@@ -90,6 +94,26 @@ def content_version(shards: Sequence[Path]) -> str:
             handle.seek(-8 - length, os.SEEK_END)
             digest.update(handle.read())
     return digest.hexdigest()[:16]
+
+
+def write_atlases(folder: Path, atlases: Iterable[Atlas]) -> None:
+    """Write the atlases of a folder's scans: `atlases/NAME.json`, and NAME.npz of those that have parcels."""
+    for atlas in atlases:
+        path = folder / ATLASES / f"{atlas.name}.json"
+        write_whole(path, json.dumps(atlas.to_dict(), ensure_ascii=False) + "\n")
+        if atlas.parcels is not None:
+            atlas.parcels.save(path.with_suffix(".npz"))
+
+
+def read_atlases(folder: Path) -> dict[str, Atlas]:
+    """By name; inverse of `write_atlases`."""
+    found = {}
+    for path in sorted((folder / ATLASES).glob("*.json")):
+        parcels = path.with_suffix(".npz")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        atlas = Atlas.from_dict(values, Parcels.load(parcels) if parcels.is_file() else None)
+        found[atlas.name] = atlas
+    return found
 
 
 def write_whole(path: Path, content: str | Callable[[Path], None]) -> None:

@@ -8,7 +8,6 @@ are not in them. The effects, and nothing else, relate them to their labels.
 As a program: `python -m fmrilm.training.data.synthetic FOLDER --subjects 300 --effect 0.5` (all options: `--help`).
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +21,8 @@ from fmrilm import Atlas, FmriLMFeatureExtractor
 
 from .card import scans_card
 from .open_data import open_scans
-from .prepare import ATLASES, Preparation, row_features
-from .shards import ShardStore, write_whole
+from .prepare import Preparation, row_features
+from .shards import ShardStore, write_atlases, write_whole
 from .splits import held_out_subjects
 
 
@@ -235,7 +234,7 @@ def write_synthetic(folder: Path, cohort: SyntheticCohort) -> None:
     settings = {**Preparation().describe(), "labels": LABEL_TYPES, **cohort.settings}
     keys = [f"synthetic-{subject:05d}" for subject in range(len(cohort))]
     store, atlas = ShardStore(folder, settings, set(keys)), cohort.atlas
-    write_whole(folder / ATLASES / f"{atlas.name}.json", json.dumps(atlas.to_dict(), ensure_ascii=False) + "\n")
+    write_atlases(folder, [atlas])
     done = store.keys
     todo = [subject for subject, key in enumerate(keys) if key not in done]
     for start in tqdm(range(0, len(todo), SHARD_SIZE), desc="synthetic scans", unit="shard"):

@@ -37,7 +37,7 @@ def _values(folder: Path, results: dict | None, repo: str) -> dict[str, Any]:
     origin = (results or {}).get("model") or {"base_model": None, "license": "unknown"}
     base_model = adapter["base_model_name_or_path"] if adapter else origin["base_model"]
     name = folder.name if repo == UNKNOWN_REPO else repo.split("/")[-1]
-    images = {path.name.split(".")[0] for path in folder.glob("atlases/*")}
+    images = {path.stem for path in folder.glob("atlases/*")}
     shown = _table(results) if results else []
     metadata = ModelCardData(
         language="en",
