@@ -224,11 +224,16 @@ def _read_file(path: Path) -> Volumes | SurfaceSeries | RoiSeries:
     raise ValueError(f"expected one of {', '.join(FORMATS)}, got {path.name}")
 
 
+def sidecars(path: Path) -> list[Path]:
+    """Where the BIDS sidecar of a scan may lie; the first one that is there counts."""
+    stem = re.sub(r"(\.[A-Za-z0-9]+?)(\.gz)?$", "", path.name)
+    names = dict.fromkeys((re.sub(r"\.(dtseries|ptseries|func)$", "", stem), stem))
+    return [path.with_name(f"{name}.json") for name in names]
+
+
 def _sidecar_tr(path: Path) -> tuple[float | None, str]:
     """RepetitionTime in s of the JSON file beside a scan, plausible or not, and that file's name."""
-    stem = re.sub(r"(\.[A-Za-z0-9]+?)(\.gz)?$", "", path.name)
-    for name in dict.fromkeys((re.sub(r"\.(dtseries|ptseries|func)$", "", stem), stem)):
-        sidecar = path.with_name(f"{name}.json")
+    for sidecar in sidecars(path):
         if not sidecar.is_file():
             continue
         check_text_size(sidecar)

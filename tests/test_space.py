@@ -117,7 +117,10 @@ def test_a_scan_is_uploaded_asked_about_and_deleted(
     path = tmp_path / "scan.npy"
     np.save(path, array())
     status = read(page, path, 2.0)
-    assert status == "Read: 24 frames of 6 ROIs, 2 s apart. The model sees 32 s. The upload has been deleted."
+    assert status == (
+        "Read: 24 frames of 6 ROIs, 2 s apart. The model sees 32 s. Plots and free answers are about these first "
+        "seconds, probabilities about all windows. The upload has been deleted."
+    )
     assert uploads(running[1]) == []
     ask(page, QUESTION)
     expected = load(model_folder).ask(str(path), QUESTION, ["low", "typical", "high"], tr=2.0, atlas="tiny")
@@ -157,6 +160,65 @@ def test_a_bad_file_says_what_is_wrong_and_is_kept_no_longer(
     assert [file.name for file in uploads(running[1])] == ["broken.nii.gz"]
     page.locator("#file button[aria-label='Clear']").click()
     wait_until_gone(running[1], "broken.nii.gz")
+
+
+def own_atlas(folder: Path, labels: int = ROIS) -> tuple[Path, Path]:
+    """Table without coordinates, and label image, of an atlas that no model knows; in planes of 4 x 4 voxels."""
+    rows = [f"{10 + i}\tmine{i}\tVis" for i in range(ROIS)]
+    (folder / "mine.tsv").write_text("\n".join(["index\tname\tnetwork", *rows]) + "\n")
+    planes = np.broadcast_to(np.arange(10, 10 + labels, dtype=np.int16), (4, 4, labels))
+    nibabel.save(nibabel.Nifti1Image(planes, np.diag([4.0, 4, 4, 1])), folder / "mine.nii.gz")
+    return folder / "mine.tsv", folder / "mine.nii.gz"
+
+
+def volume(path: Path, tr: float) -> Path:
+    """A scan in the planes of `own_atlas`, with that TR in its header."""
+    values = np.broadcast_to(array().T, (4, 4, ROIS, 24))
+    image = nibabel.Nifti1Image(values, np.diag([4.0, 4, 4, 1]))
+    image.header.set_zooms((4, 4, 4, tr))
+    nibabel.save(image, path)
+    return path
+
+
+@needs_browser
+def test_table_label_image_and_sidecar_of_the_visitor_are_used_and_deleted(
+    page: Page, running: tuple[str, Path], model_folder: Path, tmp_path: Path
+) -> None:
+    table, labels = own_atlas(tmp_path)
+    sidecar = tmp_path / "another.json"
+    sidecar.write_text('{"RepetitionTime": 2.0}')
+    path = volume(tmp_path / "scan.nii.gz", 1.0)
+    page.locator("#more button").first.click()
+    for kind, given in (("table", table), ("labels", labels), ("sidecar", sidecar)):
+        page.locator(f"#{kind} input[type=file]").set_input_files(given)
+        page.locator("#status p", has_text=f"{given.name} is here").wait_for()
+    status = read(page, path)
+    assert status.startswith("Read: 24 frames of 6 ROIs, 2 s apart. The model sees 32 s.")
+    assert "scan.nii.gz: using RepetitionTime 2 s of scan.json; the header has 1 s" in status
+    assert uploads(running[1]) == [] and "scan.nii.gz" not in (running[1] / "log").read_text()
+    ask(page, QUESTION)
+    atlas = Atlas.from_image(labels, table)
+    expected = load(model_folder).ask(path, QUESTION, ["low", "typical", "high"], tr=2.0, atlas=atlas)
+    shown = page.locator("#probabilities").inner_text()
+    for choice, probability in expected["probabilities"].items():
+        assert int(re.search(rf"{choice}\s+(\d+)%", shown)[1]) == pytest.approx(100 * probability, abs=1)
+    # nothing of them is left for the next scan
+    np.save(tmp_path / "next.npy", array())
+    assert "repetition time is not known" in read(page, tmp_path / "next.npy")
+
+
+def test_label_image_of_another_atlas_is_refused(running: tuple[str, Path], tmp_path: Path) -> None:
+    """The counts of both are named, as by `prepare` and `ask`, and no folder of the server's."""
+    table, labels = own_atlas(tmp_path, 3 * ROIS)
+    client = Client(running[0], verbose=False, download_files=False)
+    client.predict(handle_file(volume(tmp_path / "scan.nii.gz", 2.0)), api_name="/upload")
+    client.predict(handle_file(labels), api_name="/upload_labels")
+    # without a table, they are to be those of the atlas that was chosen
+    for atlas in ("tiny", "mine"):
+        status = client.predict("tiny", 0, api_name="/read")[3]
+        assert f"atlas '{atlas}' has 6 labels and the label image 18" in status.replace("&#x27;", "'")
+        client.predict(handle_file(table), api_name="/upload_table")
+    assert str(running[1]) not in status
 
 
 @needs_browser
@@ -232,6 +294,7 @@ def test_nothing_is_left_of_a_session(browser: Browser, running: tuple[str, Path
     [
         ("large.csv", "MAX_TABLE_MB", "at most 0 MB, got"),
         ("deep.nii.gz", "MAX_INFLATED_MB", "at most 0 MB uncompressed"),
+        ("labels.nii.gz", "MAX_LABELS_MB", "at most 0 MB uncompressed"),
     ],
 )
 def test_large_files_are_refused_unread(
@@ -242,10 +305,11 @@ def test_large_files_are_refused_unread(
         path.write_text("a,b\n1,2\n")
     else:
         nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 9), np.float32), np.eye(4)), path)
-    space.check_size(path)
+    is_labels = name == "labels.nii.gz"
+    space.check_size(path, is_labels)
     monkeypatch.setattr(space, limit, 0)
     with pytest.raises(ValueError, match=message):
-        space.check_size(path)
+        space.check_size(path, is_labels)
 
 
 def test_an_answer_ends_at_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """
 The Space: give a scan, ask about it, see the answer with its probabilities and what the model read.
 
-`app.py`, `make app` and `fmrilm app` start it. Limits are the constants below. An upload is moved to a folder of its
-session at once and deleted as soon as it has been read, or with the session; the folder of all of them is removed with
-the program. Nothing else is written to disk.
+`app.py`, `make app` and `fmrilm app` start it. Limits are the constants below. Uploads, the scan and what may be given
+with it, are moved to a folder of their session at once and deleted as soon as the scan has been read, or with the
+session; the folder of all of them is removed with the program. Nothing else is written to disk.
 """
 
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -14,8 +15,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import numpy as np
 
 from fmrilm import Atlas, load
 from fmrilm.processors.descriptors.text import level_answers
-from fmrilm.processors.scan_io_fmrilm import read_nifti
+from fmrilm.processors.scan_io_fmrilm import logger, read_nifti, sidecars, warn_once
 
 from .cli.options import DEFAULT_MODEL, MODEL_VARIABLE
 from .report.scan_figures import carpet, token_map
@@ -36,6 +38,8 @@ from .report.scan_report import read_scan, token_places, view_scan
 MAX_IMAGE_MB, MAX_TABLE_MB = 512, 64
 # an image as it is after decompression: what is declared by its header is what has to be read
 MAX_INFLATED_MB = 4096
+# a label image: half a millimetre in 64 bits
+MAX_LABELS_MB = 512
 # values of a scan that a session keeps in memory: 16 MB
 MAX_SCAN_VALUES = 2_000_000
 MAX_QUESTION_LETTERS = 500
@@ -50,6 +54,13 @@ SESSION_SECONDS, MAX_SESSIONS = 1800, 64
 EXAMPLE_FRAMES, EXAMPLE_TR = 200, 2.0
 # share of a ROI's variance that its network has in common
 EXAMPLES = {"Synthetic: coupled networks": 0.7, "Synthetic: unrelated ROIs": 0.0}
+# what may be uploaded, by the name of its element
+FILES = {
+    "file": "Scan (.nii, .nii.gz, .npy, .csv, .tsv, .1D)",
+    "table": "Atlas table (.tsv, .csv)",
+    "labels": "Label image (.nii, .nii.gz)",
+    "sidecar": "Sidecar (.json)",
+}
 QUESTIONS = (
     "Is connectivity between the visual and default mode networks low, typical or high?",
     "Is signal persistence of the visual network low, typical or high?",
@@ -83,40 +94,61 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
     """The pages of the Space. reader: of `fmrilm.load`; uploads: an empty folder that is Gradio's own, too."""
     atlases = {atlas["name"]: len(atlas["rois"]) for atlas in reader.processor.feature_extractor.atlases}
 
-    def keep(uploaded: dict[str, Any], request: gr.Request) -> tuple[Path | None, str]:
-        leave(request)
-        # Gradio has seen to it that this is a file in its folder
-        file = Path(uploaded["path"])
-        own = session_folder(request) / file.name
-        own.parent.mkdir(exist_ok=True)
-        try:
-            os.replace(file, own)
-        except FileNotFoundError:
-            # somebody else uploaded the same bytes in the same moment, and took them away
-            return None, _status("The upload was lost. Please upload the file again.", error=True)
-        shutil.rmtree(file.parent, ignore_errors=True)
-        return own, _status(f"{own.name} is here. Check the atlas and the repetition time, then read the scan.")
+    def keeper(kind: str) -> Callable[[dict[str, Any], gr.Request], tuple[Path | None, str]]:
+        def keep(uploaded: dict[str, Any], request: gr.Request) -> tuple[Path | None, str]:
+            # Gradio has seen to it that this is a file in its folder
+            file = Path(uploaded["path"])
+            own = session_folder(request) / kind / file.name
+            discard(own)
+            own.parent.mkdir(parents=True)
+            try:
+                os.replace(file, own)
+            except FileNotFoundError:
+                # somebody else uploaded the same bytes in the same moment, and took them away
+                return None, _status("The upload was lost. Please upload the file again.", error=True)
+            shutil.rmtree(file.parent, ignore_errors=True)
+            return own, _status(f"{own.name} is here. Check the atlas and the repetition time, then read the scan.")
 
-    def read(file: Path | None, atlas: str, tr: float) -> tuple[Any, ...]:
-        if file is None or not file.exists():
-            return *[gr.skip()] * 4, _status("Upload a scan first, or take an example.", error=True), gr.skip()
+        return keep
+
+    def read(
+        file: Path | None, table: Path | None, labels: Path | None, sidecar: Path | None, atlas: str, tr: float
+    ) -> tuple[Any, ...]:
+        there = [path for path in (file, table, labels, sidecar) if path is not None and path.exists()]
+        if file is None or file not in there:
+            problem = _status("Upload a scan first, or take an example.", error=True)
+            return *[gr.skip()] * 4, problem, *[gr.skip()] * len(FILES)
         try:
-            check_size(file)
-            session, plots, summary = opened(file, atlas, tr)
+            for path in there:
+                check_size(path, path == labels)
+            # where every command looks for it
+            beside = sidecars(file)[0]
+            beside.unlink(missing_ok=True)
+            if sidecar is not None and sidecar in there:
+                shutil.copyfile(sidecar, beside)
+            own = str(table) if table in there else atlas
+            session, plots, summary = opened(file, own, tr, labels if labels in there else None)
         except (ValueError, OSError) as error:
-            text = str(error).replace(f"{file.parent}{os.sep}", "")
+            text = str(error)
+            for path in there:
+                text = text.replace(f"{path.parent}{os.sep}", "")
             # what was there is gone: no answer can be about another scan than the last one given
-            return Session(), [], None, "", _status(text, error=True), gr.skip()
-        discard(file)
-        return session, [], None, plots, _status(f"{summary} The upload has been deleted."), None
+            return Session(), [], None, "", _status(text, error=True), *[gr.skip()] * len(FILES)
+        for path in there:
+            discard(path)
+        done = _status(f"{summary} The upload has been deleted.")
+        return session, [], None, plots, done, *[None] * len(FILES)
 
     def example(name: str, atlas: str) -> tuple[Any, ...]:
         known = reader.processor.feature_extractor.atlas(atlas)
         session, plots, summary = opened(synthetic_scan(known, EXAMPLES[name]), atlas, EXAMPLE_TR)
         return session, [], None, plots, _status(f"{summary} No person's: a random process.")
 
-    def opened(source: Any, atlas: str, tr: float) -> tuple[Session, str, str]:
-        scan = read_scan(reader, source, tr or None, atlas)
+    def opened(source: Any, atlas: str, tr: float, labels: Path | None = None) -> tuple[Session, str, str]:
+        with noted() as notes:
+            scan = read_scan(reader, source, tr or None, atlas, labels)
+        # a session keeps no label image
+        scan["atlas"] = replace(scan["atlas"], parcels=None)
         if scan["signal"].size > MAX_SCAN_VALUES:
             shape = scan["signal"].shape
             raise ValueError(
@@ -131,8 +163,11 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
             "rank",
             "What the language model reads: each cell is one latent token. Tokens of like colour have like vectors.",
         )
-        summary = f"Read: {frames} frames of {rois} ROIs, {scan['tr']:g} s apart. The model sees {view.seconds:.0f} s."
-        return Session(scan), plots, summary
+        seen = f"The model sees {view.seconds:.0f} s."
+        summary = [f"Read: {frames} frames of {rois} ROIs, {scan['tr']:g} s apart. {seen}"]
+        if frames * scan["tr"] > view.seconds + reader.processor.feature_extractor.repetition_time:
+            summary.append("Plots and free answers are about these first seconds, probabilities about all windows.")
+        return Session(scan), plots, " ".join([*summary, *(f"Note: {note}." for note in notes)])
 
     def ask(session: Session, question: str, choices: str) -> Iterator[tuple[Any, ...]]:
         question = question.strip()
@@ -166,7 +201,7 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
 
     with gr.Blocks(title="fMRI-LM", analytics_enabled=False, delete_cache=(60, SESSION_SECONDS)) as space:
         session = gr.State(Session(), time_to_live=SESSION_SECONDS)
-        upload = gr.State(None, time_to_live=SESSION_SECONDS, delete_callback=discard)
+        uploaded = [gr.State(None, time_to_live=SESSION_SECONDS, delete_callback=discard) for _ in FILES]
         gr.Markdown(
             "# fMRI-LM\nA language model that reads brain scans. Give it a preprocessed resting-state scan in MNI "
             "space, or a table of ROI series, and ask. A demonstration, not a medical device: do not upload what "
@@ -175,11 +210,13 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column(scale=2):
-                file = gr.File(label="Scan (.nii, .nii.gz, .npy, .csv, .tsv)", height=120, elem_id="file")
+                files = [gr.File(label=FILES["file"], height=120, elem_id="file")]
                 with gr.Row():
                     names = [(f"{name} ({rois} ROIs)", name) for name, rois in atlases.items()]
                     atlas = gr.Dropdown(names, value=names[0][1], label="Atlas", min_width=160, elem_id="atlas")
                     tr = gr.Number(0, label="TR (s); 0: as in the file", minimum=0, min_width=120, elem_id="tr")
+                with gr.Accordion("An atlas of your own, a sidecar", open=False, elem_id="more"):
+                    files += [gr.File(label=FILES[kind], height=100, elem_id=kind) for kind in list(FILES)[1:]]
                 button = gr.Button("Read the scan", variant="primary", elem_id="read")
                 with gr.Row():
                     examples = [gr.Button(name, size="sm", min_width=120) for name in EXAMPLES]
@@ -203,10 +240,12 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
         opening = [session, chat, probabilities, plots, status]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
         # preprocessing would leave an empty file beside each upload, named as those that still arrive
-        file.upload(keep, file, [upload, status], api_name="upload", preprocess=False)
+        for kind, file, state in zip(FILES, files, uploaded, strict=True):
+            name = "upload" if kind == "file" else f"upload_{kind}"
+            file.upload(keeper(kind), file, [state, status], api_name=name, preprocess=False)
+            file.clear(discard, state, None, api_visibility="private")
         space.unload(leave)
-        file.clear(discard, upload, None, api_visibility="private")
-        button.click(read, [upload, atlas, tr], [*opening, file], api_name="read", **one_at_a_time)
+        button.click(read, [*uploaded, atlas, tr], [*opening, *files], api_name="read", **one_at_a_time)
         for example_button in examples:
             example_button.click(example, [example_button, atlas], opening, api_visibility="private", **one_at_a_time)
         chat.clear(lambda session: Session(session.scan), session, session, api_visibility="private")
@@ -238,17 +277,36 @@ def answer_pieces(reader: Any, scan: dict[str, Any], question: str, history: lis
         pieces.close()
 
 
-def check_size(file: Path) -> None:
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """What reading a scan warns about, for its visitor alone: it has names of files and does not go into the log."""
+    notes: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        notes.append(record.getMessage())
+        return False
+
+    # the visitor before may have been told the same
+    warn_once.cache_clear()
+    logger.addFilter(note)
+    try:
+        yield notes
+    finally:
+        logger.removeFilter(note)
+
+
+def check_size(file: Path, is_labels: bool = False) -> None:
     """ValueError for a file above the limits, before it is read."""
-    image = file.name.lower().endswith((".nii", ".nii.gz"))
+    image = is_labels or file.name.lower().endswith((".nii", ".nii.gz"))
     limit = MAX_IMAGE_MB if image else MAX_TABLE_MB
     if file.stat().st_size > limit * 1e6:
         raise ValueError(f"expected a file of at most {limit} MB, got {file.stat().st_size / 1e6:.0f} MB")
     if image:
         volumes = read_nifti(file)
         size = math.prod(volumes.shape) * volumes.dtype.itemsize / 1e6
-        if size > MAX_INFLATED_MB:
-            raise ValueError(f"expected an image of at most {MAX_INFLATED_MB} MB uncompressed, got {size:.0f} MB")
+        limit = MAX_LABELS_MB if is_labels else MAX_INFLATED_MB
+        if size > limit:
+            raise ValueError(f"expected an image of at most {limit} MB uncompressed, got {size:.0f} MB")
 
 
 def synthetic_scan(atlas: Atlas, shared: float, seed: int = 0) -> np.ndarray:
