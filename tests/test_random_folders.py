@@ -1,7 +1,13 @@
-"""Random folders made from a grammar of real ones: every scan in them is in the output or in failures.csv."""
+"""
+1,000 random folders made from a grammar of real ones: every scan in them is in the output or in failures.csv.
+
+Of most folders it is only looked at which scans are found, of some also what `prepare` writes; of all of them with
+`FMRILM_ALL_FOLDERS=1`, in about a minute.
+"""
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +25,16 @@ from fmrilm.training.data.scan_sources import IDS, find_scans
 
 ROIS, FRAMES = 5, 20
 IDENTITY = IDS[:4]
-some = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(max_examples=340, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+prepared = st.just(True) if os.environ.get("FMRILM_ALL_FOLDERS") else st.sampled_from([False] * 24 + [True])
 # what may be wrong with a file of a scan
 DAMAGES = ("none", "none", "none", "cut", "empty", "short", "dead", "all dead")
-SPACES = ("space-MNI152NLin6Asym_desc-preproc", "space-T1w_desc-preproc", "desc-preproc", "desc-smoothed", "")
+SPACES = (
+    "space-MNI152NLin6Asym_desc-preproc", "space-T1w_desc-preproc", "desc-preproc", "desc-smoothed", "",
+    "hemi-L_space-fsaverage5", "hemi-R_space-fsaverage5",
+)  # fmt: skip
+# beside the scans of a derivatives folder, named after them
+COMPANIONS = ("desc-confounds_timeseries.tsv", "desc-brain_mask.nii.gz", "boldref.nii.gz", "bold.json", "bold.svg")
 SIDECARS = (
     None, None, {"RepetitionTime": 2.0}, {"TaskName": "rest"}, {"RepetitionTime": 2000}, {"RepetitionTime": "2"}, "{",
 )  # fmt: skip
@@ -51,7 +63,9 @@ def write_volume(path: Path, damage: str) -> None:
 def write_series(path: Path, damage: str) -> None:
     match path.suffix.lower():
         case ".npy":
-            np.save(path, signal(damage))
+            # to an open file, because numpy adds an ending to a path
+            with open(path, "wb") as handle:
+                np.save(handle, signal(damage))
         case ".csv" | ".tsv":
             np.savetxt(path, signal(damage), delimiter="," if path.suffix == ".csv" else "\t")
         case ".1d":
@@ -79,9 +93,16 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def accounted(atlas: tuple[Path, Path], tmp_path: Path) -> Callable[[Path], set[tuple]]:
-    """Prepares a folder; ids of all scans that are in the output or, with a reason, in failures.csv."""
+    """
+    Ids of all scans that are found in a folder; or, where it is prepared, that are in the output or, with a reason, in
+    failures.csv.
+    """
 
-    def run(folder: Path) -> set[tuple]:
+    def run(folder: Path, prepared: bool) -> set[tuple]:
+        if not prepared:
+            found = find_scans(folder)
+            assert all(scan.path.exists() for scan in found)
+            return {scan.ids for scan in found}
         output = tmp_path / "out"
         shutil.rmtree(output, ignore_errors=True)
         preparation = Preparation(tr=None, label_image=atlas[1])
@@ -98,60 +119,69 @@ def accounted(atlas: tuple[Path, Path], tmp_path: Path) -> Callable[[Path], set[
 
 
 bids_scans = st.dictionaries(
-    st.tuples(st.sampled_from(["01", "02", "x3"]), st.sampled_from([None, "a"]), st.sampled_from([None, "1", "2"])),
     st.tuples(
-        st.lists(st.sampled_from(SPACES), min_size=1, max_size=3, unique=True),
+        st.sampled_from(["01", "02", "x3"]),
+        st.sampled_from([None, "a"]),
+        st.sampled_from([None, "1", "2"]),
+        st.sampled_from([None, None, "acq-a", "echo-2", "part-mag"]),
+    ),
+    st.tuples(
+        st.lists(st.sampled_from(SPACES), min_size=1, max_size=4, unique=True),
         st.sampled_from([".nii.gz", ".nii", ".nii.zst"]),
         st.sampled_from(DAMAGES),
         st.sampled_from(SIDECARS),
+        st.lists(st.sampled_from(COMPANIONS), max_size=2, unique=True),
     ),
     min_size=1,
-    max_size=4,
+    max_size=6,
 )
 
 
 @some
-@given(scans=bids_scans, brought=st.booleans())
-@example(scans={("01", None, None): ([SPACES[1]], ".nii", "none", None)}, brought=True)
-@example(scans={("01", None, None): ([""], ".nii", "none", None)}, brought=True)
+@given(scans=bids_scans, brought=st.booleans(), prepared=prepared)
+@example(scans={("01", None, None, None): ([SPACES[1]], ".nii", "none", None, [])}, brought=True, prepared=True)
+@example(scans={("01", None, None, None): ([""], ".nii", "none", None, [])}, brought=True, prepared=True)
 def test_every_scan_of_a_derivatives_folder_is_prepared_or_named(
-    scans: dict, brought: bool, accounted: Callable, tmp_path: Path
+    scans: dict, brought: bool, prepared: bool, accounted: Callable, tmp_path: Path
 ) -> None:
     folder = tmp_path / "derivatives"
     shutil.rmtree(folder, ignore_errors=True)
     if brought:
         # one that is as it should be: a folder without any is refused whole
-        scans = {**scans, ("99", None, None): ([SPACES[0]], ".nii", "none", None)}
+        scans = {**scans, ("99", None, None, None): ([SPACES[0]], ".nii", "none", None, [])}
     expected = set()
-    for (subject, session, run), (spaces, ending, damage, sidecar) in scans.items():
+    for (subject, session, run, other), (spaces, ending, damage, sidecar, companions) in scans.items():
         place = folder / f"sub-{subject}" / (f"ses-{session}" if session else "") / "func"
         place.mkdir(parents=True, exist_ok=True)
-        entities = [f"sub-{subject}", f"ses-{session}" if session else "", "task-rest", f"run-{run}" if run else ""]
+        entities = [f"sub-{subject}", session and f"ses-{session}", "task-rest", other, run and f"run-{run}"]
         for space in spaces:
             stem = "_".join(filter(None, [*entities, space, "bold"]))
-            write_volume(place / f"{stem}{ending}", damage)
+            path = place / f"{stem}{'.func.gii' if 'hemi' in space else ending}"
+            write_volume(path, damage) if prepared else path.touch()
             if sidecar is not None:
                 write_sidecar(place / f"{stem}.json", sidecar)
-        expected.add((subject, session, "rest", run))
+        for companion in companions:
+            (place / "_".join([*filter(None, entities), companion])).touch()
+        expected.add((subject, session, "rest", "_".join(filter(None, entities[3:])) if other else run))
     try:
-        assert accounted(folder) == expected
+        assert accounted(folder, prepared) == expected
     except ValueError as error:
         assert not brought and ("in a space like 'MNI*'" in str(error) or "run fMRIPrep first" in str(error))
 
 
-ENDINGS = (".npy", ".csv", ".tsv", ".1D", ".nii", ".mat", ".h5", "")
+ENDINGS = (".npy", ".csv", ".tsv", ".1D", ".nii", ".NPY", ".mat", ".h5", "")
 files = st.dictionaries(
-    st.sampled_from(["s1", "s2", "a.b", "sub-03"]),
+    st.sampled_from(["s1", "s2", "a.b", "sub-03", "a b", "é", "S1 (copy)", "participants"]),
     st.tuples(st.sampled_from(ENDINGS), st.sampled_from(DAMAGES), st.sampled_from(SIDECARS)),
     min_size=1,
-    max_size=4,
+    max_size=8,
 )
 
 
 @some
-@given(scans=files, below=st.booleans())
+@given(scans=files, below=st.booleans(), prepared=prepared)
 def test_every_file_of_a_folder_is_prepared_or_named(
-    scans: dict, below: bool, accounted: Callable, tmp_path: Path
+    scans: dict, below: bool, prepared: bool, accounted: Callable, tmp_path: Path
 ) -> None:
     folder = tmp_path / "scans"
     shutil.rmtree(folder, ignore_errors=True)
@@ -161,12 +191,13 @@ def test_every_file_of_a_folder_is_prepared_or_named(
     if below:
         np.save(folder / "below" / "s1.npy", signal("none"))
     for name, (ending, damage, sidecar) in scans.items():
-        write_series(folder / f"{name}{ending}", damage)
+        path = folder / f"{name}{ending}"
+        write_series(path, damage) if prepared else path.touch()
         if sidecar is not None:
             write_sidecar(folder / f"{name}.json", sidecar)
         known = ending not in (".mat", ".h5", "")
         expected.add((name if known else f"{name}{ending}", None, None, None))
-    assert accounted(folder) == expected
+    assert accounted(folder, prepared) == expected
 
 
 PHENOTYPES = "Phenotypic_V1_0b_preprocessed1.csv"
@@ -174,8 +205,12 @@ PHENOTYPES = "Phenotypic_V1_0b_preprocessed1.csv"
 NAMES = {
     "NYU_0050952_rois_cc200.1D": "NYU_0050952",
     "CMU_b_0050646_rois_cc200.1D": "CMU_b_0050646",
+    "Stanford_0051160_rois_cc200.1D": "Stanford_0051160",
+    # beside a series that is always there
+    "Pitt_0050003_func_preproc.nii.gz": "Pitt_0050003",
     "Lab_1_rois_cc200.1D": "Lab_1",
     "KKI_0050780_func_preproc.nii": "KKI_0050780_func_preproc.nii",
+    "UCLA_2_0051292_rois_cc200.npy": "UCLA_2_0051292_rois_cc200.npy",
     "notes.txt": "notes.txt",
 }
 
@@ -184,9 +219,10 @@ NAMES = {
 @given(
     names=st.dictionaries(st.sampled_from(list(NAMES)), st.sampled_from(DAMAGES)),
     rows=st.lists(st.sampled_from(["NYU_0050952", "CMU_b_0050646", "no_filename", "Yale_0050551"]), unique=True),
+    prepared=prepared,
 )
 def test_every_file_of_a_pcp_folder_is_prepared_or_named(
-    names: dict, rows: list[str], accounted: Callable, tmp_path: Path
+    names: dict, rows: list[str], prepared: bool, accounted: Callable, tmp_path: Path
 ) -> None:
     root = tmp_path / "ABIDE_pcp"
     shutil.rmtree(root, ignore_errors=True)
@@ -194,7 +230,7 @@ def test_every_file_of_a_pcp_folder_is_prepared_or_named(
     folder.mkdir(parents=True)
     names = {**names, "Pitt_0050003_rois_cc200.1D": "none"}
     for name, damage in names.items():
-        write_series(folder / name, damage)
+        write_series(folder / name, damage) if prepared else (folder / name).touch()
     lines = ["FILE_ID,SITE_ID,SEX,FIQ", "Pitt_0050003,PITT,1,100", *(f"{row},X,2,-9999" for row in rows)]
     (root / PHENOTYPES).write_text("\n".join(lines) + "\n")
-    assert accounted(root) == {(NAMES.get(name, "Pitt_0050003"), None, None, None) for name in names}
+    assert accounted(root, prepared) == {(NAMES.get(name, "Pitt_0050003"), None, None, None) for name in names}

@@ -190,8 +190,9 @@ OTHERS = (
 def test_derivatives_in_template_space_are_found(tmp_path) -> None:
     for name in (*NAMES, *OTHERS):
         derivative(tmp_path, name)
-    scans = find_scans(tmp_path)
+    *scans, nameless = find_scans(tmp_path)
     assert [scan.path.name for scan in scans] == sorted(NAMES)
+    assert nameless.path.name == OTHERS[7] and nameless.problem.startswith("expected a name of BIDS")
     assert sorted(scan.ids for scan in scans if scan.session) == [
         ("01", "a", "rest", "1"),
         ("01", "a", "rest", "2"),
@@ -200,7 +201,8 @@ def test_derivatives_in_template_space_are_found(tmp_path) -> None:
     ]
     assert scans[-1].ids == ("02", None, "rest", None)
     surfaces = {scan.path.name: scan.problem for scan in find_scans(tmp_path, space="fsLR")}
-    assert surfaces.pop(OTHERS[-1]) is None
+    assert surfaces.pop(OTHERS[-1]) is None and OTHERS[7] in surfaces
+    del surfaces[OTHERS[7]]
     assert surfaces == dict.fromkeys(
         NAMES[:4], "no scan in a space like fsLR, of the known endings; there is: MNI152NLin2009cAsym_res-2"
     )
@@ -216,6 +218,15 @@ def test_scan_of_another_space_or_an_unknown_ending_is_named(tmp_path) -> None:
     problems = {scan.subject: scan.problem for scan in find_scans(tmp_path)}
     assert problems["02"] is None
     assert problems["03"].endswith("there is: T1w") and "a file that ends in .nii.zst" in problems["04"]
+
+
+def test_two_files_of_one_scan_are_never_one_taken_for_the_other(tmp_path) -> None:
+    for part in ("mag", "phase"):
+        derivative(tmp_path, f"sub-02_task-rest_part-{part}_space-MNI152NLin2009cAsym_desc-preproc_bold.nii.gz")
+    assert [scan.run for scan in find_scans(tmp_path)] == ["part-mag", "part-phase"]
+    derivative(tmp_path, "sub-02_task-rest_part-mag_space-MNI152NLin2009cAsym_desc-preproc_bold.nii")
+    with pytest.raises(ValueError, match=r"one scan in 2 spaces or resolutions: .*part-mag.*_bold\.nii\.gz"):
+        find_scans(tmp_path)
 
 
 def test_scan_that_was_not_preprocessed_is_named(tmp_path) -> None:

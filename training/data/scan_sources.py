@@ -20,6 +20,8 @@ ROW_COLUMNS = ("signal", "censored", "missing_rois", "descriptors", "description
 # ids are written to the output: nothing in them may be a path or break a line
 ID = re.compile(r"[^\s\x00-\x1f/\\.][^\x00-\x1f/\\]*")
 MISSING = ("", "n/a")
+# of a name in a derivatives folder: all others tell runs apart
+KNOWN_ENTITIES = ("sub", "ses", "task", "run", "space", "res", "den", "cohort", "desc", "hemi", "suffix", "extension")
 # beside the scans of a folder
 NO_SCANS = re.compile(r"\..*|.*\.json|(README|CHANGES|LICENSE)(\..*)?", re.IGNORECASE)
 # of the Preprocessed Connectomes Project (ABIDE): series of a subject, and the table of phenotypes
@@ -140,19 +142,23 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
     """
     The preprocessed scans of an fMRIPrep or other BIDS derivatives folder in one space; empty if it holds none at all.
 
-    What else is different between scans of a subject (acquisition, direction, reconstruction, echo) becomes part of
-    `run`. Scans that are in other spaces alone, of an unknown ending or not preprocessed have a problem. ValueError
-    for raw BIDS.
+    What else is different between scans of a subject (acquisition, echo, ...) becomes part of `run`. Scans that are
+    in other spaces alone, of an unknown ending or not preprocessed have a problem. ValueError for raw BIDS.
     """
     found: dict[tuple, dict[str, Path]] = {}
     elsewhere: dict[tuple, dict[str, Path]] = {}
     raw: dict[tuple, dict[str, Path]] = {}
+    nameless: list[ScanSource] = []
     for path in sorted(folder.rglob("sub-*_bold.*")):
         entities = parse_bids_name(path.name)
-        if entities is None or entities["suffix"] != "bold" or entities["extension"] == ".json":
+        if path.suffix == ".json" or entities is not None and entities["suffix"] != "bold":
+            continue
+        if entities is None:
+            problem = "expected a name of BIDS, sub-LABEL_KEY-LABEL_..._bold.ENDING"
+            nameless.append(ScanSource(path, path.name, problem=problem))
             continue
         template = entities.get("space", "native")
-        distinct = [f"{key}-{entities[key]}" for key in ("acq", "ce", "rec", "dir", "echo") if key in entities]
+        distinct = [f"{key}-{value}" for key, value in entities.items() if key not in KNOWN_ENTITIES]
         if distinct and "run" in entities:
             distinct.append(f"run-{entities['run']}")
         run = "_".join(distinct) or entities.get("run")
@@ -166,7 +172,9 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
         if not path.name.endswith(FORMATS):
             grid = f"a file that ends in {entities['extension']}"
         fits = path.name.endswith(FORMATS) and fnmatchcase(template, space)
-        (found if fits else elsewhere).setdefault(ids, {})[grid] = path
+        grids = (found if fits else elsewhere).setdefault(ids, {})
+        # another file of the grid; but a hemisphere stands for both
+        grids[f"{grid} ({path.name})" if grid in grids and "hemi" not in entities else grid] = path
     if raw and not (found or elsewhere):
         raise ValueError(f"{folder.name} is raw BIDS, run fMRIPrep first: expected desc-preproc_bold files, got none")
     if elsewhere and not found:
@@ -178,15 +186,21 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
                 f"subject {ids[0]!r} has one scan in {len(grids)} spaces or resolutions: {', '.join(sorted(grids))}; "
                 "name one with --space"
             )
-    return [ScanSource(next(iter(grids.values())), *ids) for ids, grids in found.items()] + [
-        ScanSource(
-            next(iter(grids.values())),
-            *ids,
-            problem=f"no scan in a space like {space}, of the known endings; there is: {', '.join(sorted(grids))}",
-        )
-        for ids, grids in {**raw, **elsewhere}.items()
-        if ids not in found
-    ]
+    if not found:
+        return []
+    return (
+        [ScanSource(next(iter(grids.values())), *ids) for ids, grids in found.items()]
+        + [
+            ScanSource(
+                next(iter(grids.values())),
+                *ids,
+                problem=f"no scan in a space like {space}, of the known endings; there is: {', '.join(sorted(grids))}",
+            )
+            for ids, grids in {**raw, **elsewhere}.items()
+            if ids not in found
+        ]
+        + nameless
+    )
 
 
 def find_pcp(folder: Path) -> list[ScanSource]:
