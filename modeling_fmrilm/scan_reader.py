@@ -117,9 +117,9 @@ class ScanReader:
 
         Returns:
             {"answer": text or choice}, with choices also "probabilities" {choice: probability}; and what was read:
-            "window" {"start", "stop" (s), "windows" (how many), "scan_seconds"}, "atlas", "rois" (how many) and
-            "missing_rois" (names). With `stream` an iterator over pieces of the answer. A DataFrame gains `answer` and
-            `probability of CHOICE`.
+            "window" {"start", "stop" (s), "windows", "frames" (how many), "scan_seconds"}, "atlas", "rois" (how many)
+            and "missing_rois" (names). With `stream` an iterator over pieces of the answer. A DataFrame gains `answer`
+            and `probability of CHOICE`.
         """
         scans = _listed(scan)
         questions = [question] * len(scans) if isinstance(question, str) else list(question)
@@ -265,6 +265,7 @@ class ScanReader:
                 "start": windows[0]["start"],
                 "stop": windows[-1]["stop"],
                 "windows": len(windows),
+                "frames": sum(window["frames"] for window in windows),
                 "scan_seconds": windows[0]["scan_seconds"],
             },
             **{name: windows[0][name] for name in ("atlas", "rois", "missing_rois")},

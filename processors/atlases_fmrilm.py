@@ -492,7 +492,8 @@ class Atlas:
         if missing := [column for column in columns if column not in header]:
             raise ValueError(
                 f"{path}: expected columns {', '.join(columns)}, separated by tabs (.tsv) or commas (.csv); "
-                f"missing {', '.join(missing)}, got {', '.join(header) or 'an empty file'}"
+                f"missing {', '.join(missing)}, got {', '.join(header) or 'an empty file'}; x, y, z may be left "
+                "out beside a label image"
             )
         labels, coordinates = [], []
         for number, row in enumerate(rows, start=2):

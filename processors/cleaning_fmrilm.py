@@ -180,9 +180,11 @@ def _select(
     if len(bad):
         row, column = bad[0]
         known = cleaning.columns if cleaning.columns is not None else names
+        # its number, too: names out of files are kept out of tables of failures
+        name = "" if known is None else f" ({known[column]!r})"
         raise ValueError(
-            f"{len(bad)} values of the confounds are missing or infinite, the first in column "
-            f"{column if known is None else repr(known[column])}, row {row}; expected that in row 0 alone"
+            f"{len(bad)} values of the confounds are missing or infinite, the first in column {column}{name}, "
+            f"row {row}, counted from 0; expected that in row 0 alone"
         )
     size = np.abs(confounds).max(axis=0)
     return confounds / np.where(size == 0, 1, size)

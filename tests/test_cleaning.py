@@ -181,7 +181,7 @@ def test_short_stretches_between_censored_frames_go() -> None:
     [
         ({}, lambda: np.ones((199, 3)), None, "with 200 rows, one per frame, got 199 rows"),
         ({}, lambda: np.ones((200, 3, 1)), None, "got 200 rows (shape (200, 3, 1))"),
-        ({}, lambda: table().drop(index=9).reindex(range(200)), None, "first in column 'trans_x', row 9; expected"),
+        ({}, lambda: table().drop(index=9).reindex(range(200)), None, "first in column 0 ('trans_x'), row 9, counted"),
         ({"columns": ["rot_x"]}, table, None, "'rot_x', not one of the 5 of the table"),
         ({"columns": ["rot_x"]}, lambda: np.ones((200, 3)), None, "'rot_x': expected a table with column names"),
         ({"fd_threshold": 0.5}, lambda: None, None, "'framewise_displacement': expected a table"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -105,6 +106,23 @@ def test_any_table_is_an_atlas_or_refused(rows: list[list[str]], how: tuple, tmp
 
 
 @thorough
+@given(rows=st.lists(st.lists(CELLS, max_size=4), max_size=4), how=damages)
+@example(rows=[["1", "A", "Vis"], ["3", "B", "Vis"]], how=([], None))
+def test_any_table_of_labels_is_an_atlas_or_refused(rows: list[list[str]], how: tuple, tmp_path: Path) -> None:
+    """Without coordinates, which the label image gives."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        damage("\n".join(map(",".join, [["index", "name", "network"], *rows])).encode("utf-8", "replace"), how)
+    )
+    image = nib.Nifti1Image(np.arange(1, 4, dtype=np.int16)[:, None, None], np.eye(4))
+    try:
+        found = Atlas.from_image(image, path)
+    except ValueError:
+        return
+    assert np.isfinite(found.coordinates).all() and found.parcels is not None
+
+
+@thorough
 @given(changes=st.dictionaries(st.sampled_from(["name", "rois", "networks", "coordinates", "labels"]), JSON))
 @example(changes={"name": 7})
 @example(changes={"rois": 7, "networks": None})
@@ -154,6 +172,25 @@ def test_any_manifest_is_read_or_refused_and_its_ids_are_plain(rows: list[list[s
     for scan in scans:
         for value in filter(None, (*scan.ids, scan.site)):
             assert not set("/\\\0\n\r") & set(value) and not value.startswith("."), value
+
+
+@thorough
+@given(rows=st.lists(st.lists(CELLS, min_size=3, max_size=3), max_size=4), how=damages)
+@example(rows=[["PITT", "-9999", "1"], ["CMU", "1", "2"]], how=([], None))
+def test_any_table_of_phenotypes_is_read_or_refused(rows: list[list[str]], how: tuple, tmp_path: Path) -> None:
+    (tmp_path / "Pitt_0050003_rois_cc200.1D").touch()
+    path = tmp_path / "Phenotypic_V1_0b_preprocessed1.csv"
+    with open(path, "w", newline="", encoding="utf-8", errors="replace") as handle:
+        names = ("Pitt_0050003", "no_filename", "no_filename", "Pitt_0050003")
+        lines = [[name, *row] for name, row in zip(names, rows, strict=False)]
+        csv.writer(handle).writerows([["FILE_ID", "SITE_ID", "FIQ", "SEX"], *lines])
+    path.write_bytes(damage(path.read_bytes(), how))
+    try:
+        scans = find_scans(tmp_path)
+    except ValueError:
+        return
+    assert [scan.path.suffix for scan in scans] == [".1D"]
+    assert not {str(value) for value in scans[0].labels.values()} & {"-9999", ""}
 
 
 # an empty cell says that there is none

@@ -11,6 +11,15 @@ from scan_rows import LONG, SHORT, Model, codes, ids, pad
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
+def test_generation_settings_of_the_backbone_are_kept(make_language_model, joined, processor) -> None:
+    backbone = make_language_model("llama", len(processor.tokenizer))
+    backbone.generation_config.update(do_sample=True, temperature=0.6, top_p=0.8, eos_token_id=5)
+    found = joined(backbone).generation_config
+    assert (found.do_sample, found.temperature, found.top_p) == (True, 0.6, 0.8)
+    # its own end ends an answer, and so does that of the chat template
+    assert found.eos_token_id == sorted({5, *processor.eos_token_ids})
+
+
 def test_one_token_at_a_time_equals_the_whole(model: Model) -> None:
     row, scan = ids(model, "ab", SHORT, "cd", LONG, "efgh"), codes(SHORT, LONG)
     whole = model(row, fmri_codes=scan).logits

@@ -57,7 +57,13 @@ def inputs(reader: ScanReader, scan: dict, question: str = QUESTION) -> dict:
 
 def about(frames: int, scan_frames: int, windows: int = 1, atlas: str = "tiny", missing: tuple[int, ...] = ()) -> dict:
     """What an answer says of the windows it was read from, at a TR of 2 s."""
-    window = {"start": 0.0, "stop": 2.0 * frames, "windows": windows, "scan_seconds": 2.0 * scan_frames}
+    window = {
+        "start": 0.0,
+        "stop": 2.0 * frames,
+        "windows": windows,
+        "frames": frames,
+        "scan_seconds": 2.0 * scan_frames,
+    }
     rois = {"tiny": 5, "other": 7}[atlas] - len(missing)
     return {"window": window, "atlas": atlas, "rois": rois, "missing_rois": [f"{atlas}_{roi}" for roi in missing]}
 
