@@ -109,6 +109,23 @@ def saved(llama, processor, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "imports",
     [
+        "import fmrilm\nfrom transformers import pipeline",
+        "from transformers import pipeline\nimport fmrilm",
+        "import fmrilm\nfrom transformers import AutoConfig, pipeline\nfrom fmrilm import load",
+    ],
+)
+def test_pipeline_serves_without_trust_once_the_package_is_imported(imports: str, saved: Path) -> None:
+    code = f"""
+import json
+{imports}
+print(json.dumps(type(pipeline("fmri-text-to-text", model={str(saved)!r})).__module__))
+"""
+    assert fresh(code) == "fmrilm.pipeline_fmrilm"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
         "from fmrilm.processors import FmriLMProcessor\nfrom transformers import AutoModelForCausalLM, AutoProcessor",
         "from transformers import AutoModelForCausalLM, AutoProcessor\nimport fmrilm",
     ],
