@@ -1,5 +1,6 @@
 """A model is evaluated on subjects it never learned from, beside baselines and a subject-shuffled control."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -237,21 +238,22 @@ def test_tuning_learns_the_answers_and_leaves_the_model_as_it_was(model, process
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scans, labels = [[encoded(model, 4, seed)] for seed in range(4)], ["a", "b", "a", "b"]
     subjects = [f"subject {row}" for row in range(4)]
-    tuned = tune(model, processor, GROUP, scans, labels, subjects, Tuning(40, 60, 4, 2e-2, rank), seed=0)
+    tuned, own = tune(model, processor, GROUP, scans, labels, subjects, Tuning(40, 60, 4, 2e-2, rank), seed=0)
     windows, words = [windows[0] for windows in scans], [*GROUP.choice_words, "person", "scan", "default"]
     choices = [processor.encode_choices(words)]
     untuned, learned = (
-        np.exp(score_windows(each, processor, windows, [GROUP.questions[0]], choices)[0])[:, :2].sum(1)
-        for each in (model, tuned)
+        np.exp(score_windows(*each, windows, [GROUP.questions[0]], choices)[0])[:, :2].sum(1)
+        for each in ((model, processor), (tuned, own))
     )
     assert (untuned < 0.2).all() and (learned > 0.7).all()
     assert tuned.config.score_names == [*model.config.score_names, "made_up_group=the older"]
+    assert own.summary_tokens == tuned.config.num_summary_tokens > processor.summary_tokens
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_every_scan_is_asked_about_before_any_again(model) -> None:
+def test_every_scan_is_asked_about_before_any_again(model, processor) -> None:
     scans, labels = [[encoded(model, 4, seed)] for seed in range(3)], ["a", "b", "a"]
-    _, examples = tuning.with_scores(model, GROUP, scans, labels, ["x", "y", "z"], seed=0)
+    _, examples = tuning.with_scores(model, copy.deepcopy(processor), GROUP, scans, labels, ["x", "y", "z"], seed=0)
     rows = tuning.task_rows(GROUP, examples, 6, seed=0)
     asked = [row["codes"][0] for row in rows]
     of_scan = [scans_of[0].codes.tolist() for scans_of in scans]

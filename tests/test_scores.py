@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.training import ridge
 from fmrilm.training.alignment.examples import fit_frequencies, fit_scores, read_scores, score_targets
-from fmrilm.training.alignment.joint import with_score_names
+from fmrilm.training.alignment.joint import answer_embeddings, with_answers
 from fmrilm.training.data.tasks import load_task
 from helpers import random_examples
 
@@ -136,17 +136,37 @@ def test_other_scores_stay_as_they_are(llama) -> None:
     assert np.allclose(fitted.scores[:, 0], read_scores(llama, examples).scores[:, 0])
 
 
-def test_model_with_more_scores_reads_the_old_ones_as_before(llama) -> None:
-    examples, codes, targets = codec_examples(llama)
+def test_model_with_answers_reads_the_old_scores_as_before(llama, processor) -> None:
+    _, codes, _ = codec_examples(llama)
     llama.model.summary.output_proj.weight.data.normal_()
-    wider = with_score_names(llama, ["motion", "sex=male", "age"])
+    wider = with_answers(llama, processor, [load_task("sex"), load_task("asd")], ["sex=male", "asd=yes"])
+    assert wider.config.num_summary_tokens == processor.summary_tokens > llama.config.num_summary_tokens
     scores = llama.model.get_fmri_scores(codes)
-    assert torch.equal(wider.model.get_fmri_scores(codes)[:, [2, 0]], scores)
-    assert not wider.model.summary.output_proj.weight[:, 1].any()
-    new = scores[:, [1, 0, 0]]
-    assert torch.allclose(wider.model.summary(new), llama.model.summary(scores), atol=1e-5)
+    assert torch.allclose(wider.model.get_fmri_scores(codes)[:, : scores.shape[1]], scores)
+    new = torch.cat([scores, torch.randn(len(scores), 2)], 1)
+    assert torch.allclose(
+        wider.model.summary(new)[:, : llama.config.num_summary_tokens], llama.model.summary(scores), atol=1e-5
+    )
     same = set(llama.state_dict()) - {name for name in llama.state_dict() if "summary" in name}
     assert all(torch.equal(wider.state_dict()[name], llama.state_dict()[name]) for name in same)
+
+
+def test_scores_of_a_task_are_its_answer_in_words(llama, processor) -> None:
+    """The higher the score, the nearer the token is to the word of the answer; the words around it stay."""
+    sex = load_task("sex")
+    bias, weights = answer_embeddings(llama, processor, [sex], ["motion", f"sex={sex.choice_words[1]}"])
+    ids = processor.tokenizer("The sex is", add_special_tokens=False)["input_ids"]
+    words = llama.get_input_embeddings().weight
+    assert torch.equal(bias[: len(ids)], words[ids])
+    assert not weights[:, :, 0].any() and (weights[:, :, 1].abs().sum(1) > 0).nonzero().flatten().tolist() == [
+        len(ids)
+    ]
+    first, second = (
+        words[processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0)
+        for word in sex.choice_words
+    )
+    assert torch.allclose(bias[len(ids)] + weights[len(ids), :, 1], second, atol=1e-5)
+    assert torch.allclose(bias[len(ids)] - weights[len(ids), :, 1], first, atol=1e-5)
 
 
 def test_targets_are_z_scores_numbers_and_choices() -> None:

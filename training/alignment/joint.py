@@ -11,11 +11,16 @@ from fmrilm.configuration_fmrilm import FmriLMConfig
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor
+from fmrilm.processors.descriptors.cohort import LEVELS
+
+from ..data.tasks import Task
 
 
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
 LANGUAGE_MODEL = "model.causal_lm."
+# of the embedding of an answer with one standard deviation of its score, in distances between answers
+ANSWER_CHANGE = 0.5
 # what a scan enters and leaves through, trained whole beside an adapter
 SCAN_MODULES = ("projector", "summary.output_proj", "boundaries", "fmri_head")
 
@@ -54,11 +59,23 @@ def join(
 
 
 @torch.no_grad()
-def with_score_names(
-    model: FmriLMForConditionalGeneration, score_names: Sequence[str]
+def with_answers(
+    model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, tasks: Sequence[Task], names: Sequence[str]
 ) -> FmriLMForConditionalGeneration:
-    """A copy of the model that reads these scores; those that it read before keep their place in the embeddings."""
-    config = FmriLMConfig.from_dict({**model.config.to_dict(), "score_names": list(score_names)})
+    """
+    A copy of the model that also reads the scores `names` of the tasks, in more summary tokens: for each task words as
+    "The sex is", then the embedding of its answers as the scores expect them. A language model thus starts from what
+    it can repeat. What the model read before is unchanged; the processor gets to know the tokens.
+    """
+    before = model.config.score_names
+    bias, weights = answer_embeddings(model, processor, tasks, names)
+    config = FmriLMConfig.from_dict(
+        {
+            **model.config.to_dict(),
+            "score_names": [*before, *names],
+            "num_summary_tokens": model.config.num_summary_tokens + len(bias),
+        }
+    )
     wider = FmriLMForConditionalGeneration(config)
     old, new = model.state_dict(), wider.state_dict()
     kept = {name: old[name] for name in new if name in old and old[name].shape == new[name].shape}
@@ -68,15 +85,54 @@ def with_score_names(
     source, target = model.model.summary, wider.model.summary
     if source is None or target is None:
         raise ValueError("expected models with score_names, got one without")
-    # what is new changes nothing before it is learned
+    known = len(source.output_proj.bias)
     target.output_proj.weight.zero_()
-    before = model.config.score_names
-    for place, name in enumerate(score_names):
-        if name in before:
-            target.output_proj.weight[:, place] = source.output_proj.weight[:, before.index(name)]
-            target.readout.weight[place] = source.readout.weight[before.index(name)]
-            target.readout.bias[place] = source.readout.bias[before.index(name)]
+    target.output_proj.weight[:known, : len(before)] = source.output_proj.weight
+    target.output_proj.weight[known:, len(before) :] = weights.flatten(0, 1)
+    target.output_proj.bias.copy_(torch.cat([source.output_proj.bias, bias.flatten()]))
+    target.readout.weight[: len(before)] = source.readout.weight
+    target.readout.bias[: len(before)] = source.readout.bias
+    processor.summary_tokens = config.num_summary_tokens
     return wider.eval()
+
+
+def answer_embeddings(
+    model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, tasks: Sequence[Task], names: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Embeddings [tokens, hidden] of "The sex is (answer)." for each task that has scores among `names`, and how they
+    change with the scores [tokens, hidden, names], which have a standard deviation of one.
+    """
+    device = model.device
+
+    def embed(text: str) -> torch.Tensor:
+        ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return model.get_input_embeddings()(ids.to(device))[0].float()
+
+    def word(text: str) -> torch.Tensor:
+        return embed(f" {text}").mean(0)
+
+    bias, places, changes = [], [], []
+    for task in tasks:
+        words = task.choice_words or list(LEVELS)
+        own = {f"{task.name}={one}": one for one in words} if task.choice_words else {task.name: words[-1]}
+        columns = [names.index(name) for name in own if name in names]
+        if not columns:
+            continue
+        mean = torch.stack([word(one) for one in words]).mean(0)
+        parts = [embed(f"The {task.spoken} is"), mean[None], embed(".")]
+        places.append(sum(map(len, bias)) + len(parts[0]))
+        bias += parts
+        change = mean.new_zeros(len(mean), len(names))
+        for column in columns:
+            chosen = word(own[names[column]])
+            # two answers have one score, and so have numbers: away from the other end
+            change[:, column] = ANSWER_CHANGE * (chosen - (word(words[0]) if len(columns) == 1 else mean))
+        changes.append(change)
+    embeddings = torch.cat(bias)
+    weights = embeddings.new_zeros(*embeddings.shape, len(names))
+    weights[places] = torch.stack(changes)
+    return embeddings, weights
 
 
 def _without_path(config: PreTrainedConfig) -> Any:

@@ -45,6 +45,10 @@ REFERENCE_SCANS = 48
 MOST_NUMBERS = 200
 
 
+# what answers: a model, and the processor that knows its summary tokens
+Reader = tuple[FmriLMForConditionalGeneration, FmriLMProcessor]
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """
@@ -367,13 +371,14 @@ class _Run:
         return self.scans.mean_over_windows(embed_windows(self.model, self.scans.encoded))
 
     def _ask(self, labelled: Labelled, condition: _Condition, training: np.ndarray, test: np.ndarray) -> Answers:
-        model, task, seed = self.model, labelled.task, self.settings.seed + condition.resample
+        task, seed = labelled.task, self.settings.seed + condition.resample
+        reader = self.model, self.processor
         split = self.splits[condition.fold]
         examples = []
         if condition.name == "tuned":
             windows, labels = self.scans.windows_of(training), [labelled.labels[row] for row in training]
             subjects = self.scans.subjects[training].tolist()
-            model = tune(model, self.processor, task, windows, labels, subjects, self.settings.tuning, seed)
+            reader = tune(*reader, task, windows, labels, subjects, self.settings.tuning, seed)
         elif condition.name == "few-shot":
             order = np.random.default_rng(seed).permutation(training)
             examples = [
@@ -381,12 +386,12 @@ class _Run:
                 for row, windows in zip(order, self.scans.windows_of(order), strict=True)
             ]
         if task.choices is None:
-            return self._numbers(model, labelled, split, test)
+            return self._numbers(reader, labelled, split, test)
         reference = np.random.default_rng(seed).permutation(split.training)[:REFERENCE_SCANS]
         if condition.name == "zero-shot":
             scores = self._zero_shot[task.name]
         else:
-            scores = self._scores(model, np.concatenate([test, reference]), [task], examples)[task.name]
+            scores = self._scores(reader, np.concatenate([test, reference]), [task], examples)[task.name]
         shares = np.full(labelled.choices, 1 / labelled.choices)
         if condition.shots != 0:
             # add-one: a class that few training subjects happen to miss is not impossible
@@ -404,11 +409,11 @@ class _Run:
         for split in self.splits:
             rows.append(np.random.default_rng(self.settings.seed).permutation(split.training)[:REFERENCE_SCANS])
         tasks = [labelled.task for labelled in self.tasks if labelled.task.choices is not None]
-        return self._scores(self.model, np.unique(np.concatenate(rows)), tasks)
+        return self._scores((self.model, self.processor), np.unique(np.concatenate(rows)), tasks)
 
     def _scores(
         self,
-        model: FmriLMForConditionalGeneration,
+        reader: Reader,
         rows: np.ndarray,
         tasks: Sequence[Task],
         examples: Sequence[Example] = (),
@@ -417,9 +422,7 @@ class _Run:
         places = np.flatnonzero(np.isin(self.scans.of_window, rows))
         windows = [self.scans.encoded[place] for place in places]
         choices = [self.processor.encode_choices(task.choice_words) for task in tasks]
-        scored = score_windows(
-            model, self.processor, windows, [task.questions[0] for task in tasks], choices, examples
-        )
+        scored = score_windows(*reader, windows, [task.questions[0] for task in tasks], choices, examples)
         found = {}
         for task, values in zip(tasks, scored, strict=True):
             means = self._mean(places, values)
@@ -432,9 +435,7 @@ class _Run:
         every[places] = values
         return self.scans.mean_over_windows(every)
 
-    def _numbers(
-        self, model: FmriLMForConditionalGeneration, labelled: Labelled, split: Split, test: np.ndarray
-    ) -> Answers:
+    def _numbers(self, reader: Reader, labelled: Labelled, split: Split, test: np.ndarray) -> Answers:
         """
         Numbers that the model generates, mean over the windows of a scan in which one can be parsed; and the expected
         value over all whole numbers in the task's range.
@@ -443,7 +444,7 @@ class _Run:
         places = np.flatnonzero(np.isin(scans.of_window, test))
         windows = [scans.encoded[place] for place in places]
         question = task.questions[0]
-        parsed = [parse_number(task, text) for text in answer_windows(model, self.processor, windows, question)]
+        parsed = [parse_number(task, text) for text in answer_windows(*reader, windows, question)]
         values, failures = np.empty(len(test)), np.zeros(len(test), bool)
         # a model that gives no number is taken to give what is known without a model: it gains nothing by it
         mean = labelled.truth[labelled.known(split.training)].mean()
@@ -461,7 +462,7 @@ class _Run:
                 [*self.processor.tokenizer(str(number), add_special_tokens=False)["input_ids"], end]
                 for number in numbers
             ]
-            (scores,) = score_windows(model, self.processor, windows, [question], [ids])
+            (scores,) = score_windows(*reader, windows, [question], [ids])
             found["expected"] = self._mean(places, np.exp(scores) @ numbers)[test]
         return found
 

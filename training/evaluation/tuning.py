@@ -17,7 +17,7 @@ from fmrilm.processors import FmriLMProcessor
 
 from ..alignment.chats import assistant, chat_dataset, draw_rounds, row_of, scan_block, text_block, user
 from ..alignment.examples import Examples, fit_scores, score_targets
-from ..alignment.joint import add_lora, with_score_names
+from ..alignment.joint import add_lora, with_answers
 from ..data.collator import RowCollator, encode_dataset
 from ..data.tasks import Task
 from .ask import EncodedWindow
@@ -46,17 +46,19 @@ def tune(
     subjects: Sequence[str],
     tuning: Tuning,
     seed: int,
-) -> FmriLMForConditionalGeneration:
+) -> tuple[FmriLMForConditionalGeneration, FmriLMProcessor]:
     """
-    A tuned copy of the model. scans: windows of each training scan; labels: cells of the task's column. Each scan is
-    asked about as often as any other, about a window and in a wording drawn anew each time.
+    A tuned copy of the model, and of the processor with the summary tokens of the task. scans: windows of each
+    training scan; labels: cells of the task's column. Each scan is asked about as often as any other, about a window
+    and in a wording drawn anew each time.
     """
     from ..program import FmriLMSFTConfig
     from ..trainer import FmriLMSFTTrainer
 
     torch.manual_seed(seed)
     steps = min(tuning.steps, tuning.epochs * math.ceil(len(scans) / tuning.rows_per_step))
-    tuned, examples = with_scores(model, task, scans, labels, subjects, seed)
+    processor = copy.deepcopy(processor)
+    tuned, examples = with_scores(model, processor, task, scans, labels, subjects, seed)
     rows = task_rows(task, examples, steps * tuning.rows_per_step, seed)
     with TemporaryDirectory() as scratch:
         args = FmriLMSFTConfig(
@@ -83,18 +85,22 @@ def tune(
         )
         trainer.train()
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    return (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).eval()
+    return (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).eval(), processor
 
 
 def with_scores(
     model: FmriLMForConditionalGeneration,
+    processor: FmriLMProcessor,
     task: Task,
     scans: Sequence[Sequence[EncodedWindow]],
     labels: Sequence[Any],
     subjects: Sequence[str],
     seed: int,
 ) -> tuple[FmriLMForConditionalGeneration, Examples]:
-    """A copy of the model that also reads scores of the task, fitted on these scans, and their windows with scores."""
+    """
+    A copy of the model that also reads scores of the task, fitted on these scans, and their windows with scores. The
+    processor gets to know the summary tokens that are new.
+    """
     windows = [(window, scan) for scan, several in enumerate(scans) for window in several]
     nothing = np.zeros((len(windows), 0), np.float32)
     examples = Examples(
@@ -108,7 +114,8 @@ def with_scores(
     if model.model.summary is None:
         return copy.deepcopy(model), examples
     names, targets = score_targets(examples, [], [task])
-    tuned = with_score_names(model, list(dict.fromkeys([*model.config.score_names, *names])))
+    new = [name for name in names if name not in model.config.score_names]
+    tuned = with_answers(model, processor, [task], new) if new else copy.deepcopy(model)
     examples, _ = fit_scores(tuned, examples, names, targets, seed)
     return tuned, examples
 

@@ -109,7 +109,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     from fmrilm.scan_reader import check_source
 
     from ..alignment.examples import fit_scores, read_scores, score_targets
-    from ..alignment.joint import with_score_names
+    from ..alignment.joint import with_answers
     from ..checkpoints import last_checkpoint, output_folder
     from ..data.tasks import load_task, with_columns
     from ..hub.model_folder import base_of, load_model
@@ -154,7 +154,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
                 f"expected a whole model in full precision to learn new scores ({', '.join(sorted(widened))}): merge "
                 "the adapter first (--merge_adapter)"
             )
-        model = joint = with_score_names(joint, [*joint.config.score_names, *(n for n in names if n in widened)])
+        model = joint = with_answers(joint, processor, tasks, [name for name in names if name in widened])
     before = joint.model.summary.readout.weight.clone()
     examples, r_squared = fit_scores(joint, examples, names, targets, training_args.seed)
     refitted = not torch.equal(before, joint.model.summary.readout.weight)

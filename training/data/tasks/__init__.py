@@ -143,7 +143,12 @@ class Task:
     def statement(self, value: Any) -> str:
         """The answer as a part of an open-ended one: "age: 34 years"."""
         unit = f" {self.unit}" if self.unit and self.choices is None else ""
-        return f"{self.title or self.name.replace('_', ' ')}: {self.answer(value)}{unit}"
+        return f"{self.spoken}: {self.answer(value)}{unit}"
+
+    @property
+    def spoken(self) -> str:
+        """What texts call it."""
+        return self.title or self.name.replace("_", " ")
 
     def leaks(self, text: str, value: Any = None) -> list[str]:
         """Words of a text that give the answer away, whatever it is, or that are the number `value`."""
