@@ -41,9 +41,11 @@ DEFAULT_TASKS = "asd,sex,age_group"
 
 def read_tasks(names: str) -> list:
     """ "asd=diagnosis,sex": tasks, and the columns of their labels."""
-    given = [name.partition("=") for name in names.split(",")]
-    columns = [f"{name}={column}" for name, _, column in given if column]
-    return with_columns([load_task(name) for name, _, _ in given], columns)
+    return with_columns([load_task(name.partition("=")[0]) for name in names.split(",")], given_columns(names))
+
+
+def given_columns(names: str) -> list[str]:
+    return [name for name in names.split(",") if "=" in name]
 
 
 def all_splits(scans: Scans, tasks: list, folds: int, seeds: int) -> dict[str, list[Split]]:
@@ -97,7 +99,7 @@ def baselines(
         write("baselines", tables, results)
 
 
-def train_release(data: Path, splits: Path, output: Path, tasks: list[str]) -> Path:
+def train_release(data: Path, splits: Path, output: Path, tasks: list[str], columns: list[str]) -> Path:
     """The model folder of the release recipe, trained on the subjects that are "train" in the table `splits`."""
     from fmrilm.training.alignment.program import main as align
     from fmrilm.training.codec.program import main as train_codec
@@ -114,7 +116,8 @@ def train_release(data: Path, splits: Path, output: Path, tasks: list[str]) -> P
     if not (output / "alignment" / "model").exists():
         align([*options("alignment"), "--codec", str(output / "codec" / "model")])
     if not (output / "sft" / "model").exists():
-        tune([*options("sft"), "--model_name_or_path", str(output / "alignment" / "model"), "--tasks", *tasks])
+        base = ["--model_name_or_path", str(output / "alignment" / "model")]
+        tune([*options("sft"), *base, "--tasks", *tasks, *(["--columns", *columns] if columns else [])])
     return output / "sft" / "model"
 
 
@@ -137,7 +140,7 @@ def release(
     """The release recipe on the training subjects of each fold, and its answers about the test subjects."""
     scans, asked, tables = load_scans(data, FmriLMFeatureExtractor()), read_tasks(tasks), []
     names = [name.partition("=")[0] for name in tasks.split(",")]
-    columns = [f"{task.name}={task.column}" for task in asked]
+    columns = given_columns(tasks)
     known = [Labelled.read(task, scans) for task in asked]
     counts = tuple(int(count) for count in shots.split(","))
     settings = EvaluationSettings(shots=counts, questions_per_family=questions, described=0)
@@ -156,7 +159,7 @@ def release(
             parts = {"train": set(subjects[split.training]), "test": set(subjects[split.test])}
             rows = [{"subject": one, "split": part} for part, members in parts.items() for one in sorted(members)]
             write_whole(path, pd.DataFrame(rows).to_csv(index=False))
-            model = train_release(data, path, folder, names)
+            model = train_release(data, path, folder, names, columns)
             found = evaluate(
                 model,
                 data,
