@@ -70,7 +70,8 @@ def test_finished_folder_and_checkpoints_open_by_the_auto_classes(name: str, run
     inputs.pop("fmri_scores")
     assert torch.allclose(adapted(**inputs).logits, model(**inputs).logits, atol=1e-4)
     restored = AutoProcessor.from_pretrained(last)
-    assert (restored.tokens_per_patch, restored.summary_tokens) == (2, 2) == (processor.tokens_per_patch, 2)
+    assert restored.tokens_per_patch == processor.tokens_per_patch == 2
+    assert restored.summary_tokens == processor.summary_tokens == model.config.num_summary_tokens
     assert Cohort.load(runs / name / "model").subjects == 4
 
 
