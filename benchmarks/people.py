@@ -45,6 +45,7 @@ def read_tasks(names: str) -> list:
 
 
 def given_columns(names: str) -> list[str]:
+    """ "asd=diagnosis,sex": those with a column."""
     return [name for name in names.split(",") if "=" in name]
 
 

@@ -115,12 +115,8 @@ def saved(llama, processor, tmp_path: Path) -> Path:
     ],
 )
 def test_pipeline_serves_without_trust_once_the_package_is_imported(imports: str, saved: Path) -> None:
-    code = f"""
-import json
-{imports}
-print(json.dumps(type(pipeline("fmri-text-to-text", model={str(saved)!r})).__module__))
-"""
-    assert fresh(code) == "fmrilm.pipeline_fmrilm"
+    code = f"import json\n{imports}\npipe = pipeline('fmri-text-to-text', model={str(saved)!r})\n"
+    assert fresh(f"{code}print(json.dumps(type(pipe).__module__))") == "fmrilm.pipeline_fmrilm"
 
 
 @pytest.mark.parametrize(

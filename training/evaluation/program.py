@@ -43,8 +43,6 @@ SETTINGS = "settings.json"
 REFERENCE_SCANS = 48
 # numbers that are scored one by one for the expected value, at most
 MOST_NUMBERS = 200
-
-
 # what answers: a model, and the processor that knows its summary tokens
 Reader = tuple[FmriLMForConditionalGeneration, FmriLMProcessor]
 
