@@ -17,6 +17,7 @@ import pytest
 import yaml
 from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
 from gradio_client import Client, handle_file
+from gradio_client.utils import strip_invalid_filename_characters
 from playwright.sync_api import Browser, Page
 
 from fmrilm import Atlas, FmriLMFeatureExtractor, FmriLMProcessor, load
@@ -81,11 +82,13 @@ def array(frames: int = 24, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(100, 10, (frames, ROIS)).cumsum(0).astype(np.float32)
 
 
-def upload(page: Page, path: Path) -> None:
-    if page.locator("#file button[aria-label='Clear']").count():
-        page.locator("#file button[aria-label='Clear']").click()
-    page.locator("#file input[type=file]").set_input_files(path)
-    page.locator("#status p", has_text="is here").wait_for()
+def upload(page: Page, path: Path, kind: str = "file") -> None:
+    if page.locator(f"#{kind} button[aria-label='Clear']").count():
+        page.locator(f"#{kind} button[aria-label='Clear']").click()
+    page.locator(f"#{kind} input[type=file]").set_input_files(path)
+    # by its name: what was said of the file before still stands there
+    name = strip_invalid_filename_characters(path.name)
+    page.locator("#status p", has_text=f"{name} is here").wait_for()
 
 
 def read(page: Page, path: Path, tr: float = 0) -> str:
@@ -190,8 +193,7 @@ def test_table_label_image_and_sidecar_of_the_visitor_are_used_and_deleted(
     path = volume(tmp_path / "scan.nii.gz", 1.0)
     page.locator("#more button").first.click()
     for kind, given in (("table", table), ("labels", labels), ("sidecar", sidecar)):
-        page.locator(f"#{kind} input[type=file]").set_input_files(given)
-        page.locator("#status p", has_text=f"{given.name} is here").wait_for()
+        upload(page, given, kind)
     status = read(page, path)
     assert status.startswith("Read: 24 frames of 6 ROIs, 2 s apart. The model sees 32 s.")
     assert "scan.nii.gz: using RepetitionTime 2 s of scan.json; the header has 1 s" in status
