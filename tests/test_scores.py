@@ -145,7 +145,7 @@ def test_model_with_answers_reads_the_old_scores_as_before(llama, processor) -> 
     assert torch.allclose(wider.model.get_fmri_scores(codes)[:, : scores.shape[1]], scores)
     new = torch.cat([scores, torch.randn(len(scores), 2)], 1)
     assert torch.allclose(
-        wider.model.summary(new)[:, : llama.config.num_summary_tokens], llama.model.summary(scores), atol=1e-5
+        wider.model.summary(new)[:, -llama.config.num_summary_tokens :], llama.model.summary(scores), atol=1e-5
     )
     same = set(llama.state_dict()) - {name for name in llama.state_dict() if "summary" in name}
     assert all(torch.equal(wider.state_dict()[name], llama.state_dict()[name]) for name in same)

@@ -37,25 +37,28 @@ class Examples:
         return len(self.codes)
 
 
+def score_names(task: Task) -> list[str]:
+    """Of a task's scores: its number, or each of its choices but the first of two."""
+    words = task.choice_words
+    return [f"{task.name}={word}" for word in (words[1:] if len(words) == 2 else words)] if words else [task.name]
+
+
 def score_targets(examples: Examples, names: Sequence[str], tasks: Sequence[Task]) -> tuple[list[str], np.ndarray]:
     """
     What scores are regressed on: names and values [windows, names], NaN where unknown. The descriptors `names` as
-    z-scores; of each task, its number, or for its choices 1 and 0 for each choice but the first of two.
+    z-scores; of each task (`score_names`) its number, or 1 and 0 for a choice.
     """
     columns, found = [examples.z_scores], list(names)
     for task in tasks:
         labels = labels_of(task, examples.rows)
         known = np.array([label is not None for label in labels])
+        found += score_names(task)
         if task.choices is None:
-            values = np.array([np.nan if label is None else float(label) for label in labels])
-            found.append(task.name)
-            columns.append(values[:, None])
+            columns.append(np.array([np.nan if label is None else float(label) for label in labels])[:, None])
             continue
-        words = task.choice_words
         answers = np.array([task.answer(label) if label is not None else "" for label in labels])
-        for word in words[1:] if len(words) == 2 else words:
-            found.append(f"{task.name}={word}")
-            columns.append(np.where(known, answers == word, np.nan)[:, None])
+        words = [name.removeprefix(f"{task.name}=") for name in score_names(task)]
+        columns.append(np.where(known[:, None], answers[:, None] == words, np.nan))
     return found, np.concatenate(columns, axis=1)
 
 

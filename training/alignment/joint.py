@@ -17,7 +17,7 @@ from ..data.tasks import Task
 
 
 # anchored at the language model: the codec has projections of the same names
-LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|c_attn)"
+LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|c_attn|c_fc)"
 LANGUAGE_MODEL = "model.causal_lm."
 # of the embedding of an answer with one standard deviation of its score, in distances between answers
 ANSWER_CHANGE = 0.5
@@ -65,7 +65,8 @@ def with_answers(
     """
     A copy of the model that also reads the scores `names` of the tasks, in more summary tokens: for each task words as
     "The sex is", then the embedding of its answers as the scores expect them. A language model thus starts from what
-    it can repeat. What the model read before is unchanged; the processor gets to know the tokens.
+    it can repeat. They stand before the summary tokens of the descriptors, so that their states are not mixed with
+    these; what the tokens before them hold is unchanged. The processor gets to know the tokens.
     """
     before = model.config.score_names
     bias, weights = answer_embeddings(model, processor, tasks, names)
@@ -85,11 +86,11 @@ def with_answers(
     source, target = model.model.summary, wider.model.summary
     if source is None or target is None:
         raise ValueError("expected models with score_names, got one without")
-    known = len(source.output_proj.bias)
+    added = bias.numel()
     target.output_proj.weight.zero_()
-    target.output_proj.weight[:known, : len(before)] = source.output_proj.weight
-    target.output_proj.weight[known:, len(before) :] = weights.flatten(0, 1)
-    target.output_proj.bias.copy_(torch.cat([source.output_proj.bias, bias.flatten()]))
+    target.output_proj.weight[:added, len(before) :] = weights.flatten(0, 1)
+    target.output_proj.weight[added:, : len(before)] = source.output_proj.weight
+    target.output_proj.bias.copy_(torch.cat([bias.flatten(), source.output_proj.bias]))
     target.readout.weight[: len(before)] = source.readout.weight
     target.readout.bias[: len(before)] = source.readout.bias
     processor.summary_tokens = config.num_summary_tokens
@@ -142,8 +143,9 @@ def _without_path(config: PreTrainedConfig) -> Any:
 
 def add_adapter(model: FmriLMForConditionalGeneration, config: LoraConfig) -> PeftModel:
     """
-    An adapter on the language model; where the configuration does not say, on its attention, with what a scan enters
-    and leaves through trained whole. ValueError for targets that also name layers of the codec, which stays as it is.
+    An adapter on the language model; where the configuration does not say, on its attention and its MLPs, with what a
+    scan enters and leaves through trained whole. ValueError for targets that also name layers of the codec, which
+    stays as it is.
     """
     if config.target_modules is None:
         config.target_modules = LORA_TARGETS

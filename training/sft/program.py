@@ -79,6 +79,13 @@ class SftArguments(ScanArguments):
         default_factory=lambda: [0.1, 0.8, 0.1],
         metadata={"help": "Of one question, several questions in one conversation, and an open-ended request."},
     )
+    reading_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of the rows, short ones with one question of a task, whose answer follows another subject's "
+            "scores: they teach to answer as the scores say."
+        },
+    )
     label_share: float = field(
         default=0.5, metadata={"help": "Of the chats about scans with labels, those that ask for the labels."}
     )
@@ -108,6 +115,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     from fmrilm.processors.descriptors.cohort import Cohort
     from fmrilm.scan_reader import check_source
 
+    from ..alignment.chats import chat_dataset
     from ..alignment.examples import fit_scores, read_scores, score_targets
     from ..alignment.joint import with_answers
     from ..checkpoints import last_checkpoint, output_folder
@@ -124,11 +132,16 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     )
     from ..trainer import FmriLMSFTTrainer
     from .chats import Mixture, instruction_rows
+    from .readings import reading_rows
 
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("expected model_name_or_path, a folder or Hub id of a joint model or an adapter, got none")
     check_source(name)
+    if script_args.reading_share and not script_args.tasks:
+        raise ValueError(
+            f"expected tasks, whose scores are read, with reading_share={script_args.reading_share}, got none"
+        )
     set_seed(training_args.seed)
     last = last_checkpoint(output_folder(training_args))
     tasks = with_columns([load_task(task) for task in script_args.tasks], script_args.columns)
@@ -177,7 +190,12 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     )
 
     def draw(of, count, seed):
-        return instruction_rows(of, tasks, count, mixture, seed)
+        # held-out subjects are asked about themselves alone
+        reading = 0 if of is held_out else round(count * script_args.reading_share)
+        rows = instruction_rows(of, tasks, count - reading, mixture, seed) if count > reading else []
+        per_patch = joint.config.codec_config.tokens_per_patch
+        more = reading_rows(of, joint.config.score_names, tasks, reading, per_patch, seed) if reading else []
+        return chat_dataset([*rows, *more])
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
     trainer = FmriLMSFTTrainer(model=trainable(model, model_args), **inputs)

@@ -1,0 +1,97 @@
+"""Reading rows of stage 3: answers follow the scores in the row, and nothing else in it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from fmrilm.training.alignment.examples import score_names
+from fmrilm.training.data.tasks import load_task
+from fmrilm.training.sft.readings import Reading, reading_rows
+from helpers import random_examples, window_of
+
+
+TASKS = [load_task(name) for name in ("sex", "age", "age_group")]
+NAMES = ["motion", *(name for task in TASKS for name in score_names(task))]
+
+
+def examples_of(windows: int = 200, noise: float = 1.0):
+    """Windows of subjects of both sexes and all ages, with scores that know them as well as the noise lets them."""
+    rng = np.random.default_rng(0)
+    ages = rng.uniform(8, 70, windows)
+    known = [
+        {"subject": f"s{row}", "session": None, "sex": "FM"[row % 4 > 0], "age": ages[row]} for row in range(windows)
+    ]
+    examples = random_examples(windows, known)
+    groups = np.array([TASKS[2].answer(age) for age in ages])
+    truth = [np.array([row["sex"] == "M" for row in known]), ages]
+    truth += [groups == word for word in TASKS[2].choice_words]
+    scores = np.stack([(one - one.mean()) / (one.std() or 1) for one in truth], 1)
+    scores = scores + noise * rng.standard_normal(scores.shape)
+    motion = np.arange(windows)[:, None]
+    return dataclasses.replace(examples, scores=np.concatenate([motion, scores / scores.std(0)], 1).astype(np.float32))
+
+
+def text_of(row: dict, place: int) -> str:
+    return row["messages"][place]["content"][-1]["text"]
+
+
+def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
+    examples = examples_of()
+    rows = reading_rows(examples, NAMES, TASKS[:1], 400, 2, seed=0)
+    column = NAMES.index(score_names(TASKS[0])[0])
+    scores = np.array([row["scores"][0][column] for row in rows])
+    windows = np.array([int(row["scores"][0][0]) for row in rows])
+    second = np.array([text_of(row, 1) == TASKS[0].choice_words[1] for row in rows])
+    own = np.array([examples.rows[window]["sex"] == "M" for window in windows])
+    assert scores[second].mean() - scores[~second].mean() > 1
+    assert abs(np.corrcoef(second, own)[0, 1]) < 0.15
+    # every window comes before any comes again
+    assert len(set(windows[:200])) == 200
+
+
+def test_rows_hold_first_patches_of_their_window_and_its_other_scores() -> None:
+    examples = examples_of(40)
+    rows = reading_rows(examples, NAMES, TASKS, 80, 2, seed=1)
+    lengths = set()
+    for row in rows:
+        codes, window = row["codes"][0], window_of(row["codes"][0])
+        assert codes == examples.codes[window][: len(codes)].tolist()
+        assert row["scores"][0][0] == window
+        lengths.add(len(codes))
+    assert lengths == {2, 4, 6, 8}
+    # what is said of one subject's age is said in years and in groups
+    ages, groups = NAMES.index("age"), slice(NAMES.index("age") + 1, None)
+    pairs = {score[ages]: tuple(score[groups]) for score in examples.scores.tolist()}
+    assert all(pairs[row["scores"][0][ages]] == tuple(row["scores"][0][groups]) for row in rows)
+
+
+def test_numbers_are_the_expected_ones_within_the_range() -> None:
+    examples = examples_of()
+    reading = Reading.fit(TASKS[1], examples, NAMES)
+    ages = np.array([row["age"] for row in examples.rows])
+    answers = np.array([float(reading.answer(window, np.random.default_rng(0))) for window in range(200)])
+    assert np.corrcoef(answers, ages)[0, 1] > 0.6 and abs(answers.mean() - ages.mean()) < 1
+    assert answers.std() < ages.std()
+
+
+@pytest.mark.parametrize("task", [TASKS[0], TASKS[2]])
+def test_answers_are_surer_than_the_labels_and_about_as_frequent(task) -> None:
+    examples = examples_of(noise=4.0)
+    labels = [task.answer(row[task.column]) for row in examples.rows]
+    reading = Reading.fit(task, examples, NAMES)
+    assert np.allclose(reading.predicted.sum(1), 1)
+    shares = np.array([labels.count(word) / len(labels) for word in task.choice_words])
+    assert np.allclose(reading.predicted.mean(0), shares, atol=0.2)
+    scores = examples.scores[:, reading.columns]
+    plain = LogisticRegression().fit(scores, labels).predict_proba(scores)
+    assert reading.predicted.max(1).mean() > plain.max(1).mean() + 0.05
+    # an answer that nobody has is never given
+    assert not reading.predicted[:, shares == 0].any()
+
+
+def test_one_seed_gives_the_same_rows() -> None:
+    examples = examples_of(30)
+    first, again, other = (reading_rows(examples, NAMES, TASKS, 20, 2, seed) for seed in (0, 0, 1))
+    assert first == again != other
