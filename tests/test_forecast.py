@@ -1,6 +1,7 @@
 """Forecasts in closed form and surprise: independent of padding and batch mates, equal to what they are made of."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,6 +41,10 @@ class Waves:
 
     def atlas(self, scan: int) -> SimpleNamespace:
         return SimpleNamespace(coordinates=self.coordinates)
+
+
+def fit(model: Model, scans: Any, context: int, seed: int) -> np.ndarray:
+    return fit_dynamics(model.model.dynamics, model.model.codec, scans, context, seed)
 
 
 def test_autoregression_is_the_best_linear_prediction(llama: Model) -> None:
@@ -144,7 +149,7 @@ def test_before_the_fit_the_forecast_is_the_mean(llama: Model, scan: tuple) -> N
 
 @torch.no_grad()
 def test_fit_finds_what_can_be_known_of_new_subjects(llama: Model) -> None:
-    r_squared = fit_dynamics(llama, Waves(40, 200), context=64, seed=0)
+    r_squared = fit(llama, Waves(40, 200), context=64, seed=0)
     # of an autoregression of 0.8; the mean of a short context takes some of it
     assert np.allclose(r_squared, 0.8 ** (2 * np.arange(1, 5)), atol=0.08)
     new, covered = Waves(60, 200), []
@@ -164,18 +169,18 @@ def test_fit_leaves_out_interpolated_scans_where_there_are_others(llama: Model) 
     some, both = Waves(10, 100), Waves(20, 100)
     both.table.loc[10:, "tr"] = 3.0
     for scans in (some, both):
-        fit_dynamics(llama, scans, context=32, seed=0)
+        fit(llama, scans, context=32, seed=0)
         some.found = getattr(some, "found", llama.model.dynamics.weights.clone())
     assert torch.allclose(llama.model.dynamics.weights, some.found)
     both.table["tr"] = 3.0
-    fit_dynamics(llama, both, context=32, seed=0)
+    fit(llama, both, context=32, seed=0)
     assert not torch.allclose(llama.model.dynamics.weights, some.found)
 
 
 @pytest.mark.parametrize(("subjects", "frames"), [(1, 100), (10, 7)])
 def test_too_few_scans_leave_the_forecast_as_it_is(llama: Model, subjects: int, frames: int) -> None:
     before = llama.model.dynamics.weights.clone()
-    assert np.isnan(fit_dynamics(llama, Waves(subjects, frames), context=32, seed=0)).all()
+    assert np.isnan(fit(llama, Waves(subjects, frames), context=32, seed=0)).all()
     assert torch.equal(llama.model.dynamics.weights, before)
 
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
+from fmrilm.modeling_fmricodec import FmriCodecModel
+from fmrilm.modeling_fmrilm import FmriLMDynamics
 
 from ..codec.fit import present
 from ..data.splits import subject_folds
@@ -25,17 +26,18 @@ RIDGE = 1e-6
 
 
 @torch.no_grad()
-def fit_dynamics(model: FmriLMForConditionalGeneration, scans: "Scans", context: int, seed: int) -> np.ndarray:
+def fit_dynamics(
+    dynamics: FmriLMDynamics, codec: FmriCodecModel, scans: "Scans", context: int, seed: int
+) -> np.ndarray:
     """
-    Fits `FmriLMDynamics` to scans, from contexts of at most `context` frames: lag covariances as means over scans, the
-    weights by least squares, and `prior_frames` and the errors from forecasts of subjects that were left out of both.
-    Scans measured slower than the codec's repetition time do not count where there are others: interpolated frames
-    hold a part of what follows.
+    Fits the dynamics on the codec's spatial basis, from contexts of at most `context` frames: lag covariances as means
+    over scans, the weights by least squares, and `prior_frames` and the errors from forecasts of subjects that were
+    left out of both. Scans measured slower than the codec's repetition time do not count where there are others:
+    interpolated frames hold a part of what follows.
 
     Returns:
         R2 [leads] of these forecasts; NaN where no scan is long enough, and then nothing is fitted.
     """
-    dynamics, codec = model.model.dynamics, model.model.codec
     leads = codec.config.patch_length
     rows = usable(scans, codec.config.repetition_time)
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[:SCANS])
