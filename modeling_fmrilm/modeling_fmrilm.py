@@ -160,7 +160,9 @@ class FmriLMDynamics(nn.Module):
     def lag_covariances(self, coefficients: torch.Tensor) -> torch.Tensor:
         """[batch, lags, K, K], of trace one at lag 0, of centred coefficients [batch, K, time], zero on padding."""
         time = coefficients.shape[-1]
-        found = [coefficients[..., lag:] @ coefficients[..., : time - lag].mT for lag in range(len(self.covariances))]
+        # of lags that the scan is too short for, zero
+        starts = [coefficients[..., : max(time - lag, 0)].mT for lag in range(len(self.covariances))]
+        found = [coefficients[..., lag:] @ start for lag, start in enumerate(starts)]
         return torch.stack(found, 1) / coefficients.pow(2).sum((1, 2)).clamp(min=1e-12)[:, None, None, None]
 
     @staticmethod

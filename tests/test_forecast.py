@@ -75,6 +75,7 @@ def test_forecast_weighs_last_frames_and_autoregression(llama: Model, scan: tupl
     forecast = llama.forecast(values, coordinates, seconds=8.0)
     assert forecast.shape == (1, 5, 4) and torch.allclose(forecast, expected, atol=1e-5)
     assert torch.allclose(llama.forecast(values, coordinates, seconds=5.0), forecast[..., :3], atol=1e-6)
+    assert llama.forecast(values[..., :4], coordinates, seconds=8.0).isfinite().all()
     assert torch.allclose(llama.forecast(values, coordinates, seconds=20.0)[..., :4], forecast, atol=1e-6)
 
 
