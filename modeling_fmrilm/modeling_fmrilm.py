@@ -25,6 +25,8 @@ IGNORED = -100
 LATENT_TOKEN_SPREAD = 0.1
 # frames that the autoregression of a forecast looks back, and the share of the mean variance added to every variance
 VAR_FRAMES, VAR_RIDGE = 2, 0.01
+# patches that the expectation of the next patch's tokens looks back
+PATCHES_BACK = 10
 # of a ROI's variance, at least so much is its own in sampled forecasts
 LEAST_OWN_VARIANCE = 0.05
 # what a forward pass may hold beside text, one entry a scan
@@ -104,7 +106,8 @@ class FmriLMSummary(nn.Module):
 class FmriLMHead(nn.Module):
     """
     Logits [..., levels, codebook_size] of the codes of the next latent token: how frequent each code is at that place
-    of a patch, and a linear map of the language model's state, which starts at zero.
+    of a patch, how far its vector points where the dynamics expect the token's, and a linear map of the language
+    model's state, which starts at zero.
     """
 
     def __init__(self, config: FmriLMConfig):
@@ -114,10 +117,15 @@ class FmriLMHead(nn.Module):
         self.frequencies = nn.Parameter(torch.zeros(codec.tokens_per_patch, self.levels, codec.codebook_size))
         self.proj = nn.Linear(config.text_config.hidden_size, self.levels * codec.codebook_size, bias=False)
 
-    def forward(self, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """states [..., hidden]; places int64 [...]: index in its patch of the token that is predicted."""
+    def forward(
+        self, states: torch.Tensor, places: torch.Tensor, expected: torch.Tensor, codebooks: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        states [..., hidden]; places int64 [...]: index in its patch of the token that is predicted; expected
+        [..., codebook_dim]: see `FmriLMModel.expected_vectors`; codebooks [levels, codebook_size, codebook_dim].
+        """
         logits = self.proj(states.to(self.proj.weight.dtype)).unflatten(-1, (self.levels, -1))
-        return logits.float() + self.frequencies[places].float()
+        return logits.float() + self.frequencies[places].float() + torch.einsum("...d,lcd->...lc", expected, codebooks)
 
 
 class FmriLMDynamics(nn.Module):
@@ -133,6 +141,7 @@ class FmriLMDynamics(nn.Module):
     prior_frames: torch.Tensor
     weights: torch.Tensor
     errors: torch.Tensor
+    token_gains: torch.Tensor
 
     def __init__(self, config: FmriCodecConfig):
         super().__init__()
@@ -144,6 +153,8 @@ class FmriLMDynamics(nn.Module):
         self.register_buffer("weights", torch.zeros(leads, leads + 1))
         # covariance between leads of the errors, in variances of the ROI
         self.register_buffer("errors", torch.eye(leads))
+        # what expected token vectors are multiplied with before they weigh codes
+        self.register_buffer("token_gains", torch.zeros(config.tokens_per_patch, config.codebook_dim))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -153,6 +164,7 @@ class FmriLMDynamics(nn.Module):
         init.ones_(self.prior_frames)
         init.zeros_(self.weights)
         init.copy_(self.errors, torch.eye(len(self.errors)))
+        init.zeros_(self.token_gains)
 
     def _apply(self, fn, recurse: bool = True) -> Self:
         return super()._apply(kept_in_float32(fn), recurse)
@@ -174,25 +186,87 @@ class FmriLMDynamics(nn.Module):
         return share * own + (1 - share) * prior
 
     @staticmethod
-    def autoregression(covariances: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
+    def between_frames(covariances: torch.Tensor, frames: int) -> torch.Tensor:
+        """Covariance [batch, frames * K, frames * K] of frames, the latest first, under [batch, lags, K, K]."""
+        rows = [
+            [covariances[:, j - i] if j >= i else covariances[:, i - j].mT for j in range(frames)]
+            for i in range(frames)
+        ]
+        found = torch.cat([torch.cat(row, -1) for row in rows], -2)
+        ridge = VAR_RIDGE * found.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+        return found + ridge * torch.eye(found.shape[-1], device=found.device)
+
+    def autoregression(self, covariances: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
         """
         Expected coefficients [batch, samples, K, leads] after `recent` ones [batch, samples, K, time], under lag
         covariances [batch, lags, K, K].
         """
-        order = range(VAR_FRAMES)
-        rows = [
-            torch.cat([covariances[:, j - i] if j >= i else covariances[:, i - j].mT for j in order], -1)
-            for i in order
-        ]
-        between = torch.cat(rows, -2)
-        ridge = VAR_RIDGE * between.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-        between = between + ridge * torch.eye(between.shape[-1], device=between.device)
         # [batch, VAR_FRAMES * K, samples], the latest frame first
         last = recent[..., -VAR_FRAMES:].flip(-1).transpose(2, 3).flatten(2).mT
-        solved = torch.linalg.solve(between, last).unflatten(1, (VAR_FRAMES, -1))
-        leads = covariances.shape[1] - VAR_FRAMES
-        lagged = torch.stack([covariances[:, 1 + i : 1 + i + leads] for i in order], 1)
-        return torch.einsum("bolij,bojs->bsil", lagged, solved)
+        solved = torch.linalg.solve(self.between_frames(covariances, VAR_FRAMES), last)
+        leads = len(self.weights)
+        lagged = torch.stack([covariances[:, 1 + i : 1 + i + leads] for i in range(VAR_FRAMES)], 1)
+        return torch.einsum("bolij,bojs->bsil", lagged, solved.unflatten(1, (VAR_FRAMES, -1)))
+
+    def expected_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Of the next patch, [batch, K, patch_length], after those [batch, K, time] that a scan was decoded to."""
+        leads, mean = len(self.weights), coefficients.mean(-1, keepdim=True)
+        centred = coefficients - mean
+        lengths = torch.full(centred.shape[:1], centred.shape[-1], device=centred.device)
+        own = self.lag_covariances(centred)
+        covariances = self.shrunk(own, lengths, self.covariances, self.prior_frames)
+        spread = self.autoregression(covariances, centred[:, None])[:, 0]
+        return mean + centred[..., -leads:].flip(-1) @ self.weights[:, :leads].mT + spread * self.weights[:, leads]
+
+    def expected_vectors(self, codec: FmriCodecModel, fmri_codes: torch.Tensor) -> torch.Tensor:
+        """
+        Vectors [scans, tokens, codebook_dim] that the codec would make of each patch's expected coefficients, given at
+        most `PATCHES_BACK` patches of codes [scans, tokens, levels] before it; zero in the first patch.
+        """
+        leads, coefficients = len(self.weights), codec.decode_coefficients(fmri_codes)
+        found = [coefficients.new_zeros(len(fmri_codes), codec.analysis.out_features)]
+        for stop in range(leads, coefficients.shape[-1], leads):
+            before = coefficients[..., max(0, stop - PATCHES_BACK * leads) : stop]
+            found.append(codec.analysis(self.expected_coefficients(before).flatten(1)))
+        return torch.stack(found, 1).unflatten(-1, (codec.config.tokens_per_patch, -1)).flatten(1, 2)
+
+    def frame_surprise(self, values: torch.Tensor, mask: torch.Tensor, functions: torch.Tensor) -> torch.Tensor:
+        """
+        [batch, time] of scans (arguments as in `forward`): by how many nats a coefficient a frame is less likely given
+        the frame before it than by itself; NaN where there is no frame before it. Normal densities under the scan's
+        own lag covariances, shrunk towards those of training subjects.
+        """
+        centred, coefficients, lengths = self.centred(values, mask, functions)[1:]
+        covariances = self.shrunk(self.lag_covariances(coefficients), lengths, self.covariances, self.prior_frames)
+        size = coefficients.pow(2).sum((1, 2)) / lengths
+        covariances = covariances * size.clamp(min=1e-12)[:, None, None, None]
+        alone, both = (torch.linalg.cholesky(self.between_frames(covariances, frames)) for frames in (1, 2))
+
+        def density(factor: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+            """Log density [batch, time] of [batch, n, time] under a covariance's factor, without its constant."""
+            distance = torch.linalg.solve_triangular(factor, frames, upper=False).pow(2).sum(1)
+            return -0.5 * distance - factor.diagonal(dim1=1, dim2=2).log().sum(-1, keepdim=True)
+
+        now, before = coefficients[..., 1:], coefficients[..., :-1]
+        together = density(both, torch.cat([now, before], 1))
+        surprise = (density(alone, now) + density(alone, before) - together) / coefficients.shape[1]
+        known = mask.any(1)
+        surprise = surprise.masked_fill(~(known[:, 1:] & known[:, :-1]), float("nan"))
+        return F.pad(surprise, (1, 0), value=float("nan"))
+
+    @staticmethod
+    def centred(
+        values: torch.Tensor, mask: torch.Tensor, functions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Means [batch, rois, 1] of scans, the scans without them [batch, rois, time], their coefficients
+        [batch, K, time], both zero where there are no data, and their frames [batch].
+        """
+        counts = mask.sum(-1, keepdim=True).clamp(min=1)
+        mean = values.masked_fill(~mask, 0).sum(-1, keepdim=True) / counts
+        centred = (values - mean).masked_fill(~mask, 0)
+        coefficients = FmriSpatialBasis.coefficients(functions, centred[:, None], mask.any(-1)[:, None])[:, 0]
+        return mean, centred, coefficients, mask.any(1).sum(-1)
 
     def forward(
         self,
@@ -209,16 +283,13 @@ class FmriLMDynamics(nn.Module):
         after scans that end together: values [batch, rois, time], mask bool [batch, rois, time], spatial basis
         functions [batch, rois, K]. Errors are normal, with temperature times their variance.
         """
-        leads, counts = len(self.weights), mask.sum(-1, keepdim=True).clamp(min=1)
-        mean = values.masked_fill(~mask, 0).sum(-1, keepdim=True) / counts
-        centred, rois = (values - mean).masked_fill(~mask, 0), mask.any(-1)[:, None]
-        coefficients = FmriSpatialBasis.coefficients(functions, centred[:, None], rois)[:, 0]
-        lengths = mask.any(1).sum(-1)
+        leads, rois = len(self.weights), mask.any(-1)[:, None]
+        mean, centred, coefficients, lengths = self.centred(values, mask, functions)
         covariances = self.shrunk(self.lag_covariances(coefficients), lengths, self.covariances, self.prior_frames)
         recent = centred[:, None, :, -leads:].expand(-1, num_samples or 1, -1, -1)
         functions, found = functions[:, None], []
         # what the errors of ROIs share, and what each has of its own
-        variance = (centred.pow(2).sum(-1, keepdim=True) / counts)[:, None]
+        variance = (centred.pow(2).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1))[:, None]
         size = (coefficients.pow(2).sum((1, 2)) / lengths)[:, None, None, None]
         ridge = VAR_RIDGE / coefficients.shape[1] * torch.eye(coefficients.shape[1], device=values.device)
         loadings = functions @ torch.linalg.cholesky(covariances[:, 0] + ridge)[:, None] * size.sqrt()
@@ -326,6 +397,18 @@ class FmriLMModel(FmriLMPreTrainedModel):
         if self.summary is None:
             raise ValueError("expected a model with score_names, got one without")
         return self.summary.readout(self.codec.scan_features(fmri_codes).to(self.summary.readout.weight.dtype)).float()
+
+    @torch.no_grad()
+    def expected_vectors(self, fmri_codes: torch.Tensor) -> torch.Tensor:
+        """
+        What the dynamics expect of each token of codes [scans, tokens, levels], given the patches before its own:
+        float32 [scans, tokens, codebook_dim], times `token_gains`, so that its product with a codebook vector is how
+        much likelier that code becomes. Zero in the first patch.
+        """
+        gains, tokens = self.dynamics.token_gains, fmri_codes.shape[1]
+        whole = F.pad(fmri_codes, (0, 0, 0, -tokens % len(gains)), value=-1)
+        expected = self.dynamics.expected_vectors(self.codec, whole).unflatten(1, (-1, len(gains))) * gains
+        return expected.flatten(1, 2)[:, :tokens]
 
     def get_fmri_features(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """Projected embeddings [valid tokens, hidden] of codes [scans, tokens, levels], scan after scan."""
@@ -579,7 +662,8 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         states = states[F.pad(predicted, (0, 1))[fmri_codes[..., 0] >= 0]]
         places = torch.arange(1, fmri_codes.shape[1], device=fmri_codes.device)
         places = (places % self.config.codec_config.tokens_per_patch).expand(predicted.shape)[predicted]
-        logits = self.model.fmri_head(states, places)
+        expected = self.model.expected_vectors(fmri_codes)[:, 1:][predicted]
+        logits = self.model.fmri_head(states, places, expected, self.model.codec.codebooks())
         return F.cross_entropy(logits.mT, following[predicted], reduction="none")
 
     @torch.no_grad()
@@ -679,32 +763,23 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         )
         return input_ids, {**kwargs, **scans}
 
-    def _scan_alone(self, fmri_codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scan_alone(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """
-        Scans without text, padded on the left so that all end together: their start embeddings and tokens, read by the
-        language model. Returns hidden states [scans, 1 + tokens, hidden] and the codes [scans, tokens, levels] in that
-        order (-1 on padding).
+        The language model's states [scans, tokens, hidden] before each token of codes [scans, tokens, levels], read
+        without text: of the start embedding and of the tokens but the last.
         """
-        lengths = (fmri_codes[..., 0] >= 0).sum(-1)
-        tokens = int(lengths.max())
-        source = torch.arange(tokens, device=fmri_codes.device) - (tokens - lengths)[:, None]
-        codes = fmri_codes.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, fmri_codes.shape[-1]))
-        valid = F.pad(source >= 0, (1, 0), value=False)
-        codes = codes.masked_fill(source[..., None] < 0, -1)
-        valid[torch.arange(len(valid), device=valid.device), tokens - lengths] = True
+        valid = fmri_codes[..., 0] >= 0
+        places = (
+            torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % self.config.codec_config.tokens_per_patch
+        )
         start = self.model.boundaries.weight[0]
-        embeddings = start.expand(*valid.shape, -1).clone()
-        places = source % self.config.codec_config.tokens_per_patch
-        vectors = self.model.codec.embed_codes(codes.clamp(min=0))
-        embeddings[:, 1:] = torch.where(
-            (source >= 0)[..., None], self.model.projector(vectors, places).to(start.dtype), start
-        )
-        outputs = self.model(
+        tokens = self.model.projector(self.model.codec.embed_codes(fmri_codes), places.expand(valid.shape))
+        embeddings = torch.cat([start.expand(len(valid), 1, -1), tokens.to(start.dtype)], 1)[:, :-1]
+        return self.model(
             inputs_embeds=embeddings.to(self.get_input_embeddings().get_parameter("weight").dtype),
-            attention_mask=valid.long(),
-            position_ids=(valid.long().cumsum(-1) - 1).clamp(min=0),
-        )
-        return outputs.last_hidden_state, codes
+            attention_mask=F.pad(valid[:, :-1], (1, 0), value=True).long(),
+            use_cache=False,
+        ).last_hidden_state
 
     @torch.no_grad()
     def surprise(self, fmri_codes: torch.Tensor) -> torch.Tensor:
@@ -713,21 +788,28 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         tokens before, in nats a code, mean over the tokens of a patch; NaN on padding. The first token of a scan is
         not predicted and does not count.
         """
-        hidden, codes = self._scan_alone(fmri_codes)
         per_patch = self.config.codec_config.tokens_per_patch
-        valid = codes[..., 0] >= 0
-        first = F.pad(valid, (1, 0))[:, :-1].logical_not() & valid
-        places = (valid.long().cumsum(-1) - 1).clamp(min=0) % per_patch
-        logits = self.model.fmri_head(hidden[:, :-1], places)
-        losses = F.cross_entropy(logits.movedim(-1, 1), codes.clamp(min=0), reduction="none")
-        losses = losses.masked_fill((~valid | first)[..., None], float("nan"))
-        # back to scans that begin together
-        lengths = valid.sum(-1, keepdim=True)
-        source = torch.arange(fmri_codes.shape[1], device=codes.device) + codes.shape[1] - lengths
-        inside = (source < codes.shape[1])[..., None]
-        index = source.clamp(max=codes.shape[1] - 1)[..., None].expand(-1, -1, losses.shape[-1])
-        losses = losses.gather(1, index).masked_fill(~inside, float("nan"))
+        valid = fmri_codes[..., 0] >= 0
+        places = (torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % per_patch).expand(valid.shape)
+        expected, codebooks = self.model.expected_vectors(fmri_codes), self.model.codec.codebooks()
+        logits = self.model.fmri_head(self._scan_alone(fmri_codes), places, expected, codebooks)
+        losses = F.cross_entropy(logits.movedim(-1, 1), fmri_codes.clamp(min=0), reduction="none")
+        losses = losses.masked_fill(~valid[..., None], float("nan"))
+        losses[:, 0] = float("nan")
         return losses.unflatten(1, (-1, per_patch)).nanmean(2)
+
+    @torch.no_grad()
+    def frame_surprise(
+        self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor, fmri_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        [batch, time] of scans, whose frames begin together: by how many nats a coefficient of the spatial basis each
+        frame is less likely given the frame before it than by itself (see [`FmriLMDynamics`]); NaN for the first
+        frame and on padding. Below zero on average where frames follow one another; above, where they do not.
+        """
+        mask = torch.ones_like(fmri_values, dtype=torch.bool) if fmri_mask is None else fmri_mask
+        functions = self.model.codec.spatial_basis(roi_coordinates)
+        return self.model.dynamics.frame_surprise(fmri_values.float(), mask, functions)
 
     @torch.no_grad()
     def forecast(

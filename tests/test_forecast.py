@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fmrilm.modeling_fmrilm import FmriLMDynamics, ending_together
-from fmrilm.training.alignment.dynamics import fit_dynamics
+from fmrilm.training.alignment.dynamics import fit_dynamics, fit_token_gains
 from scan_rows import LONG, SHORT, Model, codes
 
 
@@ -192,6 +192,67 @@ def test_scans_are_moved_to_end_together() -> None:
     moved, inside = ending_together(values, mask)
     assert torch.equal(moved[0], values[0]) and inside[0].all()
     assert moved[1, 0, 5:].tolist() == [0, 1, 2, 3, 4, 5] and inside[1, 0].tolist() == [False] * 5 + [True] * 6
+
+
+@torch.no_grad()
+def test_expected_vectors_see_the_patches_before_alone(llama: Model) -> None:
+    found = llama.model.expected_vectors(codes(LONG, SHORT))
+    assert found.shape == (2, 8, 8) and (found[:, :2] == 0).all() and (found[0, 2:] != 0).all()
+    assert torch.allclose(found[1, :4], llama.model.expected_vectors(codes(SHORT))[0], atol=1e-5)
+    changed = llama.model.expected_vectors(codes([*LONG[:4], [7, 7, 7], [7, 7, 7], *LONG[6:]]))[0]
+    assert torch.allclose(changed[:6], found[0, :6], atol=1e-5)
+    assert not torch.allclose(changed[6:], found[0, 6:], atol=1e-3)
+
+
+@torch.no_grad()
+def test_token_gains_are_slopes_by_variances(llama: Model) -> None:
+    dynamics, codec = llama.model.dynamics, llama.model.codec
+    windows = [np.random.default_rng(row).integers(0, 16, (8, 3)) for row in range(5)]
+    vectors, expected = [], []
+    for window in windows:
+        row = torch.from_numpy(window)[None]
+        vectors.append(codec.embed_codes(row)[0, 2:].unflatten(0, (-1, 2)))
+        expected.append(dynamics.expected_vectors(codec, row)[0, 2:].unflatten(0, (-1, 2)))
+    vectors, expected = torch.cat(vectors), torch.cat(expected)
+    slopes = ((vectors * expected).sum(0) / expected.pow(2).sum(0)).clamp(0, 1)
+    fit_token_gains(dynamics, codec, windows)
+    assert torch.allclose(dynamics.token_gains, slopes / vectors.pow(2).mean(0), rtol=1e-4)
+    assert 0 < (slopes > 0).float().mean() < 1
+
+
+@torch.no_grad()
+def test_frame_surprise_is_a_likelihood_ratio(llama: Model, scan: tuple) -> None:
+    values, coordinates = scan
+    dynamics, size = llama.model.dynamics, llama.model.dynamics.covariances.shape[-1]
+    found = llama.frame_surprise(values, coordinates)
+    assert found.shape == (1, 14) and found[0, 0].isnan() and found[0, 1:].isfinite().all()
+    functions, every = llama.model.codec.spatial_basis(coordinates), torch.ones_like(values, dtype=torch.bool)
+    coefficients = dynamics.centred(values, every, functions)[2]
+    own = dynamics.shrunk(
+        dynamics.lag_covariances(coefficients), torch.tensor([14]), dynamics.covariances, dynamics.prior_frames
+    )
+    own = own * coefficients.pow(2).sum() / 14
+    normal = torch.distributions.MultivariateNormal
+    alone = normal(torch.zeros(size), dynamics.between_frames(own, 1)[0])
+    both = normal(torch.zeros(2 * size), dynamics.between_frames(own, 2)[0])
+    now, before = coefficients[0, :, 5], coefficients[0, :, 4]
+    expected = alone.log_prob(now) + alone.log_prob(before) - both.log_prob(torch.cat([now, before]))
+    assert torch.allclose(found[0, 5], expected / size, atol=1e-4)
+    padded = torch.nn.functional.pad(values, (0, 3))
+    mask = torch.nn.functional.pad(every, (0, 3))
+    again = llama.frame_surprise(padded, coordinates, mask)
+    assert torch.allclose(again[:, 1:14], found[:, 1:], atol=1e-4) and again[:, 14:].isnan().all()
+
+
+@torch.no_grad()
+def test_frames_out_of_order_are_surprising(llama: Model) -> None:
+    fit(llama, Waves(20, 200), context=64, seed=0)
+    new = Waves(21, 200)
+    coordinates = torch.tensor(new.coordinates, dtype=torch.float32)[None]
+    signal = torch.from_numpy(new.signal(20)).T[None]
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    real, shuffled = (llama.frame_surprise(one, coordinates).nanmean() for one in (signal, signal[..., order]))
+    assert real < -0.1 and shuffled > real + 0.2
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What the model knows of how signals go on, fitted in closed form to the signals of training subjects."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,6 +89,27 @@ def fit_dynamics(
     dynamics.weights.copy_(least_squares(total, leads))
     dynamics.errors.copy_(errors[best] / seen.sum())
     return (1 - errors[best].diagonal() / total.diagonal()[-leads:]).numpy()
+
+
+@torch.no_grad()
+def fit_token_gains(dynamics: FmriLMDynamics, codec: FmriCodecModel, codes: Sequence[np.ndarray]) -> None:
+    """
+    From codes int [tokens, levels] of windows of training scans: of each number of a token vector, the slope of its
+    regression on what the dynamics expect of it, from 0 to 1, divided by its variance. A normal token vector of this
+    mean, beside one of mean zero, is likelier by its product with the expectation.
+    """
+    per_patch = codec.config.tokens_per_patch
+    totals = torch.zeros(3, *dynamics.token_gains.shape, dtype=torch.float64)
+    count = 0
+    for window in codes:
+        row = torch.from_numpy(np.asarray(window)).long()[None].to(codec.device)
+        pair = codec.embed_codes(row), dynamics.expected_vectors(codec, row)
+        vectors, expected = (each[0].unflatten(0, (-1, per_patch))[1:].double().cpu() for each in pair)
+        totals += torch.stack([(vectors * expected).sum(0), expected.pow(2).sum(0), vectors.pow(2).sum(0)])
+        count += len(vectors)
+    product, of_expected, of_vectors = totals
+    slope = (product / of_expected.clamp(min=1e-12)).clamp(0, 1)
+    dynamics.token_gains.copy_(torch.where(of_vectors > 0, slope * count / of_vectors.clamp(min=1e-12), 0))
 
 
 def usable(scans: "Scans", repetition_time: float) -> np.ndarray:
