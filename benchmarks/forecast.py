@@ -46,8 +46,8 @@ def write(name: str, rows: list[dict]) -> None:
     print(table.to_string(index=False, float_format="%.4f"), flush=True)
 
 
-def folds_of(data: Path, work: Path, folds: int) -> Any:
-    """Of each fold, the codec, training scans and test scans."""
+def folds_of(data: Path, work: Path, folds: int, all_scans: bool = False) -> Any:
+    """Of each fold, the codec, training scans and test scans; those that were `measured`, or all."""
     found = sorted(work.glob("fold*/splits.csv"))[:folds]
     if not found:
         raise ValueError(f"expected fold*/splits.csv in {work}, got none: run benchmarks/people.py release")
@@ -58,7 +58,8 @@ def folds_of(data: Path, work: Path, folds: int) -> Any:
             FmriLMFeatureExtractor.from_pretrained(folder),
         )
         args = ScanArguments(data=[str(data)], splits=str(path))
-        yield codec, *(measured(scans, codec.config.repetition_time) for scans in read_scans(args, extractor))
+        parts = read_scans(args, extractor)
+        yield codec, *(part if all_scans else measured(part, codec.config.repetition_time) for part in parts)
 
 
 def measured(scans: Scans, repetition_time: float) -> Scans:

@@ -825,7 +825,8 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         """
         Signal [batch, rois, frames] of the `seconds` that follow the scans' last frames, in the unit of fmri_values:
         robust z-scores of the context, so that nothing of the future enters. It is the expected signal (see
-        [`FmriLMDynamics`]). With `num_samples`, [num_samples, batch, rois, frames] sampled signals.
+        [`FmriLMDynamics`]). With `num_samples`, [num_samples, batch, rois, frames] sampled signals. Censored frames of
+        the context count as what cleaning has put in their place.
         """
         config = self.config.codec_config
         frames = math.ceil(seconds / config.repetition_time - 1e-6)
