@@ -60,6 +60,22 @@ def over_folds(table: pd.DataFrame) -> pd.DataFrame:
     return means.reset_index(names).reset_index(drop=True)
 
 
+def by_lead(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each figure and method, a column for each lead; differences as value (low to high)."""
+    figures = ["r_squared", "correlation", "crps", "coverage"]
+    long = table.melt(["seconds", "method"], figures, "figure", "value").assign(low=pd.NA, high=pd.NA)
+    for figure in ("r_squared", "crps"):
+        names = {f"{figure}_minus_best": "value", f"{figure}_low": "low", f"{figure}_high": "high"}
+        known = table[table[f"{figure}_minus_best"].notna()]
+        part = known[["seconds", "method", *names]].rename(columns=names).assign(figure=f"{figure} minus best other")
+        long = pd.concat([long, part])
+    values = long["value"].map(number)
+    long["cell"] = values.where(long["low"].isna(), with_bounds(long["value"], long["low"], long["high"]))
+    order = list(dict.fromkeys(long[["figure", "method"]].itertuples(index=False, name=None)))
+    wide = long.pivot(index=["figure", "method"], columns="seconds", values="cell").loc[order]
+    return wide.rename(columns=lambda seconds: f"{seconds} s").reset_index()
+
+
 def by_family(table: pd.DataFrame) -> pd.DataFrame:
     """Medians over the descriptors of each family, and how many there are."""
     groups = table.drop(columns=["descriptor", "scans"]).groupby("family", sort=False)
@@ -114,6 +130,34 @@ SECTIONS = {
     "codec_speed.csv": Section(
         "Codec: speed",
         "Seconds of the fit, of encoding and of decoding: `python benchmarks/codec.py speed --data FOLDER`.",
+    ),
+    "forecast_signal.csv": Section(
+        "Forecasts of the signal",
+        "R2, correlation, CRPS and coverage of 80 % intervals by lead, on held-out subjects, pooled over ROIs, with "
+        "95 % intervals over subjects of the difference to the best baseline: "
+        "`python benchmarks/forecast.py signal --data PREPARED --work FOLDER`.",
+        by_lead,
+    ),
+    "forecast_codes.csv": Section(
+        "Next codes",
+        "Bits a token of held-out subjects, all levels, by number of training subjects, with 95 % intervals over "
+        "subjects of the difference to the best other method: "
+        "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER`.",
+    ),
+    "forecast_code_levels.csv": Section(
+        "Next codes by level",
+        "The same in bits a code, with most training subjects: "
+        "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER`.",
+    ),
+    "forecast_surprise.csv": Section(
+        "Surprise",
+        "Surprise of frames (nats a coefficient) and of next codes (bits a token), the AUC of randomised scans and of "
+        "their patches against real ones, and how often a splice of another subject's frames is found within a "
+        "patch: `python benchmarks/next_codes.py surprise --data PREPARED --work FOLDER`.",
+    ),
+    "forecast_cost.csv": Section(
+        "Time of forecasts",
+        "Seconds on one core: `python benchmarks/next_codes.py cost --data PREPARED --work FOLDER`.",
     ),
     "descriptors_reliability.csv": Section(
         "Descriptors: reliability",

@@ -14,8 +14,8 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from .configuration_fmrilm import FmriLMConfig
-from .modeling_fmricodec import FmriCodecModel, kept_in_float32
+from .configuration_fmrilm import FmriCodecConfig, FmriLMConfig
+from .modeling_fmricodec import FmriCodecModel, FmriSpatialBasis, kept_in_float32
 from .pipeline_fmrilm import CUSTOM_PIPELINES
 
 
@@ -23,6 +23,12 @@ from .pipeline_fmrilm import CUSTOM_PIPELINES
 IGNORED = -100
 # of the latent tokens around the mean word before training, in sizes of a word
 LATENT_TOKEN_SPREAD = 0.1
+# frames that the autoregression of a forecast looks back, and the share of the mean variance added to every variance
+VAR_FRAMES, VAR_RIDGE = 2, 0.01
+# patches that the expectation of the next patch's tokens looks back
+PATCHES_BACK = 10
+# of a ROI's variance, at least so much is its own in sampled forecasts
+LEAST_OWN_VARIANCE = 0.05
 # what a forward pass may hold beside text, one entry a scan
 SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes", "fmri_scores")
 # what a saved folder can be opened with; register_for_auto_class alone writes one Auto class per class
@@ -100,7 +106,8 @@ class FmriLMSummary(nn.Module):
 class FmriLMHead(nn.Module):
     """
     Logits [..., levels, codebook_size] of the codes of the next latent token: how frequent each code is at that place
-    of a patch, and a linear map of the language model's state, which starts at zero.
+    of a patch, how far its vector points where the dynamics expect the token's, and a linear map of the language
+    model's state, which starts at zero.
     """
 
     def __init__(self, config: FmriLMConfig):
@@ -110,10 +117,201 @@ class FmriLMHead(nn.Module):
         self.frequencies = nn.Parameter(torch.zeros(codec.tokens_per_patch, self.levels, codec.codebook_size))
         self.proj = nn.Linear(config.text_config.hidden_size, self.levels * codec.codebook_size, bias=False)
 
-    def forward(self, states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """states [..., hidden]; places int64 [...]: index in its patch of the token that is predicted."""
+    def forward(
+        self, states: torch.Tensor, places: torch.Tensor, expected: torch.Tensor, codebooks: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        states [..., hidden]; places int64 [...]: index in its patch of the token that is predicted; expected
+        [..., codebook_dim]: see `FmriLMModel.expected_vectors`; codebooks [levels, codebook_size, codebook_dim].
+        """
         logits = self.proj(states.to(self.proj.weight.dtype)).unflatten(-1, (self.levels, -1))
-        return logits.float() + self.frequencies[places].float()
+        return logits.float() + self.frequencies[places].float() + torch.einsum("...d,lcd->...lc", expected, codebooks)
+
+
+class FmriLMDynamics(nn.Module):
+    """
+    How the signal goes on, in closed form. The coefficients of the spatial basis follow a vector autoregression over
+    `VAR_FRAMES` frames. Its lag covariances are those of the scan and those of training subjects, which count as
+    `prior_frames` frames. The signal of a ROI is a weighted sum of its own last `patch_length` frames and of that
+    forecast at its coordinates. The weights differ by lead and are the same for all ROIs, so that any parcellation can
+    be forecast. Before `fit_dynamics` of stage 2, the forecast is the mean of the context, and its errors are white.
+    """
+
+    covariances: torch.Tensor
+    prior_frames: torch.Tensor
+    weights: torch.Tensor
+    errors: torch.Tensor
+    token_gains: torch.Tensor
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        leads, size = config.patch_length, config.num_basis_functions
+        # mean over training scans of E[a(t) a(t - lag)'], each scan's of trace one at lag 0
+        self.register_buffer("covariances", torch.zeros(leads + VAR_FRAMES, size, size))
+        self.register_buffer("prior_frames", torch.ones(()))
+        # of the last frames, the latest first, and of the autoregression
+        self.register_buffer("weights", torch.zeros(leads, leads + 1))
+        # covariance between leads of the errors, in variances of the ROI
+        self.register_buffer("errors", torch.eye(leads))
+        # what expected token vectors are multiplied with before they weigh codes
+        self.register_buffer("token_gains", torch.zeros(config.tokens_per_patch, config.codebook_dim))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        white = torch.zeros(self.covariances.shape)
+        white[0] = torch.eye(white.shape[-1]) / white.shape[-1]
+        init.copy_(self.covariances, white)
+        init.ones_(self.prior_frames)
+        init.zeros_(self.weights)
+        init.copy_(self.errors, torch.eye(len(self.errors)))
+        init.zeros_(self.token_gains)
+
+    def _apply(self, fn, recurse: bool = True) -> Self:
+        return super()._apply(kept_in_float32(fn), recurse)
+
+    def lag_covariances(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """[batch, lags, K, K], of trace one at lag 0, of centred coefficients [batch, K, time], zero on padding."""
+        time = coefficients.shape[-1]
+        # of lags that the scan is too short for, zero
+        starts = [coefficients[..., : max(time - lag, 0)].mT for lag in range(len(self.covariances))]
+        found = [coefficients[..., lag:] @ start for lag, start in enumerate(starts)]
+        return torch.stack(found, 1) / coefficients.pow(2).sum((1, 2)).clamp(min=1e-12)[:, None, None, None]
+
+    @staticmethod
+    def shrunk(
+        own: torch.Tensor, lengths: torch.Tensor, prior: torch.Tensor, frames: torch.Tensor | float
+    ) -> torch.Tensor:
+        """Lag covariances [batch, lags, K, K] of `lengths` [batch] frames, with `frames` of a prior [lags, K, K]."""
+        share = (lengths / (lengths + frames))[:, None, None, None]
+        return share * own + (1 - share) * prior
+
+    @staticmethod
+    def between_frames(covariances: torch.Tensor, frames: int) -> torch.Tensor:
+        """Covariance [batch, frames * K, frames * K] of frames, the latest first, under [batch, lags, K, K]."""
+        rows = [
+            [covariances[:, j - i] if j >= i else covariances[:, i - j].mT for j in range(frames)]
+            for i in range(frames)
+        ]
+        found = torch.cat([torch.cat(row, -1) for row in rows], -2)
+        ridge = VAR_RIDGE * found.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+        return found + ridge * torch.eye(found.shape[-1], device=found.device)
+
+    def autoregression(self, covariances: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
+        """
+        Expected coefficients [batch, samples, K, leads] after `recent` ones [batch, samples, K, time], under lag
+        covariances [batch, lags, K, K].
+        """
+        # [batch, VAR_FRAMES * K, samples], the latest frame first
+        last = recent[..., -VAR_FRAMES:].flip(-1).transpose(2, 3).flatten(2).mT
+        solved = torch.linalg.solve(self.between_frames(covariances, VAR_FRAMES), last)
+        leads = len(self.weights)
+        lagged = torch.stack([covariances[:, 1 + i : 1 + i + leads] for i in range(VAR_FRAMES)], 1)
+        return torch.einsum("bolij,bojs->bsil", lagged, solved.unflatten(1, (VAR_FRAMES, -1)))
+
+    def expected_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Of the next patch, [batch, K, patch_length], after those [batch, K, time] that a scan was decoded to."""
+        leads, mean = len(self.weights), coefficients.mean(-1, keepdim=True)
+        centred = coefficients - mean
+        lengths = torch.full(centred.shape[:1], centred.shape[-1], device=centred.device)
+        own = self.lag_covariances(centred)
+        covariances = self.shrunk(own, lengths, self.covariances, self.prior_frames)
+        spread = self.autoregression(covariances, centred[:, None])[:, 0]
+        return mean + centred[..., -leads:].flip(-1) @ self.weights[:, :leads].mT + spread * self.weights[:, leads]
+
+    def expected_vectors(self, codec: FmriCodecModel, fmri_codes: torch.Tensor) -> torch.Tensor:
+        """
+        Vectors [scans, tokens, codebook_dim] that the codec would make of each patch's expected coefficients, given at
+        most `PATCHES_BACK` patches of codes [scans, tokens, levels] before it; zero in the first patch.
+        """
+        leads, coefficients = len(self.weights), codec.decode_coefficients(fmri_codes)
+        found = [coefficients.new_zeros(len(fmri_codes), codec.analysis.out_features)]
+        for stop in range(leads, coefficients.shape[-1], leads):
+            before = coefficients[..., max(0, stop - PATCHES_BACK * leads) : stop]
+            found.append(codec.analysis(self.expected_coefficients(before).flatten(1)))
+        return torch.stack(found, 1).unflatten(-1, (codec.config.tokens_per_patch, -1)).flatten(1, 2)
+
+    def frame_surprise(self, values: torch.Tensor, mask: torch.Tensor, functions: torch.Tensor) -> torch.Tensor:
+        """
+        [batch, time] of scans (arguments as in `forward`): by how many nats a coefficient a frame is less likely given
+        the frame before it than by itself; NaN where there is no frame before it. Normal densities under the scan's
+        own lag covariances, shrunk towards those of training subjects.
+        """
+        centred, coefficients, lengths = self.centred(values, mask, functions)[1:]
+        covariances = self.shrunk(self.lag_covariances(coefficients), lengths, self.covariances, self.prior_frames)
+        size = coefficients.pow(2).sum((1, 2)) / lengths
+        covariances = covariances * size.clamp(min=1e-12)[:, None, None, None]
+        alone, both = (torch.linalg.cholesky(self.between_frames(covariances, frames)) for frames in (1, 2))
+
+        def density(factor: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+            """Log density [batch, time] of [batch, n, time] under a covariance's factor, without its constant."""
+            distance = torch.linalg.solve_triangular(factor, frames, upper=False).pow(2).sum(1)
+            return -0.5 * distance - factor.diagonal(dim1=1, dim2=2).log().sum(-1, keepdim=True)
+
+        now, before = coefficients[..., 1:], coefficients[..., :-1]
+        together = density(both, torch.cat([now, before], 1))
+        surprise = (density(alone, now) + density(alone, before) - together) / coefficients.shape[1]
+        known = mask.any(1)
+        surprise = surprise.masked_fill(~(known[:, 1:] & known[:, :-1]), float("nan"))
+        return F.pad(surprise, (1, 0), value=float("nan"))
+
+    @staticmethod
+    def centred(
+        values: torch.Tensor, mask: torch.Tensor, functions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Means [batch, rois, 1] of scans, the scans without them [batch, rois, time], their coefficients
+        [batch, K, time], both zero where there are no data, and their frames [batch].
+        """
+        counts = mask.sum(-1, keepdim=True).clamp(min=1)
+        mean = values.masked_fill(~mask, 0).sum(-1, keepdim=True) / counts
+        centred = (values - mean).masked_fill(~mask, 0)
+        coefficients = FmriSpatialBasis.coefficients(functions, centred[:, None], mask.any(-1)[:, None])[:, 0]
+        return mean, centred, coefficients, mask.any(1).sum(-1)
+
+    def forward(
+        self,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+        functions: torch.Tensor,
+        frames: int,
+        num_samples: int | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """
+        Expected signal [batch, 1, rois, frames], or with num_samples [batch, num_samples, rois, frames] sampled ones,
+        after scans that end together: values [batch, rois, time], mask bool [batch, rois, time], spatial basis
+        functions [batch, rois, K]. Errors are normal, with temperature times their variance.
+        """
+        leads, rois = len(self.weights), mask.any(-1)[:, None]
+        mean, centred, coefficients, lengths = self.centred(values, mask, functions)
+        covariances = self.shrunk(self.lag_covariances(coefficients), lengths, self.covariances, self.prior_frames)
+        recent = centred[:, None, :, -leads:].expand(-1, num_samples or 1, -1, -1)
+        functions, found = functions[:, None], []
+        # what the errors of ROIs share, and what each has of its own
+        variance = (centred.pow(2).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1))[:, None]
+        size = (coefficients.pow(2).sum((1, 2)) / lengths)[:, None, None, None]
+        ridge = VAR_RIDGE / coefficients.shape[1] * torch.eye(coefficients.shape[1], device=values.device)
+        loadings = functions @ torch.linalg.cholesky(covariances[:, 0] + ridge)[:, None] * size.sqrt()
+        shared = loadings.pow(2).sum(-1, keepdim=True)
+        own = (variance - shared).maximum(LEAST_OWN_VARIANCE * variance)
+        scale = (temperature * variance / (shared + own).clamp(min=1e-12)).sqrt()
+        over_time = torch.linalg.cholesky(self.errors).mT
+
+        def normal(rows: int) -> torch.Tensor:
+            shape = (len(values), num_samples or 1, rows, leads)
+            return torch.randn(shape, generator=generator, device=values.device)
+
+        for _ in range(math.ceil(frames / leads)):
+            latest = FmriSpatialBasis.coefficients(functions[:, 0], recent, rois.expand(-1, recent.shape[1], -1))
+            spread = functions @ self.autoregression(covariances, latest)
+            block = recent.flip(-1) @ self.weights[:, :leads].mT + spread * self.weights[:, leads]
+            if num_samples is not None:
+                noise = loadings @ normal(loadings.shape[-1]) + own.sqrt() * normal(loadings.shape[-2])
+                block = block + scale * noise @ over_time
+            found.append(block)
+            recent = block
+        return mean[:, None] + torch.cat(found, -1)[..., :frames]
 
 
 class FmriLMPreTrainedModel(PreTrainedModel):
@@ -126,7 +324,7 @@ class FmriLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _skip_keys_device_placement = ["past_key_values"]
     # codes and scores in half precision are other codes and scores
-    _keep_in_fp32_modules_strict = ["codec", "readout"]
+    _keep_in_fp32_modules_strict = ["codec", "readout", "dynamics"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -134,6 +332,8 @@ class FmriLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, FmriLMHead):
             init.zeros_(module.frequencies)
             init.zeros_(module.proj.weight)
+        elif isinstance(module, FmriLMDynamics):
+            module.init_weights()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:
@@ -174,6 +374,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
         # start and end embeddings: apart from the vocabulary, so that they can be trained where that is frozen
         self.boundaries = nn.Embedding(2, config.text_config.hidden_size)
         self.fmri_head = FmriLMHead(config)
+        self.dynamics = FmriLMDynamics(self.codec.config)
         self.post_init()
         self.freeze()
 
@@ -196,6 +397,18 @@ class FmriLMModel(FmriLMPreTrainedModel):
         if self.summary is None:
             raise ValueError("expected a model with score_names, got one without")
         return self.summary.readout(self.codec.scan_features(fmri_codes).to(self.summary.readout.weight.dtype)).float()
+
+    @torch.no_grad()
+    def expected_vectors(self, fmri_codes: torch.Tensor) -> torch.Tensor:
+        """
+        What the dynamics expect of each token of codes [scans, tokens, levels], given the patches before its own:
+        float32 [scans, tokens, codebook_dim], times `token_gains`, so that its product with a codebook vector is how
+        much likelier that code becomes. Zero in the first patch.
+        """
+        gains, tokens = self.dynamics.token_gains, fmri_codes.shape[1]
+        whole = F.pad(fmri_codes, (0, 0, 0, -tokens % len(gains)), value=-1)
+        expected = self.dynamics.expected_vectors(self.codec, whole).unflatten(1, (-1, len(gains))) * gains
+        return expected.flatten(1, 2)[:, :tokens]
 
     def get_fmri_features(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """Projected embeddings [valid tokens, hidden] of codes [scans, tokens, levels], scan after scan."""
@@ -449,7 +662,8 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         states = states[F.pad(predicted, (0, 1))[fmri_codes[..., 0] >= 0]]
         places = torch.arange(1, fmri_codes.shape[1], device=fmri_codes.device)
         places = (places % self.config.codec_config.tokens_per_patch).expand(predicted.shape)[predicted]
-        logits = self.model.fmri_head(states, places)
+        expected = self.model.expected_vectors(fmri_codes)[:, 1:][predicted]
+        logits = self.model.fmri_head(states, places, expected, self.model.codec.codebooks())
         return F.cross_entropy(logits.mT, following[predicted], reduction="none")
 
     @torch.no_grad()
@@ -549,35 +763,23 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         )
         return input_ids, {**kwargs, **scans}
 
-    def _scan_alone(
-        self, fmri_codes: torch.Tensor, use_cache: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Cache | None]:
+    def _scan_alone(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """
-        Scans without text, padded on the left so that all end together: their start embeddings and tokens, read by the
-        language model. Returns hidden states [scans, 1 + tokens, hidden], valid bool [scans, 1 + tokens], the codes
-        [scans, tokens, levels] in that order (-1 on padding), and the cache.
+        The language model's states [scans, tokens, hidden] before each token of codes [scans, tokens, levels], read
+        without text: of the start embedding and of the tokens but the last.
         """
-        lengths = (fmri_codes[..., 0] >= 0).sum(-1)
-        tokens = int(lengths.max())
-        source = torch.arange(tokens, device=fmri_codes.device) - (tokens - lengths)[:, None]
-        codes = fmri_codes.gather(1, source.clamp(min=0)[..., None].expand(-1, -1, fmri_codes.shape[-1]))
-        valid = F.pad(source >= 0, (1, 0), value=False)
-        codes = codes.masked_fill(source[..., None] < 0, -1)
-        valid[torch.arange(len(valid), device=valid.device), tokens - lengths] = True
+        valid = fmri_codes[..., 0] >= 0
+        places = (
+            torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % self.config.codec_config.tokens_per_patch
+        )
         start = self.model.boundaries.weight[0]
-        embeddings = start.expand(*valid.shape, -1).clone()
-        places = source % self.config.codec_config.tokens_per_patch
-        vectors = self.model.codec.embed_codes(codes.clamp(min=0))
-        embeddings[:, 1:] = torch.where(
-            (source >= 0)[..., None], self.model.projector(vectors, places).to(start.dtype), start
-        )
-        outputs = self.model(
+        tokens = self.model.projector(self.model.codec.embed_codes(fmri_codes), places.expand(valid.shape))
+        embeddings = torch.cat([start.expand(len(valid), 1, -1), tokens.to(start.dtype)], 1)[:, :-1]
+        return self.model(
             inputs_embeds=embeddings.to(self.get_input_embeddings().get_parameter("weight").dtype),
-            attention_mask=valid.long(),
-            position_ids=(valid.long().cumsum(-1) - 1).clamp(min=0),
-            use_cache=use_cache,
-        )
-        return outputs.last_hidden_state, valid, codes, outputs.past_key_values
+            attention_mask=F.pad(valid[:, :-1], (1, 0), value=True).long(),
+            use_cache=False,
+        ).last_hidden_state
 
     @torch.no_grad()
     def surprise(self, fmri_codes: torch.Tensor) -> torch.Tensor:
@@ -586,21 +788,28 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         tokens before, in nats a code, mean over the tokens of a patch; NaN on padding. The first token of a scan is
         not predicted and does not count.
         """
-        hidden, _, codes, _ = self._scan_alone(fmri_codes, use_cache=False)
         per_patch = self.config.codec_config.tokens_per_patch
-        valid = codes[..., 0] >= 0
-        first = F.pad(valid, (1, 0))[:, :-1].logical_not() & valid
-        places = (valid.long().cumsum(-1) - 1).clamp(min=0) % per_patch
-        logits = self.model.fmri_head(hidden[:, :-1], places)
-        losses = F.cross_entropy(logits.movedim(-1, 1), codes.clamp(min=0), reduction="none")
-        losses = losses.masked_fill((~valid | first)[..., None], float("nan"))
-        # back to scans that begin together
-        lengths = valid.sum(-1, keepdim=True)
-        source = torch.arange(fmri_codes.shape[1], device=codes.device) + codes.shape[1] - lengths
-        inside = (source < codes.shape[1])[..., None]
-        index = source.clamp(max=codes.shape[1] - 1)[..., None].expand(-1, -1, losses.shape[-1])
-        losses = losses.gather(1, index).masked_fill(~inside, float("nan"))
+        valid = fmri_codes[..., 0] >= 0
+        places = (torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % per_patch).expand(valid.shape)
+        expected, codebooks = self.model.expected_vectors(fmri_codes), self.model.codec.codebooks()
+        logits = self.model.fmri_head(self._scan_alone(fmri_codes), places, expected, codebooks)
+        losses = F.cross_entropy(logits.movedim(-1, 1), fmri_codes.clamp(min=0), reduction="none")
+        losses = losses.masked_fill(~valid[..., None], float("nan"))
+        losses[:, 0] = float("nan")
         return losses.unflatten(1, (-1, per_patch)).nanmean(2)
+
+    @torch.no_grad()
+    def frame_surprise(
+        self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor, fmri_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        [batch, time] of scans, whose frames begin together: by how many nats a coefficient of the spatial basis each
+        frame is less likely given the frame before it than by itself (see [`FmriLMDynamics`]); NaN for the first
+        frame and on padding. Below zero on average where frames follow one another; above, where they do not.
+        """
+        mask = torch.ones_like(fmri_values, dtype=torch.bool) if fmri_mask is None else fmri_mask
+        functions = self.model.codec.spatial_basis(roi_coordinates)
+        return self.model.dynamics.frame_surprise(fmri_values.float(), mask, functions)
 
     @torch.no_grad()
     def forecast(
@@ -615,114 +824,33 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """
         Signal [batch, rois, frames] of the `seconds` that follow the scans' last frames, in the unit of fmri_values:
-        robust z-scores of the context, so that nothing of the future enters. It is the expected signal: each token is
-        the mean of the codebook weighted by the codes' probabilities, and what the codes left out of the context's
-        last frame fades (`fading`). With `num_samples`, [num_samples, batch, rois, frames] signals of sampled codes.
-        Frames before the first whole patch, counted from the end, are left out.
+        robust z-scores of the context, so that nothing of the future enters. It is the expected signal (see
+        [`FmriLMDynamics`]). With `num_samples`, [num_samples, batch, rois, frames] sampled signals. Censored frames of
+        the context count as what cleaning has put in their place.
         """
-        codec, config = self.model.codec, self.config.codec_config
+        config = self.config.codec_config
         frames = math.ceil(seconds / config.repetition_time - 1e-6)
         if frames < 1:
             raise ValueError(f"expected a horizon of at least one frame, {config.repetition_time} s, got {seconds} s")
         if num_samples is not None and (num_samples < 1 or temperature <= 0):
             raise ValueError(f"expected num_samples >= 1 and temperature > 0, got {num_samples} and {temperature}")
-        values, mask = whole_patches(fmri_values, fmri_mask, config.patch_length)
-        codes = self.model.get_fmri_codes(values, roi_coordinates, mask)
-        vectors = self._continued(codes, math.ceil(frames / config.patch_length), num_samples, temperature, generator)
-        count = num_samples or 1
-        repeated = codes.repeat_interleave(count, 0)
-        context = codec.embed_codes(repeated.clamp(min=0))
-        lengths = (repeated[..., 0] >= 0).sum(-1, keepdim=True)
-        # the decoder looks back as the encoder does, so it is given the context, too
-        places = lengths + torch.arange(vectors.shape[1], device=codes.device)
-        whole = F.pad(context, (0, 0, 0, vectors.shape[1]))
-        whole = whole.scatter(1, places[..., None].expand_as(vectors), vectors.to(whole.dtype))
-        valid = torch.arange(whole.shape[1], device=codes.device) < lengths + vectors.shape[1]
-        signal = codec.decode_vectors(whole, roi_coordinates.repeat_interleave(count, 0), valid)
-        first = lengths // config.tokens_per_patch * config.patch_length
-        ahead = (first + torch.arange(frames, device=codes.device))[:, None].expand(-1, signal.shape[1], -1)
-        future = signal.gather(-1, ahead)
-        if num_samples is not None:
-            return future.unflatten(0, (-1, count)).transpose(0, 1)
-        missed = (values - signal[..., : values.shape[-1]]).masked_fill(~mask, 0)
-        return future + fading(missed, first, frames)
-
-    def _continued(
-        self,
-        codes: torch.Tensor,
-        patches: int,
-        num_samples: int | None,
-        temperature: float,
-        generator: torch.Generator | None,
-    ) -> torch.Tensor:
-        """Vectors [scans * samples, tokens, codebook_dim] of the tokens of the next patches, one token at a time."""
-        codec, config = self.model.codec, self.config.codec_config
-        per_patch = config.tokens_per_patch
-        known = int((codes[..., 0] >= 0).sum(-1).max()) // per_patch
-        if known + patches > config.max_patches:
-            raise ValueError(
-                f"expected a context and a forecast of at most max_patches={config.max_patches} patches together, got "
-                f"{known} and {patches}"
-            )
-        hidden, valid, _, cache = self._scan_alone(codes, use_cache=True)
-        hidden, mask = hidden[:, -1:], valid.long()
-        if num_samples is not None and num_samples > 1:
-            cast(Cache, cache).batch_repeat_interleave(num_samples)
-            hidden, mask = hidden.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0)
-        codebooks = codec.codebooks()
-        found = []
-        for token in range(patches * per_patch):
-            place = torch.full(hidden.shape[:2], token % per_patch, device=hidden.device)
-            chances = (self.model.fmri_head(hidden, place) / temperature).softmax(-1)
-            if num_samples is None:
-                vector = torch.einsum("btlc,lcd->btd", chances, codebooks)
-            else:
-                drawn = torch.multinomial(chances.flatten(0, -2), 1, generator=generator)
-                vector = codec.embed_codes(drawn.view(chances.shape[:-1]))
-            found.append(vector)
-            if token + 1 == patches * per_patch:
-                break
-            mask = F.pad(mask, (0, 1), value=1)
-            outputs = self.model(
-                inputs_embeds=self.model.projector(vector, place).to(hidden.dtype),
-                attention_mask=mask,
-                position_ids=mask.sum(-1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            hidden, cache = outputs.last_hidden_state, outputs.past_key_values
-        return torch.cat(found, dim=1)
+        values, mask = ending_together(fmri_values.float(), fmri_mask)
+        shortest = int(mask.any(1).sum(-1).min())
+        if shortest < config.patch_length:
+            raise ValueError(f"expected scans of at least one patch of {config.patch_length} frames, got {shortest}")
+        functions = self.model.codec.spatial_basis(roi_coordinates)
+        future = self.model.dynamics(values, mask, functions, frames, num_samples, temperature, generator)
+        return future[:, 0] if num_samples is None else future.transpose(0, 1)
 
 
-def whole_patches(
-    fmri_values: torch.Tensor, fmri_mask: torch.Tensor | None, patch_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Scans [batch, rois, time] and their masks without the frames before the first whole patch counted from the end, so
-    that the last patch ends with the last frame; ValueError for a scan of less than one patch.
-    """
-    if fmri_mask is None:
-        fmri_mask = torch.ones_like(fmri_values, dtype=torch.bool)
-    frames = fmri_mask.any(1).sum(-1)
-    kept = frames // patch_length * patch_length
-    if not kept.all():
-        raise ValueError(f"expected scans of at least one patch of {patch_length} frames, got {int(frames.min())}")
-    index = torch.arange(int(kept.max()), device=fmri_values.device)
-    source = (index + (frames - kept)[:, None]).clamp(max=fmri_values.shape[-1] - 1)
-    source = source[:, None].expand(-1, fmri_values.shape[1], -1)
-    inside = (index < kept[:, None])[:, None]
-    return fmri_values.gather(-1, source), fmri_mask.gather(-1, source) & inside
-
-
-def fading(missed: torch.Tensor, length: torch.Tensor, frames: int) -> torch.Tensor:
-    """
-    Forecast [batch, rois, frames] of what codes leave out of a signal: missed [batch, rois, time] in its first
-    `length` [batch, 1] frames, zero after them. The last frame, times powers of the scan's lag-1 autocorrelation.
-    """
-    strength = (missed[..., 1:] * missed[..., :-1]).sum((1, 2)) / missed.pow(2).sum((1, 2)).clamp(min=1e-12)
-    last = missed.gather(-1, (length - 1)[:, None].expand(-1, missed.shape[1], -1))
-    ahead = torch.arange(1, frames + 1, device=missed.device)
-    return last * strength.clamp(min=0)[:, None, None] ** ahead
+def ending_together(values: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scans [batch, rois, time] that begin together and their masks, moved so that they end together."""
+    if mask is None:
+        return values, torch.ones_like(values, dtype=torch.bool)
+    frames = mask.any(1).sum(-1)
+    source = torch.arange(int(frames.max()), device=values.device) - (frames.max() - frames)[:, None]
+    index = source.clamp(min=0)[:, None].expand(-1, values.shape[1], -1)
+    return values.gather(-1, index), mask.gather(-1, index) & (source >= 0)[:, None]
 
 
 @torch.no_grad()

@@ -138,6 +138,8 @@ def joined(processor: FmriLMProcessor) -> Callable[[PreTrainedModel], FmriLMForC
         for weight in (model.model.fmri_head.proj.weight, model.model.fmri_head.frequencies):
             torch.nn.init.normal_(weight, std=0.3)
         torch.nn.init.normal_(model.model.summary.readout.weight, std=0.5)
+        for buffer in (model.model.dynamics.weights, model.model.dynamics.token_gains):
+            torch.nn.init.normal_(buffer, std=0.3)
         return model.eval()
 
     return build

@@ -62,7 +62,8 @@ def choice_scores(model: Model, row: torch.Tensor, scans: torch.Tensor, choices:
     return torch.stack(totals)
 
 
-def code_logits(model: Model, state: torch.Tensor, token: int) -> torch.Tensor:
+def code_logits(model: Model, state: torch.Tensor, scan: Scan, token: int) -> torch.Tensor:
     """Logits [levels, codebook_size] of a scan's `token`, given the state [hidden] before it."""
-    head = model.model.fmri_head
-    return (head.proj.weight @ state).view(3, 16) + head.frequencies[token % 2]
+    head, codebooks = model.model.fmri_head, model.model.codec.codebooks()
+    expected = model.model.expected_vectors(codes(scan))[0, token]
+    return (head.proj.weight @ state).view(3, 16) + head.frequencies[token % 2] + codebooks @ expected

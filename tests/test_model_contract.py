@@ -245,8 +245,8 @@ def test_casts_keep_a_working_model_and_every_code_and_score(dtype: torch.dtype,
 
 
 def is_exact(name: str, is_joint: bool) -> bool:
-    """What stays in float32: codes and scores are others in half precision."""
-    return not is_joint or name.startswith(("model.codec.", "model.summary.readout."))
+    """What stays in float32: codes, scores and forecasts are others in half precision."""
+    return not is_joint or name.startswith(("model.codec.", "model.summary.readout.", "model.dynamics."))
 
 
 def test_training_runs_in_half_precision(built) -> None:

@@ -200,7 +200,7 @@ def test_next_code_losses_equal_an_explicit_loop(model: Model) -> None:
     for scan in scans:
         for token, state in zip(range(1, len(scan) + 1), states, strict=False):
             if token < len(scan):
-                scores = code_logits(model, state, token).log_softmax(-1)
+                scores = code_logits(model, state, scan, token).log_softmax(-1)
                 losses.append([-scores[level, code].item() for level, code in enumerate(scan[token])])
     assert len(losses) == 7 + 3 + 3 and next(states, None) is None
     expected = torch.tensor(losses)

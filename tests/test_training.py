@@ -34,7 +34,7 @@ ARGUMENTS = {
 }
 CONFIGS = {Trainer: TrainingArguments, AlignmentTrainer: AlignmentTrainingArguments}
 # as the language model reads scans: the head of the next codes has no part in TRL's loss
-FITTED = ("model.codec.", "model.summary.readout.")
+FITTED = ("model.codec.", "model.summary.readout.", "model.dynamics.")
 
 
 def mixed_rows(rows: int = 8) -> Dataset:

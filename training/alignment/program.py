@@ -76,6 +76,7 @@ def align(
     from ..program import fit_cohort, keep_base, make_examples, on_rows, read_scans, train_and_save, trainable
     from ..trainer import AlignmentTrainer
     from .chats import alignment_rows
+    from .dynamics import fit_dynamics, fit_token_gains
     from .examples import fit_frequencies, fit_scores, read_scores, score_targets
     from .joint import join
     from .language_models import PACKAGED_MODEL, load_language_model
@@ -108,6 +109,9 @@ def align(
     model = join(codec, language_model, processor, names)
     examples, r_squared = fit_scores(model, examples, names, targets, training_args.seed)
     fit_frequencies(model, examples.codes)
+    forecasts = fit_dynamics(model.model.dynamics, codec, training, length, training_args.seed)
+    fit_token_gains(model.model.dynamics, codec, examples.codes)
+    print(f"forecasts: R2 {forecasts[0]:.2f} one frame ahead, on subjects left out of each fold")
     print(f"scores of {len(names)} descriptors: mean R2 {np.nanmean(r_squared):.2f} on subjects left out of each fold")
     if held_out is not None:
         held_out = read_scores(model, held_out)
