@@ -39,6 +39,8 @@ from statistics import median
 import numpy as np
 import psutil
 
+from fmrilm.training.cli.options import let_threads_sleep
+
 
 SHAPE, ORIGIN, REPETITION_TIME = (91, 109, 91), (-90, -126, -72), 1.0
 ATLAS = "aal2-94"
@@ -83,6 +85,7 @@ def synthesize(folder: Path, frames: int) -> None:
 
 def measure(model: str, folder: Path) -> None:
     """One run in this process: seconds of each part to standard output, as JSON."""
+    let_threads_sleep()
     import torch
 
     from fmrilm.processors import parcellate, read_parcels, read_scan

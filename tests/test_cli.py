@@ -61,7 +61,9 @@ def test_ask_prints_answers_and_probabilities(folder: Path, scan: Path) -> None:
     printed = read(folder, "ask", scan, QUESTION, "--choices", "yes, no,maybe so")
     lines = printed.stdout.splitlines()
     assert printed.exit_code == 0 and lines[0] == expected["answer"]
-    assert lines[1:] == [f"{value:7.1%}  {choice}" for choice, value in expected["probabilities"].items()]
+    assert lines[1:-1] == [f"{value:7.1%}  {choice}" for choice, value in expected["probabilities"].items()]
+    window = expected["window"]
+    assert lines[-1].startswith(f"read: {window['start']:g} to {window['stop']:g} s") and "5 ROIs of tiny" in lines[-1]
     found = json.loads(read(folder, "ask", scan, QUESTION, "--choices", ",".join(CHOICES), "--json").stdout)
     assert list(found.pop("seconds")) == ["import", "load", "answer"]
     assert found == {"scan": str(scan), "question": QUESTION, **expected}
