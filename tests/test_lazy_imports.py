@@ -68,13 +68,6 @@ print(json.dumps([name for name in {UNUSED} if name in sys.modules]))
     assert fresh(code) == []
 
 
-def test_the_reader_takes_nothing_that_it_does_not_need() -> None:
-    code = (
-        f"import fmrilm.scan_reader, json, sys\nprint(json.dumps([name for name in {UNUSED} if name in sys.modules]))"
-    )
-    assert fresh(code) == []
-
-
 def test_help_is_quick_and_takes_nothing_heavy() -> None:
     code = """
 import json, resource, runpy, sys
