@@ -2,7 +2,6 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-KERNEL := {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
 .PHONY: demo app test coverage data install lint audit docs notebooks clean
 
@@ -34,9 +33,9 @@ coverage: install data
 docs: install
 	$(BIN)/python docs/reference.py build/docs
 
-# The notebooks are their scripts, cell by cell.
+# The notebooks are their scripts, cell by cell; `docs/notebooks.py` runs one and writes its outputs into it.
 notebooks: install
-	$(BIN)/jupytext --to ipynb --update-metadata '$(KERNEL)' examples/quickstart.py examples/finetune_labels.py
+	$(BIN)/jupytext --update --to ipynb examples/quickstart.py examples/finetune_labels.py examples/forecast.py
 
 # Known vulnerabilities of the pinned packages; asks PyPI, so it is no part of the tests.
 audit: install

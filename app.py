@@ -2,8 +2,7 @@
 
 import argparse
 
-from fmrilm.training.cli.options import DEFAULT_MODEL, MODEL_VARIABLE
-from fmrilm.training.space import main
+from fmrilm.training.cli.options import DEFAULT_MODEL, MODEL_VARIABLE, let_threads_sleep
 
 
 if __name__ == "__main__":
@@ -12,6 +11,9 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, help="7860, or the next free one")
     parser.add_argument("--host", help="127.0.0.1; 0.0.0.0 serves other machines, too")
     arguments = parser.parse_args()
+    let_threads_sleep()
+    from fmrilm.training.space import main
+
     try:
         main(arguments.model, arguments.port, arguments.host)
     except ValueError as error:

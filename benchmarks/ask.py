@@ -1,18 +1,23 @@
-"""Seconds of `fmrilm ask` on a 2 mm NIfTI, split by part, on an array, and of `import fmrilm` and `fmrilm --help`.
+"""Seconds of `fmrilm ask` on an array and on a 2 mm NIfTI, split by part, of `import fmrilm` and of `fmrilm --help`.
 
-Every run is a process of its own. The whole is the command as a user types it, timed from outside. The parts are those
-of a process that does the same with the same objects:
+Every run is a process of its own. The whole is the command as a user types it, timed from outside. Its first parts are
+those that it prints itself (`--json`); `begin and end` is what they leave of the whole:
 
-    start        the interpreter, the imports, the model and its processor
+    import       torch, transformers and this package
+    load         the model and its processor
+    answer       from the file to the probabilities
+
+On the NIfTI, the answer's parts are those of another process that does the same with the same objects:
+
     read         the scan's header and the parcels of the atlas
     parcellate   the means of the parcels while the volumes stream from disk
     prepare      cleaning, resampling, z-scores, the window, the prompt
     encode       the scan's codes
-    answer       the probabilities of three allowed answers, given the codes
+    score        the probabilities of three allowed answers, given the codes
 
 The scan is synthetic: 320 volumes of the MNI grid at 2 mm and TR 1 s, a label image that gives each voxel of an
-ellipsoid to the nearest ROI. Writes one row per part to a CSV file: what, seconds (median), lowest, highest, n,
-versions.
+ellipsoid to the nearest ROI. Writes one row per part to a CSV file: what, seconds (median), lowest, highest, n, others
+(cores that other processes kept busy meanwhile, median), versions.
 
     python benchmarks/ask.py runs/demo/model --out benchmarks/results/ask.csv
 """
@@ -22,6 +27,7 @@ import csv
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,6 +37,9 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import psutil
+
+from fmrilm.training.cli.options import let_threads_sleep
 
 
 SHAPE, ORIGIN, REPETITION_TIME = (91, 109, 91), (-90, -126, -72), 1.0
@@ -74,39 +83,54 @@ def synthesize(folder: Path, frames: int) -> None:
     subprocess.run(["gzip", "-6", str(folder / "scan.nii")], check=True)
 
 
-def measure(model: str, folder: Path, begun: float) -> None:
-    """One run in this process: seconds of each part to standard output, as JSON. begun: time.time() of its start."""
+def measure(model: str, folder: Path) -> None:
+    """One run in this process: seconds of each part to standard output, as JSON."""
+    let_threads_sleep()
     import torch
 
-    import fmrilm
     from fmrilm.processors import parcellate, read_parcels, read_scan
+    from fmrilm.scan_reader import load
 
-    reader = fmrilm.load(model, device="cpu")
-    times = [begun, time.time()]
+    reader = load(model, device="cpu")
+    times = [time.perf_counter()]
     parcels = read_parcels(folder / "labels.nii.gz")
     scan = read_scan(folder / "scan.nii.gz")
-    times.append(time.time())
+    times.append(time.perf_counter())
     series = parcellate(scan, parcels, reader.processor.feature_extractor.atlas(ATLAS).labels)
-    times.append(time.time())
+    times.append(time.perf_counter())
     content = [{"type": "fmri", "fmri": series, "tr": scan.tr, "atlas": ATLAS}, {"type": "text", "text": QUESTION}]
     chat = [{"role": "user", "content": content}]
     inputs = dict(reader.processor.apply_chat_template(chat, add_generation_prompt=True))
-    times.append(time.time())
+    times.append(time.perf_counter())
     scans = {name: inputs.pop(name) for name in reader.processor.feature_extractor.model_input_names}
     with torch.no_grad():
         inputs["fmri_codes"] = reader.model.model.get_fmri_codes(**scans)
-    times.append(time.time())
+    times.append(time.perf_counter())
     scores = reader.model.score_choices(inputs, reader.processor.encode_choices(CHOICES)).softmax(-1)[0]
-    times.append(time.time())
-    names = ("start", "read", "parcellate", "prepare", "encode", "answer")
-    parts = dict(zip(names, np.diff(times).tolist(), strict=True))
+    times.append(time.perf_counter())
+    parts = dict(zip(("read", "parcellate", "prepare", "encode", "score"), np.diff(times).tolist(), strict=True))
     print(json.dumps({"parts": parts, "probabilities": dict(zip(CHOICES, scores.tolist(), strict=True))}))
 
 
-def timed(command: list[str]) -> tuple[float, str]:
-    start = time.perf_counter()
+def timed(command: list[str]) -> tuple[float, str, float]:
+    """Seconds of a command, what it prints, and how many cores other processes kept busy meanwhile."""
+    start, before, own = time.perf_counter(), busy_seconds(), children_seconds()
     run = subprocess.run(command, check=True, capture_output=True, text=True)
-    return time.perf_counter() - start, run.stdout
+    seconds = time.perf_counter() - start
+    others = (busy_seconds() - before - (children_seconds() - own)) / seconds
+    return seconds, run.stdout, max(0.0, others)
+
+
+def busy_seconds() -> float:
+    """Of all cores since the machine was started."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0)
+
+
+def children_seconds() -> float:
+    """Of the processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -115,13 +139,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ask.csv")
     parser.add_argument("--frames", type=int, default=320)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        return measure(arguments.model, Path(arguments.work[0]), float(arguments.work[1]))
+        return measure(arguments.model, Path(arguments.work))
 
     fmrilm = str(Path(sys.executable).with_name("fmrilm"))
     seconds: dict[str, list[float]] = {}
+    others: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         synthesize(folder, arguments.frames)
@@ -136,22 +161,31 @@ def main() -> None:
                 sys.executable, "-c", "import torch; from transformers import AutoModelForCausalLM, PreTrainedModel",
             ],
             "fmrilm ask, an array": [fmrilm, "ask", str(folder / "scan.npy"), *options, "--tr", str(REPETITION_TIME)],
-            "fmrilm ask": [fmrilm, "ask", str(folder / "scan.nii.gz"), *options, *parcels],
+            "fmrilm ask, a NIfTI": [fmrilm, "ask", str(folder / "scan.nii.gz"), *options, *parcels],
         }  # fmt: skip
         # the first round warms the disk and is left out
         for number in range(1 + arguments.repeats):
-            found = {}
+            found, load = {}, {}
             for what, command in commands.items():
-                found[what], told = timed(command)
-            _, output = timed([sys.executable, __file__, arguments.model, "--work", name, str(time.time())])
+                found[what], told, load[what] = timed(command)
+                if what.startswith("fmrilm ask"):
+                    answer = json.loads(told)
+                    parts = answer["seconds"]
+                    parts["begin and end"] = found[what] - sum(parts.values())
+                    for part, value in parts.items():
+                        found[f"{what}: {part}"], load[f"{what}: {part}"] = value, load[what]
+            _, output, alongside = timed([sys.executable, __file__, arguments.model, "--work", name])
             measured = json.loads(output.splitlines()[-1])
-            same = [json.loads(told)["probabilities"][choice] for choice in CHOICES]
+            same = [answer["probabilities"][choice] for choice in CHOICES]
             if not np.allclose(same, list(measured["probabilities"].values()), atol=1e-3):
                 raise ValueError(f"expected the parts to give the command's answer, {same}, got {measured}")
-            found |= {f"fmrilm ask: {part}": value for part, value in measured["parts"].items()}
+            for part, value in measured["parts"].items():
+                found[f"fmrilm ask, a NIfTI: answer: {part}"] = value
+                load[f"fmrilm ask, a NIfTI: answer: {part}"] = alongside
             if number:
                 for what, value in found.items():
                     seconds.setdefault(what, []).append(value)
+                    others.setdefault(what, []).append(load[what])
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("fmri-lm", "torch", "transformers", "numpy"))
     versions = f"python {platform.python_version()}, {versions}"
@@ -159,10 +193,10 @@ def main() -> None:
     partial = arguments.out.with_suffix(".partial")
     with open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["what", "seconds", "lowest", "highest", "n", "versions"])
+        writer.writerow(["what", "seconds", "lowest", "highest", "n", "others", "versions"])
         for what, values in seconds.items():
             figures = (f"{value:.3f}" for value in (median(values), min(values), max(values)))
-            writer.writerow([what, *figures, len(values), versions])
+            writer.writerow([what, *figures, len(values), f"{median(others[what]):.2f}", versions])
     os.replace(partial, arguments.out)
 
 

@@ -185,7 +185,9 @@ SECTIONS = {
     ),
     "ask.csv": Section(
         "One question",
-        "Seconds of `fmrilm ask` from start to answer, and of its parts: `python benchmarks/ask.py MODEL`.",
+        "Seconds of `fmrilm ask` from start to answer, and of its parts, as medians; `others` is the number of cores "
+        "that other programs kept busy meanwhile: `python benchmarks/ask.py MODEL`.",
+        lambda table: table.drop(columns="versions", errors="ignore"),
     ),
     "rates.csv": Section(
         "Rates of one core",
@@ -194,6 +196,12 @@ SECTIONS = {
     ),
     "load.csv": Section(
         "Many clients", "The Space and the pipeline under load: `python benchmarks/load.py MODEL --seconds 120`."
+    ),
+    "waiting.csv": Section(
+        "Waiting threads",
+        "Milliseconds of a training step on two threads, alone and beside a busy process of one thread, by how "
+        "OpenMP's threads wait; the commands and the Space let them sleep (PASSIVE). `others` is the number of cores "
+        "that other programs kept busy: `python benchmarks/waiting.py`.",
     ),
     "newcomer.csv": Section(
         "A new user",

@@ -8,6 +8,9 @@
 # `scans/` holds one file a subject (`s01.npy`, `s01.nii.gz`, ...) or is an fMRIPrep folder. `labels.csv` has a column
 # `subject` and the task's column. A task is a packaged one (`sex`, `handedness`, ...) or a YAML file of your own. The
 # commands `fmrilm prepare`, `fmrilm train sft` and `fmrilm evaluate` do the same.
+#
+# What the notebook shows is of 40 made-up subjects whose connectivity depends on the label
+# (`fmrilm.training.data.synthetic`) and eight steps of tuning: the form of the results, not what real labels give.
 
 # %%
 import argparse

@@ -182,7 +182,7 @@ def read_scan(source: Any) -> Volumes | SurfaceSeries | RoiSeries:
 
     Returns:
         A series of volumes whose values are still in the file, of vertices, or of ROIs. `tr` is RepetitionTime of the
-        BIDS sidecar beside the file, else what the file's header has.
+        BIDS sidecar beside the file or above it, else what the file's header has.
     """
     if isinstance(source, dict) and source.get("bytes") is not None:
         path = source.get("path")
@@ -231,9 +231,29 @@ def sidecars(path: Path) -> list[Path]:
     return [path.with_name(f"{name}.json") for name in names]
 
 
+def inherited_sidecars(path: Path) -> list[Path]:
+    """
+    Sidecars of several scans that apply to this one by the BIDS inheritance principle: in its folder or above it in
+    the dataset, of the same suffix, with no entity that the scan does not have. Nearer and more specific ones first.
+    """
+    own = sidecars(path)[0]
+    *entities, suffix = own.stem.split("_")
+    if not path.name.startswith("sub-"):
+        return []
+    found = []
+    for folder in path.absolute().parents:
+        others = [(other.stem.split("_"), other) for other in folder.glob("*.json") if other.name != own.name]
+        fitting = [one for one in others if one[0][-1] == suffix and set(one[0][:-1]) <= set(entities)]
+        found += [other for _, other in sorted(fitting, key=lambda one: -len(one[0]))]
+        if not re.fullmatch(r"func|(ses|sub)-.*", folder.name):
+            # the dataset's own folder
+            break
+    return found
+
+
 def _sidecar_tr(path: Path) -> tuple[float | None, str]:
-    """RepetitionTime in s of the JSON file beside a scan, plausible or not, and that file's name."""
-    for sidecar in sidecars(path):
+    """RepetitionTime in s of a scan's JSON files, plausible or not, and that file's name."""
+    for sidecar in [*sidecars(path), *inherited_sidecars(path)]:
         if not sidecar.is_file():
             continue
         check_text_size(sidecar)

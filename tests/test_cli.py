@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 import fmrilm
 from fmrilm.training.cli.main import app
+from fmrilm.training.cli.options import WAIT_VARIABLES, let_threads_sleep
 
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
@@ -60,7 +61,9 @@ def test_ask_prints_answers_and_probabilities(folder: Path, scan: Path) -> None:
     printed = read(folder, "ask", scan, QUESTION, "--choices", "yes, no,maybe so")
     lines = printed.stdout.splitlines()
     assert printed.exit_code == 0 and lines[0] == expected["answer"]
-    assert lines[1:] == [f"{value:7.1%}  {choice}" for choice, value in expected["probabilities"].items()]
+    assert lines[1:-1] == [f"{value:7.1%}  {choice}" for choice, value in expected["probabilities"].items()]
+    window = expected["window"]
+    assert lines[-1].startswith(f"read: {window['start']:g} to {window['stop']:g} s") and "5 ROIs of tiny" in lines[-1]
     found = json.loads(read(folder, "ask", scan, QUESTION, "--choices", ",".join(CHOICES), "--json").stdout)
     assert list(found.pop("seconds")) == ["import", "load", "answer"]
     assert found == {"scan": str(scan), "question": QUESTION, **expected}
@@ -240,6 +243,24 @@ def test_commands_that_write_files_say_so_as_json(folder: Path, scan: Path, tmp_
     printed = run("demo", "--quick", "--output", tmp_path, "--json")
     assert json.loads(printed.stdout) == {"output": str(tmp_path), "settings": {"quick": True}}
     assert "== preparing" in printed.stderr
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_has_said_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WAIT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    let_threads_sleep()
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
+@pytest.mark.parametrize("words, status", [(["info", "--json"], 0), (["info", "nowhere"], 2), (["info", "."], 1)])
+def test_process_ends_with_the_status_of_its_command(words: list[str], status: int, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("fmrilm")), *words]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, bool(ended.stdout), bool(ended.stderr)) == (status, status == 0, status != 0)
 
 
 def test_version_is_printed() -> None:

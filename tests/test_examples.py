@@ -21,6 +21,7 @@ PROGRAM = "fmrilm.training.alignment.program"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ACCELERATE = EXAMPLES.parent / "training" / "configs" / "accelerate"
 MODEL = "runs/demo/model"
+NOTEBOOKS = ("quickstart", "finetune_labels", "forecast")
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_atlas_of_ones_own_is_read_and_saved(run) -> None:
 
 
 def test_forecast_is_compared_with_the_truth(run) -> None:
-    said = run("forecast.py", MODEL, "scan.npy", "--tr", "0.72", "--atlas", ATLAS, "--samples", "2")
+    said = run("forecast.py", "--scan", "scan.npy", "--tr", "0.72", "--atlas", ATLAS, "--samples", "2")
     assert "context 54 s, forecast 32 s: [frames, rois] (16, 94)" in said
 
 
@@ -98,10 +99,27 @@ def test_scripts_are_short() -> None:
         assert len(script.read_text().splitlines()) < 80, script.name
 
 
-@pytest.mark.parametrize("name", ["quickstart", "finetune_labels"])
-def test_notebook_holds_the_cells_of_its_script(name: str) -> None:
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_holds_the_cells_of_its_script_and_what_they_gave(name: str) -> None:
     script, notebook = (jupytext.read(EXAMPLES / f"{name}{ending}") for ending in (".py", ".ipynb"))
     assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
         (cell.cell_type, cell.source) for cell in script.cells
     ]
     assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert any(cell.outputs for cell in code)
+    assert (EXAMPLES / f"{name}.ipynb").stat().st_size < 200_000
+
+
+def test_notebook_is_run_and_keeps_what_its_cells_print_and_draw(in_small_world: Path) -> None:
+    program = runpy.run_path(str(EXAMPLES.parent / "docs" / "notebooks.py"))
+    notebook = jupytext.read(EXAMPLES / "forecast.py")
+    arguments = sys.argv
+    program["run"](notebook, ["--scan", "scan.npy", "--tr", "0.72", "--atlas", ATLAS, "--samples", "2"])
+    assert sys.argv is arguments
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert [output.output_type for output in outputs] == ["stream", "stream", "display_data"]
+    assert "forecast 32 s: [frames, rois] (16, 94)" in outputs[0].text and "image/png" in outputs[2].data
+    with pytest.raises(SystemExit):
+        program["run"](notebook, ["--scan", "scan.npy", "--tr", "0.1"])

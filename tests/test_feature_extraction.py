@@ -9,9 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.signal import resample_poly
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, Parcels, feature_extraction_fmrilm, scan_io_fmrilm
-from fmrilm.processors.cleaning_fmrilm import detrend, resample, resampled_length, robust_zscore, window_bounds
+from fmrilm.processors.cleaning_fmrilm import (
+    detrend,
+    resample,
+    resampled_length,
+    robust_zscore,
+    sampling_ratio,
+    window_bounds,
+)
 from fmrilm.processors.scan_io_fmrilm import SIDES, Structure, SurfaceSeries
 
 
@@ -50,6 +58,16 @@ def test_resampling_keeps_time(tr: float) -> None:
     expected = np.sin(2 * np.pi * 0.02 * 2.0 * np.arange(len(out)))[:, None]
     np.testing.assert_allclose(out, expected, atol=0.1)
     np.testing.assert_allclose(out[5:-5], expected[5:-5], atol=0.02)
+
+
+@pytest.mark.parametrize("frames, tr", [(1, 3.0), (7, 0.72), (120, 0.735), (60, 2.01), (50, 3.0)])
+def test_resampling_is_that_of_scipy_with_mirrored_ends(frames: int, tr: float) -> None:
+    signal = np.random.default_rng(frames).normal(size=(frames, 3))
+    signal[:, 1] = np.nan
+    ratio = sampling_ratio(tr, 2.0)
+    expected = resample_poly(signal, ratio.numerator, ratio.denominator, padtype="symmetric")
+    found = resample(signal, tr, 2.0)
+    np.testing.assert_allclose(found, expected[: len(found)], atol=1e-12)
 
 
 def test_equal_repetition_time_changes_nothing() -> None:

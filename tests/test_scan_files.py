@@ -1,6 +1,7 @@
 """Readers of scan files: what each format gives; and that damaged files give a ValueError, nothing else."""
 
 import gzip
+import json
 import shutil
 import struct
 import tracemalloc
@@ -272,6 +273,28 @@ def test_sidecar_goes_before_a_header_that_disagrees(tmp_path: Path, caplog, nam
         assert read_scan((path, tmp_path / other)).tr == 1.25
     (tmp_path / sidecar).write_text('{"TaskName": "rest"}')
     assert read_scan(path).tr == header
+
+
+def test_sidecars_of_a_dataset_are_inherited(tmp_path: Path) -> None:
+    folder = tmp_path / "study" / "sub-01" / "ses-a" / "func"
+    folder.mkdir(parents=True)
+    scan = folder / "sub-01_ses-a_task-rest_run-1_bold.nii.gz"
+    nib.save(volume_image(1.0), scan)
+
+    def found(path: str, seconds: float) -> tuple[float | None, str]:
+        (tmp_path / path).write_text(json.dumps({"RepetitionTime": seconds}))
+        read = read_scan(scan)
+        return read.tr, read.tr_from
+
+    # of no dataset, of other scans, of another suffix
+    assert found("task-rest_bold.json", 3.0) == found("study/task-motor_bold.json", 3.0) == (1.0, "header")
+    assert found("study/task-rest_run-2_bold.json", 3.0) == found("study/task-rest_sbref.json", 3.0) == (1.0, "header")
+    assert found("study/bold.json", 1.4) == (1.4, "bold.json")
+    assert found("study/task-rest_bold.json", 1.5) == (1.5, "task-rest_bold.json")
+    # the more specific one, the nearer one, its own
+    assert found("study/task-rest_run-1_bold.json", 1.6) == (1.6, "task-rest_run-1_bold.json")
+    assert found("study/sub-01/sub-01_bold.json", 1.7) == (1.7, "sub-01_bold.json")
+    assert found(f"study/sub-01/ses-a/func/{scan.name[:-7]}.json", 1.8) == (1.8, f"{scan.name[:-7]}.json")
 
 
 @pytest.mark.parametrize("tr", [1.0, 0.0, 1000.0])

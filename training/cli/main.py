@@ -5,6 +5,7 @@ Exit codes: 0, all went well; 1, bad input or something that failed; 2, wrong us
 failed; 130, interrupted.
 """
 
+import atexit
 import os
 import sys
 from typing import Annotated
@@ -12,7 +13,7 @@ from typing import Annotated
 import typer
 
 from .make import demo, describe, evaluate, prepare, train
-from .options import OneLineErrors
+from .options import OneLineErrors, let_threads_sleep
 from .read import app as serve
 from .read import ask, describe_scan, forecast, report
 from .share import convert_original, export, info, push
@@ -61,4 +62,21 @@ app.add_typer(train, name="train", rich_help_panel=MAKE)
 
 
 def main() -> None:
-    app()
+    let_threads_sleep()
+    # the first that is registered runs last
+    status: list[int] = []
+    atexit.register(leave, status)
+    try:
+        app()
+    except SystemExit as ended:
+        if isinstance(ended.code, int):
+            status.append(ended.code)
+        raise
+
+
+def leave(status: list[int]) -> None:
+    """End the process with its status, if it has one: to take a model apart first costs a fifth of a second."""
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status[0])

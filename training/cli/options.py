@@ -1,6 +1,7 @@
 """What the `fmrilm` commands share: options, JSON, and how a command ends when something is wrong."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,6 +62,19 @@ LabelImage = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default an accelerator, if any.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+# what tells OpenMP's runtimes how a thread waits for the others
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def let_threads_sleep() -> None:
+    """
+    Threads that wait for others sleep, where the user has set nothing: beside another busy process, threads that spin
+    keep the one they wait for from running. To be called before torch is imported; subprocesses inherit it.
+    """
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def check_backend(backend: str, scheduler: str | None) -> None:

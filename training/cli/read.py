@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,6 +63,7 @@ def ask(
     typer.echo(found["answer"])
     for choice, probability in found["probabilities"].items():
         typer.echo(f"{probability:7.1%}  {choice}")
+    typer.echo(_what_was_read(found))
 
 
 def describe_scan(
@@ -179,6 +180,15 @@ def _reader(model: str, device: str | None) -> Iterator[tuple["ScanReader", dict
         start = time.perf_counter()
         yield reader, seconds
         seconds["answer"] = round(time.perf_counter() - start, 3)
+
+
+def _what_was_read(found: dict[str, Any]) -> str:
+    """A line about the windows and ROIs that an answer is about."""
+    window, missing = found["window"], found["missing_rois"]
+    seconds = f"{window['start']:g} to {window['stop']:g} s of {window['scan_seconds']:g} s"
+    rois = f"{found['rois']} ROIs of {found['atlas']}" + (f" ({len(missing)} missing)" if missing else "")
+    windows = "1 window" if window["windows"] == 1 else f"{window['windows']} windows"
+    return f"read: {seconds}, {window['frames']} frames in {windows}, {rois}"
 
 
 def _begun(pieces: Iterator[str]) -> Iterator[str]:
