@@ -348,13 +348,15 @@ class _Run:
             seed = self.settings.seed + 1000 * (condition.resample + 1)
             chosen = k_shot(self.scans.subjects[training], labelled.truth[training], condition.shots, seed)
             training = training[chosen]
-        print(f"{labelled.task.name} {condition}: {len(training)} training, {len(test)} test scans", flush=True)
+        of = f"{condition.name}, {condition.shots} shots, resample {condition.resample}, fold {condition.fold}"
+        print(f"{labelled.task.name}, {of}: {len(training)} training, {len(test)} test scans", flush=True)
         if condition.name in (*BASELINES, "probe"):
             found = self.baselines.answers(condition.name, labelled, split.training, training, test)
         else:
             found = self._ask(labelled, condition, training, test)
         if labelled.numbers is not None and "probabilities" in found and "expected" not in found:
-            found["expected"] = found["probabilities"] @ self._bin_means(labelled, split)
+            # calibration to even shares would make answers likely that no subject has
+            found["expected"] = found.get("uncalibrated", found["probabilities"]) @ self._bin_means(labelled, split)
         return found
 
     def _bin_means(self, labelled: Labelled, split: Split) -> np.ndarray:
