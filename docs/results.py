@@ -42,11 +42,15 @@ def by_condition(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_split(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for each task, metric and condition, a column for each split: value (low to high)."""
+    """
+    A row for each task, metric and condition, a column for each split: value (low to high). Numbers are the expected
+    ones where the answers are groups.
+    """
     kept = (table["comparison"] == "right") | ((table["comparison"] == "shuffled") & table["condition"].isin(MODELS))
-    kept &= table["metric"].isin(MAIN_METRICS) & (table["variant"].fillna("") == "")
-    table = table[kept & ~table["split"].str.contains(", fold ")]
+    expected = (table["variant"] == "expected value") & (table["metric"] == "pearson_r")
+    kept &= table["metric"].isin(MAIN_METRICS) & ((table["variant"].fillna("") == "") | expected)
     index = ["task", "metric", "condition", "shots", "comparison"]
+    table = table[kept & ~table["split"].str.contains(", fold ")].drop_duplicates([*index, "split"])
     order = list(dict.fromkeys(table[index].itertuples(index=False, name=None))), list(dict.fromkeys(table["split"]))
     cells = table.assign(cell=with_bounds(table["value"], table["low"], table["high"]))
     return cells.pivot(index=index, columns="split", values="cell").loc[order].reset_index()

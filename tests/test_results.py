@@ -69,12 +69,14 @@ def test_long_tables_are_shortened(script: dict) -> None:
     row = {"split": "5 folds, seed 0", "task": "sex", "condition": "zero-shot", "shots": "0", "variant": None}
     row |= {"comparison": "right", "metric": "roc_auc", "value": 0.7, "low": 0.6, "high": 0.8}
     left_out = {"metric": "f1"}, {"variant": "uncalibrated"}, {"comparison": "minus shuffled"}, {"split": "x, fold 0"}
-    more = {"split": "leave one site out"}, {"comparison": "shuffled"}, *left_out
+    of_numbers = {"variant": "expected value", "metric": "pearson_r"}
+    more = {"split": "leave one site out"}, {"comparison": "shuffled"}, of_numbers, *left_out
     people = script["by_split"](pd.DataFrame([row, *(row | change for change in more)]))
     assert list(people) == ["task", "metric", "condition", "shots", "comparison", row["split"], "leave one site out"]
     assert people.iloc[:, -3:].fillna("").to_numpy().tolist() == [
         ["right", "0.7 (0.6 to 0.8)", "0.7 (0.6 to 0.8)"],
         ["shuffled", "0.7 (0.6 to 0.8)", ""],
+        ["right", "0.7 (0.6 to 0.8)", ""],
     ]
 
 
