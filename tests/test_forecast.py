@@ -207,17 +207,25 @@ def test_expected_vectors_see_the_patches_before_alone(llama: Model) -> None:
 @torch.no_grad()
 def test_token_gains_are_slopes_by_variances(llama: Model) -> None:
     dynamics, codec = llama.model.dynamics, llama.model.codec
-    windows = [np.random.default_rng(row).integers(0, 16, (8, 3)) for row in range(5)]
-    vectors, expected = [], []
-    for window in windows:
-        row = torch.from_numpy(window)[None]
-        vectors.append(codec.embed_codes(row)[0, 2:].unflatten(0, (-1, 2)))
-        expected.append(dynamics.expected_vectors(codec, row)[0, 2:].unflatten(0, (-1, 2)))
-    vectors, expected = torch.cat(vectors), torch.cat(expected)
-    slopes = ((vectors * expected).sum(0) / expected.pow(2).sum(0)).clamp(0, 1)
-    fit_token_gains(dynamics, codec, windows)
-    assert torch.allclose(dynamics.token_gains, slopes / vectors.pow(2).mean(0), rtol=1e-4)
-    assert 0 < (slopes > 0).float().mean() < 1
+    # the mean lag covariances count for nothing, so that it does not matter whose they are
+    dynamics.prior_frames.fill_(0)
+    before = dynamics.covariances.clone()
+    windows = [np.random.default_rng(row).integers(0, 16, (8, 3)) for row in range(40)]
+    rows = torch.from_numpy(np.stack(windows))
+    vectors, expected = codec.embed_codes(rows), dynamics.expected_vectors(codec, rows)
+    vectors, expected = (each[:, 2:].reshape(-1, 2, 8) for each in (vectors, expected))
+    variance = vectors.pow(2).mean(0)
+    slopes = ((vectors * expected).sum(0) / (expected.pow(2).sum(0) + 4 * variance)).clamp(0, 1)
+    fit_token_gains(dynamics, codec, windows, np.arange(40).astype(str), seed=0)
+    assert torch.allclose(dynamics.token_gains, slopes / variance, rtol=1e-3, atol=1e-6)
+    assert 0 < (slopes > 0).float().mean() < 1 and torch.equal(dynamics.covariances, before)
+
+
+@torch.no_grad()
+def test_one_subject_fits_no_token_gains(llama: Model) -> None:
+    before = llama.model.dynamics.token_gains.clone()
+    fit_token_gains(llama.model.dynamics, llama.model.codec, [np.array(LONG)], np.array(["a"]), seed=0)
+    assert torch.equal(llama.model.dynamics.token_gains, before)
 
 
 @torch.no_grad()
