@@ -204,6 +204,15 @@ def test_expected_vectors_see_the_patches_before_alone(llama: Model) -> None:
     assert not torch.allclose(changed[6:], found[0, 6:], atol=1e-3)
 
 
+def test_half_precision_changes_no_forecast(llama: Model, scan: tuple) -> None:
+    def all_three() -> list[torch.Tensor]:
+        return [llama.forecast(*scan), llama.frame_surprise(*scan)[:, 1:], llama.model.expected_vectors(codes(LONG))]
+
+    expected = all_three()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(expected, all_three(), strict=True))
+
+
 @torch.no_grad()
 def test_token_gains_are_slopes_by_variances(llama: Model) -> None:
     dynamics, codec = llama.model.dynamics, llama.model.codec
