@@ -144,7 +144,8 @@ def bits_of(codec: FmriCodecModel, scans: Scans, test: Codes) -> dict[str, torch
     found["linear prior"] = bits(by_expectation(whole, prior.expected(test), books, test), test)
     dynamics = FmriLMDynamics(codec.config)
     fit_dynamics(dynamics, codec, scans, CONTEXT, seed=0)
-    fit_token_gains(dynamics, codec, [each[each[:, 0, 0] >= 0].flatten(0, 1).numpy() for each in train])
+    windows = [each[each[:, 0, 0] >= 0].flatten(0, 1).numpy() for each in train]
+    fit_token_gains(dynamics, codec, windows, subjects, seed=0)
     expected = dynamics.expected_vectors(codec, test.flatten(1, 2)).view(*test.shape[:3], -1) * dynamics.token_gains
     found[OURS] = bits(by_expectation(whole, expected, books, test), test)
     return found
@@ -211,8 +212,9 @@ class Fitted:
     def __init__(self, codec: FmriCodecModel, training: Scans):
         self.codec, self.dynamics = codec, FmriLMDynamics(codec.config)
         fit_dynamics(self.dynamics, codec, training, CONTEXT, seed=0)
-        train, _ = codes_of(codec, training)
-        fit_token_gains(self.dynamics, codec, [each[each[:, 0, 0] >= 0].flatten(0, 1).numpy() for each in train])
+        train, subjects = codes_of(codec, training)
+        windows = [each[each[:, 0, 0] >= 0].flatten(0, 1).numpy() for each in train]
+        fit_token_gains(self.dynamics, codec, windows, subjects, seed=0)
         self.frequencies = unigram(train, 1.0, codec.config.codebook_size)
 
     def frames(self, signal: np.ndarray, coordinates: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.generic import ModelOutput, can_return_tuple, maybe_autocast
 
 from .configuration_fmrilm import FmriCodecConfig, FmriLMConfig
 from .modeling_fmricodec import FmriCodecModel, FmriSpatialBasis, kept_in_float32
@@ -407,7 +407,9 @@ class FmriLMModel(FmriLMPreTrainedModel):
         """
         gains, tokens = self.dynamics.token_gains, fmri_codes.shape[1]
         whole = F.pad(fmri_codes, (0, 0, 0, -tokens % len(gains)), value=-1)
-        expected = self.dynamics.expected_vectors(self.codec, whole).unflatten(1, (-1, len(gains))) * gains
+        # nothing is solved in half precision
+        with maybe_autocast(fmri_codes.device.type, enabled=False):
+            expected = self.dynamics.expected_vectors(self.codec, whole).unflatten(1, (-1, len(gains))) * gains
         return expected.flatten(1, 2)[:, :tokens]
 
     def get_fmri_features(self, fmri_codes: torch.Tensor) -> torch.Tensor:
@@ -808,8 +810,9 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         frame and on padding. Below zero on average where frames follow one another; above, where they do not.
         """
         mask = torch.ones_like(fmri_values, dtype=torch.bool) if fmri_mask is None else fmri_mask
-        functions = self.model.codec.spatial_basis(roi_coordinates)
-        return self.model.dynamics.frame_surprise(fmri_values.float(), mask, functions)
+        with maybe_autocast(fmri_values.device.type, enabled=False):
+            functions = self.model.codec.spatial_basis(roi_coordinates)
+            return self.model.dynamics.frame_surprise(fmri_values.float(), mask, functions)
 
     @torch.no_grad()
     def forecast(
@@ -838,8 +841,9 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         shortest = int(mask.any(1).sum(-1).min())
         if shortest < config.patch_length:
             raise ValueError(f"expected scans of at least one patch of {config.patch_length} frames, got {shortest}")
-        functions = self.model.codec.spatial_basis(roi_coordinates)
-        future = self.model.dynamics(values, mask, functions, frames, num_samples, temperature, generator)
+        with maybe_autocast(values.device.type, enabled=False):
+            functions = self.model.codec.spatial_basis(roi_coordinates)
+            future = self.model.dynamics(values, mask, functions, frames, num_samples, temperature, generator)
         return future[:, 0] if num_samples is None else future.transpose(0, 1)
 
 

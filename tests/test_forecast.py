@@ -168,14 +168,12 @@ def test_fit_finds_what_can_be_known_of_new_subjects(llama: Model) -> None:
 @torch.no_grad()
 def test_fit_leaves_out_interpolated_scans_where_there_are_others(llama: Model) -> None:
     some, both = Waves(10, 100), Waves(20, 100)
-    both.table.loc[10:, "tr"] = 3.0
-    for scans in (some, both):
+    found = []
+    for scans, slow in ((some, 10), (both, 10), (both, 0)):
+        scans.table.loc[slow:, "tr"] = 3.0
         fit(llama, scans, context=32, seed=0)
-        some.found = getattr(some, "found", llama.model.dynamics.weights.clone())
-    assert torch.allclose(llama.model.dynamics.weights, some.found)
-    both.table["tr"] = 3.0
-    fit(llama, both, context=32, seed=0)
-    assert not torch.allclose(llama.model.dynamics.weights, some.found)
+        found.append(llama.model.dynamics.weights.clone())
+    assert torch.allclose(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
 
 @pytest.mark.parametrize(("subjects", "frames"), [(1, 100), (10, 7)])
@@ -204,20 +202,37 @@ def test_expected_vectors_see_the_patches_before_alone(llama: Model) -> None:
     assert not torch.allclose(changed[6:], found[0, 6:], atol=1e-3)
 
 
+def test_half_precision_changes_no_forecast(llama: Model, scan: tuple) -> None:
+    def all_three() -> list[torch.Tensor]:
+        return [llama.forecast(*scan), llama.frame_surprise(*scan)[:, 1:], llama.model.expected_vectors(codes(LONG))]
+
+    expected = all_three()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(expected, all_three(), strict=True))
+
+
 @torch.no_grad()
 def test_token_gains_are_slopes_by_variances(llama: Model) -> None:
     dynamics, codec = llama.model.dynamics, llama.model.codec
-    windows = [np.random.default_rng(row).integers(0, 16, (8, 3)) for row in range(5)]
-    vectors, expected = [], []
-    for window in windows:
-        row = torch.from_numpy(window)[None]
-        vectors.append(codec.embed_codes(row)[0, 2:].unflatten(0, (-1, 2)))
-        expected.append(dynamics.expected_vectors(codec, row)[0, 2:].unflatten(0, (-1, 2)))
-    vectors, expected = torch.cat(vectors), torch.cat(expected)
-    slopes = ((vectors * expected).sum(0) / expected.pow(2).sum(0)).clamp(0, 1)
-    fit_token_gains(dynamics, codec, windows)
-    assert torch.allclose(dynamics.token_gains, slopes / vectors.pow(2).mean(0), rtol=1e-4)
-    assert 0 < (slopes > 0).float().mean() < 1
+    # the mean lag covariances count for nothing, so that it does not matter whose they are
+    dynamics.prior_frames.fill_(0)
+    before = dynamics.covariances.clone()
+    windows = [np.random.default_rng(row).integers(0, 16, (8, 3)) for row in range(40)]
+    rows = torch.from_numpy(np.stack(windows))
+    vectors, expected = codec.embed_codes(rows), dynamics.expected_vectors(codec, rows)
+    vectors, expected = (each[:, 2:].reshape(-1, 2, 8) for each in (vectors, expected))
+    variance = vectors.pow(2).mean(0)
+    slopes = ((vectors * expected).sum(0) / (expected.pow(2).sum(0) + 4 * variance)).clamp(0, 1)
+    fit_token_gains(dynamics, codec, windows, np.arange(40).astype(str), seed=0)
+    assert torch.allclose(dynamics.token_gains, slopes / variance, rtol=1e-3, atol=1e-6)
+    assert 0 < (slopes > 0).float().mean() < 1 and torch.equal(dynamics.covariances, before)
+
+
+@torch.no_grad()
+def test_one_subject_fits_no_token_gains(llama: Model) -> None:
+    before = llama.model.dynamics.token_gains.clone()
+    fit_token_gains(llama.model.dynamics, llama.model.codec, [np.array(LONG)], np.array(["a"]), seed=0)
+    assert torch.equal(llama.model.dynamics.token_gains, before)
 
 
 @torch.no_grad()

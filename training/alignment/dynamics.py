@@ -24,6 +24,8 @@ PRIOR_FRAMES = (100.0, 300.0, 1000.0, 3000.0, 10000.0)
 # ROIs with less variance in the context are left out
 LEAST_VARIANCE = 0.01
 RIDGE = 1e-6
+# windows that are decoded together, and the penalty of a slope, in variances of what it predicts
+BATCH, SLOPE_PENALTY = 32, 4.0
 
 
 @torch.no_grad()
@@ -92,24 +94,42 @@ def fit_dynamics(
 
 
 @torch.no_grad()
-def fit_token_gains(dynamics: FmriLMDynamics, codec: FmriCodecModel, codes: Sequence[np.ndarray]) -> None:
+def fit_token_gains(
+    dynamics: FmriLMDynamics, codec: FmriCodecModel, codes: Sequence[np.ndarray], subjects: np.ndarray, seed: int
+) -> None:
     """
-    From codes int [tokens, levels] of windows of training scans: of each number of a token vector, the slope of its
-    regression on what the dynamics expect of it, from 0 to 1, divided by its variance. A normal token vector of this
-    mean, beside one of mean zero, is likelier by its product with the expectation.
+    From codes int [tokens, levels] of windows of training subjects [windows]: of each number of a token vector, the
+    slope of its ridge regression on what the dynamics expect of it, from 0 to 1, divided by its variance. A normal
+    token vector of this mean, beside one of mean zero, is likelier by its product with the expectation. What is
+    expected of a subject has the mean lag covariances of other subjects' codes. One subject alone fits nothing.
     """
-    per_patch = codec.config.tokens_per_patch
-    totals = torch.zeros(3, *dynamics.token_gains.shape, dtype=torch.float64)
-    count = 0
-    for window in codes:
-        row = torch.from_numpy(np.asarray(window)).long()[None].to(codec.device)
-        pair = codec.embed_codes(row), dynamics.expected_vectors(codec, row)
-        vectors, expected = (each[0].unflatten(0, (-1, per_patch))[1:].double().cpu() for each in pair)
+    per_patch, fold_of = codec.config.tokens_per_patch, subject_folds(subjects, seed)
+    batches: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for window, fold in zip(codes, fold_of, strict=True):
+        batches.setdefault((int(fold), len(window)), []).append(torch.from_numpy(np.asarray(window)).long())
+    parts = [(fold, part) for (fold, _), rows in batches.items() for part in torch.stack(rows).split(BATCH)]
+    sums, fitted = torch.zeros(int(fold_of.max()) + 1, *dynamics.covariances.shape), dynamics.covariances.clone()
+    if len(sums) < 2:
+        return
+    for fold, part in parts:
+        coefficients = codec.decode_coefficients(part.to(codec.device))
+        own = dynamics.lag_covariances(coefficients - coefficients.mean(-1, keepdim=True))
+        sums[fold] += own.sum(0).cpu()
+    counts = np.bincount(fold_of)
+    totals, count = torch.zeros(3, *dynamics.token_gains.shape, dtype=torch.float64), 0
+    for fold, part in parts:
+        dynamics.covariances.copy_((sums.sum(0) - sums[fold]) / float(counts.sum() - counts[fold]))
+        rows = part.to(codec.device)
+        pair = codec.embed_codes(rows), dynamics.expected_vectors(codec, rows)
+        pair = [each.unflatten(1, (-1, per_patch))[:, 1:].flatten(0, 1).double().cpu() for each in pair]
+        vectors, expected = pair
         totals += torch.stack([(vectors * expected).sum(0), expected.pow(2).sum(0), vectors.pow(2).sum(0)])
         count += len(vectors)
+    dynamics.covariances.copy_(fitted)
     product, of_expected, of_vectors = totals
-    slope = (product / of_expected.clamp(min=1e-12)).clamp(0, 1)
-    dynamics.token_gains.copy_(torch.where(of_vectors > 0, slope * count / of_vectors.clamp(min=1e-12), 0))
+    variance = of_vectors / max(count, 1)
+    slope = (product / (of_expected + SLOPE_PENALTY * variance).clamp(min=1e-12)).clamp(0, 1)
+    dynamics.token_gains.copy_(torch.where(variance > 0, slope / variance.clamp(min=1e-12), 0))
 
 
 def usable(scans: "Scans", repetition_time: float) -> np.ndarray:
