@@ -101,8 +101,9 @@ SECTIONS = {
     ),
     "people_release.csv": Section(
         "Labels of subjects: the release recipe",
-        "The same by models of the release recipe, one trained for each fold, beside the subject-shuffled control "
-        "and baselines: `python benchmarks/people.py release PREPARED`.",
+        "The same by models of the release recipe, one trained for each fold on the training subjects' labels (its "
+        "answers stand under zero-shot: evaluation taught it nothing more), beside the subject-shuffled control and "
+        "baselines: `python benchmarks/people.py release PREPARED`.",
         by_split,
     ),
     "codec_rate.csv": Section(
