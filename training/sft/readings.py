@@ -2,8 +2,9 @@
 Rows that teach the language model to answer as a task's scores say.
 
 A row's scores of a task are those of another subject, and its answer is drawn from what these scores predict: nothing
-else in the row tells the answer, and there are as many such rows as windows times windows. The answers are surer than
-the labels are, because a language model that learns from few uncertain answers learns little of what they depend on.
+else in the row tells the answer, and there are as many such rows as windows times windows. Scores are wider, and
+answers surer, than those of subjects: from few uncertain answers a language model learns little of what they depend
+on.
 """
 
 from collections.abc import Sequence
@@ -21,46 +22,54 @@ from ..data.tasks import Task, labels_of
 
 # least standard deviation, over subjects, of the log-probability of an answer against the mean of the answers
 SHARPNESS = 1.5
+# by how much scores are multiplied in a row, at most: the larger, the clearer what the answer depends on
+MOST_WIDENED = 3.0
 
 
 @dataclass(frozen=True)
 class Reading:
     """
-    What the scores in `columns` predict for each window: the answers' probabilities [windows, choices], or of a number
-    its expected value [windows].
+    What the scores in `columns` predict: an answer's logits are those of its share among the labels, `base` [choices],
+    and `slopes` [columns, choices] times the scores; a number, with one choice, is so predicted itself.
     """
 
     task: Task
     columns: list[int]
-    predicted: np.ndarray
+    base: np.ndarray
+    slopes: np.ndarray
 
     @classmethod
     def fit(cls, task: Task, examples: Examples, names: Sequence[str]) -> "Reading":
-        """names: of the columns of the examples' scores."""
+        """names: of the columns of the examples' scores, which have a mean of zero."""
         columns = [names.index(name) for name in score_names(task)]
         labels = labels_of(task, examples.rows)
         known = np.flatnonzero([label is not None for label in labels])
         scores = examples.scores[:, columns]
         if task.choices is None:
             values = np.array([float(cast(float, labels[row])) for row in known])
-            low, high = task.range or (-np.inf, np.inf)
-            return cls(task, columns, LinearRegression().fit(scores[known], values).predict(scores).clip(low, high))
+            line = LinearRegression().fit(scores[known], values)
+            return cls(task, columns, np.array([line.intercept_]), line.coef_[:, None])
         answers = np.array([task.answer(labels[row]) for row in known])
         words = task.choice_words
         fitted = LogisticRegression().fit(scores[known], answers)
         shares = np.array([(answers == word).mean() for word in fitted.classes_])
-        evidence = fitted.predict_log_proba(scores)
-        evidence -= evidence.mean(1, keepdims=True)
-        evidence -= evidence.mean(0)
-        logits = np.log(shares) + max(1.0, SHARPNESS / max(np.sqrt(shares @ evidence.var(0)), 1e-6)) * evidence
-        chances = np.zeros((len(scores), len(words)))
-        chances[:, [words.index(word) for word in fitted.classes_]] = softmax(logits, axis=1)
-        return cls(task, columns, chances)
+        # of two choices, the library fits the second alone
+        slopes = fitted.coef_.T if len(shares) > 2 else fitted.coef_.T * [[-0.5, 0.5]]
+        slopes = slopes - slopes.mean(1, keepdims=True)
+        spread = np.sqrt(shares @ (scores @ slopes).var(0))
+        # an answer that nobody has is never given
+        base, full = np.full(len(words), -np.inf), np.zeros((len(columns), len(words)))
+        places = [words.index(word) for word in fitted.classes_]
+        base[places], full[:, places] = np.log(shares), slopes * max(1.0, SHARPNESS / max(spread, 1e-6))
+        return cls(task, columns, base, full)
 
-    def answer(self, window: int, rng: np.random.Generator) -> str:
+    def answer(self, scores: np.ndarray, rng: np.random.Generator) -> str:
+        """Drawn by what the scores [columns] predict; of a number, what they predict, within the task's range."""
+        predicted = self.base + scores @ self.slopes
         if self.task.choices is None:
-            return self.task.answer(float(self.predicted[window]))
-        return self.task.choice_words[rng.choice(self.predicted.shape[1], p=self.predicted[window])]
+            low, high = self.task.range or (-np.inf, np.inf)
+            return self.task.answer(float(predicted[0].clip(low, high)))
+        return self.task.choice_words[rng.choice(len(predicted), p=softmax(predicted))]
 
 
 def reading_rows(
@@ -78,11 +87,12 @@ def reading_rows(
         # tasks of one column (age, age group) are about one subject
         donors = {task.column: int(rng.integers(len(examples))) for task in tasks}
         for reading in readings:
-            scores[reading.columns] = examples.scores[donors[reading.task.column], reading.columns]
+            widened = rng.uniform(1, MOST_WIDENED)
+            scores[reading.columns] = widened * examples.scores[donors[reading.task.column], reading.columns]
         asked = readings[rng.integers(len(readings))]
         task = asked.task
         question = task.questions[rng.integers(len(task.questions))]
-        answer = asked.answer(donors[task.column], rng)
+        answer = asked.answer(scores[asked.columns], rng)
         row = row_of(examples, [window], [user(scan_block(), text_block(question)), assistant(answer)])
         patches = len(row["codes"][0]) // tokens_per_patch
         kept = 1 if rng.random() < 0.5 else int(rng.integers(1, patches + 1))
