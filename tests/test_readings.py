@@ -51,16 +51,13 @@ def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
     assert len(set(windows[:200])) == 200
 
 
-def test_rows_hold_first_patches_of_their_window_and_its_other_scores() -> None:
+def test_rows_hold_the_first_patch_of_their_window_and_its_other_scores() -> None:
     examples = examples_of(40)
     rows = reading_rows(examples, NAMES, TASKS, 80, 2, seed=1)
-    lengths = set()
     for row in rows:
         codes, window = row["codes"][0], window_of(row["codes"][0])
-        assert codes == examples.codes[window][: len(codes)].tolist()
+        assert codes == examples.codes[window][:2].tolist()
         assert row["scores"][0][0] == window
-        lengths.add(len(codes))
-    assert lengths == {2, 4, 6, 8}
     # what is said of one subject's age is said in years and in groups
     ages, groups = NAMES.index("age"), slice(NAMES.index("age") + 1, None)
     own = examples.scores[:, groups] / np.linalg.norm(examples.scores[:, groups], axis=1, keepdims=True)

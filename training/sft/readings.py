@@ -76,8 +76,8 @@ def reading_rows(
     examples: Examples, names: Sequence[str], tasks: Sequence[Task], rows: int, tokens_per_patch: int, seed: int
 ) -> list[dict[str, Any]]:
     """
-    Rows with one question of a task. Half of them hold the tokens of the window's first patch alone, the others of its
-    first few: short rows are cheap, and what they teach does not depend on the latent tokens.
+    Rows with one question of a task and the latent tokens of the window's first patch alone: short rows are cheap, and
+    what they teach serves prompts with all latent tokens as well.
     """
     readings = [Reading.fit(task, examples, names) for task in tasks]
     rng = np.random.default_rng(seed)
@@ -94,7 +94,5 @@ def reading_rows(
         question = task.questions[rng.integers(len(task.questions))]
         answer = asked.answer(scores[asked.columns], rng)
         row = row_of(examples, [window], [user(scan_block(), text_block(question)), assistant(answer)])
-        patches = len(row["codes"][0]) // tokens_per_patch
-        kept = 1 if rng.random() < 0.5 else int(rng.integers(1, patches + 1))
-        made.append({**row, "codes": [row["codes"][0][: kept * tokens_per_patch]], "scores": [scores.tolist()]})
+        made.append({**row, "codes": [row["codes"][0][:tokens_per_patch]], "scores": [scores.tolist()]})
     return made
