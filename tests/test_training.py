@@ -82,7 +82,9 @@ def test_plain_trainers_lower_the_loss(of: type[Trainer], backbone: str, tiny_mo
 
 
 @pytest.mark.parametrize("backbone", ["llama", "gpt2"])
-def test_lora_trains_attention_and_what_a_scan_passes_through(backbone: str, tiny_model, processor, tmp_path) -> None:
+def test_lora_trains_attention_mlps_and_what_a_scan_passes_through(
+    backbone: str, tiny_model, processor, tmp_path
+) -> None:
     model = tiny_model(backbone)
     codec = copy.deepcopy(model.model.codec.state_dict())
     adapted = add_lora(model, 2)
@@ -93,11 +95,13 @@ def test_lora_trains_attention_and_what_a_scan_passes_through(backbone: str, tin
     whole |= {f"fmri_head.modules_to_save.default.{name}" for name in ("proj.weight", "frequencies")}
     whole |= {"boundaries.modules_to_save.default.weight"}
     whole |= {f"summary.output_proj.modules_to_save.default.{name}" for name in ("weight", "bias")}
-    layer = "causal_lm.model.layers.{}.self_attn.{}.lora_{}.default.weight"
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    layer = "causal_lm.model.layers.{}.{}.lora_{}.default.weight"
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    matrices = [*(f"self_attn.{name}" for name in attention), *(f"mlp.{name}" for name in mlp)]
     if backbone == "gpt2":
-        layer, projections = "causal_lm.transformer.h.{}.attn.{}.lora_{}.default.weight", ["c_attn"]
-    lora = {layer.format(index, name, part) for index in range(2) for name in projections for part in "AB"}
+        layer = layer.replace("model.layers", "transformer.h")
+        matrices = ["attn.c_attn", "mlp.c_fc"]
+    lora = {layer.format(index, name, part) for index in range(2) for name in matrices for part in "AB"}
     assert trainable == {f"base_model.model.model.{name}" for name in whole | lora}
     before = {name: value.detach().clone() for name, value in adapted.named_parameters()}
     build(AlignmentTrainer, adapted, processor, tmp_path, mixed_rows()).train()
