@@ -192,7 +192,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     def draw(of, count, seed):
         # held-out subjects are asked about themselves alone
         reading = 0 if of is held_out else round(count * script_args.reading_share)
-        rows = instruction_rows(of, tasks, count - reading, mixture, seed) if count > reading else []
+        rows = instruction_rows(of, tasks, count - reading, mixture, seed).to_list() if count > reading else []
         per_patch = joint.config.codec_config.tokens_per_patch
         more = reading_rows(of, joint.config.score_names, tasks, reading, per_patch, seed) if reading else []
         return chat_dataset([*rows, *more])
