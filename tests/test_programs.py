@@ -43,7 +43,13 @@ def runs(program_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run("alignment", program_folders, root / "alignment", **short)
     run("sft", program_folders, root / "further", model_name_or_path=root / "alignment" / "adapter", **short)
     merged = {"model_name_or_path": root / "alignment" / "adapter", "merge_adapter": "true", "lora_r": 3}
-    labels = {"tasks": "handedness", "eval_strategy": "steps", "eval_steps": 1, "evaluation_rows": 4}
+    labels = {
+        "tasks": "handedness",
+        "reading_share": 0.5,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "evaluation_rows": 4,
+    }
     run("sft", program_folders, root / "anew", **short, **merged, **labels)
     return root
 
@@ -256,6 +262,7 @@ def test_packing_is_refused_with_the_reason(option: str, program_folders: Path, 
         ("sft", {"tasks": "shoe_size"}, "handedness"),
         ("sft", {"tasks": "sex"}, "no column 'sex'"),
         ("sft", {"tasks": "handedness", "columns": "handedness=hand"}, "no column 'hand'"),
+        ("sft", {"reading_share": 0.5}, "expected tasks"),
         ("sft", {"model_name_or_path": None}, "expected model_name_or_path"),
     ],
 )
