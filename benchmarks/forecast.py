@@ -1,7 +1,7 @@
 """
 How well the model foresees scans of held-out subjects, beside simple models. No scan leaves its folder.
 
-    python benchmarks/forecast.py signal --data FOLDER --work FOLDER     R2 by lead, prediction intervals, time
+    python benchmarks/forecast.py signal --data FOLDER --work FOLDER     R2 by lead, prediction intervals
 
 The data folder is one that `fmrilm prepare` wrote, of one atlas. The work folder holds what `benchmarks/people.py
 release` made of it: fold*/splits.csv and fold*/codec/model. Scored are scans that were measured at the codec's

@@ -122,6 +122,15 @@ class LinearPrior:
         return torch.nn.functional.pad(found, (0, 0, 1, 0)).view_as(vectors)
 
 
+def fitted_dynamics(codec: FmriCodecModel, scans: Scans, train: Codes, subjects: np.ndarray) -> FmriLMDynamics:
+    """As stage 2 fits them to scans, and to the codes of their windows."""
+    dynamics = FmriLMDynamics(codec.config)
+    fit_dynamics(dynamics, codec, scans, CONTEXT, seed=0)
+    windows = [each[each[:, 0, 0] >= 0].flatten(0, 1).numpy() for each in train]
+    fit_token_gains(dynamics, codec, windows, subjects, seed=0)
+    return dynamics
+
+
 @torch.no_grad()
 def bits_of(codec: FmriCodecModel, scans: Scans, test: Codes) -> dict[str, torch.Tensor]:
     """Bits [windows, levels] of the test windows by each method, with constants chosen on a fifth of the subjects."""
@@ -142,10 +151,7 @@ def bits_of(codec: FmriCodecModel, scans: Scans, test: Codes) -> dict[str, torch
     rank, penalty = min(tried, key=tried.__getitem__)
     prior = LinearPrior(codec, train, rank, penalty)
     found["linear prior"] = bits(by_expectation(whole, prior.expected(test), books, test), test)
-    dynamics = FmriLMDynamics(codec.config)
-    fit_dynamics(dynamics, codec, scans, CONTEXT, seed=0)
-    windows = [each[each[:, 0, 0] >= 0].flatten(0, 1).numpy() for each in train]
-    fit_token_gains(dynamics, codec, windows, subjects, seed=0)
+    dynamics = fitted_dynamics(codec, scans, train, subjects)
     expected = dynamics.expected_vectors(codec, test.flatten(1, 2)).view(*test.shape[:3], -1) * dynamics.token_gains
     found[OURS] = bits(by_expectation(whole, expected, books, test), test)
     return found
@@ -210,11 +216,8 @@ class Fitted:
     """What surprise is read with, fitted to training scans."""
 
     def __init__(self, codec: FmriCodecModel, training: Scans):
-        self.codec, self.dynamics = codec, FmriLMDynamics(codec.config)
-        fit_dynamics(self.dynamics, codec, training, CONTEXT, seed=0)
         train, subjects = codes_of(codec, training)
-        windows = [each[each[:, 0, 0] >= 0].flatten(0, 1).numpy() for each in train]
-        fit_token_gains(self.dynamics, codec, windows, subjects, seed=0)
+        self.codec, self.dynamics = codec, fitted_dynamics(codec, training, train, subjects)
         self.frequencies = unigram(train, 1.0, codec.config.codebook_size)
 
     def frames(self, signal: np.ndarray, coordinates: torch.Tensor) -> np.ndarray:

@@ -39,7 +39,7 @@ def text_of(row: dict, place: int) -> str:
 
 def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
     examples = examples_of()
-    rows = reading_rows(examples, NAMES, TASKS[:1], 400, 2, seed=0)
+    rows = reading_rows(examples, NAMES, TASKS[:1], 400, 2, seed=0).to_list()
     column = NAMES.index(score_names(TASKS[0])[0])
     scores = np.array([row["scores"][0][column] for row in rows])
     windows = np.array([int(row["scores"][0][0]) for row in rows])
@@ -53,7 +53,7 @@ def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
 
 def test_rows_hold_the_first_patch_of_their_window_and_its_other_scores() -> None:
     examples = examples_of(40)
-    rows = reading_rows(examples, NAMES, TASKS, 80, 2, seed=1)
+    rows = reading_rows(examples, NAMES, TASKS, 80, 2, seed=1).to_list()
     for row in rows:
         codes, window = row["codes"][0], window_of(row["codes"][0])
         assert codes == examples.codes[window][:2].tolist()
@@ -100,5 +100,5 @@ def test_answers_are_surer_than_the_labels_and_about_as_frequent(task) -> None:
 
 def test_one_seed_gives_the_same_rows() -> None:
     examples = examples_of(30)
-    first, again, other = (reading_rows(examples, NAMES, TASKS, 20, 2, seed) for seed in (0, 0, 1))
+    first, again, other = (reading_rows(examples, NAMES, TASKS, 20, 2, seed).to_list() for seed in (0, 0, 1))
     assert first == again != other

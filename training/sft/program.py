@@ -108,6 +108,7 @@ def main(command_line: list[str] | None = None) -> Path:
 def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: "ModelConfig") -> Path:
     """Trains and writes the tuned model's folder, which is returned. Rows are about training subjects alone."""
     import torch
+    from datasets import concatenate_datasets
     from peft import PeftModel
     from transformers import set_seed
 
@@ -115,7 +116,6 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     from fmrilm.processors.descriptors.cohort import Cohort
     from fmrilm.scan_reader import check_source
 
-    from ..alignment.chats import chat_dataset
     from ..alignment.examples import fit_scores, read_scores, score_targets
     from ..alignment.joint import with_answers
     from ..checkpoints import last_checkpoint, output_folder
@@ -192,10 +192,11 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     def draw(of, count, seed):
         # held-out subjects are asked about themselves alone
         reading = 0 if of is held_out else round(count * script_args.reading_share)
-        rows = instruction_rows(of, tasks, count - reading, mixture, seed).to_list() if count > reading else []
-        per_patch = joint.config.codec_config.tokens_per_patch
-        more = reading_rows(of, joint.config.score_names, tasks, reading, per_patch, seed) if reading else []
-        return chat_dataset([*rows, *more])
+        parts = [instruction_rows(of, tasks, count - reading, mixture, seed)] if count > reading else []
+        if reading:
+            per_patch = joint.config.codec_config.tokens_per_patch
+            parts.append(reading_rows(of, joint.config.score_names, tasks, reading, per_patch, seed))
+        return concatenate_datasets(parts)
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
     trainer = FmriLMSFTTrainer(model=trainable(model, model_args), **inputs)

@@ -9,13 +9,14 @@ on.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
+from datasets import Dataset
 from scipy.special import softmax
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
-from ..alignment.chats import assistant, draw_rounds, row_of, scan_block, text_block, user
+from ..alignment.chats import assistant, chat_dataset, draw_rounds, row_of, scan_block, text_block, user
 from ..alignment.examples import Examples, score_names
 from ..data.tasks import Task, labels_of
 
@@ -74,7 +75,7 @@ class Reading:
 
 def reading_rows(
     examples: Examples, names: Sequence[str], tasks: Sequence[Task], rows: int, tokens_per_patch: int, seed: int
-) -> list[dict[str, Any]]:
+) -> Dataset:
     """
     Rows with one question of a task and the latent tokens of the window's first patch alone: short rows are cheap, and
     what they teach serves prompts with all latent tokens as well.
@@ -95,4 +96,4 @@ def reading_rows(
         answer = asked.answer(scores[asked.columns], rng)
         row = row_of(examples, [window], [user(scan_block(), text_block(question)), assistant(answer)])
         made.append({**row, "codes": [row["codes"][0][:tokens_per_patch]], "scores": [scores.tolist()]})
-    return made
+    return chat_dataset(made)
