@@ -6,7 +6,7 @@
 #     python examples/forecast.py --model runs/demo/model --scan scan.npy --tr 0.72 --atlas aal2-94 --seconds 64
 #
 # Without `--scan` it reads one of the open scans. The unit is the robust z-score of the context only, so that nothing
-# of the future enters. What the notebook shows is of a model of `fmrilm demo`.
+# of the future enters. What the notebook shows is of `fmrilm demo --quick`.
 
 # %%
 import argparse

@@ -5,7 +5,7 @@
 #
 #     python examples/quickstart.py --model runs/demo/model --scan scan.nii.gz
 #
-# Without `--scan` it reads one of the open scans. What the notebook shows is of a model of `fmrilm demo`.
+# Without `--scan` it reads one of the open scans. What the notebook shows is of `fmrilm demo --quick`.
 
 # %%
 import argparse
