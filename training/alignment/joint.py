@@ -22,7 +22,7 @@ LANGUAGE_MODEL = "model.causal_lm."
 # of the embedding of an answer with one standard deviation of its score, in distances between answers
 ANSWER_CHANGE = 0.5
 # what a scan enters and leaves through, trained whole beside an adapter
-SCAN_MODULES = ("projector", "summary.output_proj", "boundaries", "fmri_head")
+SCAN_MODULES = ("projector", "summary.output_proj", "boundaries")
 
 
 def join(
