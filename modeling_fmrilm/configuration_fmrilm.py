@@ -154,6 +154,8 @@ class FmriLMConfig(PreTrainedConfig):
             and of a scan.
         num_summary_tokens: tokens after a scan's latent tokens that carry its scores (0 without `score_names`).
         score_names: descriptors and labels that are read out of a scan's codes for the summary tokens.
+        calibrations: of questions that the model was trained on, what makes its answers' log-probabilities as sure as
+            the labels are: [{"questions": [...], "slope": float, "biases": {choice: float}}].
         projector_hidden_size: width of the projector's hidden layer.
         fmri_loss_weight: weight of the next-code prediction beside the text loss (0.1 in the paper).
     """
@@ -170,6 +172,7 @@ class FmriLMConfig(PreTrainedConfig):
         codec_config: PreTrainedConfig
         text_config: PreTrainedConfig
         score_names: list[str]
+        calibrations: list[dict]
         # only a configuration of nothing but defaults is without them
         fmri_start_token_id: int
         fmri_token_id: int
@@ -179,6 +182,7 @@ class FmriLMConfig(PreTrainedConfig):
         codec_config: dict | PreTrainedConfig | None = None
         text_config: dict | PreTrainedConfig | None = None
         score_names: list[str] | None = None
+        calibrations: list[dict] | None = None
         fmri_start_token_id: int | None = None
         fmri_token_id: int | None = None
         fmri_summary_token_id: int | None = None
@@ -192,6 +196,7 @@ class FmriLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.score_names = list(self.score_names or ())
+        self.calibrations = list(self.calibrations or ())
         if self.score_names and self.num_summary_tokens < 1:
             raise ValueError(
                 f"expected num_summary_tokens >= 1 for {len(self.score_names)} scores, got {self.num_summary_tokens}"

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -668,11 +669,22 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         logits = self.model.fmri_head(states, places, expected, self.model.codec.codebooks())
         return F.cross_entropy(logits.mT, following[predicted], reduction="none")
 
+    def answer_probabilities(self, scores: torch.Tensor, question: str, choices: Sequence[str]) -> torch.Tensor:
+        """
+        Probabilities [..., choices] of answers, of their log-likelihoods [..., choices] (`score_choices`): calibrated
+        where the configuration's `calibrations` know the question and these choices, in any order.
+        """
+        scores = scores.log_softmax(-1)
+        for known in self.config.calibrations:
+            if question in known["questions"] and known["biases"].keys() == set(choices):
+                scores = known["slope"] * scores + scores.new_tensor([known["biases"][choice] for choice in choices])
+        return scores.softmax(-1)
+
     @torch.no_grad()
     def score_choices(self, inputs: dict[str, Any], choices: list[list[int]]) -> torch.Tensor:
         """
         Log-likelihood [batch, choices] of each allowed answer (token ids) after the prompts in `inputs`, which run
-        once; softmax over the last axis gives the probability of each choice. With a `past_key_values` (used up
+        once; `answer_probabilities` makes probabilities of them. With a `past_key_values` (used up
         here), `attention_mask` covers the cached tokens, too.
         """
         inputs = dict(inputs)

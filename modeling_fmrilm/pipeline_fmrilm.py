@@ -104,20 +104,24 @@ class FmriLMPipeline(Pipeline):
         content = [{"type": "fmri", "fmri": inputs["fmri"]}, {"type": "text", "text": inputs["question"]}]
         return [{"role": "user", "content": content}]
 
-    def collate(self, chats: list[list[dict]], **options: Any) -> dict[str, torch.Tensor]:
-        """Model inputs of a batch of chats, padded on the left."""
+    def collate(self, chats: list[list[dict]], **options: Any) -> dict[str, Any]:
+        """Model inputs of a batch of chats, padded on the left, and the chats' questions."""
         options |= {"add_generation_prompt": True, "padding_side": "left"}
-        return dict(self.processor.apply_chat_template(chats, **options))
+        questions = [chat[-1]["content"][-1]["text"] for chat in chats]
+        return {**self.processor.apply_chat_template(chats, **options), "questions": questions}
 
     def _forward(
-        self, batch: dict[str, torch.Tensor], choices: list[str] | None = None, generate_kwargs: dict | None = None
+        self, batch: dict[str, Any], choices: list[str] | None = None, generate_kwargs: dict | None = None
     ) -> list[dict]:
+        questions = batch.pop("questions")
         if choices is not None:
-            scores = self.model.score_choices(batch, self.processor.encode_choices(choices)).softmax(-1)
-            return [
-                {"answer": choices[row.argmax()], "probabilities": dict(zip(choices, row.tolist(), strict=True))}
-                for row in scores.cpu()
-            ]
+            scores = self.model.score_choices(batch, self.processor.encode_choices(choices))
+            found = []
+            for row, question in zip(scores, questions, strict=True):
+                shares = self.model.answer_probabilities(row, question, choices).cpu()
+                probabilities = dict(zip(choices, shares.tolist(), strict=True))
+                found.append({"answer": choices[shares.argmax()], "probabilities": probabilities})
+            return found
         ids = self.model.generate(**batch, **self._prepare_generate_kwargs(generate_kwargs or {}))
         new = ids[:, batch["input_ids"].shape[1] :]
         processor: Any = self.processor

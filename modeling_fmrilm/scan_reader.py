@@ -141,11 +141,14 @@ class ScanReader:
                 if ids is None or choices is None:
                     answers = [{"answer": text} for text in self._generate(inputs, max_new_tokens)]
                 else:
-                    shares = self.model.score_choices(inputs, ids).softmax(-1).cpu()
+                    scores = self.model.score_choices(inputs, ids).log_softmax(-1).split(
+                        [len(read["codes"]) for read in reads]
+                    )
                     answers = []
-                    for windows in shares.split([len(read["codes"]) for read in reads]):
-                        probabilities = dict(zip(choices, windows.mean(0).tolist(), strict=True))
-                        answers.append({"answer": choices[windows.mean(0).argmax()], "probabilities": probabilities})
+                    for windows, text in zip(scores, questions[part], strict=True):
+                        shares = self.model.answer_probabilities(windows.mean(0), text, choices).cpu()
+                        probabilities = dict(zip(choices, shares.tolist(), strict=True))
+                        answers.append({"answer": choices[shares.argmax()], "probabilities": probabilities})
                 found += [{**answer, **read["about"]} for answer, read in zip(answers, reads, strict=True)]
         if _is_table(scan):
             columns = {"answer": [one["answer"] for one in found]}

@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from fmrilm.training.alignment.examples import score_names
 from fmrilm.training.data.tasks import load_task
+from fmrilm.training.sft.calibration import fit
 from fmrilm.training.sft.readings import Reading, reading_rows
 from helpers import random_examples, window_of
 
@@ -33,13 +34,17 @@ def examples_of(windows: int = 200, noise: float = 1.0):
     return dataclasses.replace(examples, scores=np.concatenate([motion, scores / scores.std(0)], 1).astype(np.float32))
 
 
+def fitted(examples, tasks=TASKS) -> list[Reading]:
+    return [Reading.fit(task, examples, NAMES) for task in tasks]
+
+
 def text_of(row: dict, place: int) -> str:
     return row["messages"][place]["content"][-1]["text"]
 
 
 def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
     examples = examples_of()
-    rows = reading_rows(examples, NAMES, TASKS[:1], 400, 2, seed=0).to_list()
+    rows = reading_rows(examples, fitted(examples, TASKS[:1]), 400, 2, seed=0).to_list()
     column = NAMES.index(score_names(TASKS[0])[0])
     scores = np.array([row["scores"][0][column] for row in rows])
     windows = np.array([int(row["scores"][0][0]) for row in rows])
@@ -53,7 +58,7 @@ def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
 
 def test_rows_hold_the_first_patch_of_their_window_and_its_other_scores() -> None:
     examples = examples_of(40)
-    rows = reading_rows(examples, NAMES, TASKS, 80, 2, seed=1).to_list()
+    rows = reading_rows(examples, fitted(examples), 80, 2, seed=1).to_list()
     for row in rows:
         codes, window = row["codes"][0], window_of(row["codes"][0])
         assert codes == examples.codes[window][:2].tolist()
@@ -103,5 +108,26 @@ def test_answers_are_surer_than_the_labels(task) -> None:
 
 def test_one_seed_gives_the_same_rows() -> None:
     examples = examples_of(30)
-    first, again, other = (reading_rows(examples, NAMES, TASKS, 20, 2, seed).to_list() for seed in (0, 0, 1))
+    first, again, other = (reading_rows(examples, fitted(examples), 20, 2, seed).to_list() for seed in (0, 0, 1))
     assert first == again != other
+
+
+@pytest.mark.parametrize("task", [TASKS[0], TASKS[2]])
+def test_scores_predict_the_labels_as_a_logistic_regression_does(task) -> None:
+    examples = examples_of()
+    (reading,) = fitted(examples, [task])
+    scores, labels = examples.scores[:, reading.columns], [task.answer(row[task.column]) for row in examples.rows]
+    plain = LogisticRegression().fit(scores, labels)
+    found = reading.probabilities(scores)
+    assert np.allclose(found[:, [task.choice_words.index(word) for word in plain.classes_]], plain.predict_proba(scores), atol=1e-4)
+    assert np.allclose(found.sum(1), 1)
+
+
+def test_calibration_recovers_the_slope_and_the_biases_of_answers() -> None:
+    wanted = np.random.default_rng(0).dirichlet(np.ones(3), 300)
+    logits = 5 * np.log(wanted) + np.array([2.0, 0.0, -1.0])
+    scores = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    slope, biases = fit(scores, wanted)
+    again = np.exp(slope * scores + biases)
+    assert slope == pytest.approx(0.2, rel=0.05)
+    assert np.abs(again / again.sum(1, keepdims=True) - wanted).max() < 0.02

@@ -234,12 +234,14 @@ def keep_base(
     model.name_or_path = str(folder)  # pyright: ignore[reportArgumentType]
 
 
-def train_and_save(trainer: "Trainer", last: Path | None, write_more: Callable[[Path], None]) -> Path:
+def train_and_save(
+    trainer: "Trainer", last: Path | None, write_more: Callable[[Path], None], finish: Callable[[Any], None]
+) -> Path:
     """
     Trains, from the checkpoint `last` if there is one, then writes `model/` there, which the Auto classes
     load: the whole model and its processor. An adapter is also kept as `adapter/`, and merged into what it names.
 
-    write_more: adds to the model's folder.
+    write_more: adds to the model's folder. finish: changes the merged model before it is written.
     """
     from peft import PeftModel
 
@@ -255,7 +257,8 @@ def train_and_save(trainer: "Trainer", last: Path | None, write_more: Callable[[
     trainer.save_model(str(trained))
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        model = load_model(str(trained), "auto", merge=True)
+        model: Any = load_model(str(trained), "auto", merge=True)
+        finish(model.eval())
 
         def write(folder: Path) -> None:
             model.save_pretrained(str(folder))

@@ -355,8 +355,7 @@ class _Run:
         else:
             found = self._ask(labelled, condition, training, test)
         if labelled.numbers is not None and "probabilities" in found and "expected" not in found:
-            # calibration to even shares would make answers likely that no subject has
-            found["expected"] = found.get("uncalibrated", found["probabilities"]) @ self._bin_means(labelled, split)
+            found["expected"] = found["probabilities"] @ self._bin_means(labelled, split)
         return found
 
     def _bin_means(self, labelled: Labelled, split: Split) -> np.ndarray:
@@ -392,15 +391,20 @@ class _Run:
             scores = self._zero_shot[task.name]
         else:
             scores = self._scores(reader, np.concatenate([test, reference]), [task], examples)[task.name]
+        question, words = task.questions[0], task.choice_words
+        own = reader[0].answer_probabilities(torch.from_numpy(scores[test]), question, words).numpy()
+        found: Answers = {"uncalibrated": np.exp(scores[test])}
+        if labelled.numbers is not None:
+            # calibration to even shares would make answers likely that no subject has
+            found["expected"] = own @ self._bin_means(labelled, split)
+        if condition.shots == 0 and any(question in each["questions"] for each in reader[0].config.calibrations):
+            return {**found, "probabilities": own}
         shares = np.full(labelled.choices, 1 / labelled.choices)
         if condition.shots != 0:
             # add-one: a class that few training subjects happen to miss is not impossible
             counts = np.bincount(labelled.truth[training], minlength=labelled.choices) + 1
             shares = counts / counts.sum()
-        return {
-            "probabilities": calibrated(scores[test], scores[reference], shares),
-            "uncalibrated": np.exp(scores[test]),
-        }
+        return {**found, "probabilities": calibrated(scores[test], scores[reference], shares)}
 
     @cached_property
     def _zero_shot(self) -> dict[str, np.ndarray]:

@@ -131,8 +131,9 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         trainable,
     )
     from ..trainer import FmriLMSFTTrainer
+    from .calibration import fit_calibrations
     from .chats import Mixture, instruction_rows
-    from .readings import reading_rows
+    from .readings import Reading, reading_rows
 
     name = model_args.model_name_or_path
     if name is None:
@@ -189,18 +190,25 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         script_args.paragraphs,
     )
 
+    readings = []
+    if script_args.reading_share:
+        readings = [Reading.fit(task, examples, joint.config.score_names) for task in tasks]
+
     def draw(of, count, seed):
         # held-out subjects are asked about themselves alone
         reading = 0 if of is held_out else round(count * script_args.reading_share)
         parts = [instruction_rows(of, tasks, count - reading, mixture, seed)] if count > reading else []
         if reading:
             per_patch = joint.config.codec_config.tokens_per_patch
-            parts.append(reading_rows(of, joint.config.score_names, tasks, reading, per_patch, seed))
+            parts.append(reading_rows(of, readings, reading, per_patch, seed))
         return concatenate_datasets(parts)
+
+    def calibrate(tuned):
+        tuned.config.calibrations = fit_calibrations(tuned, processor, examples, readings, training_args.seed)
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
     trainer = FmriLMSFTTrainer(model=trainable(model, model_args), **inputs)
-    return train_and_save(trainer, last, cohort.save)
+    return train_and_save(trainer, last, cohort.save, calibrate)
 
 
 def make_parser() -> "TrlParser":

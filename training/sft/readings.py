@@ -32,14 +32,17 @@ MOST_ASKED = 3
 @dataclass(frozen=True)
 class Reading:
     """
-    What the scores in `columns` predict: an answer's logits are those of its share among the labels, `base` [choices],
-    and `slopes` [columns, choices] times the scores; a number, with one choice, is so predicted itself.
+    What the scores in `columns` predict: an answer's logits are `intercept` [choices] and `slopes` [columns, choices]
+    times the scores; a number, with one choice, is so predicted itself. Answers of rows have the logits of their
+    share among the labels, `shares` [choices], and `sharpness` times the slopes.
     """
 
     task: Task
     columns: list[int]
-    base: np.ndarray
+    intercept: np.ndarray
     slopes: np.ndarray
+    shares: np.ndarray
+    sharpness: float
 
     @classmethod
     def fit(cls, task: Task, examples: Examples, names: Sequence[str]) -> "Reading":
@@ -51,44 +54,51 @@ class Reading:
         if task.choices is None:
             values = np.array([float(cast(float, labels[row])) for row in known])
             line = LinearRegression().fit(scores[known], values)
-            return cls(task, columns, np.array([line.intercept_]), line.coef_[:, None])
+            return cls(task, columns, np.array([line.intercept_]), line.coef_[:, None], np.ones(1), 1.0)
         answers = np.array([task.answer(labels[row]) for row in known])
         words = task.choice_words
         fitted = LogisticRegression().fit(scores[known], answers)
         shares = np.array([(answers == word).mean() for word in fitted.classes_])
         # of two choices, the library fits the second alone
-        slopes = fitted.coef_.T if len(shares) > 2 else fitted.coef_.T * [[-0.5, 0.5]]
+        two = len(shares) == 2
+        slopes = fitted.coef_.T * [[-0.5, 0.5]] if two else fitted.coef_.T
         slopes = slopes - slopes.mean(1, keepdims=True)
         spread = np.sqrt(shares @ (scores @ slopes).var(0))
         # an answer that nobody has is never given
-        base, full = np.full(len(words), -np.inf), np.zeros((len(columns), len(words)))
         places = [words.index(word) for word in fitted.classes_]
-        base[places], full[:, places] = np.log(shares), slopes * max(1.0, SHARPNESS / max(spread, 1e-6))
-        return cls(task, columns, base, full)
+        every = np.zeros((len(columns) + 2, len(words)))
+        every[0] = -np.inf
+        every[0, places] = fitted.intercept_ * [-0.5, 0.5] if two else fitted.intercept_
+        every[1, places], every[2:, places] = shares, slopes
+        return cls(task, columns, every[0], every[2:], every[1], max(1.0, SHARPNESS / max(spread, 1e-6)))
+
+    def probabilities(self, scores: np.ndarray) -> np.ndarray:
+        """[..., choices] that scores [..., columns] predict."""
+        return softmax(self.intercept + scores @ self.slopes, axis=-1)
 
     def answer(self, scores: np.ndarray, rng: np.random.Generator) -> str:
-        """Drawn by what the scores [columns] predict; of a number, what they predict, within the task's range."""
-        predicted = self.base + scores @ self.slopes
+        """For a row with these scores [columns], at random; of a number, the predicted one in the task's range."""
         if self.task.choices is None:
             low, high = self.task.range or (-np.inf, np.inf)
-            return self.task.answer(float(predicted[0].clip(low, high)))
-        return self.task.choice_words[rng.choice(len(predicted), p=softmax(predicted))]
+            return self.task.answer(float((self.intercept + scores @ self.slopes)[0].clip(low, high)))
+        with np.errstate(divide="ignore"):
+            logits = np.log(self.shares) + self.sharpness * (scores @ self.slopes)
+        return self.task.choice_words[rng.choice(len(logits), p=softmax(logits))]
 
 
 def reading_rows(
-    examples: Examples, names: Sequence[str], tasks: Sequence[Task], rows: int, tokens_per_patch: int, seed: int
+    examples: Examples, readings: Sequence[Reading], rows: int, tokens_per_patch: int, seed: int
 ) -> Dataset:
     """
     Chats with a question of each of `MOST_ASKED` tasks, and the latent tokens of the window's first patch alone: short
     rows are cheap, and what they teach serves prompts with all latent tokens as well.
     """
-    readings = [Reading.fit(task, examples, names) for task in tasks]
     rng = np.random.default_rng(seed)
     made = []
     for window in draw_rounds(len(examples), rows, rng):
         scores = examples.scores[window].copy()
         # tasks of one column (age, age group) are about one subject
-        donors = {task.column: int(rng.integers(len(examples))) for task in tasks}
+        donors = {each.task.column: int(rng.integers(len(examples))) for each in readings}
         for reading in readings:
             widened = rng.uniform(1, MOST_WIDENED)
             scores[reading.columns] = widened * examples.scores[donors[reading.task.column], reading.columns]
