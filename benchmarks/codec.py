@@ -3,28 +3,34 @@ What the codec keeps of scans of held-out subjects, in which bits, and how fast.
 
     python benchmarks/codec.py labels --data FOLDER [--folds 5]     rate, distortion; autism, sex, age; identification
     python benchmarks/codec.py states --data FOLDER --state FOLDER  another atlas; cognitive states of 64 s windows
+    python benchmarks/codec.py parcellations --data FOLDER --work FOLDER half as many ROIs; use of codes
     python benchmarks/codec.py speed --data FOLDER                  encoding, summary, and the fit against subjects
 
-A folder is one that `fmrilm prepare` wrote, of one atlas. The codec is the release recipe's
+A data folder is one that `fmrilm prepare` wrote, of one atlas; the work folder holds what `benchmarks/people.py
+release` left of each fold: `splits.csv` and the codec. Elsewhere the codec is the release recipe's
 (`training/configs/release/codec.yaml`). Results: `benchmarks/results/codec_*.csv`.
 """
 
 import argparse
 import csv
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from ask import busy_seconds
+from forecast import folds_of
 from scipy.fft import dct, idct
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, StratifiedKFold
+from torch.utils.flop_counter import FlopCounterMode
 
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor
 from fmrilm.modeling_fmricodec import FmriCodecSummary
 from fmrilm.training.codec.fit import fit_codec, fit_summary, present
-from fmrilm.training.codec.metrics import fc_correlation, r_squared
+from fmrilm.training.codec.metrics import codebook_results, fc_correlation, r_squared
 from fmrilm.training.data.dataset import Scans, load_scans
 from fmrilm.training.ridge import cross_fitted_ridge
 
@@ -34,6 +40,8 @@ RECIPE = Path(__file__).parents[1] / "training" / "configs" / "release" / "codec
 PATCH, BOOTSTRAPS = 16, 1000
 # parts of all levels that decode on their own
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+# of timings
+REPEATS, MATRIX = 50, 1024
 
 
 def load(folder: Path) -> Scans:
@@ -133,19 +141,27 @@ def raw_tangent(signals: list[np.ndarray], training: np.ndarray) -> np.ndarray:
     return torch.cat([summary.tangent(part) for part in torch.from_numpy(covariance).split(32)]).numpy()
 
 
+def pearson(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.corrcoef(first, second)[0, 1])
+
+
 def score(name: str, truth: np.ndarray, found: np.ndarray) -> float:
-    return float(np.corrcoef(truth, found)[0, 1] if name == "age" else roc_auc_score(truth, found))
+    return pearson(truth, found) if name == "age" else float(roc_auc_score(truth, found))
+
+
+def targets_of(scans: Scans) -> dict[str, np.ndarray]:
+    table = scans.table
+    return {
+        "autism": (table["diagnosis"] == "autism").to_numpy(float),
+        "sex": (table["sex"] == "F").to_numpy(float),
+        "age": table["age"].to_numpy(float),
+    }
 
 
 @torch.no_grad()
 def labels(folder: Path, folds: int) -> None:
     scans = load(folder)
-    table = scans.table
-    targets = {
-        "autism": (table["diagnosis"] == "autism").to_numpy(float),
-        "sex": (table["sex"] == "F").to_numpy(float),
-        "age": table["age"].to_numpy(float),
-    }
+    table, targets = scans.table, targets_of(scans)
     stacked = np.stack(list(targets.values()), 1)
     strata, subjects = table["site"] + table["diagnosis"], table["subject"].to_numpy(str)
     signals = signals_of(scans)
@@ -254,22 +270,7 @@ def states(folder: Path, state_folder: Path) -> None:
         codes = [codec.encode(*whole(held_out, index)) for index in range(len(held_out))]
         r2, fc = distortion(codec, held_out, codes, codec.config.num_quantizers)
         rows.append({"codec": name, "r_squared": r2, "fc_correlation": fc})
-    # neighbours merged in pairs: the same scans in half as many ROIs
-    coordinates = torch.tensor(scans.atlas(0).coordinates, dtype=torch.float32)
-    pairs = merged(coordinates)
-    agree = []
-    for index in range(0, len(scans), 9):
-        values, places = whole(scans, index)
-        if values.shape[1] != len(coordinates):
-            continue
-        halved = values[:, pairs].mean(2)
-        halved = halved / halved.std(-1, keepdim=True) * values.std()
-        both = [
-            model.summarize(model.encode(*one))[0] for one in ((values, places), (halved, places[:, pairs].mean(2)))
-        ]
-        agree.append(float(torch.stack(both).corrcoef()[0, 1]))
-    rows.append({"codec": "summaries of a scan in 200 and 100 ROIs, correlation", "r_squared": float(np.mean(agree))})
-    write("atlases", [{**row, "fc_correlation": row.get("fc_correlation", "")} for row in rows])
+    write("atlases", rows)
 
     features: dict[str, list] = {"codes": [], "raw FC": []}
     conditions, subjects = [], []
@@ -307,41 +308,124 @@ def merged(coordinates: torch.Tensor) -> torch.Tensor:
     return torch.tensor(pairs)
 
 
+def halved(scans: Scans, index: int, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `whole`, of the means of pairs of ROIs, standardised; a pair without one of its ROIs is missing."""
+    signal = torch.from_numpy(scans.signal(index).T)
+    values = signal[pairs, : signal.shape[1] // PATCH * PATCH].mean(1)
+    there = ~values.isnan().any(1)
+    scale = signal[~signal.isnan().any(1)].std() / values[there].std(-1, keepdim=True)
+    coordinates = torch.tensor(scans.atlas(index).coordinates, dtype=torch.float32)[pairs].mean(1)
+    return (values[there] * scale)[None], coordinates[there][None]
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Of two sets of features [scans, features]: mean correlation within scans, and over scans by feature."""
+
+    def correlation(first: np.ndarray, second: np.ndarray) -> float:
+        first, second = (part - part.mean(1, keepdims=True) for part in (first, second))
+        lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+        return float(((first * second).sum(1) / lengths).mean())
+
+    return {"within_scans": correlation(first, second), "over_scans": correlation(first.T, second.T)}
+
+
+@torch.no_grad()
+def parcellations(data: Path, work: Path, folds: int) -> None:
+    """Scans of test subjects in the ROIs of their atlas, and in half as many: each the mean of two neighbours."""
+    rows, levels = [], []
+    for fold, (model, training, test) in enumerate(folds_of(data, work, folds, all_scans=True)):
+        coordinates = torch.tensor(test.atlas(0).coordinates, dtype=torch.float32)
+        pairs, functions = merged(coordinates), model.spatial_basis(coordinates)
+        found: list[dict[str, list]] = [{}, {}]
+        written = []
+        for index in range(len(test)):
+            for inputs, features in zip((whole(test, index), halved(test, index, pairs)), found, strict=True):
+                codes = model.encode(*inputs)
+                if features is found[0]:
+                    written.append(codes[0].numpy())
+                series = functions @ model.decode_coefficients(codes)[0]
+                for name, values in (
+                    ("scan features", model.scan_features(codes)[0].numpy()),
+                    ("decoded connectivity at all ROIs", correlations(series.T.numpy())),
+                ):
+                    features.setdefault(name, []).append(values)
+        first, second = ({name: np.stack(part) for name, part in one.items()} for one in found)
+        parts = {"tangent summary": slice(model.config.num_summary_features)}
+        parts["covariance of networks"] = slice(model.config.scan_feature_blocks[0], -model.config.num_networks)
+        for name, part in parts.items():
+            first[name], second[name] = (features["scan features"][:, part] for features in (first, second))
+        for name in (*parts, "decoded connectivity at all ROIs"):
+            rows.append({"fold": fold, "what": name, **agreement(first[name], second[name])})
+        codes = [model.encode(*whole(training, index)) for index in range(len(training))]
+        inputs = torch.cat([model.scan_features(row) for row in codes])
+        targets, truths = targets_of(training), targets_of(test)
+        stacked, subjects = np.stack(list(targets.values()), 1), training.table["subject"].to_numpy(str)
+        ridge = cross_fitted_ridge(inputs.numpy(), stacked, subjects, 0, model.config.scan_feature_blocks)
+        predicted = [ridge.predict(features["scan features"]) for features in (first, second)]
+        for column, (name, truth) in enumerate(truths.items()):
+            ours, other = (each[:, column] for each in predicted)
+            row = {"fold": fold, "what": f"score of {name}", "within_scans": "", "over_scans": pearson(ours, other)}
+            rows.append({**row, "read": score(name, truth, ours), "read_in_the_other": score(name, truth, other)})
+        use = codebook_results(written, model.config.codebook_size)
+        for level, (usage, perplexity) in enumerate(zip(use["codebook_usage"], use["perplexity"], strict=True)):
+            levels.append({"fold": fold, "level": level + 1, "codebook_usage": usage, "perplexity": perplexity})
+        write("levels", levels)
+        write("parcellations", [{**row, **{k: row.get(k, "") for k in ("read", "read_in_the_other")}} for row in rows])
+
+
+def timed(what: str, call: Callable[[], object], repeats: int = 1) -> dict:
+    """Seconds of a call, of the clock and of the processor, and how many cores other programs kept busy meanwhile."""
+    start, own, all_cores = time.perf_counter(), time.process_time(), busy_seconds()
+    for _ in range(repeats):
+        call()
+    wall, own, all_cores = time.perf_counter() - start, time.process_time() - own, busy_seconds() - all_cores
+    others = max(0.0, (all_cores - own) / wall)
+    return {"what": what, "seconds": wall / repeats, "cpu_seconds": own / repeats, "others": others}
+
+
 @torch.no_grad()
 def speed(folder: Path) -> None:
+    torch.set_num_threads(1)
     scans, rows = load(folder), []
+    square = torch.randn(MATRIX, MATRIX)
+    product = timed(f"product of two matrices, {MATRIX} x {MATRIX}", lambda: square @ square, REPEATS)
+    rate = 2 * MATRIX**3 / product["cpu_seconds"]
+    rows.append({**product, "gflop": 2 * MATRIX**3 / 1e9, "share_of_matrix_rate": 1.0})
+    model = FmriCodecModel(FmriCodecConfig()).eval()
     for subjects in (100, 300, len(scans)):
-        start = time.perf_counter(), time.process_time()
-        model = fitted(scans.select(range(subjects)))
-        wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-        rows.append({"what": f"fit, {subjects} scans", "seconds": wall, "cpu_seconds": cpu})
+        some = scans.select(range(subjects))
+        rows.append({**timed(f"fit, {subjects} scans", lambda some=some: fitted(some)), "gflop": ""})
     for rois in (200, 450):
         values, places = torch.randn(1, rois, 160), 60 * torch.randn(1, rois, 3)
         codes = model.encode(values, places)
-        for name, call, inputs in (
-            ("encode", model.encode, (values, places)),
-            ("scan features", model.scan_features, (codes,)),
-            ("decode", model.decode, (codes, places)),
+        for name, call in (
+            ("encode", lambda values=values, places=places: model.encode(values, places)),
+            ("scan features", lambda codes=codes: model.scan_features(codes)),
+            ("decode", lambda codes=codes, places=places: model.decode(codes, places)),
         ):
-            start = time.perf_counter(), time.process_time()
-            for _ in range(20):
-                call(*inputs)
-            wall, cpu = (time.perf_counter() - start[0]) / 20, (time.process_time() - start[1]) / 20
-            rows.append({"what": f"{name}, {rois} ROIs x 160 frames", "seconds": wall, "cpu_seconds": cpu})
-    write("speed", rows)
+            with FlopCounterMode(display=False) as counter:
+                call()
+            operations = counter.get_total_flops()
+            row = timed(f"{name}, {rois} ROIs x 160 frames", call, REPEATS)
+            share = operations / row["cpu_seconds"] / rate
+            rows.append({**row, "gflop": operations / 1e9, "share_of_matrix_rate": share})
+    write("speed", [{**row, "share_of_matrix_rate": row.get("share_of_matrix_rate", "")} for row in rows])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("labels", "states", "speed"))
+    parser.add_argument("what", choices=("labels", "states", "parcellations", "speed"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--state", type=Path)
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--folds", type=int, default=5)
     args = parser.parse_args()
     if args.what == "labels":
         labels(args.data, args.folds)
     elif args.what == "states":
         states(args.data, args.state)
+    elif args.what == "parcellations":
+        parcellations(args.data, args.work, args.folds)
     else:
         speed(args.data)
 

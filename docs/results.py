@@ -127,6 +127,20 @@ SECTIONS = {
         "What codes keep of scans in ROIs that the codec was not fitted on: "
         "`python benchmarks/codec.py states --data FOLDER --state FOLDER`.",
     ),
+    "codec_parcellations.csv": Section(
+        "Codec: half as many ROIs",
+        "Scans of test subjects in the ROIs of their atlas and in half as many, each the mean of two neighbours: "
+        "correlation of what the codes give within a scan and, by feature, over scans, and labels read by one ridge "
+        "regression (ROC-AUC; age: Pearson r) through the ROIs that it was fitted on and through the others; means "
+        "over folds: `python benchmarks/codec.py parcellations --data FOLDER --work FOLDER`.",
+        over_folds,
+    ),
+    "codec_levels.csv": Section(
+        "Codec: use of the codes",
+        "Share of each level's codebook that occurs in the codes of test subjects' scans, and the codes' perplexity, "
+        "means over folds: `python benchmarks/codec.py parcellations --data FOLDER --work FOLDER`.",
+        over_folds,
+    ),
     "codec_states.csv": Section(
         "Codec: cognitive states",
         "The condition of windows of 64 s by ridge regression, over folds of subjects: "
@@ -134,7 +148,9 @@ SECTIONS = {
     ),
     "codec_speed.csv": Section(
         "Codec: speed",
-        "Seconds of the fit, of encoding and of decoding: `python benchmarks/codec.py speed --data FOLDER`.",
+        "One thread: seconds of the clock and of the processor, GFLOP of the matrix products, their rate as a share "
+        "of that of a plain product, and the number of cores that other programs kept busy meanwhile (`others`): "
+        "`python benchmarks/codec.py speed --data FOLDER`.",
     ),
     "forecast_signal.csv": Section(
         "Forecasts of the signal",

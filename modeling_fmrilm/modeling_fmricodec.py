@@ -127,13 +127,23 @@ class FmriSpatialBasis(nn.Module):
 
     def negative_log_likelihood(self, covariance: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
         """Of one scan, for each ROI: covariance [rois, rois] at coordinates [rois, 3] in mm; its noise is the best."""
+        factor, noise = self._precision_and_noise(covariance, coordinates)
+        return 2 * factor.diagonal().log().sum() / len(coordinates) + noise.log()
+
+    def posterior_covariance(self, covariance: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+        """[basis functions, basis functions] of a frame's coefficients, of one scan as above."""
+        factor, noise = self._precision_and_noise(covariance, coordinates)
+        return noise * torch.cholesky_inverse(factor)
+
+    def _precision_and_noise(
+        self, covariance: torch.Tensor, coordinates: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cholesky factor of the coefficients' posterior precision in units of the noise, and the noise's variance."""
         functions = self(coordinates)
-        rois = len(functions)
         identity = torch.eye(functions.shape[-1], device=functions.device)
         factor = torch.linalg.cholesky(functions.mT @ functions + identity)
         half = torch.linalg.solve_triangular(factor, functions.mT, upper=False)
-        unexplained = covariance.trace() - ((half @ covariance) * half).sum()
-        return 2 * factor.diagonal().log().sum() / rois + (unexplained / rois).log()
+        return factor, (covariance.trace() - ((half @ covariance) * half).sum()) / len(functions)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -450,15 +460,16 @@ class MatrixLogarithm(torch.autograd.Function):
 
 class FmriCodecSummary(nn.Module):
     """
-    What the regions of a scan do together, from its decoded basis coefficients: their covariance in the tangent space
-    at the training scans' mean, as nilearn's `ConnectivityMeasure(kind="tangent", vectorize=True)` has it (lower
-    triangle, its diagonal divided by sqrt(2)); the coefficients' lag-1 autocorrelation; and covariance and lag-1
-    autocorrelation of networks' mean series, which mean connectivity between networks is linear in.
+    What the regions of a scan do together, from its decoded basis coefficients: their covariance, with what ROIs leave
+    undetermined of it, in the tangent space at the training scans' mean, as nilearn's
+    `ConnectivityMeasure(kind="tangent", vectorize=True)` has it (lower triangle, its diagonal divided by sqrt(2)); the
+    coefficients' lag-1 autocorrelation; and covariance and lag-1 autocorrelation of networks' mean series, which mean
+    connectivity between networks is linear in.
     """
 
     whitening: torch.Tensor
     network_basis: torch.Tensor
-    floor: torch.Tensor
+    posterior_covariance: torch.Tensor
     shrinkage: torch.Tensor
     feature_mean: torch.Tensor
     feature_std: torch.Tensor
@@ -470,8 +481,9 @@ class FmriCodecSummary(nn.Module):
         self.register_buffer("whitening", torch.eye(size))
         # of each network, the mean of its ROIs' basis functions: the mean series is this times the coefficients
         self.register_buffer("network_basis", torch.zeros(config.num_networks, size))
-        # variance added to every coefficient: some may always be decoded to zero
-        self.register_buffer("floor", torch.tensor(0.0))
+        # Of the coefficients given a frame in training scans' ROIs, added to what is decoded. The logarithm then
+        # measures what ROIs say little about by that uncertainty, and not by the small variance that is left of it.
+        self.register_buffer("posterior_covariance", torch.zeros(size, size))
         # weight of the mean in a covariance: the logarithm of one from few frames is finite
         self.register_buffer("shrinkage", torch.tensor(0.3))
         self.register_buffer("feature_mean", torch.zeros(config.num_scan_features))
@@ -480,7 +492,7 @@ class FmriCodecSummary(nn.Module):
     def init_weights(self) -> None:
         init.copy_(self.whitening, torch.eye(len(self.whitening)))
         init.zeros_(self.network_basis)
-        init.zeros_(self.floor)
+        init.zeros_(self.posterior_covariance)
         init.constant_(self.shrinkage, 0.3)
         init.zeros_(self.feature_mean)
         init.ones_(self.feature_std)
@@ -499,7 +511,7 @@ class FmriCodecSummary(nn.Module):
     def tangent(self, covariance: torch.Tensor) -> torch.Tensor:
         """[batch, n * (n + 1) / 2] of covariances [batch, n, n]."""
         identity = torch.eye(len(self.whitening), device=covariance.device, dtype=covariance.dtype)
-        whitened = self.whitening @ (covariance + self.floor * identity) @ self.whitening
+        whitened = self.whitening @ (covariance + self.posterior_covariance) @ self.whitening
         matrices: torch.Tensor = MatrixLogarithm.apply((1 - self.shrinkage) * whitened + self.shrinkage * identity)  # pyright: ignore[reportAssignmentType]
         row, column = torch.tril_indices(len(identity), len(identity), device=covariance.device)
         return matrices[:, row, column] * torch.where(row == column, 0.5**0.5, 1.0)

@@ -168,6 +168,9 @@ def test_likelihood_is_the_gaussian_one() -> None:
     found = basis.negative_log_likelihood(covariance, coordinates).item()
     # up to what no parameter changes
     assert found / 2 + 0.5 * (1 + np.log(2 * np.pi)) == pytest.approx(expected, abs=1e-3)
+    # of coefficients with as much variance as the noise, given the signal
+    left = noise * (torch.eye(16) - basis(coordinates).T @ torch.linalg.solve(shape, basis(coordinates)))
+    torch.testing.assert_close(basis.posterior_covariance(covariance, coordinates), left, atol=1e-4, rtol=1e-3)
 
 
 class Shrunk(BaseEstimator):
@@ -202,6 +205,12 @@ def test_summary_is_nilearns_tangent_space() -> None:
     np.testing.assert_allclose(found[:, 21:27].flatten().numpy(), lagged, atol=1e-4)
     # no networks are known yet
     assert not found[:, 27:].any()
+    # what ROIs leave undetermined is added to the series' covariance
+    summary.posterior_covariance.copy_(torch.diag(torch.arange(6.0)))
+    covariance = summary.covariance(padded, mask) + torch.diag(torch.arange(6.0))
+    added = summary(padded, mask)[:, :21]
+    summary.posterior_covariance.zero_()
+    torch.testing.assert_close(added, summary.tangent(covariance))
 
 
 def test_network_features_are_those_of_the_mean_series_of_the_networks_rois() -> None:

@@ -210,6 +210,21 @@ def equal(first: dict, second: dict) -> bool:
     )
 
 
+def test_mixtures_of_scans_without_some_rois_are_described_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, signal = mixtures(), Scans.signal
+
+    def without_one(scans: Scans, scan: int) -> np.ndarray:
+        found = signal(scans, scan).copy()
+        found[:, scan] = np.nan
+        return found
+
+    monkeypatch.setattr(Scans, "signal", without_one)
+    whole = {len(one) for one in made.scans.atlases.values()}
+    items = [made[index] for index in range(20)]
+    assert all(len(item["coordinates"]) == item["signal"].shape[1] not in whole for item in items)
+    assert all(np.isfinite(item["signal"]).all() and np.isfinite(item["descriptors"]).any() for item in items)
+
+
 def test_mixtures_depend_on_seed_and_index_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = mixtures(), mixtures()
     expected = [first[index] for index in range(20)]

@@ -138,20 +138,24 @@ def fit_transform(model: FmriCodecModel, scans: "Scans", rng: np.random.Generato
 @torch.no_grad()
 def fit_summary(model: FmriCodecModel, scans: "Scans", rng: np.random.Generator) -> None:
     """
-    The training mean of the summary: the geometric mean of the windows' covariances, each shrunk towards it, so that
-    the mean summary is zero; the networks of the scans' atlases; and the standardisation of the scan features.
+    The summary's posterior covariance, the mean over windows; its training mean: the geometric mean of the windows'
+    covariances, each shrunk towards it, so that the mean summary is zero; the networks of the scans' atlases; and the
+    standardisation of the scan features.
     """
     summary, codes = model.tangent_summary, []
     summary.network_basis.copy_(network_basis(model.spatial_basis, scans))
-    covariances = []
-    for window in windows_of(scans, model.config.patch_length, rng):
-        codes.append(model.encode(*window))
+    covariances, posterior = [], torch.zeros(summary.posterior_covariance.shape, dtype=torch.float64)
+    for values, coordinates in windows_of(scans, model.config.patch_length, rng):
+        codes.append(model.encode(values, coordinates))
+        posterior += model.spatial_basis.posterior_covariance(values[0].cov(), coordinates[0])
         series = model.decode_coefficients(codes[-1])
         covariances.append(summary.covariance(series, torch.ones(1, series.shape[-1], dtype=torch.bool))[0])
     covariance = torch.stack(covariances).double()
     identity = torch.eye(covariance.shape[1], dtype=torch.float64)
+    # some coefficients may always be decoded to zero, of scans without noise
     floor = FLOOR * covariance.diagonal(dim1=1, dim2=2).mean()
-    covariance = covariance + floor * identity
+    posterior = posterior / len(covariance) + floor * identity
+    covariance = covariance + posterior
     shrinkage = float(summary.shrinkage)
     mean = covariance.mean(0)
     for _ in range(ITERATIONS):
@@ -162,7 +166,7 @@ def fit_summary(model: FmriCodecModel, scans: "Scans", rng: np.random.Generator)
             break
         root = of_eigenvalues(mean, torch.sqrt)
         mean = root @ of_eigenvalues(tangent / (1 - shrinkage), torch.exp) @ root
-    summary.floor.copy_(floor)
+    summary.posterior_covariance.copy_(posterior)
     summary.whitening.copy_(of_eigenvalues(mean, lambda values: values**-0.5))
     features = torch.cat([model.scan_features(row) for row in codes])
     summary.feature_mean.copy_(features.mean(0))

@@ -308,12 +308,13 @@ class MixedWindows(torch.utils.data.Dataset):
         scan = int(rng.integers(len(self.scans)))
         atlas = self.scans.atlas(scan)
         mixed = self._window(scan, rng) if rng.uniform() < PLAIN_SHARE else self._mixture(scan, atlas, rng)
+        # ROIs that either window has not are missing
         mixed, atlas = _present(mixed / mixed.std(0), atlas)
         chosen = np.sort(rng.permutation(mixed.shape[1])[: self.max_rois])
         return {
             "signal": mixed[:, chosen].astype(np.float32),
             "coordinates": atlas.coordinates[chosen],
-            "descriptors": self.cohort.z_scores(self.cohort.describe(mixed, atlas)).astype(np.float32),
+            "descriptors": self.cohort.z_scores(core_descriptors(mixed, atlas)).astype(np.float32),
             "subject": self.scans.table.at[scan, "subject"],
         }
 
