@@ -27,6 +27,8 @@ SHARPNESS = 4.0
 MOST_WIDENED = 3.0
 # questions of a row, at most: each is about another task, and all share the tokens of the scan
 MOST_ASKED = 3
+# of the rows, those with the latent tokens of their first patch alone: short rows are cheap, and teach as much
+SHORT_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ def reading_rows(
     examples: Examples, readings: Sequence[Reading], rows: int, tokens_per_patch: int, seed: int
 ) -> Dataset:
     """
-    Chats with a question of each of `MOST_ASKED` tasks, and the latent tokens of the window's first patch alone: short
-    rows are cheap, and what they teach serves prompts with all latent tokens as well.
+    Chats with a question of each of `MOST_ASKED` tasks, about a window's first patch or, in some rows, all of it.
     """
     rng = np.random.default_rng(seed)
     made = []
@@ -109,5 +110,6 @@ def reading_rows(
             chat.append(user(question) if chat else user(scan_block(), question))
             chat.append(assistant(readings[place].answer(scores[readings[place].columns], rng)))
         row = row_of(examples, [window], chat)
-        made.append({**row, "codes": [row["codes"][0][:tokens_per_patch]], "scores": [scores.tolist()]})
+        kept = tokens_per_patch if rng.random() < SHORT_SHARE else None
+        made.append({**row, "codes": [row["codes"][0][:kept]], "scores": [scores.tolist()]})
     return chat_dataset(made)
