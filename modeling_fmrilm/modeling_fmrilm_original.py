@@ -5,6 +5,7 @@ the attention mask and the position ids of the official code.
 """
 
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,10 @@ class FmriOriginalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits = self(**values).logits[:, -len(choice) - 1 : -1].float().log_softmax(-1)
             totals.append(logits.gather(-1, answer[..., None]).sum((1, 2)))
         return torch.stack(totals, 1)
+
+    def answer_probabilities(self, scores: torch.Tensor, question: str, choices: Sequence[str]) -> torch.Tensor:
+        """Of answers to a question, of their log-likelihoods [..., choices]; the paper calibrates none."""
+        return scores.softmax(-1)
 
 
 class FmriOriginalProcessor(ProcessorMixin):

@@ -95,6 +95,26 @@ def test_choices_get_probabilities(pipe: Pipeline, scans: list[dict]) -> None:
     assert np.allclose(list(found["probabilities"].values()), scores.numpy(), rtol=1e-4)
 
 
+def test_calibrated_questions_get_calibrated_probabilities(pipe: Pipeline, scans: list[dict]) -> None:
+    plain = pipe(scans, QUESTION, choices=CHOICES)
+    biases = {"no": 1.0, "maybe so": 0.0, "yes": -2.0}
+    pipe.model.config.calibrations = [{"questions": ["Other?", QUESTION], "slope": 0.5, "biases": biases}]
+    try:
+        found = pipe(scans, QUESTION, choices=CHOICES)
+        for other in ({"choices": CHOICES[:2]}, {"question": "Another?", "choices": CHOICES}):
+            question = other.pop("question", QUESTION)
+            again = pipe(scans[0], question, **other)["probabilities"]
+            pipe.model.config.calibrations, kept = [], pipe.model.config.calibrations
+            assert again == pipe(scans[0], question, **other)["probabilities"]
+            pipe.model.config.calibrations = kept
+    finally:
+        pipe.model.config.calibrations = []
+    for before, after in zip(plain, found, strict=True):
+        wanted = np.array([before["probabilities"][one] ** 0.5 * np.exp(biases[one]) for one in CHOICES])
+        assert np.allclose(list(after["probabilities"].values()), wanted / wanted.sum(), rtol=1e-3)
+        assert after["answer"] == CHOICES[int(wanted.argmax())]
+
+
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_batches_equal_single_scans(pipe: Pipeline, scans: list[dict], batch_size: int) -> None:
     questions = [QUESTION, "Why?", "A rather longer question about the same person, is it?"]
