@@ -14,6 +14,7 @@ from fmrilm.processors import FmriLMProcessor
 from fmrilm.training.cli import main as cli
 from fmrilm.training.cli.read import QUESTIONS
 from fmrilm.training.report.scan_report import (
+    forecast_last_patch,
     network_nll,
     read_scan,
     token_contributions,
@@ -90,6 +91,22 @@ def test_nll_is_the_models_and_falls_to_networks_by_occlusion(reader: ScanReader
     assert np.isfinite(nll).all()
 
 
+def test_the_last_patch_is_forecast_from_the_frames_before(reader: ScanReader, scan: dict) -> None:
+    found = forecast_last_patch(reader, scan)
+    assert found is not None
+    samples, expected = found
+    length = reader.model.config.codec_config.patch_length
+    assert samples.shape[1:] == expected.shape == (length, 5)
+    assert np.abs(samples.mean(0) - expected).max() < samples.std(0).max()
+    # what is forecast is not looked at
+    start = reader.processor.feature_extractor.window_length - length
+    features = reader.processor.feature_extractor([scan], window="first")
+    before = features["fmri_values"][..., :start], features["roi_coordinates"], features["fmri_mask"][..., :start]
+    wanted = reader.model.forecast(*before, seconds=length * 2.0)[0].mT
+    np.testing.assert_allclose(expected, wanted, rtol=1e-4, atol=1e-5)
+    assert forecast_last_patch(reader, {**scan, "signal": scan["signal"][: length + 1]}) is None
+
+
 def test_like_tokens_have_like_places(reader: ScanReader) -> None:
     codes = np.random.default_rng(0).integers(0, 16, (8, 2, 3))
     places = token_places(reader, codes).ravel()
@@ -111,9 +128,9 @@ def test_the_page_holds_everything_and_fetches_nothing(reader: ScanReader, signa
     assert EVIL not in html and page.text.count(EVIL) >= 3
     assert "http://" not in html and "https://" not in html and "url(" not in html
     assert not {"script", "link", "iframe"} & set(page.tags)
-    assert page.links == {f"#{name}" for name in page.ids} and len(page.ids) == 5
-    # tokens of answers, carpet, traces, connectivity, codes, surprise, two glass brains: each in light and dark
-    assert len(page.images) == len(page.sources) == page.tags.count("figcaption") == 8
+    assert page.links == {f"#{name}" for name in page.ids} and len(page.ids) == 6
+    # tokens of answers, carpet, traces, connectivity, codes, forecast, surprise, two glass brains: in light and dark
+    assert len(page.images) == len(page.sources) == page.tags.count("figcaption") == 9
     found = reader.ask(signal, QUESTION, CHOICES, tr=2.0, window="first")
     assert found["answer"] in page.cells
     shares = page.cells[page.cells.index(found["answer"]) + 1]

@@ -157,6 +157,57 @@ def connectivity(view: ScanView) -> str:
     )
 
 
+def forecast(view: ScanView, samples: np.ndarray, expected: np.ndarray) -> str:
+    """
+    The window's last frames, and what was expected of them before: samples [samples, frames, rois] and their expected
+    signal [frames, rois], in the view's z-scores. Four ROIs, from nearly the best forecast to nearly the worst.
+    """
+    frames = len(expected)
+    before, after = view.signal[:-frames], view.signal[-frames:]
+    errors = np.square(expected - after).mean(0) / np.square(after - before.mean(0)).mean(0)
+    ranked = np.argsort(errors)  # NaN last
+    known = int(np.isfinite(errors).sum())
+    chosen = [int(ranked[int(share * max(known - 1, 0))]) for share in (0.05, 0.35, 0.65, 0.95)]
+    low, high = np.quantile(samples, (0.1, 0.9), axis=0)
+
+    def draw(figure: Figure) -> None:
+        clock = (np.arange(len(view.signal)) - len(before)) * view.repetition_time
+        shown, ahead = slice(-3 * frames, None), slice(len(before), None)
+        panels = figure.subplots(len(chosen), 1, sharex=True, sharey=True)
+        for axes, roi in zip(panels, chosen, strict=True):
+            axes.plot(clock[shown], view.signal[shown, roi], color=SIGNAL, linewidth=1.1, label="signal")
+            axes.fill_between(clock[ahead], low[:, roi], high[:, roi], color=RECONSTRUCTION, alpha=0.2, label="80 %")
+            axes.plot(clock[ahead], expected[:, roi], color=RECONSTRUCTION, linewidth=1.5, label="forecast")
+            for name, value, style in (("last frame", before[-1, roi], ":"), ("mean", before[:, roi].mean(), "--")):
+                axes.plot(clock[ahead], np.full(frames, value), style, color=DARK, linewidth=0.9, label=name)
+            axes.axvline(0, color=DARK, linewidth=0.6)
+            axes.set_title(f"{network_name(view.networks[roi])}, ROI {roi + 1}", loc="left")
+            axes.set_ylabel("z-score")
+        panels[-1].set_xlabel("time from the last frame that was known (s)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=5)
+
+    return drawing(
+        f"The last {frames * view.repetition_time:.0f} s, forecast from what came before",
+        draw,
+        5.6,
+        "From nearly the best to nearly the worst forecast: 5, 35, 65 and 95 % down the list of ROIs, ranked by squared "
+        f"error against that of the mean. Over all ROIs and frames the forecast's R² is {as_number(_skill(errors))}, "
+        f"where the mean has 0; {as_number(_covered(after, low, high), '.0%')} of the frames lie in the band.",
+    )
+
+
+def _skill(errors: np.ndarray) -> float:
+    """R2 against the mean, mean over the ROIs that are there."""
+    known = errors[np.isfinite(errors)]
+    return 1 - float(known.mean()) if len(known) else float("nan")
+
+
+def _covered(signal: np.ndarray, low: np.ndarray, high: np.ndarray) -> float:
+    """Share of a signal's values between two bounds, of those that are there."""
+    known = np.isfinite(signal)
+    return float(((signal >= low) & (signal <= high))[known].mean()) if known.any() else float("nan")
+
+
 def token_map(title: str, panels: dict[str, np.ndarray], seconds: float, label: str, caption: str) -> str:
     """Values [patches, tokens_per_patch] of latent tokens over time, a panel each, every panel with its own scale."""
     patches, tokens = next(iter(panels.values())).shape

@@ -9,10 +9,12 @@ import torch
 from matplotlib.figure import Figure
 
 from .page import as_number, drawing, write_page
-from .scan_figures import ScanView, carpet, connectivity, glass_brain, network_name, token_map, traces
+from .scan_figures import ScanView, carpet, connectivity, forecast, glass_brain, network_name, token_map, traces
 
 
 NLL_COLOUR = "#0b7fc7"
+# forecasts that a band is made of
+SAMPLES = 100
 
 
 def write_scan_report(
@@ -43,6 +45,7 @@ def write_scan_report(
         answers[text] = reader.ask(scan, text, choices, window="first")
         carried[text] = token_contributions(reader, scan, text, answers[text]["answer"], choices)
     nll, networks = network_nll(reader, scan)
+    ahead = forecast_last_patch(reader, scan)
     missing = int(np.isnan(view.signal).all(0).sum())
     frames, rois = scan["signal"].shape
     patches, tokens, levels = view.codes.shape
@@ -73,6 +76,7 @@ def write_scan_report(
                 },
             ],
         ),
+        *([("forecast", "What comes next", [{"figure": forecast(view, *ahead)}])] if ahead else []),
         ("surprise", "Next-code NLL", _nll(view, nll, networks)),
         ("brain", "On the brain", _brain(view, scan["atlas"].coordinates)),
     ]
@@ -117,6 +121,30 @@ def view_scan(reader: Any, scan: dict[str, Any]) -> ScanView:
         networks=scan["atlas"].networks,
         codes=reader.tokenize(scan, window="first"),
     )
+
+
+@torch.no_grad()
+def forecast_last_patch(reader: Any, scan: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """
+    Of the last patch of a scan's first window, given the frames before it: sampled signals [samples, frames, rois] and
+    the expected one [frames, rois], NaN where a ROI is missing; None if no whole patch comes before it.
+    """
+    features = reader.processor.feature_extractor([scan], window="first").to(reader.model.device)
+    config, frames = reader.model.config.codec_config, int(features["fmri_mask"].any(1).sum())
+    start = frames - config.patch_length
+    if start < config.patch_length:
+        return None
+    values, mask = (features[name][..., :start] for name in ("fmri_values", "fmri_mask"))
+    known, found = mask.any(-1)[0].cpu().numpy(), []
+    for samples in (SAMPLES, None):
+        seconds = config.patch_length * config.repetition_time
+        generator = torch.Generator(reader.model.device).manual_seed(0)
+        future = reader.model.forecast(
+            values, features["roi_coordinates"], mask, seconds, samples, generator=generator
+        )
+        future = future[:, 0] if samples else future[0]
+        found.append(np.where(known, future.mT.float().cpu().numpy(), np.nan))
+    return found[0], found[1]
 
 
 @torch.no_grad()
