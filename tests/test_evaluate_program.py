@@ -70,7 +70,7 @@ def test_written_tasks_are_the_tasks(tasks) -> None:
 
 def test_several_tasks_and_descriptors_in_one_report(cohort, saved, tasks, tmp_path, monkeypatch) -> None:
     settings = replace(EvaluationSettings.quick(), shots=(0, 2, FULL), resamples=2, tuning=Tuning(1))
-    settings = replace(settings, conditions=program.CONDITIONS)
+    settings = replace(settings, conditions=program.CONDITIONS, window_stride=None)
     arguments = {"folds": 2, "new_subjects": True, "settings": settings}
     output = tmp_path / "results"
     results = evaluate(saved, cohort, output, tasks, descriptors=True, **arguments)

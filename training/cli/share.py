@@ -108,9 +108,6 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
     Parts of a saved model, the scans it reads, what it learned from and in which stages, and its figures: those that
     its card names, or the results.json that its program wrote beside the folder.
     """
-    from huggingface_hub import ModelCard
-
-    from fmrilm.processors.descriptors.cohort import JSON_FILE
 
     def read(name: str) -> dict[str, Any]:
         path = folder / name
@@ -125,6 +122,11 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
     if config.get("model_type") not in kinds:
         kind = config.get("model_type")
         raise ValueError(f"expected the config.json of a codec or a model in {folder}, got {kind!r}")
+
+    from huggingface_hub import ModelCard
+
+    from fmrilm.processors.descriptors.cohort import JSON_FILE
+
     found: dict[str, dict[str, Any]] = {"model": {"stage": kinds[config["model_type"]]}}
     if text := config.get("text_config"):
         found["model"] |= {"language model": text["model_type"], "scores": len(config.get("score_names") or [])}
