@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, pipeline
 
 from fmrilm.modeling_fmrilm_original import FmriOriginalForConditionalGeneration
-from fmrilm.processors import Atlas
-from fmrilm.training.hub.convert_original import Conversion, convert_original, load_checkpoint, official_atlas
+from fmrilm.training.hub.convert_original import Conversion, convert_original, load_checkpoint
 from official_checkpoint import (
     CODE_DIM,
     ROIS,
@@ -136,6 +135,8 @@ def test_converted_checkpoint_computes_the_documented_formulas(
         following[[token for token in never if token < len(following)]] = -torch.inf
         assert following.argmax() == token
         ids = torch.cat([ids, token.view(1, 1)], 1)
+    pipe = pipeline("fmri-text-to-text", model=str(output), trust_remote_code=True)
+    assert pipe(scan, "Old?", tr=2.0, **options)["answer"] == processor.decode_answers(answer[:, -3:])[0]
     choices = processor.encode_choices([" Yes", " No"])
     scores = model.score_choices(batch, choices)
     assert torch.allclose(scores[:1], model.score_choices(inputs, choices), atol=1e-4)
@@ -258,13 +259,6 @@ def test_missing_and_misshapen_tensors_are_named(backbone_folder, tiny_atlas, tm
     with pytest.raises(ValueError, match="which exists"):
         convert(whole)
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_official_atlas_has_subcortex_first() -> None:
-    atlas = official_atlas()
-    assert len(atlas) == 450 and atlas.labels == tuple(range(1, 451))
-    assert atlas.rois[:50] == Atlas.load("tian-s3").rois
-    assert np.array_equal(atlas.coordinates[50:], Atlas.load("schaefer-400-7networks").coordinates)
 
 
 @pytest.mark.parametrize(("patch", "width", "heads"), [(160, 384, 6), (32, 768, 12), (160, 1024, 16)])

@@ -1,23 +1,48 @@
 """The quick demo, once, with the real scans and the real language model, and what it leaves behind."""
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from document_blocks import run_page
 from fmrilm.training import demo
 from fmrilm.training.cli.main import app
-from fmrilm.training.data.open_data import open_scans
 from fmrilm.training.data.splits import held_out_subjects
 from fmrilm.training.demo import run_demo
 from fmrilm.training.hub.model_card import read_card
 from fmrilm.training.hub.push import find_problems
 
 
+README = Path(__file__).parents[1] / "README.md"
+# what a new user types at other times, on other machines, or with a token
+TYPED = {
+    "make demo": "fmrilm demo --quick",
+    "--jobs 4": "--jobs 1",
+    "fmrilm push runs/demo/model me/my-model": "fmrilm push runs/demo/model me/my-model --dry-run",
+}
+
+
+@pytest.fixture(scope="module")
+def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a quick demo, with the real scans and the real language model. To be read alone."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    run_demo(folder, quick=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def results(quick_demo: Path) -> dict:
     return json.loads((quick_demo / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def subjects(quick_demo: Path) -> set[str]:
+    with open(quick_demo / "scans" / "manifest.csv", newline="") as handle:
+        return {row["subject"] for row in csv.DictReader(handle)}
 
 
 def test_run_leaves_its_stages_model_results_and_report(quick_demo: Path) -> None:
@@ -36,8 +61,7 @@ def test_run_leaves_its_stages_model_results_and_report(quick_demo: Path) -> Non
     assert parcels == {"aal2-94", "schaefer-100-7networks", "schaefer-400-7networks"}
 
 
-def test_results_are_about_the_held_out_subjects(results: dict) -> None:
-    subjects = {scan.subject for scan in open_scans()}
+def test_results_are_about_the_held_out_subjects(results: dict, subjects: set[str]) -> None:
     held_out = held_out_subjects(subjects)
     assert results["data"]["training_subjects"] == [len(subjects) - len(held_out)]
     assert results["data"]["test_subjects"] == [len(held_out)]
@@ -53,12 +77,9 @@ def test_results_are_about_the_held_out_subjects(results: dict) -> None:
         assert all(0 <= family[condition]["accuracy"] <= 1 for condition in ("right", "shuffled", "majority"))
 
 
-def test_no_identifier_of_a_subject_is_written(quick_demo: Path) -> None:
-    identifiers = {scan.subject for scan in open_scans()}
-    paths = [quick_demo / "results.json", quick_demo / "report.html", *(quick_demo / "model").glob("*.[jm]*")]
-    for path in paths:
-        text = path.read_bytes()
-        assert path.suffix == ".safetensors" or not [name for name in identifiers if name.encode() in text], path.name
+def test_no_identifier_of_a_subject_is_written(quick_demo: Path, subjects: set[str]) -> None:
+    for path in (quick_demo / "results.json", quick_demo / "report.html", *(quick_demo / "model").glob("*.[jm]*")):
+        assert not [name for name in subjects if name.encode() in path.read_bytes()], path.name
 
 
 def test_finished_run_is_not_repeated(quick_demo: Path, capsys: pytest.CaptureFixture) -> None:
@@ -99,3 +120,9 @@ def test_card_of_the_model_states_what_was_measured(quick_demo: Path, results: d
         for name, family in families.items()
     }
     assert not list(find_problems(quick_demo / "model"))
+
+
+def test_new_user_types_the_readme(quick_demo: Path, in_small_world: Path) -> None:
+    shutil.rmtree("runs/demo")
+    Path("runs/demo").symlink_to(quick_demo)
+    run_page(README, TYPED)

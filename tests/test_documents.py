@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -22,23 +21,11 @@ NOT_RUN = {
     "SECURITY.md": ["loads a repository from the Hub"],
     "CONTRIBUTING.md": ["they are what it runs"],
 }
-# what a new user types at other times, on other machines, or with a token
-TYPED = {
-    "make demo": "fmrilm demo --quick",
-    "--jobs 4": "--jobs 1",
-    "fmrilm push runs/demo/model me/my-model": "fmrilm push runs/demo/model me/my-model --dry-run",
-}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_blocks_of_a_page_run(page: Path, in_small_world: Path) -> None:
     run_page(page)
-
-
-def test_new_user_types_the_readme(quick_demo: Path, in_small_world: Path) -> None:
-    shutil.rmtree("runs/demo")
-    Path("runs/demo").symlink_to(quick_demo)
-    run_page(ROOT / "README.md", TYPED)
 
 
 def test_blocks_that_do_not_run_are_these() -> None:

@@ -1,8 +1,6 @@
 """Pages of results and scaling are what their scripts make, and the demo's table is what its runs hold."""
 
-import json
 import runpy
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -47,20 +45,6 @@ def test_page_is_what_the_script_makes(script: dict) -> None:
 def test_scaling_is_what_its_script_makes() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "scaling.py"))
     assert script["page"]() == script["PAGE"].read_text(encoding="utf-8"), "run: python docs/scaling.py"
-
-
-def test_sections_are_those_of_the_files_that_are_there(script: dict, tmp_path: Path) -> None:
-    shutil.copy(RESULTS / "descriptors_identification.csv", tmp_path)
-    (tmp_path / "ask.csv").write_text("what,seconds,n\nfmrilm ask,4.5678,5\n", encoding="utf-8")
-    page = script["page"](tmp_path)
-    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == [
-        "Descriptors: identification",
-        "One question",
-    ]
-    assert page.endswith("| what | seconds | n |\n| --- | --- | --- |\n| fmrilm ask | 4.568 | 5 |\n")
-    (tmp_path / "guesses.csv").write_text("a\n1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"expected files of demo.csv, .*, got guesses.csv"):
-        script["page"](tmp_path)
 
 
 def test_long_tables_are_shortened(script: dict) -> None:
@@ -108,11 +92,3 @@ def test_table_of_the_demo_is_over_seeds(demo: dict, script: dict, tmp_path: Pat
     undefined = demo["table"]([results(0)])
     undefined.to_csv(tmp_path / "demo.csv", index=False)
     assert "| true statements in descriptions |  |" in script["page"](tmp_path)
-
-
-def test_finished_runs_of_the_demo_are_read(demo: dict, tmp_path: Path) -> None:
-    for seed in range(2):
-        (tmp_path / f"seed{seed}").mkdir()
-        (tmp_path / f"seed{seed}" / "results.json").write_text(json.dumps(results(seed)), encoding="utf-8")
-    demo["main"](tmp_path, "0,1", tmp_path)
-    assert pd.read_csv(tmp_path / "demo.csv")["seeds"].max() == 2

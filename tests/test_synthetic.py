@@ -70,7 +70,7 @@ def test_scans_resemble_the_sources(sources, unaffected) -> None:
 
 
 @pytest.mark.parametrize(("network", "effect"), [("Default", 2.0), ("Default", -2.0), ("Limbic", 3.0)])
-def test_effect_is_as_large_as_asked_and_stays_in_its_network(network: str, effect: float, sources, unaffected) -> None:
+def test_effect_is_as_large_as_asked_and_stays_in_its_network(network, effect: float, sources, unaffected) -> None:
     cohort = SyntheticCohort(sources, AAL2, 120, effect, network)
     rows, before = list(cohort), unaffected[1]
     assert [row["group"] for row in rows] == [row["group"] for row in before]

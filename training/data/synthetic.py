@@ -201,7 +201,7 @@ def write_synthetic(folder: Path, cohort: SyntheticCohort) -> None:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Folder to write, with 'synthetic' in its name; a stopped run goes on.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with 'synthetic' in its name; a stopped run goes on.")],
     subjects: Annotated[int, typer.Option(min=2, help="Subjects, one scan each.")] = 300,
     effect: Annotated[float, typer.Option(help="Group b against a, Cohen's d.")] = DEFAULT_EFFECT,
     network: Annotated[str, typer.Option(help="Network whose connectivity differs between the groups.")] = "Default",
