@@ -295,17 +295,10 @@ def nearest_frames(frames: int, tr: float, repetition_time: float) -> np.ndarray
     return np.minimum(np.rint(times / tr).astype(int), frames - 1)
 
 
-def window_bounds(
-    frames: int, window: str, length: int, stride: int, generator: np.random.Generator | None = None
-) -> list[tuple[int, int]]:
+def window_bounds(frames: int, window: str, length: int, stride: int) -> list[tuple[int, int]]:
     """First and one-past-last frame of each window. A scan shorter than `length` is one window by itself."""
     if window == "full" or frames <= length:
         return [(0, frames)]
     if window == "first":
         return [(0, length)]
-    if window == "random":
-        if generator is None:
-            raise ValueError("window='random' needs generator=numpy.random.default_rng(seed)")
-        start = int(generator.integers(frames - length + 1))
-        return [(start, start + length)]
     return [(start, start + length) for start in range(0, frames - length + 1, stride)]

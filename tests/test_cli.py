@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -132,18 +131,6 @@ def test_wrong_usage_has_a_code_of_its_own(tmp_path: Path) -> None:
     assert run("ask").exit_code == 2
     assert run("train", "codec", "--config", tmp_path / "nowhere.yaml").exit_code == 2
     assert run("prepare", tmp_path, tmp_path / "out", "--backend", "dask").exit_code == 2
-
-
-@pytest.mark.parametrize("stage, folder", [("codec", "codec"), ("align", "alignment"), ("sft", "sft")])
-def test_training_takes_its_settings_and_overrides_to_the_program(stage, folder, tmp_path: Path, monkeypatch) -> None:
-    program = import_module(f"fmrilm.training.{folder}.program")
-    config = tmp_path / "settings.yaml"
-    config.write_text("max_steps: 3\n")
-    taken = []
-    monkeypatch.setattr(program, "main", taken.append)
-    done = run("train", stage, "--config", config, "--max_steps", "5", "--use_peft", "--output_dir=runs/x")
-    assert done.exit_code == 0, done.stderr
-    assert taken == [["--config", str(config), "--max_steps", "5", "--use_peft", "--output_dir=runs/x"]]
 
 
 def test_info_tells_versions_devices_and_caches(tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
 from fmrilm.processors.descriptors.measures import FAMILIES, descriptor_names
-from fmrilm.processors.descriptors.phrases import NAMES, PHRASES
+from fmrilm.processors.descriptors.phrases import PHRASES
 from fmrilm.processors.descriptors.questions import KINDS, Question, Questioner, stem_and_network
 from fmrilm.processors.descriptors.text import BUCKETS, parse
 
@@ -162,12 +162,3 @@ def test_questions_about_one_scan_differ(descriptors: np.ndarray, cohort: Cohort
     questioner = Questioner(descriptors, ["a"] * SCANS, cohort, seed=0)
     asked = questioner.ask(0, 40)
     assert len({question.text for question in asked}) == len(asked) > 30
-
-
-def test_every_single_network_phrase_has_a_stem() -> None:
-    for text, name in NAMES.items():
-        stem, network = stem_and_network(name)
-        targets = name.partition("/")[2].split("-")
-        alone = "global" not in targets and text.endswith("network")
-        assert bool(network) == alone
-        assert "network" not in stem.replace("within the network", "") or not network

@@ -64,20 +64,6 @@ def test_long_tables_are_shortened(script: dict) -> None:
     ]
 
 
-def test_forecasts_are_shown_by_lead(script: dict) -> None:
-    figures = {"correlation": 0.4, "crps": 0.5, "coverage": 0.8, "subjects": 9}
-    empty = {f"{figure}_{name}": None for figure in ("r_squared", "crps") for name in ("minus_best", "low", "high")}
-    rows = []
-    for seconds in (2, 4):
-        ours = {"seconds": seconds, "method": "ours", "r_squared": 0.2, **figures, **empty}
-        ours |= {"r_squared_minus_best": 0.1, "r_squared_low": 0.05, "r_squared_high": 0.15}
-        rows += [ours, {**ours, **empty, "method": "mean", "r_squared": 0.0}]
-    shown = script["by_lead"](pd.DataFrame(rows))
-    assert list(shown) == ["figure", "method", "2 s", "4 s"] and len(shown) == 9
-    assert shown.iloc[0].tolist() == ["r_squared", "ours", "0.2", "0.2"]
-    assert shown.iloc[-1].tolist() == ["r_squared minus best other", "ours", *["0.1 (0.05 to 0.15)"] * 2]
-
-
 def test_table_of_the_demo_is_over_seeds(demo: dict, script: dict, tmp_path: Path) -> None:
     table = demo["table"]([results(seed) for seed in range(3)])
     rows = {(row.what, row.condition): row for row in table.itertuples()}

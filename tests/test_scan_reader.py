@@ -11,7 +11,6 @@ from conftest import build_tiny_atlas
 
 import fmrilm
 from fmrilm import FmriLMFeatureExtractor, FmriLMProcessor, ScanReader
-from fmrilm.processors.descriptors.text import REQUESTS
 
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
@@ -85,10 +84,6 @@ def test_answers_are_those_of_the_model(reader: ScanReader, scans: list[dict]) -
     description = reader.describe(scans, max_new_tokens=6)
     assert description == [answer(reader, inputs(reader, scan, "Describe this scan."), 6) for scan in scans]
     assert reader.describe(scans[1], max_new_tokens=6) == description[1]
-
-
-def test_description_is_asked_for_in_words_of_the_training() -> None:
-    assert ScanReader.describe.__defaults__[0] in REQUESTS
 
 
 def test_no_sentence_twice_in_a_greedy_description(reader: ScanReader, scans: list[dict], monkeypatch) -> None:

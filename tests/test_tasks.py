@@ -33,13 +33,6 @@ def people(**columns) -> list[dict]:
 # --- the packaged tasks
 
 
-def test_packaged_tasks_are_those_of_the_benchmarks() -> None:
-    assert set(task_names()) >= {
-        "sex", "age", "age_group", "fluid_intelligence", "ad", "adhd", "asd", "apoe4", "handedness", "state",
-        "synthetic_group",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("name", task_names())
 def test_packaged_task_is_complete(name: str) -> None:
     task = load_task(name)
