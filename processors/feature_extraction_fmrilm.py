@@ -64,7 +64,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         window_stride: frames from one sliding window to the next; `window_length` unless given.
         detrend_order: order of the polynomial drift that is removed; 0 removes the mean only.
         clip: largest absolute z-score.
-        cleaning: settings of `Cleaning` as a dict: band-pass, columns of confound tables, thresholds for scrubbing.
+        cleaning: settings of `Cleaning` as a dict: high_pass and low_pass in Hz.
         max_missing_rois: largest share of an atlas' ROIs that a scan may lack.
         parcel_files: path of a saved atlas' parcels, by its name; set by `from_pretrained`.
     """

@@ -104,11 +104,6 @@ def test_bad_input_is_one_line_and_a_hint(folder: Path, scan: Path) -> None:
         raise run("--debug", "ask", scan, QUESTION, "--model", folder).exception
 
 
-def test_app_without_a_model_says_what_it_expects(tmp_path: Path) -> None:
-    failed = run("app", "--model", tmp_path)
-    assert failed.exit_code == 1 and "which holds no config.json" in failed.stderr.splitlines()[0]
-
-
 def test_unforeseen_failures_and_missing_packages_are_one_line_too(scan: Path, monkeypatch) -> None:
     def fail(error: BaseException) -> Result:
         def load(*args: object) -> None:

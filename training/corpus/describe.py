@@ -196,7 +196,7 @@ def _ask(
         if scans:
             groups = source.table["atlas"].iloc[scans].tolist()
             seed = [settings.seed, number]
-            questioner = Questioner(values[scans], groups, cohort, seed, settings.minimum_margin)
+            questioner = Questioner(values[scans], groups, cohort, seed)
             for row, scan in enumerate(scans):
                 asked[scan] = [
                     {**asdict(question), "scans": [scans[place] for place in question.scans]}
