@@ -128,17 +128,11 @@ def test_wrong_usage_has_a_code_of_its_own(tmp_path: Path) -> None:
     assert run("prepare", tmp_path, tmp_path / "out", "--backend", "dask").exit_code == 2
 
 
-def test_info_tells_versions_devices_and_caches(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "blob").write_bytes(bytes(3_000_000))
-    (tmp_path / "link").symlink_to(tmp_path / "hub" / "blob")
-    monkeypatch.setattr("fmrilm.training.cli.share.CACHE", tmp_path)
+def test_info_tells_versions_and_devices() -> None:
     found = json.loads(run("info", "--json").stdout)
     assert found["packages"]["torch"].startswith("2.") and "fmri-lm" not in found["packages"]
     assert found["program"]["python"] == ".".join(map(str, sys.version_info[:3])) and "cpu" in found["devices"]
-    assert 3_000_000 <= found["caches"]["converted models"] < 3_010_000
-    lines = run("info").stdout.splitlines()
-    assert f"  {'converted models':<26}3 MB" in lines and "devices" in lines
+    assert "devices" in run("info").stdout.splitlines()
 
 
 def test_info_describes_a_model_folder(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import build_tiny_atlas
@@ -38,15 +37,6 @@ def scans(signal: np.ndarray) -> list[dict]:
     """Of two lengths and two atlases."""
     other = np.random.default_rng(1).normal(1000, 10, (9, 7)).astype(np.float32)
     return [{"signal": signal, "tr": 2.0, "atlas": "tiny"}, {"signal": other, "tr": 2.0, "atlas": "other"}]
-
-
-@pytest.fixture
-def table(signal: np.ndarray, tmp_path: Path) -> pd.DataFrame:
-    """Two files; the atlas of the second is not told."""
-    np.save(tmp_path / "a.npy", signal)
-    np.save(tmp_path / "b.npy", signal[::-1])
-    paths = [tmp_path / "a.npy", str(tmp_path / "b.npy")]
-    return pd.DataFrame({"subject": ["a", "b"], "path": paths, "tr": [2, 2], "atlas": ["tiny", None]}, index=[7, 3])
 
 
 def inputs(reader: ScanReader, scan: dict, question: str = QUESTION) -> dict:
@@ -220,25 +210,6 @@ def test_embedding_is_the_mean_state_of_the_scan(reader: ScanReader, scans: list
     assert len(inside) == 8
     assert np.allclose(reader.embed(scans[0]), inside.mean(0), atol=1e-6)
     assert reader.embed(scans[0]).dtype == np.float32 and len(reader.embed(scans)) == 2
-
-
-def test_table_gains_columns_and_keeps_its_own(reader: ScanReader, table: pd.DataFrame) -> None:
-    before = table.copy()
-    with pytest.raises(ValueError, match=r"scan 1 \(counted from 0\): which atlas"):
-        reader.embed(table)
-    table = table.assign(atlas="tiny")
-    asked = reader.ask(table, QUESTION, CHOICES)
-    assert list(asked.columns) == [*before.columns, "answer", *(f"probability of {choice}" for choice in CHOICES)]
-    assert list(asked.index) == [7, 3] and list(asked["subject"]) == ["a", "b"]
-    first = reader.ask(table["path"].iloc[0], QUESTION, CHOICES, **OPTIONS)
-    assert asked["answer"].iloc[0] == first["answer"]
-    assert asked["probability of no"].iloc[0] == pytest.approx(first["probabilities"]["no"], rel=1e-3)
-    assert np.array_equal(reader.tokenize(table)["codes"].iloc[1], reader.tokenize(table["path"].iloc[1], **OPTIONS))
-    assert list(reader.describe(table, max_new_tokens=2).columns) == [*before.columns, "description"]
-    # what is not in the table is said once for all
-    assert len(reader.forecast(table[["path"]], **OPTIONS)["forecast"].iloc[0]) == 16
-    with pytest.raises(ValueError, match="a column 'path', got columns"):
-        reader.ask(table.rename(columns={"path": "file"}), QUESTION)
 
 
 def test_unfit_calls_are_refused(reader: ScanReader, scans: list[dict], signal: np.ndarray) -> None:
