@@ -83,7 +83,6 @@ def test_lora_trains_attention_mlps_and_what_a_scan_passes_through(
     whole = {
         f"projector.modules_to_save.default.{name}" for name, _ in tiny_model().model.projector.named_parameters()
     }
-    whole |= {f"fmri_head.modules_to_save.default.{name}" for name in ("proj.weight", "frequencies")}
     whole |= {"boundaries.modules_to_save.default.weight"}
     whole |= {f"summary.output_proj.modules_to_save.default.{name}" for name in ("weight", "bias")}
     layer = "causal_lm.model.layers.{}.{}.lora_{}.default.weight"
