@@ -81,8 +81,8 @@ class ScanReader:
     "atlas"}. One scan gives one result, a list gives a list.
 
     Every method also takes for all its scans `tr` (s), `atlas`, `label_image` and `window`: "first", "full" (the whole
-    scan at once) or None. With None, probabilities and embeddings are means over all whole windows of a scan; what is
-    not a mean is of the first window, with a warning where a scan is longer.
+    scan at once) or None. With None, probabilities are means over all whole windows of a scan; the rest is of the
+    first window, with a warning where a scan is longer.
 
     Attributes: `model` (FmriLMForConditionalGeneration) and `processor` (FmriLMProcessor).
     """
@@ -155,22 +155,6 @@ class ScanReader:
         if stream:
             return found
         return [one["answer"] for one in found] if isinstance(scan, list) else found["answer"]
-
-    def embed(self, scan: Any, **options: Any) -> Any:
-        """
-        float32 [hidden]: what the language model makes of a scan alone, the mean of its last states over the scan's
-        tokens.
-        """
-
-        def embedding(scan: Any) -> np.ndarray:
-            codes = self._read(scan, **options)["codes"]
-            text = self.processor.scan_text(codes.shape[1])
-            ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            ids = ids.to(self.model.device).expand(len(codes), -1)
-            states = self.model.model(input_ids=ids, fmri_codes=codes).last_hidden_state
-            return states[ids == self.processor.fmri_token_id].float().mean(0).cpu().numpy()
-
-        return _each(embedding, scan)
 
     def tokenize(self, scan: Any, **options: Any) -> Any:
         """Codes int64 [patches, tokens_per_patch, levels] of a scan."""

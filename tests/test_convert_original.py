@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, pipeline
 
 from fmrilm.modeling_fmrilm_original import FmriOriginalForConditionalGeneration
-from fmrilm.training.hub.convert_original import Conversion, convert_original, load_checkpoint
+from fmrilm.training.hub.convert_original import convert_original, load_checkpoint
 from official_checkpoint import (
     CODE_DIM,
     ROIS,
@@ -259,21 +259,6 @@ def test_missing_and_misshapen_tensors_are_named(backbone_folder, tiny_atlas, tm
     with pytest.raises(ValueError, match="which exists"):
         convert(whole)
     assert not list(tmp_path.glob("*.partial"))
-
-
-@pytest.mark.parametrize(("patch", "width", "heads"), [(160, 384, 6), (32, 768, 12), (160, 1024, 16)])
-def test_sizes_are_read_off_the_tensors(patch: int, width: int, heads: int) -> None:
-    shapes = {
-        "tokenizer.encoder.pos_embed": (1, 450, width),
-        "tokenizer.encoder.patch_embed.proj.weight": (width, 1, 1, patch),
-        "tokenizer.encoder.blocks.0.mlp.fc1.weight": (4 * width, width),
-        "tokenizer.encoder.blocks.11.mlp.fc1.weight": (4 * width, width),
-        "tokenizer.encoder.ln_post.weight": (width,),
-        "encode_transform_layer.0.weight": (1024, 128),
-    }
-    sizes = Conversion({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}).sizes()
-    assert (sizes["num_rois"], sizes["num_patches"], sizes["encoder_layers"]) == (450, 160 // patch, 2)
-    assert (sizes["encoder_heads"], sizes["encoder_mlp_width"], sizes["feature_dim"]) == (heads, 4 * width, 128)
 
 
 def test_converted_model_refuses_scans_it_cannot_know(backbone_folder, tiny_atlas, tmp_path: Path) -> None:
