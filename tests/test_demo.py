@@ -2,28 +2,17 @@
 
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from document_blocks import run_page
 from fmrilm.training import demo
 from fmrilm.training.cli.main import app
 from fmrilm.training.data.splits import held_out_subjects
 from fmrilm.training.demo import run_demo
 from fmrilm.training.hub.model_card import read_card
 from fmrilm.training.hub.push import find_problems
-
-
-README = Path(__file__).parents[1] / "README.md"
-# what a new user types at other times, on other machines, or with a token
-TYPED = {
-    "make demo": "fmrilm demo --quick",
-    "--jobs 4": "--jobs 1",
-    "fmrilm push runs/demo/model me/my-model": "fmrilm push runs/demo/model me/my-model --dry-run",
-}
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +109,3 @@ def test_card_of_the_model_states_what_was_measured(quick_demo: Path, results: d
         for name, family in families.items()
     }
     assert not list(find_problems(quick_demo / "model"))
-
-
-def test_new_user_types_the_readme(quick_demo: Path, in_small_world: Path) -> None:
-    shutil.rmtree("runs/demo")
-    Path("runs/demo").symlink_to(quick_demo)
-    run_page(README, TYPED)

@@ -17,6 +17,7 @@ from fmrilm.training.cli.main import app
 from fmrilm.training.corpus import describe
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
+from fmrilm.training.data import shards
 from fmrilm.training.data.collator import with_token_counts
 from fmrilm.training.data.splits import SplitArguments
 from helpers import atlas, noise_signal, write_study
@@ -112,9 +113,9 @@ def test_rows_become_prompts(corpus: Path, processor) -> None:
     assert (np.asarray(text) == pad).sum() == 8
 
 
-def failing(stop: int):
-    """`write_whole` that fails at its so-manieth call."""
-    calls, write = [], describe.write_whole
+def fail_at(stop: int, patch: pytest.MonkeyPatch) -> None:
+    """The so-manieth file is not written: the disk is full."""
+    calls, write = [], shards.write_whole
 
     def wrapped(path, content) -> None:
         calls.append(path)
@@ -122,7 +123,8 @@ def failing(stop: int):
             raise OSError("disk full")
         write(path, content)
 
-    return wrapped
+    for module in (describe, shards):
+        patch.setattr(module, "write_whole", wrapped)
 
 
 def test_processes_and_interruptions_do_not_change_a_byte(scans: Path, corpus: Path, tmp_path, monkeypatch) -> None:
@@ -131,7 +133,7 @@ def test_processes_and_interruptions_do_not_change_a_byte(scans: Path, corpus: P
         if not options:
             for stop in (2, 4, 6):
                 with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-                    patch.setattr(describe, "write_whole", failing(stop))
+                    fail_at(stop, patch)
                     describe_dataset(load_source(str(scans)), output, SETTINGS)
                 assert not output.exists()
         describe_dataset(load_source(str(scans)), output, SETTINGS, **options)
@@ -185,7 +187,7 @@ def test_run_does_not_go_on_with_another_split_file(scans: Path, tmp_path, monke
     splits.write_text("subject,split\np0,test\np1,train\np2,train\n")
     settings = CorpusSettings(SplitArguments(splits=str(splits)), 3, 4)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(describe, "write_whole", failing(4))
+        fail_at(4, patch)
         describe_dataset(load_source(str(scans)), tmp_path / "corpus", settings)
     splits.write_text("subject,split\np0,train\np1,train\np2,test\n")
     with pytest.raises(ValueError, match="was begun with other settings"):
@@ -333,7 +335,7 @@ def test_stopped_run_goes_on_with_the_same_scans_alone(
     source = load_source(str(scans))
     other = changed(source, column, change)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(describe, "write_whole", failing(4))
+        fail_at(4, patch)
         describe_dataset(source, tmp_path / "corpus", SETTINGS)
     with pytest.raises(ValueError, match=f"scans {source.fingerprint} instead of {other.fingerprint}"):
         describe_dataset(other, tmp_path / "corpus", SETTINGS)

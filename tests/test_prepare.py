@@ -418,7 +418,7 @@ def test_dask_cluster_gives_what_one_process_gives(table, tmp_path) -> None:
     manifest = study(tmp_path / "in", 4)
     run(manifest, tmp_path / "one", table)
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", local_directory=str(tmp_path)
+        n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0", local_directory=str(tmp_path)
     ) as cluster:
         arguments = ["prepare", str(manifest), str(tmp_path / "two"), "--atlas", str(table), "--backend", "dask"]
         result = CliRunner().invoke(app, [*arguments, "--scheduler", cluster.scheduler_address])
