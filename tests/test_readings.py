@@ -58,6 +58,10 @@ def test_rows_hold_the_first_patch_of_their_window_and_its_other_scores() -> Non
         codes, window = row["codes"][0], window_of(row["codes"][0])
         assert codes == examples.codes[window][:2].tolist()
         assert row["scores"][0][0] == window
+    # each task once, in a random order
+    asked = [[text_of(row, place) for place in range(0, 6, 2)] for row in rows]
+    assert all(sum(question in task.questions for question in chat) == 1 for chat in asked for task in TASKS)
+    assert len({next(k for k, task in enumerate(TASKS) if chat[0] in task.questions) for chat in asked}) == len(TASKS)
     # what is said of one subject's age is said in years and in groups
     ages, groups = NAMES.index("age"), slice(NAMES.index("age") + 1, None)
     own = examples.scores[:, groups] / np.linalg.norm(examples.scores[:, groups], axis=1, keepdims=True)
@@ -81,7 +85,7 @@ def test_numbers_are_the_expected_ones_within_the_range() -> None:
 
 
 @pytest.mark.parametrize("task", [TASKS[0], TASKS[2]])
-def test_answers_are_surer_than_the_labels_and_about_as_frequent(task) -> None:
+def test_answers_are_surer_than_the_labels(task) -> None:
     examples = examples_of(noise=4.0)
     labels = [task.answer(row[task.column]) for row in examples.rows]
     reading = Reading.fit(task, examples, NAMES)
@@ -90,7 +94,6 @@ def test_answers_are_surer_than_the_labels_and_about_as_frequent(task) -> None:
     shares, given = (
         np.array([each.count(word) / len(each) for word in task.choice_words]) for each in (labels, drawn)
     )
-    assert np.allclose(given, shares, atol=0.2)
     # an answer that nobody has is never given
     assert not given[shares == 0].any()
     plain = LogisticRegression().fit(scores, labels).predict_proba(scores)

@@ -20,7 +20,7 @@ from ..data.tasks import Task
 LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|c_attn|c_fc)"
 LANGUAGE_MODEL = "model.causal_lm."
 # of the embedding of an answer with one standard deviation of its score, in distances between answers
-ANSWER_CHANGE = 0.5
+ANSWER_CHANGE = 2.0
 # what a scan enters and leaves through, trained whole beside an adapter
 SCAN_MODULES = ("projector", "summary.output_proj", "boundaries")
 

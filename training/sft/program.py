@@ -82,7 +82,7 @@ class SftArguments(ScanArguments):
     reading_share: float = field(
         default=0.0,
         metadata={
-            "help": "Of the rows, short ones with one question of a task, whose answer follows another subject's "
+            "help": "Of the rows, short ones with questions of the tasks, whose answers follow another subject's "
             "scores: they teach to answer as the scores say."
         },
     )

@@ -22,9 +22,11 @@ from ..data.tasks import Task, labels_of
 
 
 # least standard deviation, over subjects, of the log-probability of an answer against the mean of the answers
-SHARPNESS = 1.5
+SHARPNESS = 4.0
 # by how much scores are multiplied in a row, at most: the larger, the clearer what the answer depends on
 MOST_WIDENED = 3.0
+# questions of a row, at most: each is about another task, and all share the tokens of the scan
+MOST_ASKED = 3
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ def reading_rows(
     examples: Examples, names: Sequence[str], tasks: Sequence[Task], rows: int, tokens_per_patch: int, seed: int
 ) -> Dataset:
     """
-    Rows with one question of a task and the latent tokens of the window's first patch alone: short rows are cheap, and
-    what they teach serves prompts with all latent tokens as well.
+    Chats with a question of each of `MOST_ASKED` tasks, and the latent tokens of the window's first patch alone: short
+    rows are cheap, and what they teach serves prompts with all latent tokens as well.
     """
     readings = [Reading.fit(task, examples, names) for task in tasks]
     rng = np.random.default_rng(seed)
@@ -90,10 +92,12 @@ def reading_rows(
         for reading in readings:
             widened = rng.uniform(1, MOST_WIDENED)
             scores[reading.columns] = widened * examples.scores[donors[reading.task.column], reading.columns]
-        asked = readings[rng.integers(len(readings))]
-        task = asked.task
-        question = task.questions[rng.integers(len(task.questions))]
-        answer = asked.answer(scores[asked.columns], rng)
-        row = row_of(examples, [window], [user(scan_block(), text_block(question)), assistant(answer)])
+        chat: list[dict] = []
+        for place in rng.permutation(len(readings))[:MOST_ASKED]:
+            task = readings[place].task
+            question = text_block(task.questions[rng.integers(len(task.questions))])
+            chat.append(user(question) if chat else user(scan_block(), question))
+            chat.append(assistant(readings[place].answer(scores[readings[place].columns], rng)))
+        row = row_of(examples, [window], chat)
         made.append({**row, "codes": [row["codes"][0][:tokens_per_patch]], "scores": [scores.tolist()]})
     return chat_dataset(made)
