@@ -99,13 +99,9 @@ def saved(llama, processor, tmp_path: Path) -> Path:
     return tmp_path
 
 
+# before transformers and after it
 @pytest.mark.parametrize(
-    "imports",
-    [
-        "import fmrilm\nfrom transformers import AutoConfig, pipeline\nfrom fmrilm import load",
-        "from transformers import pipeline\nimport fmrilm",
-        "from fmrilm.processors import FmriLMProcessor",
-    ],
+    "imports", ["from fmrilm.processors import FmriLMProcessor", "from transformers import pipeline\nimport fmrilm"]
 )
 def test_the_package_serves_without_trust_and_takes_no_code_of_a_folder(imports: str, saved: Path) -> None:
     code = f"""
