@@ -16,10 +16,11 @@ from .configuration_fmrilm import FmriCodecConfig, FmriLMConfig
 from .modeling_fmricodec import FmriCodecModel
 from .modeling_fmrilm import FmriLMForConditionalGeneration, FmriLMModel
 from .pipeline_fmrilm import FmriLMPipeline
-from .processors.atlases_fmrilm import Atlas
+from .processors.atlases_fmrilm import Atlas as Atlas
 from .processors.feature_extraction_fmrilm import FmriLMFeatureExtractor
 from .processors.processing_fmrilm import FmriLMProcessor
-from .scan_reader import ScanReader, load
+from .scan_reader import ScanReader as ScanReader
+from .scan_reader import load as load
 
 
 class _RegisteredPipelines(dict):
@@ -50,17 +51,3 @@ AutoFeatureExtractor.register(FmriCodecConfig, FmriLMFeatureExtractor, exist_ok=
 AutoFeatureExtractor.register(FmriLMConfig, FmriLMFeatureExtractor, exist_ok=True)
 AutoProcessor.register(FmriLMConfig, FmriLMProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline("fmri-text-to-text", FmriLMPipeline, pt_model=AutoModelForMultimodalLM)
-
-__all__ = [
-    "Atlas",
-    "FmriCodecConfig",
-    "FmriCodecModel",
-    "FmriLMConfig",
-    "FmriLMFeatureExtractor",
-    "FmriLMForConditionalGeneration",
-    "FmriLMModel",
-    "FmriLMPipeline",
-    "FmriLMProcessor",
-    "ScanReader",
-    "load",
-]

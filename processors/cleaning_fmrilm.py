@@ -38,32 +38,18 @@ ROUNDING = 1e-10
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Settings of `clean`.
+    """Settings of `clean`. high_pass, low_pass: slowest and fastest fluctuation to keep, Hz."""
 
-    Attributes:
-        columns: columns of a confound table to regress out; all of them unless given.
-        high_pass, low_pass: slowest and fastest fluctuation to keep, Hz.
-        fd_threshold: frames with more `framewise_displacement` in the confound table are censored, mm.
-        dvars_threshold: frames with more `std_dvars` in the confound table are censored.
-        min_stretch: stretches of fewer kept frames between censored ones are censored, too (Power et al. 2014: 5).
-    """
-
-    columns: tuple[str, ...] | None = None
     high_pass: float | None = None
     low_pass: float | None = None
-    fd_threshold: float | None = None
-    dvars_threshold: float | None = None
-    min_stretch: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("high_pass", "low_pass", "fd_threshold", "dvars_threshold"):
+        for name in ("high_pass", "low_pass"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"cleaning: expected {name} > 0, got {value}")
         if self.high_pass is not None and self.low_pass is not None and self.high_pass >= self.low_pass:
             raise ValueError(f"cleaning: expected high_pass < low_pass (Hz), got {self.high_pass} and {self.low_pass}")
-        if self.min_stretch < 0:
-            raise ValueError(f"cleaning: expected min_stretch >= 0 frames, got {self.min_stretch}")
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any] | None) -> "Cleaning":
@@ -88,17 +74,15 @@ def clean(
         signal: float [time, rois], finite but for ROIs that are NaN throughout, which stay so.
         tr: s.
         detrend_order: order of the polynomial drift to remove; 0 removes the mean only.
-        confounds: array [time, confounds], a table with column names (DataFrame) or the path of a .tsv or .csv.
-            NaN in the first row, as derivatives have it, takes the value of the second.
+        confounds: array or DataFrame [time, confounds], or the path of a .tsv or .csv. NaN in the first row, as
+            derivatives have it, takes the value of the second.
         censored: bool [time], True on frames to do without.
 
     Returns:
         float64 [time, rois] and the kept frames, bool [time]; shorter than the input where its ends are censored.
     """
-    names, confounds = _read_confounds(confounds, len(signal))
-    kept = _kept_frames(cleaning, names, confounds, censored, len(signal))
-    nuisance = _select(cleaning, names, confounds, len(signal))
-
+    kept = _kept_frames(censored, len(signal))
+    nuisance = _read_confounds(confounds, len(signal))
     first, last = np.flatnonzero(kept)[[0, -1]]
     inside = slice(first, last + 1)
     kept, frames = kept[inside], np.arange(last + 1 - first)
@@ -118,16 +102,22 @@ def clean(
     return out, kept
 
 
-def _read_confounds(confounds: Any, frames: int) -> tuple[tuple[str, ...] | None, np.ndarray | None]:
-    """Column names, if there are any, and float64 [time, confounds]."""
+def _kept_frames(censored: Any, frames: int) -> np.ndarray:
+    """Frames to keep: bool [time]."""
+    out = np.zeros(frames, dtype=bool) if censored is None else np.asarray(censored)
+    if out.shape != (frames,) or out.dtype != bool:
+        raise ValueError(f"expected censored as {frames} bools, one per frame, got {out.shape} of {out.dtype}")
+    if frames - out.sum() < LEAST_KEPT * frames:
+        raise ValueError(f"{out.sum()} of {frames} frames are censored; expected at most {1 - LEAST_KEPT:.0%}")
+    return ~out
+
+
+def _read_confounds(confounds: Any, frames: int) -> np.ndarray:
+    """The confounds to regress out: float64 [time, confounds], each at most 1 in size."""
     if confounds is None:
-        return None, None
-    names = None
-    if isinstance(confounds, (str, Path)):
-        names, confounds = read_table(Path(confounds))
-    elif hasattr(confounds, "columns"):
-        names = tuple(str(name) for name in confounds.columns)
-    values = np.array(confounds, dtype=np.float64)
+        return np.empty((frames, 0))
+    values = read_table(Path(confounds))[1] if isinstance(confounds, (str, Path)) else confounds
+    values = np.array(values, dtype=np.float64)
     if values.ndim == 1:
         values = values[:, None]
     if values.ndim != 2 or len(values) != frames:
@@ -135,64 +125,17 @@ def _read_confounds(confounds: Any, frames: int) -> tuple[tuple[str, ...] | None
             f"expected confounds [time, confounds] with {frames} rows, one per frame, got {len(values)} rows "
             f"(shape {values.shape})"
         )
-    return names, values
-
-
-def _kept_frames(
-    cleaning: Cleaning, names: tuple[str, ...] | None, confounds: np.ndarray | None, censored: Any, frames: int
-) -> np.ndarray:
-    """Frames to keep: bool [time]."""
-    out = np.zeros(frames, dtype=bool) if censored is None else np.asarray(censored)
-    if out.shape != (frames,) or out.dtype != bool:
-        raise ValueError(f"expected censored as {frames} bools, one per frame, got {out.shape} of {out.dtype}")
-    for column, threshold in (
-        ("framewise_displacement", cleaning.fd_threshold),
-        ("std_dvars", cleaning.dvars_threshold),
-    ):
-        if threshold is not None:
-            out = out | (_column(names, confounds, column) > threshold)
-    if out.any() and cleaning.min_stretch:
-        # first and one-past-last frame of each kept stretch
-        bounds = np.flatnonzero(np.diff(np.concatenate([[True], out, [True]]))).reshape(-1, 2)
-        out = out.copy()
-        for start, stop in bounds[np.diff(bounds, axis=1)[:, 0] < cleaning.min_stretch]:
-            out[start:stop] = True
-    if frames - out.sum() < LEAST_KEPT * frames:
-        raise ValueError(f"{out.sum()} of {frames} frames are censored; expected at most {1 - LEAST_KEPT:.0%}")
-    return ~out
-
-
-def _column(names: tuple[str, ...] | None, confounds: np.ndarray | None, column: str) -> np.ndarray:
-    if names is None or confounds is None:
-        raise ValueError(f"cleaning asks for the confound {column!r}: expected a table with column names")
-    if column not in names:
-        raise ValueError(f"cleaning asks for the confound {column!r}, not one of the {len(names)} of the table")
-    return confounds[:, names.index(column)]
-
-
-def _select(
-    cleaning: Cleaning, names: tuple[str, ...] | None, confounds: np.ndarray | None, frames: int
-) -> np.ndarray:
-    """The confounds to regress out: float64 [time, confounds], each at most 1 in size."""
-    if cleaning.columns is not None:
-        chosen = [_column(names, confounds, column) for column in cleaning.columns]
-        confounds = np.stack(chosen, axis=1) if chosen else None
-    if confounds is None:
-        return np.empty((frames, 0))
-    confounds = confounds.copy()
-    confounds[0] = np.where(np.isnan(confounds[0]), confounds[min(1, frames - 1)], confounds[0])
-    bad = np.argwhere(~np.isfinite(confounds))
+    values[0] = np.where(np.isnan(values[0]), values[min(1, frames - 1)], values[0])
+    bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         row, column = bad[0]
-        known = cleaning.columns if cleaning.columns is not None else names
-        # its number, too: names out of files are kept out of tables of failures
-        name = "" if known is None else f" ({known[column]!r})"
+        # by its number: names out of files are kept out of tables of failures
         raise ValueError(
-            f"{len(bad)} values of the confounds are missing or infinite, the first in column {column}{name}, "
-            f"row {row}, counted from 0; expected that in row 0 alone"
+            f"{len(bad)} values of the confounds are missing or infinite, the first in column {column}, row {row}, "
+            "counted from 0; expected that in row 0 alone"
         )
-    size = np.abs(confounds).max(axis=0)
-    return confounds / np.where(size == 0, 1, size)
+    size = np.abs(values).max(axis=0)
+    return values / np.where(size == 0, 1, size)
 
 
 def _band_pass(values: np.ndarray, tr: float, cleaning: Cleaning) -> np.ndarray:
@@ -295,17 +238,10 @@ def nearest_frames(frames: int, tr: float, repetition_time: float) -> np.ndarray
     return np.minimum(np.rint(times / tr).astype(int), frames - 1)
 
 
-def window_bounds(
-    frames: int, window: str, length: int, stride: int, generator: np.random.Generator | None = None
-) -> list[tuple[int, int]]:
+def window_bounds(frames: int, window: str, length: int, stride: int) -> list[tuple[int, int]]:
     """First and one-past-last frame of each window. A scan shorter than `length` is one window by itself."""
     if window == "full" or frames <= length:
         return [(0, frames)]
     if window == "first":
         return [(0, length)]
-    if window == "random":
-        if generator is None:
-            raise ValueError("window='random' needs generator=numpy.random.default_rng(seed)")
-        start = int(generator.integers(frames - length + 1))
-        return [(start, start + length)]
     return [(start, start + length) for start in range(0, frames - length + 1, stride)]

@@ -28,7 +28,7 @@ from .scan_io_fmrilm import is_scan_file, parcellate, read_scan, warn_once
 PARCELS_FOLDER = "atlases"
 # what decides which file of a checkpoint is found, and how it is fetched
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "subfolder", "token", "local_files_only", "revision")
-WINDOWS = ("first", "sliding", "random", "full")
+WINDOWS = ("first", "sliding", "full")
 # plausible repetition times, s: what lies outside is another unit or nothing at all
 TR_RANGE = (0.1, 10.0)
 # relative to the largest value of a ROI: below it, what varies is float32 rounding
@@ -60,13 +60,11 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         repetition_time: seconds between two frames of the output.
         patch_length: frames of a patch; time is padded to a multiple of it.
         window_length: frames of a window.
-        window: "first", "sliding" (every full window), "random" or "full" (the whole scan).
+        window: "first", "sliding" (every full window) or "full" (the whole scan).
         window_stride: frames from one sliding window to the next; `window_length` unless given.
         detrend_order: order of the polynomial drift that is removed; 0 removes the mean only.
         clip: largest absolute z-score.
-        median, iqr: one centre and one spread for all ROIs, in the units of the signals, in place of drift removal
-            and robust z-scores per ROI; clips nothing. What the paper's official checkpoints were trained on.
-        cleaning: settings of `Cleaning` as a dict: band-pass, columns of confound tables, thresholds for scrubbing.
+        cleaning: settings of `Cleaning` as a dict: high_pass and low_pass in Hz.
         max_missing_rois: largest share of an atlas' ROIs that a scan may lack.
         parcel_files: path of a saved atlas' parcels, by its name; set by `from_pretrained`.
     """
@@ -83,8 +81,6 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         window_stride: int | None = None,
         detrend_order: int = 2,
         clip: float = 6.0,
-        median: float | None = None,
-        iqr: float | None = None,
         cleaning: dict[str, Any] | None = None,
         max_missing_rois: float = 0.2,
         parcel_files: dict[str, str] | None = None,
@@ -103,8 +99,6 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"expected 1 <= patch_length <= window_length, got {patch_length} and {window_length}")
         if detrend_order < 0 or clip <= 0:
             raise ValueError(f"expected detrend_order >= 0 and clip > 0, got {detrend_order} and {clip}")
-        if (median is None) != (iqr is None) or iqr is not None and iqr <= 0:
-            raise ValueError(f"expected median and iqr > 0 together or neither, got {median} and {iqr}")
         if not 0 <= max_missing_rois <= 1:
             raise ValueError(f"expected max_missing_rois from 0 to 1, got {max_missing_rois}")
         Cleaning.from_dict(cleaning)
@@ -116,8 +110,6 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         self.window_stride = window_stride
         self.detrend_order = detrend_order
         self.clip = clip
-        self.median = median
-        self.iqr = iqr
         self.cleaning = cleaning
         self.max_missing_rois = max_missing_rois
 
@@ -197,7 +189,6 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         label_image: Any = None,
         window: str | None = None,
         window_stride: int | None = None,
-        generator: np.random.Generator | None = None,
         return_tensors: str | None = "pt",
         return_windows: bool = False,
     ) -> BatchFeature:
@@ -215,7 +206,6 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             atlas: name of a known or well-known atlas, path of its table, or an Atlas. May be left out if only one is
                 known; and of a volume or surface, for which the first one is taken that has parcels there.
             label_image: the atlas' parcels in the scan's own space, in place of its own; see `read_parcels`.
-            generator: draws the starts of random windows.
             return_windows: also return what was read.
 
         Returns:
@@ -249,7 +239,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
                 first = self.window_length * interval
                 warn_once(f"of scans of {seconds:g} s, the first {first:g} s are read, window='first'")
             stride = self.window_length if window_stride is None else window_stride
-            for start, stop in window_bounds(len(signal), window, self.window_length, stride, generator):
+            for start, stop in window_bounds(len(signal), window, self.window_length, stride):
                 items.append((signal[start:stop], scan_atlas))
                 windows.append({**read, "start": start * interval, "stop": stop * interval, "frames": stop - start})
 
@@ -388,8 +378,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
     def clean_signal(self, read: MeasuredScan) -> tuple[np.ndarray, np.ndarray]:
         """Cleaned at its own repetition time, float64 [time, rois], and the frames that were kept, bool [time]."""
         settings = Cleaning.from_dict(self.cleaning)
-        order = self.detrend_order if self.median is None else 0
-        return clean(read.signal, read.tr, order, settings, read.confounds, read.censored)
+        return clean(read.signal, read.tr, self.detrend_order, settings, read.confounds, read.censored)
 
     def _standardize(self, read: MeasuredScan) -> np.ndarray:
         cleaned, kept = self.clean_signal(read)
@@ -405,11 +394,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         # also what was a drift and nothing else
         constant = _is_constant(interquartile_range(cleaned[kept]), read.signal)
         self._check_missing(read.missing | constant, read.atlas)
-        cleaned = np.where(constant, np.nan, cleaned)
-        if self.median is not None:
-            # the mean is taken out for the filters alone
-            return ((cleaned + read.signal.mean(axis=0) - self.median) / self.iqr).astype(np.float32)
-        return robust_zscore(cleaned, self.clip, kept).astype(np.float32)
+        return robust_zscore(np.where(constant, np.nan, cleaned), self.clip, kept).astype(np.float32)
 
     def _pad(self, items: list[tuple[np.ndarray, Atlas]]) -> dict[str, np.ndarray]:
         rois = max(len(atlas) for _, atlas in items)

@@ -25,7 +25,7 @@ _SCAN = re.compile(
     f"|{re.escape(FMRI_PAD)}"
 )
 _TEXT_KEYS = ("input_ids", "attention_mask", "assistant_masks")
-_FEATURE_OPTIONS = ("tr", "atlas", "label_image", "window", "generator", "return_windows")
+_FEATURE_OPTIONS = ("tr", "atlas", "label_image", "window", "return_windows")
 _TOKENIZER_OPTIONS = (
     "padding",
     "padding_side",
@@ -146,7 +146,6 @@ class FmriLMProcessor(ProcessorMixin):
         atlas: Any = None,
         label_image: Any = None,
         window: str | None = None,
-        generator: np.random.Generator | None = None,
         return_tensors: str | None = "pt",
         return_windows: bool = False,
         padding: bool | str = True,
@@ -158,7 +157,7 @@ class FmriLMProcessor(ProcessorMixin):
             text: one or several texts; each scan as `<|fmri_start|><|fmri_pad|><|fmri_end|>` or `<|fmri_pad|>`.
             fmri: one scan or a flat list, in the order of their placeholders over all texts.
             images, videos, audio: not taken; generic callers pass them as None.
-            tr, atlas, label_image, window, generator, return_windows: as in the feature extractor.
+            tr, atlas, label_image, window, return_windows: as in the feature extractor.
             kwargs: options of the tokenizer, such as `padding_side`.
 
         Returns:
@@ -185,7 +184,6 @@ class FmriLMProcessor(ProcessorMixin):
             atlas=atlas,
             label_image=label_image,
             window=window,
-            generator=generator,
             return_tensors=return_tensors,
             return_windows=return_windows,
         )
@@ -215,7 +213,6 @@ class FmriLMProcessor(ProcessorMixin):
         atlas: Any = None,
         label_image: Any = None,
         window: str | None = None,
-        generator: np.random.Generator | None = None,
         return_windows: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -228,7 +225,7 @@ class FmriLMProcessor(ProcessorMixin):
 
         Args:
             return_assistant_tokens_mask: add `assistant_masks`, 1 on the assistant's messages and their end tokens.
-            tr, atlas, label_image, window, generator, return_windows: as in the feature extractor, for all scans.
+            tr, atlas, label_image, window, return_windows: as in the feature extractor, for all scans.
             padding_side: "left" or "right"; the tokenizer's own unless given.
             sanitize_control_tokens: read special tokens that stand in a message as plain text.
             processor_kwargs: any of the options above, in the form in which pipelines pass them.
@@ -244,7 +241,6 @@ class FmriLMProcessor(ProcessorMixin):
             "atlas": atlas,
             "label_image": label_image,
             "window": window,
-            "generator": generator,
             "return_windows": return_windows,
             "padding": padding,
             "padding_side": padding_side,
@@ -363,7 +359,7 @@ class FmriLMProcessor(ProcessorMixin):
         if not scans:
             return {}, []
         if (window or self.feature_extractor.window) == "sliding":
-            raise ValueError("a scan in a text is one window: expected 'first', 'random' or 'full', got 'sliding'")
+            raise ValueError("a scan in a text is one window: expected 'first' or 'full', got 'sliding'")
         features = self.feature_extractor(scans, window=window, **options)
         patches = self.feature_extractor.num_patches(features["fmri_mask"])
         return dict(features), [count * self.tokens_per_patch for count in patches]

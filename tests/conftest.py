@@ -223,13 +223,3 @@ def program_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tiny_tokenizer()
     language_model = build_tiny_language_model("llama", len(tokenizer))
     return make_folders(tmp_path_factory.mktemp("programs"), build_tiny_codec(), language_model, tokenizer)
-
-
-@pytest.fixture(scope="session")
-def quick_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a quick demo, with the real scans and the real language model. To be read alone."""
-    from fmrilm.training.demo import run_demo
-
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    run_demo(folder, quick=True)
-    return folder

@@ -88,6 +88,50 @@ def noise(subject: str, frames: int, rois: int, seed: int = 0) -> np.ndarray:
     return (sum(white[lag : lag + frames] for lag in range(4)) / 2).astype(np.float32)
 
 
+def write_study(folder: Path, subjects: int, prefix: str = "s", frames: int = 60, rois: int = 24) -> Path:
+    """Noise scans, the table of their atlas (`net.tsv`) and their manifest, whose path is returned."""
+    of = atlas("net", rois)
+    rows = zip(of.rois, of.networks, of.coordinates.tolist(), strict=True)
+    lines = [f"{label}\t{roi}\tL\t{network}\t{x}\t{y}\t{z}" for label, (roi, network, (x, y, z)) in enumerate(rows, 1)]
+    (folder / "net.tsv").write_text("\n".join(["index\tname\themisphere\tnetwork\tx\ty\tz", *lines]))
+    lines = ["path,subject,site,tr,handedness"]
+    for number in range(subjects):
+        subject = f"{prefix}{number}"
+        np.save(folder / f"{number}.npy", noise(subject, frames, rois))
+        lines.append(f"{number}.npy,{subject},{'AB'[number % 2]},2.0,{('right', 'left')[number % 2]}")
+    (folder / "manifest.csv").write_text("\n".join(lines))
+    return folder / "manifest.csv"
+
+
+def evaluation_results() -> dict:
+    """Those of an evaluation, with the run of a demo."""
+    condition = {"accuracy": 0.6, "interval": [0.4, 0.7]}
+    family = {
+        "questions": 12,
+        **dict.fromkeys(("right", "shuffled", "noise", "majority", "codes_ridge"), condition),
+        "difference": {"value": 0.2, "interval": [-0.05, 0.3]},
+    }
+    return {
+        "model": {"base_model": "someone/words", "license": "apache-2.0"},
+        "data": {
+            "scans": 5,
+            "subjects": 5,
+            "windows": 11,
+            "training_subjects": [3],
+            "test_subjects": [2],
+            "terms": {"study": "the study's own"},
+        },
+        "settings": {"quick": False, "seed": 0},
+        "tasks": {},
+        "descriptors": {"families": {"connectivity": family}, "verdict": "nothing beats anything"},
+        "run": {
+            "hardware": "2 CPU cores, no GPU",
+            "peak_memory_gb": 1.5,
+            "seconds": {"codec": 60.0, "alignment": 30.0, "sft": 90.0, "total": 180.0},
+        },
+    }
+
+
 def random_examples(windows: int = 8, rows: list[dict] | None = None, seed: int = 0):
     """
     Windows [8 tokens, 3 levels] for the tiny models, whose first token holds which window they are of, with levels of

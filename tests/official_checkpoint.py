@@ -22,9 +22,9 @@ def norm(name: str) -> Tensors:
 PREFIXES = {"released": "tokenizer.encoder.", "december-2025": "tokenizer."}
 
 
-def brain_tensors(layout: str, patch: int, feature_dim: int, prefix: str | None = None) -> Tensors:
+def brain_tensors(layout: str, patch: int, feature_dim: int) -> Tensors:
     """Encoder, projector and what neither needs, by the names of the official code."""
-    encoder = PREFIXES[layout] if prefix is None else prefix
+    encoder = PREFIXES[layout]
     tensors = linear(encoder + "patch_embed.proj", WIDTH, patch)
     tensors[encoder + "patch_embed.proj.weight"] = tensors[encoder + "patch_embed.proj.weight"][:, None, None]
     tensors[encoder + "pos_embed"] = torch.randn(1, ROIS, WIDTH)

@@ -1,6 +1,5 @@
 """The training programs on a tiny corpus: folders to run them on, their command lines, and runs that are killed."""
 
-import csv
 import multiprocessing
 import os
 import socket
@@ -9,7 +8,6 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,10 +18,10 @@ from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
-from helpers import atlas, noise
+from helpers import write_study
 
 
-SUBJECTS, ROIS, FRAMES = 6, 24, 60
+SUBJECTS = 6
 CONFIGS = Path(training.__file__).parent / "configs" / "demo"
 SHARED = {
     "max_steps": 8,
@@ -60,20 +58,7 @@ def make_folders(
     root: Path, codec: FmriCodecModel, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
     """`prepared`, `corpus`, `codec`, `language_model` and `joint` in `root`."""
-    of = atlas("net", ROIS)
-    with open(root / "net.tsv", "w", newline="") as handle:
-        writer = csv.writer(handle, delimiter="\t")
-        writer.writerow(["index", "name", "hemisphere", "network", "x", "y", "z"])
-        for label, (name, network, place) in enumerate(zip(of.rois, of.networks, of.coordinates, strict=True), 1):
-            writer.writerow([label, name, "L", network, *place.tolist()])
-    with open(root / "manifest.csv", "w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["path", "subject", "site", "tr", "handedness"])
-        for subject in range(SUBJECTS):
-            np.save(root / f"{subject}.npy", noise(f"s{subject}", FRAMES, ROIS))
-            handedness = "left" if subject % 3 == 1 else "right"
-            writer.writerow([f"{subject}.npy", f"s{subject}", "AB"[subject % 2], 2.0, handedness])
-    prepare(find_scans(root / "manifest.csv"), root / "prepared", str(root / "net.tsv"), Preparation())
+    prepare(find_scans(write_study(root, SUBJECTS)), root / "prepared", str(root / "net.tsv"), Preparation())
     settings = CorpusSettings(statements=1, questions=3)
     describe_dataset(load_source(str(root / "prepared")), root / "corpus", settings)
     codec.save_pretrained(root / "codec")

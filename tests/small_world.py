@@ -1,5 +1,6 @@
 """The files that README, docs and examples name, small: a model folder, scans, labels, an fMRIPrep folder, configs."""
 
+import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -14,7 +15,7 @@ from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.training.alignment.joint import join
-from helpers import confounds_table, slow_series
+from helpers import confounds_table, evaluation_results, slow_series
 from official_checkpoint import WIDTH, brain_tensors, language_tensors
 
 
@@ -55,6 +56,7 @@ AFFINE = np.array([[6.0, 0, 0, -90], [0, 6, 0, -126], [0, 0, 6, -72], [0, 0, 0, 
 def write_small_world(folder: Path) -> Path:
     """Fills a folder; returns it."""
     write_model(folder / "runs" / "demo" / "model")
+    (folder / "runs" / "demo" / "results.json").write_text(json.dumps(evaluation_results()))
     write_official_checkpoint(folder / "model.pt")
     np.save(folder / "scan.npy", slow_series(0, FRAMES, len(Atlas.load(ATLAS))).astype(np.float32))
     nib.save(volume(1, TR), folder / "scan.nii.gz")

@@ -22,8 +22,7 @@ from helpers import chats, random_examples, window_of
 
 
 ASKED = {question(name, variant): name for name in CORE_NAMES for variant in range(len(QUESTIONS))}
-# that one asks what the descriptors' questions ask, with an answer of its own
-TASKS = {name: load_task(name) for name in task_names() if name != "synthetic_connectivity"}
+TASKS = {name: load_task(name) for name in task_names()}
 OF_QUESTION = {question: task for task in TASKS.values() for question in task.questions}
 COMPARISON = "In which of the two scans is it higher?"
 SINGLE = "Is it above typical?"

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -105,11 +104,6 @@ def test_bad_input_is_one_line_and_a_hint(folder: Path, scan: Path) -> None:
         raise run("--debug", "ask", scan, QUESTION, "--model", folder).exception
 
 
-def test_app_without_a_model_says_what_it_expects(tmp_path: Path) -> None:
-    failed = run("app", "--model", tmp_path)
-    assert failed.exit_code == 1 and "which holds no config.json" in failed.stderr.splitlines()[0]
-
-
 def test_unforeseen_failures_and_missing_packages_are_one_line_too(scan: Path, monkeypatch) -> None:
     def fail(error: BaseException) -> Result:
         def load(*args: object) -> None:
@@ -134,29 +128,11 @@ def test_wrong_usage_has_a_code_of_its_own(tmp_path: Path) -> None:
     assert run("prepare", tmp_path, tmp_path / "out", "--backend", "dask").exit_code == 2
 
 
-@pytest.mark.parametrize("stage, folder", [("codec", "codec"), ("align", "alignment"), ("sft", "sft")])
-def test_training_takes_its_settings_and_overrides_to_the_program(stage, folder, tmp_path: Path, monkeypatch) -> None:
-    program = import_module(f"fmrilm.training.{folder}.program")
-    config = tmp_path / "settings.yaml"
-    config.write_text("max_steps: 3\n")
-    taken = []
-    monkeypatch.setattr(program, "main", taken.append)
-    done = run("train", stage, "--config", config, "--max_steps", "5", "--use_peft", "--output_dir=runs/x")
-    assert done.exit_code == 0, done.stderr
-    assert taken == [["--config", str(config), "--max_steps", "5", "--use_peft", "--output_dir=runs/x"]]
-
-
-def test_info_tells_versions_devices_and_caches(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "blob").write_bytes(bytes(3_000_000))
-    (tmp_path / "link").symlink_to(tmp_path / "hub" / "blob")
-    monkeypatch.setattr("fmrilm.training.cli.share.CACHE", tmp_path)
+def test_info_tells_versions_and_devices() -> None:
     found = json.loads(run("info", "--json").stdout)
     assert found["packages"]["torch"].startswith("2.") and "fmri-lm" not in found["packages"]
     assert found["program"]["python"] == ".".join(map(str, sys.version_info[:3])) and "cpu" in found["devices"]
-    assert 3_000_000 <= found["caches"]["converted models"] < 3_010_000
-    lines = run("info").stdout.splitlines()
-    assert f"  {'converted models':<26}3 MB" in lines and "devices" in lines
+    assert "devices" in run("info").stdout.splitlines()
 
 
 def test_info_describes_a_model_folder(folder: Path, tmp_path: Path) -> None:
@@ -230,8 +206,11 @@ def test_shell_completion_is_offered() -> None:
 def test_commands_that_write_files_say_so_as_json(folder: Path, scan: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--question", QUESTION, "--choices", "yes,no", "--output", "o.html", "--json"]
-    found = json.loads(read(folder, "report", scan, *options).stdout)
-    assert found == {"scan": str(scan), "output": "o.html", "questions": [QUESTION]}
+    # the page itself has tests of its own
+    with monkeypatch.context() as patch:
+        patch.setattr("fmrilm.training.report.scan_report.write_scan_report", lambda path, *_, **__: path.touch())
+        found = json.loads(read(folder, "report", scan, *options).stdout)
+    assert found == {"scan": str(scan), "output": "o.html", "questions": [QUESTION]} and Path("o.html").exists()
     found = json.loads(run("export", folder, tmp_path / "plain", "--json").stdout)
     assert found["output"] == str(tmp_path / "plain") and "config.json" in found["files"]
 
@@ -256,15 +235,12 @@ def test_threads_sleep_while_they_wait_unless_the_user_has_said_how(monkeypatch:
     assert "OMP_WAIT_POLICY" not in os.environ
 
 
-@pytest.mark.parametrize("words, status", [(["info", "--json"], 0), (["info", "nowhere"], 2), (["info", "."], 1)])
+@pytest.mark.parametrize("words, status", [(["--version"], 0), (["info", "nowhere"], 2), (["info", "."], 1)])
 def test_process_ends_with_the_status_of_its_command(words: list[str], status: int, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("fmrilm")), *words]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (ended.returncode, bool(ended.stdout), bool(ended.stderr)) == (status, status == 0, status != 0)
-
-
-def test_version_is_printed() -> None:
-    assert run("--version").stdout == f"fmri-lm {version('fmri-lm')}\n"
+    assert (ended.returncode, bool(ended.stderr)) == (status, status != 0)
+    assert ended.stdout == ("" if status else f"fmri-lm {version('fmri-lm')}\n")
 
 
 def read_terminal(descriptor: int) -> str:
@@ -287,7 +263,6 @@ def test_progress_shows_on_a_terminal_alone(folder: Path, scan: Path) -> None:
             on_terminal = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True)
         finally:
             os.close(theirs)
-        shown = reading.result()
-    piped = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "opening" in shown
-    assert piped.stderr == "" and piped.stdout == on_terminal.stdout
+        assert "opening" in reading.result()
+    captured = run(*words)
+    assert captured.stderr == "" and captured.stdout == on_terminal.stdout

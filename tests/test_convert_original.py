@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, pipeline
 
 from fmrilm.modeling_fmrilm_original import FmriOriginalForConditionalGeneration
-from fmrilm.processors import Atlas
-from fmrilm.training.hub.convert_original import Conversion, convert_original, load_checkpoint, official_atlas
+from fmrilm.training.hub.convert_original import convert_original, load_checkpoint
 from official_checkpoint import (
     CODE_DIM,
     ROIS,
@@ -136,6 +135,8 @@ def test_converted_checkpoint_computes_the_documented_formulas(
         following[[token for token in never if token < len(following)]] = -torch.inf
         assert following.argmax() == token
         ids = torch.cat([ids, token.view(1, 1)], 1)
+    pipe = pipeline("fmri-text-to-text", model=str(output), trust_remote_code=True)
+    assert pipe(scan, "Old?", tr=2.0, **options)["answer"] == processor.decode_answers(answer[:, -3:])[0]
     choices = processor.encode_choices([" Yes", " No"])
     scores = model.score_choices(batch, choices)
     assert torch.allclose(scores[:1], model.score_choices(inputs, choices), atol=1e-4)
@@ -258,28 +259,6 @@ def test_missing_and_misshapen_tensors_are_named(backbone_folder, tiny_atlas, tm
     with pytest.raises(ValueError, match="which exists"):
         convert(whole)
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_official_atlas_has_subcortex_first() -> None:
-    atlas = official_atlas()
-    assert len(atlas) == 450 and atlas.labels == tuple(range(1, 451))
-    assert atlas.rois[:50] == Atlas.load("tian-s3").rois
-    assert np.array_equal(atlas.coordinates[50:], Atlas.load("schaefer-400-7networks").coordinates)
-
-
-@pytest.mark.parametrize(("patch", "width", "heads"), [(160, 384, 6), (32, 768, 12), (160, 1024, 16)])
-def test_sizes_are_read_off_the_tensors(patch: int, width: int, heads: int) -> None:
-    shapes = {
-        "tokenizer.encoder.pos_embed": (1, 450, width),
-        "tokenizer.encoder.patch_embed.proj.weight": (width, 1, 1, patch),
-        "tokenizer.encoder.blocks.0.mlp.fc1.weight": (4 * width, width),
-        "tokenizer.encoder.blocks.11.mlp.fc1.weight": (4 * width, width),
-        "tokenizer.encoder.ln_post.weight": (width,),
-        "encode_transform_layer.0.weight": (1024, 128),
-    }
-    sizes = Conversion({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}).sizes()
-    assert (sizes["num_rois"], sizes["num_patches"], sizes["encoder_layers"]) == (450, 160 // patch, 2)
-    assert (sizes["encoder_heads"], sizes["encoder_mlp_width"], sizes["feature_dim"]) == (heads, 4 * width, 128)
 
 
 def test_converted_model_refuses_scans_it_cannot_know(backbone_folder, tiny_atlas, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """`fmrilm describe`: a corpus that is split by subject, true to its numbers, and the same after any interruption."""
 
-import csv
 import filecmp
 import shutil
 from collections.abc import Callable
@@ -18,30 +17,14 @@ from fmrilm.training.cli.main import app
 from fmrilm.training.corpus import describe
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
+from fmrilm.training.data import shards
 from fmrilm.training.data.collator import with_token_counts
 from fmrilm.training.data.splits import SplitArguments
-from helpers import atlas, noise_signal
+from helpers import atlas, noise_signal, write_study
 
 
 PEOPLE = 6
 SETTINGS = CorpusSettings(SplitArguments(0.34), statements=3, questions=4, shard_size=2)
-
-
-def write_manifest(folder: Path, people: int) -> Path:
-    """Noise scans of 60 frames of an atlas with 24 ROIs, their table and a manifest."""
-    of = atlas("net", 24)
-    with open(folder / "net.tsv", "w", newline="") as handle:
-        writer = csv.writer(handle, delimiter="\t")
-        writer.writerow(["index", "name", "hemisphere", "network", "x", "y", "z"])
-        for label, (name, network, place) in enumerate(zip(of.rois, of.networks, of.coordinates, strict=True), 1):
-            writer.writerow([label, name, "L", network, *place.tolist()])
-    with open(folder / "manifest.csv", "w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["path", "subject", "tr", "handedness"])
-        for person in range(people):
-            np.save(folder / f"{person}.npy", noise_signal(f"p{person}", 60, of))
-            writer.writerow([f"{person}.npy", f"p{person}", 2.0, "left" if person % 2 else "right"])
-    return folder / "manifest.csv"
 
 
 def command(*arguments) -> str:
@@ -53,7 +36,7 @@ def command(*arguments) -> str:
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scans")
-    command("prepare", write_manifest(folder, PEOPLE), folder / "prepared", "--atlas", folder / "net.tsv")
+    command("prepare", write_study(folder, PEOPLE, "p"), folder / "prepared", "--atlas", folder / "net.tsv")
     return folder / "prepared"
 
 
@@ -130,9 +113,9 @@ def test_rows_become_prompts(corpus: Path, processor) -> None:
     assert (np.asarray(text) == pad).sum() == 8
 
 
-def failing(stop: int):
-    """`write_whole` that fails at its so-manieth call."""
-    calls, write = [], describe.write_whole
+def fail_at(stop: int, patch: pytest.MonkeyPatch) -> None:
+    """The so-manieth file is not written: the disk is full."""
+    calls, write = [], shards.write_whole
 
     def wrapped(path, content) -> None:
         calls.append(path)
@@ -140,7 +123,8 @@ def failing(stop: int):
             raise OSError("disk full")
         write(path, content)
 
-    return wrapped
+    for module in (describe, shards):
+        patch.setattr(module, "write_whole", wrapped)
 
 
 def test_processes_and_interruptions_do_not_change_a_byte(scans: Path, corpus: Path, tmp_path, monkeypatch) -> None:
@@ -149,7 +133,7 @@ def test_processes_and_interruptions_do_not_change_a_byte(scans: Path, corpus: P
         if not options:
             for stop in (2, 4, 6):
                 with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-                    patch.setattr(describe, "write_whole", failing(stop))
+                    fail_at(stop, patch)
                     describe_dataset(load_source(str(scans)), output, SETTINGS)
                 assert not output.exists()
         describe_dataset(load_source(str(scans)), output, SETTINGS, **options)
@@ -203,7 +187,7 @@ def test_run_does_not_go_on_with_another_split_file(scans: Path, tmp_path, monke
     splits.write_text("subject,split\np0,test\np1,train\np2,train\n")
     settings = CorpusSettings(SplitArguments(splits=str(splits)), 3, 4)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(describe, "write_whole", failing(4))
+        fail_at(4, patch)
         describe_dataset(load_source(str(scans)), tmp_path / "corpus", settings)
     splits.write_text("subject,split\np0,train\np1,train\np2,test\n")
     with pytest.raises(ValueError, match="was begun with other settings"):
@@ -262,11 +246,6 @@ def test_files_of_which_every_scan_is_left_out_do_not_spoil_the_corpus(tmp_path)
         assert {split: len(found) for split, found in load_dataset(str(output)).items()} == splits
 
 
-def test_card_names_nobody(corpus: Path) -> None:
-    card = (corpus / "README.md").read_text()
-    assert "p0" not in card and str(corpus.parent) not in card
-
-
 @pytest.mark.parametrize(
     ("share", "message"),
     [
@@ -323,7 +302,7 @@ def test_folders_of_one_name_are_not_taken_for_each_other(tmp_path) -> None:
     for people in (3, 4):
         folder = tmp_path / str(people)
         folder.mkdir()
-        command("prepare", write_manifest(folder, people), folder / "prepared", "--atlas", folder / "net.tsv")
+        command("prepare", write_study(folder, people, "p"), folder / "prepared", "--atlas", folder / "net.tsv")
         assert len(load_dataset(str(folder / "prepared"), "net", split="train")) == people
 
 
@@ -356,7 +335,7 @@ def test_stopped_run_goes_on_with_the_same_scans_alone(
     source = load_source(str(scans))
     other = changed(source, column, change)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(describe, "write_whole", failing(4))
+        fail_at(4, patch)
         describe_dataset(source, tmp_path / "corpus", SETTINGS)
     with pytest.raises(ValueError, match=f"scans {source.fingerprint} instead of {other.fingerprint}"):
         describe_dataset(other, tmp_path / "corpus", SETTINGS)
@@ -366,8 +345,3 @@ def test_stopped_run_goes_on_with_the_same_scans_alone(
     before, after = (rows_of(folder)[len(source.table) - 1] for folder in (corpus, tmp_path / "corpus"))
     written = {"signal": "descriptors"}.get(column, column)
     assert before[written] != after[written]
-
-
-def test_scans_read_again_have_the_same_fingerprint(scans: Path, tmp_path) -> None:
-    moved = shutil.copytree(scans, tmp_path / "elsewhere")
-    assert load_source(str(scans)).fingerprint == load_source(str(moved)).fingerprint

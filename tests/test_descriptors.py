@@ -8,8 +8,6 @@ from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.gradients import fit_references
 from fmrilm.processors.descriptors.measures import (
     CORE_MEASURES,
-    CORE_NAMES,
-    FAMILIES,
     MEASURES,
     describe,
     descriptor_names,
@@ -37,16 +35,6 @@ def values(signal: np.ndarray, atlas: Atlas, measures, references=None) -> dict[
     measures = list(measures)
     found = describe(signal, atlas, measures, 2.0, references)
     return dict(zip(descriptor_names(measures), found.tolist(), strict=True))
-
-
-def test_names_are_those_of_the_contract() -> None:
-    names = descriptor_names(MEASURES)
-    assert len(names) == len(set(names)) == 36 + 3 + 3 + 24 + 3 + 8 + 5 * 9 + 8 + 28
-    assert len(CORE_NAMES) == 36 + 8 + 8
-    assert CORE_NAMES[:2] == ["connectivity/Vis-Vis", "connectivity/Vis-SomMot"]
-    assert {"gradient_mean/3-Subcortical", "efficiency/global", "falff/global", "fnc/Cont-Default"} < set(names)
-    assert set(FAMILIES.values()) == {"connectivity", "gradients", "graph", "temporal"}
-    assert FAMILIES["strength"] == "graph" and FAMILIES["gradient_range"] == "gradients"
 
 
 @pytest.mark.parametrize("measures", [["connectivity", "loudness"], ["strength", "strength"], []])
@@ -95,14 +83,6 @@ def test_each_measure_is_the_same_alone_and_with_others(atlas: Atlas, references
     for measure in MEASURES:
         alone = values(signal, atlas, [measure], references)
         np.testing.assert_array_equal(list(alone.values()), [together[name] for name in alone], err_msg=measure)
-
-
-def test_float32_costs_only_its_own_rounding(atlas: Atlas) -> None:
-    signal = slow_series(0, TIME, len(atlas)).astype(np.float32)
-    measures = [measure for measure in MEASURES if FAMILIES[measure] != "gradients"]
-    np.testing.assert_array_equal(
-        describe(signal, atlas, measures, 2.0), describe(signal.astype(np.float64), atlas, measures, 2.0)
-    )
 
 
 def test_only_descriptors_of_absent_networks_are_nan(atlas: Atlas, references: dict[str, np.ndarray]) -> None:

@@ -7,41 +7,33 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from program_runs import STAGES, assert_equal_weights, checkpoints
-
-
-SCRIPT = """
-import json
-import sys
-from pathlib import Path
-
 import torch
 
 from fmrilm import load
-from program_runs import STAGES, run
+from program_runs import STAGES, assert_equal_weights, checkpoints, run
 
-torch.set_num_threads(1)
-folders, output = map(Path, sys.argv[1:])
-for stage in STAGES:
-    run(stage, folders, output / stage, max_steps=2)
-reader = load(output / "sft" / "model")
-scan = {"signal": str(folders / "0.npy"), "tr": 2.0, "atlas": "net"}
-said = reader.describe(scan, max_new_tokens=8)
-(output / "read.json").write_text(json.dumps([reader.tokenize(scan).tolist(), said]))
-"""
+
+def run_all(folders: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    for stage in STAGES:
+        run(stage, folders, output / stage, max_steps=2)
+    reader = load(output / "sft" / "model")
+    scan = {"signal": str(folders / "0.npy"), "tr": 2.0, "atlas": "net"}
+    said = reader.describe(scan, max_new_tokens=8)
+    (output / "read.json").write_text(json.dumps([reader.tokenize(scan).tolist(), said]))
 
 
 @pytest.fixture(scope="module")
 def both(program_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two runs of the three stages, each in a new process."""
-    runs = [tmp_path_factory.mktemp(f"hashed-{seed}") for seed in (1, 2)]
-    for seed, output in enumerate(runs, 1):
-        environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-c", SCRIPT, str(program_folders), str(output)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    return runs
+    """Runs of the three stages in this process, which has done other things before, and in a new one."""
+    here, there = (tmp_path_factory.mktemp(name) for name in ("here", "there"))
+    run_all(program_folders, here)
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    code = "import sys, pathlib, test_determinism; test_determinism.run_all(*map(pathlib.Path, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(program_folders), str(there)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [here, there]
 
 
 @pytest.mark.parametrize("stage", STAGES)

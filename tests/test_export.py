@@ -27,8 +27,7 @@ def prompt(processor, scan: Path) -> dict[str, torch.Tensor]:
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("backbone", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize(("backbone", "tied"), [("qwen3", True), ("gpt2", False)])
 def test_a_causal_server_gives_the_same_logits(
     backbone: str, tied: bool, tiny_model, processor, scan: Path, tmp_path: Path
 ) -> None:
@@ -40,7 +39,7 @@ def test_a_causal_server_gives_the_same_logits(
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 0, run.output
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(plain).__name__ in ("LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel")
+    assert type(plain).__name__ in ("Qwen3ForCausalLM", "GPT2LMHeadModel")
     assert plain.generation_config.suppress_tokens == model.generation_config.suppress_tokens
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == processor.tokenizer.get_vocab()
 

@@ -26,7 +26,7 @@ def write(statements: list[Statement], rng: np.random.Generator) -> str:
     return " ".join(sentence(item, rng) for item in statements)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(statements=statement_lists, rng=generators)
 def test_any_order_and_phrasing_is_accepted(statements: list[Statement], rng: np.random.Generator) -> None:
     shuffled = [statements[i] for i in rng.permutation(len(statements))]
@@ -95,7 +95,7 @@ Corruption = st.sampled_from(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(statements=statement_lists, rng=generators, corruption=Corruption)
 def test_no_planted_corruption_is_accepted(
     statements: list[Statement], rng: np.random.Generator, corruption: str

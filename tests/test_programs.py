@@ -207,17 +207,13 @@ def test_programs_hold_out_the_same_subjects(stage: str, program_folders: Path, 
 # --- one recipe
 
 
-@pytest.mark.parametrize("stage", ["alignment", "sft"])
-def test_calls_of_the_demo_do_what_the_command_does(stage: str, program_folders, tmp_path, monkeypatch) -> None:
+def test_calls_of_the_demo_do_what_the_command_does(program_folders: Path, tmp_path: Path, monkeypatch) -> None:
     """Rows, losses and weights: the demo's own arguments, and `fmrilm train` with the same YAML."""
     tiny = [
         *("--max_steps", "2", "--mixtures", "4", "--rows", "8", "--window_stride", "20"),
         *("--use_cpu", "true", "--disable_tqdm", "true", "--save_strategy", "no", "--logging_steps", "1"),
     ]
-    name = "language_model" if stage == "alignment" else "joint"
-    data = ["--data", str(program_folders / "corpus"), "--model_name_or_path", str(program_folders / name)]
-    if stage == "alignment":
-        data += ["--codec", str(program_folders / "codec")]
+    data = ["--data", str(program_folders / "corpus"), "--model_name_or_path", str(program_folders / "joint")]
     trainers, train = [], Trainer.train
 
     def keep(self, *arguments, **options):
@@ -225,17 +221,15 @@ def test_calls_of_the_demo_do_what_the_command_does(stage: str, program_folders,
         return train(self, *arguments, **options)
 
     monkeypatch.setattr(Trainer, "train", keep)
-    demo.train_stage(stage, tmp_path / "demo" / stage, *data, *tiny)
-    command = {"alignment": "align", "sft": "sft"}[stage]
-    config = CONFIGS / f"{stage}.yaml"
-    words = ["train", command, "--config", str(config), "--output_dir", str(tmp_path / "command"), *data, *tiny]
-    result = CliRunner().invoke(app, words)
+    demo.train_stage("sft", tmp_path / "demo", *data, *tiny)
+    words = ["train", "sft", "--config", str(CONFIGS / "sft.yaml"), "--output_dir", str(tmp_path / "command")]
+    result = CliRunner().invoke(app, [*words, *data, *tiny])
     assert result.exit_code == 0, result.output
     of_demo, of_command = trainers
     assert of_demo.train_dataset.to_list() == of_command.train_dataset.to_list()
     losses = [[line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in trainers]
     assert losses[0] == losses[1] and len(losses[0]) == 2
-    assert_equal_weights(tmp_path / "demo" / stage, tmp_path / "command")
+    assert_equal_weights(tmp_path / "demo", tmp_path / "command")
 
 
 # --- what is refused

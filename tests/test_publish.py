@@ -20,6 +20,7 @@ from fmrilm.training.cli.main import app
 from fmrilm.training.hub import push as publish
 from fmrilm.training.hub.model_card import UNKNOWN_REPO, fill_card, read_card
 from fmrilm.training.hub.push import find_problems, push
+from helpers import evaluation_results
 
 
 @pytest.fixture(scope="module")
@@ -212,37 +213,8 @@ def test_command_says_what_is_wrong(folder: Path) -> None:
     assert "error:" in result.output and "expected weights" in result.output
 
 
-def results() -> dict:
-    """Those of an evaluation, with the run of a demo."""
-    condition = {"accuracy": 0.6, "interval": [0.4, 0.7]}
-    family = {
-        "questions": 12,
-        **dict.fromkeys(("right", "shuffled", "noise", "majority", "codes_ridge"), condition),
-        "difference": {"value": 0.2, "interval": [-0.05, 0.3]},
-    }
-    return {
-        "model": {"base_model": "someone/words", "license": "apache-2.0"},
-        "data": {
-            "scans": 5,
-            "subjects": 5,
-            "windows": 11,
-            "training_subjects": [3],
-            "test_subjects": [2],
-            "terms": {"study": "the study's own"},
-        },
-        "settings": {"quick": False, "seed": 0},
-        "tasks": {},
-        "descriptors": {"families": {"connectivity": family}, "verdict": "nothing beats anything"},
-        "run": {
-            "hardware": "2 CPU cores, no GPU",
-            "peak_memory_gb": 1.5,
-            "seconds": {"codec": 60.0, "alignment": 30.0, "sft": 90.0, "total": 180.0},
-        },
-    }
-
-
 def test_card_is_filled_from_folder_and_results(folder: Path) -> None:
-    card = ModelCard(str(fill_card(folder, results(), "me/tiny")))
+    card = ModelCard(str(fill_card(folder, evaluation_results(), "me/tiny")))
     text = card.text
     assert (
         card.data.to_dict().items()
@@ -278,8 +250,8 @@ def test_card_is_filled_from_folder_and_results(folder: Path) -> None:
 
 
 def test_results_go_to_a_leaderboard_on_demand(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps(results()))
-    card = fill_card(folder, results(), "me/tiny")
+    (tmp_path / "results.json").write_text(json.dumps(evaluation_results()))
+    card = fill_card(folder, evaluation_results(), "me/tiny")
     assert yaml.safe_load(publish._benchmark_results(card, "some/benchmark")) == [
         {"dataset": {"id": "some/benchmark", "task_id": "descriptors, connectivity, zero-shot"}, "value": 0.6}
     ]
@@ -309,20 +281,20 @@ def test_card_of_an_adapter_names_its_base(saved_adapter: Path) -> None:
 
 @pytest.mark.parametrize("part", ["data", "tasks"])
 def test_incomplete_results_are_refused(part: str, folder: Path) -> None:
-    incomplete = results()
+    incomplete = evaluation_results()
     del incomplete[part]
     with pytest.raises(ValueError, match="expected the results of `fmrilm demo` or `evaluate`, got some without"):
         fill_card(folder, incomplete)
 
 
 def test_own_card_goes_along_with_the_repository_filled_in(folder: Path, tmp_path: Path) -> None:
-    fill_card(folder, results()).save(folder / "README.md")
+    fill_card(folder, evaluation_results()).save(folder / "README.md")
     own = len((folder / "README.md").read_bytes())
     assert read_card(folder / "README.md").data.license == "apache-2.0"
     _, sizes = push(folder, "me/tiny", dry_run=True)
     # "<repository>" in the snippet has become the repository's name
     assert sizes["README.md"] == own - len(UNKNOWN_REPO) + len("me/tiny")
-    longer = results()
+    longer = evaluation_results()
     longer["descriptors"]["verdict"] += " at all"
     (tmp_path / "results.json").write_text(json.dumps(longer))
     _, anew = push(folder, "me/tiny", results=tmp_path / "results.json", dry_run=True)

@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from transformers import AutoFeatureExtractor, Trainer, TrainingArguments
+from transformers import AutoFeatureExtractor, Trainer, TrainingArguments, pipeline
 
 from fmrilm import FmriLMModel
 from fmrilm.processors import FmriLMFeatureExtractor, Parcels
@@ -53,6 +53,7 @@ for name in ("fmrilm", "nilearn", "datasets", "peft", "trl"):
 import torch, transformers
 from transformers import (
     AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
+    pipeline,
 )
 
 torch.set_num_threads(arguments["threads"])
@@ -87,6 +88,13 @@ with torch.no_grad():
     codec = AutoModel.from_pretrained(codec_folder, **trust)
     results["classes"] += [type(codec_config).__name__, type(codec).__name__]
     results["codes"] = codec.encode(**scan)
+pipe = pipeline("fmri-text-to-text", model=folder, **trust)
+scans, question, options = [signal, signal[:25]], chat[0]["content"][1]["text"], arguments["options"]
+results["pipeline"] = [
+    pipe(scans, question, tr=0.72, atlas="tiny", batch_size=2, **options),
+    pipe(signal, question, tr=0.72, atlas="tiny", choices=["yes", "no"]),
+    pipeline("any-to-any", model=folder, **trust)(text=chat, return_full_text=False, **options)[0]["generated_text"],
+]
 torch.save(results, arguments["results"])
 """
 
@@ -130,6 +138,7 @@ def test_saved_folders_open_without_the_package(
         "signal": str(tmp_path / "signal.pt"),
         "volume": str(tmp_path / "scan.nii.gz"),
         "chat": chat,
+        "options": {"max_new_tokens": 4, "do_sample": False},
         "results": str(tmp_path / "results.pt"),
     }
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -167,8 +176,16 @@ def test_saved_folders_open_without_the_package(
         assert torch.equal(results["codes"], codec.encode(**scan))
     heads = ["FmriLMForConditionalGeneration"] * 2
     assert results["classes"] == ["FmriLMConfig", *heads, "FmriLMModel", "FmriCodecConfig", "FmriCodecModel"]
+    pipe = pipeline("fmri-text-to-text", model=model, processor=processor)
+    options = {"tr": 0.72, "atlas": "tiny"}
+    answers = [pipe(each, "Is it connected?", **options, **arguments["options"]) for each in (signal, signal[:25])]
+    assert results["pipeline"][0] == answers and results["pipeline"][2] == answers[0]["answer"]
+    assert results["pipeline"][1] == pipe(signal, "Is it connected?", **options, choices=["yes", "no"])
+    # what was loaded that way and saved again is as whole
     assert (again / "atlases" / "tiny.npz").is_file()
-    assert code_files(again) == code_files(folder) and auto_map(again) == auto_map(folder)
+    assert code_files(again) == code_files(folder)
+    saved = [json.loads((place / "config.json").read_text()) for place in (folder, again)]
+    assert all(saved[0][name] == saved[1][name] for name in ("auto_map", "custom_pipelines"))
 
 
 def test_folder_names_all_its_auto_classes_and_holds_their_code(tiny_model, processor, tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Pages of results and scaling are what their scripts make, and the demo's table is what its runs hold."""
 
-import json
 import runpy
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -49,20 +47,6 @@ def test_scaling_is_what_its_script_makes() -> None:
     assert script["page"]() == script["PAGE"].read_text(encoding="utf-8"), "run: python docs/scaling.py"
 
 
-def test_sections_are_those_of_the_files_that_are_there(script: dict, tmp_path: Path) -> None:
-    shutil.copy(RESULTS / "descriptors_identification.csv", tmp_path)
-    (tmp_path / "ask.csv").write_text("what,seconds,n\nfmrilm ask,4.5678,5\n", encoding="utf-8")
-    page = script["page"](tmp_path)
-    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == [
-        "Descriptors: identification",
-        "One question",
-    ]
-    assert page.endswith("| what | seconds | n |\n| --- | --- | --- |\n| fmrilm ask | 4.568 | 5 |\n")
-    (tmp_path / "guesses.csv").write_text("a\n1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"expected files of demo.csv, .*, got guesses.csv"):
-        script["page"](tmp_path)
-
-
 def test_long_tables_are_shortened(script: dict) -> None:
     folds = pd.DataFrame({"fold": [0, 0, 1, 1], "coder": ["a", "b"] * 2, "r_squared": [0.1, 0.2, 0.3, 0.4]})
     assert script["over_folds"](folds).to_dict("list") == {"coder": ["a", "b"], "r_squared": [0.2, pytest.approx(0.3)]}
@@ -80,20 +64,6 @@ def test_long_tables_are_shortened(script: dict) -> None:
     ]
 
 
-def test_forecasts_are_shown_by_lead(script: dict) -> None:
-    figures = {"correlation": 0.4, "crps": 0.5, "coverage": 0.8, "subjects": 9}
-    empty = {f"{figure}_{name}": None for figure in ("r_squared", "crps") for name in ("minus_best", "low", "high")}
-    rows = []
-    for seconds in (2, 4):
-        ours = {"seconds": seconds, "method": "ours", "r_squared": 0.2, **figures, **empty}
-        ours |= {"r_squared_minus_best": 0.1, "r_squared_low": 0.05, "r_squared_high": 0.15}
-        rows += [ours, {**ours, **empty, "method": "mean", "r_squared": 0.0}]
-    shown = script["by_lead"](pd.DataFrame(rows))
-    assert list(shown) == ["figure", "method", "2 s", "4 s"] and len(shown) == 9
-    assert shown.iloc[0].tolist() == ["r_squared", "ours", "0.2", "0.2"]
-    assert shown.iloc[-1].tolist() == ["r_squared minus best other", "ours", *["0.1 (0.05 to 0.15)"] * 2]
-
-
 def test_table_of_the_demo_is_over_seeds(demo: dict, script: dict, tmp_path: Path) -> None:
     table = demo["table"]([results(seed) for seed in range(3)])
     rows = {(row.what, row.condition): row for row in table.itertuples()}
@@ -108,11 +78,3 @@ def test_table_of_the_demo_is_over_seeds(demo: dict, script: dict, tmp_path: Pat
     undefined = demo["table"]([results(0)])
     undefined.to_csv(tmp_path / "demo.csv", index=False)
     assert "| true statements in descriptions |  |" in script["page"](tmp_path)
-
-
-def test_finished_runs_of_the_demo_are_read(demo: dict, tmp_path: Path) -> None:
-    for seed in range(2):
-        (tmp_path / f"seed{seed}").mkdir()
-        (tmp_path / f"seed{seed}" / "results.json").write_text(json.dumps(results(seed)), encoding="utf-8")
-    demo["main"](tmp_path, "0,1", tmp_path)
-    assert pd.read_csv(tmp_path / "demo.csv")["seeds"].max() == 2

@@ -22,18 +22,17 @@ def uninterrupted(program_folders: Path, tmp_path_factory: pytest.TempPathFactor
     return {stage: run(stage, program_folders, root / stage) for stage in STAGES}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+# stage 3 goes on from a checkpoint below
+@pytest.mark.parametrize("stage", ["codec", "alignment"])
 def test_killed_run_ends_as_an_uninterrupted_one(stage: str, program_folders, uninterrupted, tmp_path) -> None:
     output = tmp_path / "run"
-    rng = np.random.default_rng()
-    for step in (2, 6):
-        process = in_process(run, stage, program_folders, output)
-        wait_for(output / f"checkpoint-{step}", process)
-        # from the first byte of this checkpoint to somewhere in the next steps
-        time.sleep(rng.uniform(0, 0.2))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    process = in_process(run, stage, program_folders, output)
+    wait_for(output / "checkpoint-4", process)
+    # from the first byte of this checkpoint to somewhere in the next steps
+    time.sleep(np.random.default_rng().uniform(0, 0.2))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     run(stage, program_folders, output)
     assert_equal_weights(uninterrupted[stage], output)
 

@@ -5,7 +5,7 @@ import pytest
 
 from fmrilm.processors.descriptors.text import Statement, parse, sentence
 from fmrilm.training.corpus import rewrite as module
-from fmrilm.training.corpus.rewrite import rejection_rate, rewrite
+from fmrilm.training.corpus.rewrite import rewrite
 
 
 STATEMENTS = [
@@ -25,7 +25,6 @@ def test_a_model_that_speaks_nonsense_changes_nothing(language_model) -> None:
     items = rewrite(TEXTS, *language_model, temperature=0)
     assert [item.text for item in items] == TEXTS
     assert all(item.problems and item.answer != item.text for item in items)
-    assert rejection_rate(items) == 1
 
 
 def test_batches_give_what_single_texts_give(language_model) -> None:
@@ -49,7 +48,7 @@ def test_answers_that_say_the_same_are_taken_in_their_own_order(language_model, 
     items = rewrite(TEXTS, *language_model)
     assert len(asked) == len(TEXTS)
     assert [bool(item.problems) for item in items] == [False, True, False]
-    assert items[1].text == TEXTS[1] and rejection_rate(items) == pytest.approx(1 / 3)
+    assert items[1].text == TEXTS[1]
     assert [parse(item.text) for item in items] == [[statement] for statement in STATEMENTS]
 
 

@@ -128,18 +128,6 @@ def test_folder_that_fetch_abide_pcp_leaves_is_a_source(tmp_path) -> None:
         find_scans(folder)
 
 
-def test_every_site_of_abide_has_its_repetition_time(tmp_path) -> None:
-    times = {
-        "Caltech": 2.0, "CMU_a": 2.0, "CMU_b": 1.5, "KKI": 2.5, "Leuven_1": 1.656, "Leuven_2": 1.656, "MaxMun_a": 3.0,
-        "MaxMun_b": 3.0, "MaxMun_c": 3.0, "MaxMun_d": 3.0, "NYU": 2.0, "OHSU": 2.5, "Olin": 1.5, "Pitt": 1.5,
-        "SBL": 2.2, "SDSU": 2.0, "Stanford": 2.0, "Trinity": 2.0, "UCLA_1": 3.0, "UCLA_2": 3.0, "UM_1": 2.0,
-        "UM_2": 2.0, "USM": 2.0, "Yale": 2.0,
-    }  # fmt: skip
-    for site in times:
-        write(tmp_path / f"{site}_0050001_rois_cc200.1D")
-    assert {scan.subject[:-8]: scan.tr for scan in find_scans(tmp_path)} == times
-
-
 @given(
     st.dictionaries(
         st.text("abcdxyz", min_size=2, max_size=5).filter(lambda key: key != "sub"),
@@ -244,21 +232,6 @@ def test_surfaces_of_fmriprep_are_found(tmp_path) -> None:
         derivative(tmp_path, f"sub-02_task-rest_hemi-{mark}_space-fsaverage_bold.func.gii")
     [scan] = find_scans(tmp_path, space="fsaverage")
     assert scan.problem is None and scan.ids == ("02", None, "rest", None)
-
-
-def test_file_beside_the_series_of_pcp_is_named(tmp_path) -> None:
-    for name in ("NYU_0050952_rois_cc200.1D", "NYU_0050952_func_preproc.nii.gz", "KKI_0050780_func_preproc.nii.gz"):
-        write(tmp_path / name)
-    scan, unknown = find_scans(tmp_path)
-    assert scan.problem is None and unknown.subject == "KKI_0050780_func_preproc.nii.gz"
-    assert unknown.problem == "expected a series by the name NAME_rois_ATLAS.1D"
-
-
-def test_folder_in_a_folder_of_scans_is_named(tmp_path) -> None:
-    write(tmp_path / "a.npy")
-    write(tmp_path / "more" / "deep" / "b.npy")
-    write(tmp_path / "figures" / "b.png")
-    assert [(scan.subject, scan.problem is None) for scan in find_scans(tmp_path)] == [("a", True), ("more", False)]
 
 
 def test_raw_bids_needs_fmriprep(tmp_path) -> None:

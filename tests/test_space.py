@@ -239,7 +239,7 @@ def test_names_and_questions_are_text_and_not_markup(page: Page, tmp_path: Path)
 def test_visitors_at_once_get_the_answers_of_single_ones(
     running: tuple[str, Path], model_folder: Path, tmp_path: Path
 ) -> None:
-    paths = [tmp_path / f"{number}.npy" for number in range(8)]
+    paths = [tmp_path / f"{number}.npy" for number in range(4)]
     for seed, path in enumerate(paths):
         np.save(path, array(seed=seed))
 

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrilm.training.codec.program import CodecArguments
 from fmrilm.training.data.splits import (
     Split,
     SplitArguments,
@@ -19,7 +18,6 @@ from fmrilm.training.data.splits import (
     split_rows,
     split_scans,
 )
-from fmrilm.training.program import ScanArguments
 from helpers import noise_scans
 
 
@@ -45,10 +43,6 @@ def test_as_many_are_held_out_as_asked_for_and_always_the_same() -> None:
     assert sorted(held_out_subjects(subjects[:30])) == HELD_OUT_OF_30
     with pytest.raises(ValueError, match="share of held-out subjects from 0 to below 1, got 1.0"):
         held_out_subjects(subjects, 1.0)
-
-
-def test_every_program_takes_the_same_options() -> None:
-    assert issubclass(ScanArguments, SplitArguments) and issubclass(CodecArguments, SplitArguments)
 
 
 def test_scans_are_split_by_subject_and_by_the_hash() -> None:

@@ -1,7 +1,6 @@
 """What is shipped runs nothing that a file says, and what it is installed with is pinned."""
 
 import ast
-import re
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -10,8 +9,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-import fmrilm
 
 
 ROOT = Path(__file__).parents[1]
@@ -63,9 +60,10 @@ def dangers(code: str) -> Iterator[str]:
         yield from (f"{where}: {key}={value}" for key, value in FORBIDDEN.items() if given.get(key) is value)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_shipped_code_runs_nothing_that_a_file_says(path: Path) -> None:
-    assert not list(dangers(path.read_text(encoding="utf-8")))
+def test_shipped_code_runs_nothing_that_a_file_says() -> None:
+    assert len(SHIPPED) > 60
+    for path in SHIPPED:
+        assert not list(dangers(path.read_text(encoding="utf-8"))), path
 
 
 @pytest.mark.parametrize(
@@ -94,7 +92,6 @@ def test_the_search_finds_what_it_looks_for(code: str) -> None:
 def test_the_search_lets_the_safe_forms_pass() -> None:
     safe = "torch.load(p, weights_only=True); yaml.load(t, yaml.BaseLoader); np.load(p, allow_pickle=False)"
     assert not list(dangers(f"{safe}; re.compile(t); model.eval()"))
-    assert len(SHIPPED) > 60
 
 
 def requirements() -> list[Requirement]:
@@ -118,12 +115,6 @@ def test_every_dependency_is_bounded_and_its_pin_within_the_bounds() -> None:
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 
 
-def test_pins_are_exact_sorted_and_single() -> None:
-    lines = (ROOT / "constraints.txt").read_text().lower().splitlines()
-    assert lines == sorted(lines) and len(lines) == len(pins())
-    assert all(re.fullmatch(r"[\d.]+(\.post\d+)?", version) for version in pins().values())
-
-
 @pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
 def test_what_is_on_its_way_out_fails_a_test_where_our_code_uses_it(category: type[Warning]) -> None:
     with pytest.raises(category):
@@ -131,9 +122,3 @@ def test_what_is_on_its_way_out_fails_a_test_where_our_code_uses_it(category: ty
     # others are not ours to change
     with pytest.warns(category):
         warnings.warn_explicit("old", category, "nn.py", 1, module="elsewhere.nn")
-
-
-def test_the_package_says_that_it_is_typed() -> None:
-    assert Path(fmrilm.__file__).with_name("py.typed").is_file()
-    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert "py.typed" in package_data["fmrilm"]

@@ -33,20 +33,11 @@ def people(**columns) -> list[dict]:
 # --- the packaged tasks
 
 
-def test_packaged_tasks_are_those_of_the_benchmarks() -> None:
-    assert set(task_names()) >= {
-        "sex", "age", "age_group", "fluid_intelligence", "ad", "adhd", "asd", "apoe4", "handedness", "state",
-        "synthetic_group",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("name", task_names())
 def test_packaged_task_is_complete(name: str) -> None:
     task = load_task(name)
-    assert task.name == name and len(task.questions) >= 2 and task.metrics
+    assert task.name == name and len(task.questions) >= 2
     assert (len(task.choice_words) >= 2) != (task.choices is None and task.range is not None)
-    known = {"accuracy", "balanced_accuracy", "roc_auc", "f1", "mean_absolute_error", "pearson_r"}
-    assert set(task.metrics) <= known and ("pearson_r" in task.metrics) == (task.choices is None)
 
 
 @pytest.mark.parametrize(

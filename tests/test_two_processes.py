@@ -10,7 +10,7 @@ from program_runs import run, run_two, weights
 
 # plain updates, so that rounding is not made larger
 ONE = {
-    "max_steps": 4,
+    "max_steps": 2,
     "save_strategy": "no",
     "per_device_train_batch_size": 4,
     "lora_dropout": 0,

@@ -28,10 +28,12 @@ from .sft import program as sft
 
 CONFIGS = Path(__file__).parent / "configs" / "demo"
 # the same chain in about a minute, which learns next to nothing
+FEW_ROWS = "--max_steps 1 --rows 2 --per_device_train_batch_size 2 --questions 2 --statements 2 --paragraphs 1".split()
+FEW_WINDOWS = "--mixtures 8 --window_stride 160".split()
 QUICK = {
-    "codec": ["--start_steps", "20"],
-    "alignment": ["--max_steps", "2", "--mixtures", "8", "--rows", "8", "--window_stride", "160"],
-    "sft": ["--max_steps", "2", "--mixtures", "8", "--rows", "8", "--window_stride", "160"],
+    "codec": ["--start_steps", "20", "--mixtures", "40"],
+    "alignment": [*FEW_ROWS, *FEW_WINDOWS],
+    "sft": [*FEW_ROWS, *FEW_WINDOWS],
 }
 
 

@@ -43,7 +43,6 @@ class Questioner:
     Args:
         descriptors: [scans, descriptors] in the order of the cohort's names, NaN where absent.
         groups: one per scan; scans are compared with others of their group, for instance their atlas.
-        minimum_margin: no question of a smaller margin; a tie is never asked about.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Questioner:
         groups: Sequence[str],
         cohort: Cohort,
         seed: int | Sequence[int],
-        minimum_margin: float = 0.0,
     ):
         self.names = list(cohort.names)
         self.levels = cohort.levels(descriptors)
@@ -75,7 +73,6 @@ class Questioner:
                 self.alike[stem][column] = network
                 self.stems[column] = stem
         self.rng = np.random.default_rng(seed)
-        self.minimum_margin = minimum_margin
         self.counts: Counter = Counter()
 
     def ask(self, row: int, count: int) -> list[Question]:
@@ -93,8 +90,8 @@ class Questioner:
         known = self.known[row]
         for column in known[self.rng.integers(len(known), size=CANDIDATES)] if len(known) else ():
             drawn = getattr(self, f"_{kind}")(row, int(column))
-            # also of a descriptor that does not vary in the cohort: its margin is no number
-            if drawn is not None and drawn[1].margin > 0 and drawn[1].margin >= self.minimum_margin:
+            # no ties; and none about a descriptor that does not vary in the cohort, whose margin is no number
+            if drawn is not None and drawn[1].margin > 0:
                 candidates.append(drawn)
         if not candidates:
             return None

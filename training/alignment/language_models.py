@@ -1,5 +1,6 @@
 """The default language model: SmolLM2-135M-Instruct out of a Python package, converted once into a cache folder."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,9 +10,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from fmrilm.processors.atlases_fmrilm import package_folder
 
-from ..data.caches import CACHE
 
-
+# the default language model, converted
+CACHE = Path(os.environ.get("FMRILM_CACHE", Path.home() / ".cache" / "fmrilm"))
 PACKAGED_MODEL = "smollm2-135m-instruct"
 # where it comes from, and its licence, which models that grow out of it keep
 PACKAGED_MODEL_CARD = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}

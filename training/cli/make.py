@@ -115,9 +115,6 @@ def describe(
     leave_out: LeaveOut = None,
     statements: Annotated[int, typer.Option(min=1, help="Statements per family in a description.")] = 6,
     questions: Annotated[int, typer.Option(min=0, help="Questions about a scan.")] = 6,
-    min_margin: Annotated[
-        float, typer.Option(min=0, help="Leave out nearer ties, in standard deviations of the cohort.")
-    ] = 0.0,
     rewrite: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Word the descriptions anew with this language model, checked.")
     ] = None,
@@ -143,7 +140,7 @@ def describe(
     outcome = describe_dataset(
         load_source(dataset, atlases),
         output,
-        CorpusSettings(split, statements, questions, min_margin, rewrite, shard_size, seed),
+        CorpusSettings(split, statements, questions, rewrite, shard_size, seed),
         None if cohort is None else Cohort.load(cohort),
         jobs,
         scheduler,

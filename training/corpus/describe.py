@@ -1,6 +1,5 @@
 """From a dataset of scans to a corpus: descriptors, descriptions and questions, split by subject; resumable."""
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from fmrilm.processors.descriptors.questions import Questioner
 
 from ..data.card import corpus_card
 from ..data.parallel import run_parallel
-from ..data.shards import write_atlases, write_whole
+from ..data.shards import keep_settings, write_arrays, write_atlases, write_whole
 from ..data.splits import SplitArguments, split_rows
 from .source import Source
 from .writer import CorpusSettings, CorpusWriter, Shard, plan_shards
@@ -154,8 +153,7 @@ def _measure(
     results = run_parallel(describe_shard, calls, jobs, scheduler)
     with tqdm(desc="descriptors", unit="scan", total=sum(len(shard.scans) for shard in todo)) as progress:
         for shard, (values, reasons) in zip(todo, results, strict=True):
-            arrays = {"values": values, "reasons": np.array(reasons)}
-            write_whole(_descriptor_file(work, shard), lambda path, arrays=arrays: _save_arrays(path, arrays))
+            write_arrays(_descriptor_file(work, shard), values=values, reasons=np.array(reasons))
             progress.update(len(shard.scans))
     descriptors = np.full((len(source.table), len(descriptor_names(measures))), np.nan)
     left_out = {}
@@ -198,7 +196,7 @@ def _ask(
         if scans:
             groups = source.table["atlas"].iloc[scans].tolist()
             seed = [settings.seed, number]
-            questioner = Questioner(values[scans], groups, cohort, seed, settings.minimum_margin)
+            questioner = Questioner(values[scans], groups, cohort, seed)
             for row, scan in enumerate(scans):
                 asked[scan] = [
                     {**asdict(question), "scans": [scans[place] for place in question.scans]}
@@ -217,26 +215,12 @@ def _descriptor_file(work: Path, shard: Shard) -> Path:
     return (work / "descriptors" / shard.file).with_suffix(".npz")
 
 
-def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    # to an open file, because numpy adds an ending to a path
-    with open(path, "wb") as handle:
-        np.savez(handle, **arrays)
-
-
 def _begin(work: Path, settings: dict[str, Any]) -> None:
     """A new folder to work in, or the one of a run of the same settings that did not end."""
     path = work / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name in settings if before.get(name) != settings[name]]:
-            raise ValueError(
-                f"{work} was begun with other settings ("
-                + ", ".join(f"{name} {before.get(name)} instead of {settings[name]}" for name in changed)
-                + "): delete it, or choose another folder"
-            )
-    elif work.exists() and any(work.iterdir()):
+    if not path.exists() and work.exists() and any(work.iterdir()):
         raise ValueError(f"{work} holds something else: expected no such folder, or one that was begun before")
-    write_whole(path, json.dumps(settings) + "\n")
+    keep_settings(path, settings)
 
 
 def _check_cohort(cohort: Cohort, atlases: dict[str, Atlas]) -> None:

@@ -63,11 +63,6 @@ def rewrite(
     return [rewrites[row] for row in range(len(texts))]
 
 
-def rejection_rate(rewrites: Sequence[Rewrite]) -> float:
-    """Share of the model's answers that were refused."""
-    return sum(bool(item.problems) for item in rewrites) / len(rewrites)
-
-
 def _statements(text: str) -> list[Statement]:
     statements = parse(text)
     if not statements or differences(statements, text):

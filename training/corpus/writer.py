@@ -38,14 +38,12 @@ class CorpusSettings:
     The texts about each scan.
 
     split: which subjects are held out. statements: per family, in a description. questions: about a scan.
-    minimum_margin: of a question, in standard deviations of the cohort. rewrite: language model (packaged name, folder
-    or Hub id) that rewrites the descriptions. shard_size: scans a file.
+    rewrite: language model (packaged name, folder or Hub id) that rewrites the descriptions. shard_size: scans a file.
     """
 
     split: SplitArguments = field(default_factory=SplitArguments)
     statements: int = 6
     questions: int = 6
-    minimum_margin: float = 0.0
     rewrite: str | None = None
     shard_size: int = 64
     seed: int = 0

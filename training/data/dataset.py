@@ -21,7 +21,7 @@ from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.processors.descriptors.networks import membership
 
-from .shards import content_version, read_atlases, write_whole
+from .shards import content_version, read_atlases, write_arrays
 from .splits import subject_folds
 
 
@@ -151,7 +151,7 @@ def _standardised(rows: Dataset, atlas: Atlas, extractor: FmriLMFeatureExtractor
     """Signals as the codec takes them, {"signal", "frames"}, kept in the cache of `datasets`."""
     # `prepare` refused the scans that lack too much
     # what a signal depends on: not how it is cut afterwards, nor who holds the extractor
-    kept = ("repetition_time", "detrend_order", "clip", "median", "iqr", "cleaning")
+    kept = ("repetition_time", "detrend_order", "clip", "cleaning")
     known = extractor.to_dict()
     settings = {**{name: known[name] for name in kept}, "atlases": [atlas.to_dict()], "max_missing_rois": 1.0}
     own: Any = FmriLMFeatureExtractor.from_dict(settings)
@@ -393,13 +393,8 @@ def encode_windows(codec: FmriCodecModel, windows: Items, cache: Path) -> Encode
         path = target / f"part-{start // SHARD:05d}.npz"
         if not path.exists():
             found = encode_items(codec, [windows.item(i) for i in range(start, min(start + SHARD, len(windows)))])
-
-            def save(temporary: Path, found: Encoded = found) -> None:
-                with open(temporary, "wb") as handle:
-                    lengths = [len(rows) for rows in found.codes]
-                    np.savez(handle, codes=np.concatenate(found.codes), lengths=lengths, features=found.features)
-
-            write_whole(path, save)
+            lengths = [len(rows) for rows in found.codes]
+            write_arrays(path, codes=np.concatenate(found.codes), lengths=lengths, features=found.features)
         with np.load(path, allow_pickle=False) as kept:
             codes += np.split(kept["codes"], np.cumsum(kept["lengths"])[:-1])
             features.append(kept["features"])

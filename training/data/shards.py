@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
@@ -75,10 +76,23 @@ class ShardStore:
         # a line without an end was being written when its run was killed
         first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         before = json.loads(first)["settings"]
-        if changed := [name for name in settings if before.get(name) != settings[name]]:
-            differences = ", ".join(f"{name} {before.get(name)} instead of {settings[name]}" for name in changed)
-            raise ValueError(f"{self.output} was prepared with other settings, {differences}; choose another folder")
+        check_settings(self.output, before, settings)
         return {line["shard"]: line["keys"] for line in map(json.loads, lines)}
+
+
+def check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """ValueError if the run that a folder is of had other settings: a run goes on with its own alone."""
+    if changed := [name for name in settings if before.get(name) != settings[name]]:
+        differences = ", ".join(f"{name} {before.get(name)} instead of {settings[name]}" for name in changed)
+        raise ValueError(f"{folder} was begun with other settings, {differences}; choose another folder")
+
+
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a run into its folder; see `check_settings`."""
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        check_settings(path.parent, json.loads(path.read_text(encoding="utf-8")), settings)
+    write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
 def content_version(shards: Sequence[Path]) -> str:
@@ -114,6 +128,17 @@ def read_atlases(folder: Path) -> dict[str, Atlas]:
         atlas = Atlas.from_dict(values, Parcels.load(parcels) if parcels.is_file() else None)
         found[atlas.name] = atlas
     return found
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write an .npz file: all of it or nothing."""
+
+    def write(temporary: Path) -> None:
+        # to an open file, because numpy adds an ending to a path
+        with open(temporary, "wb") as handle:
+            np.savez(handle, **arrays)
+
+    write_whole(path, write)
 
 
 def write_whole(path: Path, content: str | Callable[[Path], None]) -> None:

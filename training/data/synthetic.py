@@ -1,9 +1,8 @@
 """
-Cohorts with a synthetic effect: any number of made-up subjects whose scans resemble real ones and depend on labels.
+Cohorts with a synthetic effect: any number of made-up subjects of two groups, whose scans resemble real ones.
 
-The open data come without labels, so tasks about subjects are measured offline on these. The scans are Gaussian: what
-is real about them are the spectrum of each ROI and the correlations; movement, artefacts and states that come and go
-are not in them. The effects, and nothing else, relate them to their labels.
+The open data come without labels, so that methods are checked offline on these. The scans are Gaussian: what is real
+about them are the spectrum of each ROI and the correlations. The effect, and nothing else, relates them to the group.
 
 As a program: `python -m fmrilm.training.data.synthetic FOLDER --subjects 300 --effect 0.5` (all options: `--help`).
 """
@@ -26,10 +25,11 @@ from .shards import ShardStore, write_atlases, write_whole
 from .splits import held_out_subjects
 
 
-SITES = ("synthetic-1", "synthetic-2")
-LABEL_TYPES = {"age": "float64", "group": "string"}
-AGES = (20.0, 80.0)
-# variance of a ROI of an affected network that is replaced by a part whose correlation is set
+SITE = "synthetic"
+LABEL_TYPES = {"group": "string"}
+# s, of the sources as the feature extractor makes them
+REPETITION_TIME = 2.0
+# variance of a ROI of the affected network that is replaced by a part whose correlation is set
 AFFECTED_SHARE = 0.4
 # How subjects differ: concentration of the Dirichlet weights by which real scans are mixed into one, and the share and
 # degrees of freedom of what is the subject's own. Together they give about the spread between real subjects.
@@ -47,18 +47,14 @@ DEFAULT_EFFECT = 2.0
 
 class SyntheticCohort:
     """
-    Subjects of the groups "a" and "b" (of each two in a row one each), scanned once, at one of two sites. Subject i
-    depends on the seed and i, and not on how many there are.
+    Subjects of the groups "a" and "b" (of each two in a row one each), scanned once. Subject i depends on the seed and
+    i, and not on how many there are.
 
     Args:
-        sources: signals [time, rois] of training subjects alone.
-        effect: Cohen's d of group b against a in the mean correlation within `network`, over subjects of a site and
-            without sampling error; negative: weaker in b. A scan of finite length shows less of it.
-        age_effect: of the mean correlation within `age_network`, standard deviations per standard deviation of age.
-        site_effect: share of its variance that every ROI has in common with all others at the second site.
-        confounding: how far the site depends on the group, 0 to 1: group b is at the second site with a probability
-            of (1 + confounding) / 2, group a with (1 - confounding) / 2.
-        frames: of a scan, `repetition_time` seconds apart, as they are in the sources.
+        sources: signals [time, rois] of training subjects alone, `REPETITION_TIME` seconds a frame.
+        effect: Cohen's d of group b against a in the mean correlation within `network`, over subjects and without
+            sampling error; negative: weaker in b. A scan of finite length shows less of it.
+        frames: of a scan.
     """
 
     def __init__(
@@ -69,39 +65,33 @@ class SyntheticCohort:
         effect: float = DEFAULT_EFFECT,
         network: str = "Default",
         seed: int = 0,
-        *,
-        age_effect: float = -0.5,
-        age_network: str = "Cont",
-        site_effect: float = 0.1,
-        confounding: float = 0.0,
         frames: int = 160,
-        repetition_time: float = 2.0,
     ):
-        if network == age_network:
-            raise ValueError(f"expected different networks for the effects of group and age, got {network!r} for both")
-        if not (0 <= site_effect < 1 and 0 <= confounding <= 1):
-            raise ValueError(f"expected a site effect and a confounding of 0 to 1, got {site_effect}, {confounding}")
-        self.atlas, self.subjects, self.seed = atlas, subjects, seed
-        self.site_effect, self.confounding = site_effect, confounding
-        self.frames, self.repetition_time = frames, repetition_time
-        settings = {"effect": effect, "network": network, "age_effect": age_effect, "age_network": age_network}
-        settings |= {"site_effect": site_effect, "confounding": confounding, "frames": frames, "tr": repetition_time}
-        settings |= {"seed": seed, "atlas": atlas.name, "source_scans": len(sources)}
-        self.settings = {f"synthetic_{name}": value for name, value in settings.items()}
+        members = np.flatnonzero(np.array(atlas.networks) == network)
+        if len(members) < 2:
+            known = ", ".join(sorted(set(atlas.networks)))
+            raise ValueError(f"expected a network of at least 2 ROIs of {atlas.name!r} ({known}), got {network!r}")
+        self.atlas, self.subjects, self.seed, self.frames = atlas, subjects, seed, frames
+        settings = {"effect": effect, "network": network, "frames": frames, "seed": seed, "atlas": atlas.name}
+        self.settings = {f"synthetic_{name}": value for name, value in {**settings, "scans": len(sources)}.items()}
         # longer than the scan, whose end would otherwise run into its start; declared to return nothing
         self.period: int = fft.next_fast_len(frames + SPECTRUM_FRAMES, real=True)  # pyright: ignore[reportAttributeAccessIssue]
         self.covariances = np.stack([_covariance(series) for series in sources])
         self.amplitudes = np.stack([_amplitudes(series, self.period) for series in sources])
-        networks = [AffectedNetwork(name, atlas, self.covariances.mean(0)) for name in (network, age_network)]
-        self.group_network, self.age_network = networks
+        self.block = np.ix_(members, members)
+        self.kept = np.ones(len(atlas))
+        self.kept[members] = np.sqrt(1 - AFFECTED_SHARE)
+        # without an effect the mean stays what it is
+        self.correlation = self.mean_correlation(self.covariances.mean(0))
         rng = np.random.default_rng(0)
-        reference = (self._subject(rng)[1] for _ in range(REFERENCE_SUBJECTS))
-        spread = np.std([[part.mean(part.shifted(one, 0.0)) for part in networks] for one in reference], axis=0)
-        # the farthest shift of correlation to either side; a uniform distribution ends at sqrt(3) standard deviations
-        self.group_shift = effect / 2 * spread[0]
-        self.age_shift = age_effect * np.sqrt(3) * spread[1]
-        self.group_network.check(self.group_shift)
-        self.age_network.check(self.age_shift)
+        reference = (self._shifted(self._subject(rng)[1], 0.0) for _ in range(REFERENCE_SUBJECTS))
+        self.shift = effect / 2 * float(np.std([self.mean_correlation(one) for one in reference]))
+        most = AFFECTED_SHARE * min(self.correlation, 1 - self.correlation)
+        if abs(self.shift) > most:
+            raise ValueError(
+                f"expected an effect that moves correlations of {network!r} by up to {most:.3f} to either side, "
+                f"got one of {abs(self.shift):.3f}: at most {most / abs(self.shift):.0%} of it is possible"
+            )
 
     def __len__(self) -> int:
         return self.subjects
@@ -111,31 +101,37 @@ class SyntheticCohort:
 
     def __getitem__(self, subject: int) -> dict[str, Any]:
         """A row as `fmrilm prepare` writes it. signal: float32 [frames, rois], unit variance."""
-        if not 0 <= subject < self.subjects:
-            raise IndexError(f"expected a subject of 0 to {self.subjects - 1}, got {subject}")
         rng = np.random.default_rng((self.seed, 1, subject))
         # of two subjects in a row, which one comes first is random
         group = int((subject + np.random.default_rng((self.seed, 0, subject // 2)).integers(2)) % 2)
-        site = int(rng.uniform() < (1 + (self.confounding if group else -self.confounding)) / 2)
-        age = round(rng.uniform(*AGES), 1)
         weights, covariance = self._subject(rng)
-        covariance = self.group_network.shifted(covariance, (2 * group - 1) * self.group_shift)
-        relative_age = 2 * (age - AGES[0]) / (AGES[1] - AGES[0]) - 1
-        covariance = self.age_network.shifted(covariance, relative_age * self.age_shift)
-        if site:
-            covariance = (1 - self.site_effect) * covariance + self.site_effect
+        covariance = self._shifted(covariance, (2 * group - 1) * self.shift)
         return {
             "signal": self._signal(covariance, weights, rng),
-            "tr": self.repetition_time,
+            "tr": REPETITION_TIME,
             "censored": np.zeros(self.frames, dtype=bool),
             "missing_rois": 0,
             "atlas": self.atlas.name,
             "subject": f"synthetic-{subject:05d}",
             **dict.fromkeys(("session", "task", "run")),
-            "site": SITES[site],
-            "age": age,
+            "site": SITE,
             "group": "ab"[group],
         }
+
+    def mean_correlation(self, correlations: np.ndarray) -> float:
+        """Between two ROIs of the network; correlations [rois, rois]."""
+        block = correlations[self.block]
+        return float((block.sum() - np.trace(block)) / (len(block) * (len(block) - 1)))
+
+    def _shifted(self, correlations: np.ndarray, shift: float) -> np.ndarray:
+        """
+        Correlations [rois, rois] in which those within the network are higher by `shift` than without an effect. Those
+        between other ROIs stay what they were, those with others fall by the same in all subjects.
+        """
+        correlation = self.correlation + shift / AFFECTED_SHARE
+        changed = correlations * np.outer(self.kept, self.kept)
+        changed[self.block] += AFFECTED_SHARE * (correlation + (1 - correlation) * np.eye(len(self.block[0])))
+        return changed
 
     def _subject(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Weights of the real scans in a new subject, and its correlations [rois, rois] without an effect."""
@@ -155,45 +151,6 @@ class SyntheticCohort:
         series -= series.mean(1, keepdims=True)
         series /= series.std(1, keepdims=True)
         return np.ascontiguousarray(series.T)
-
-
-class AffectedNetwork:
-    """
-    A network of whose ROIs' variance a share is replaced by one with a chosen correlation. Correlations between other
-    ROIs stay what they were, those with others fall by the same in all subjects.
-    """
-
-    def __init__(self, name: str, atlas: Atlas, correlations: np.ndarray):
-        members = np.flatnonzero(np.array(atlas.networks) == name)
-        if len(members) < 2:
-            known = ", ".join(sorted(set(atlas.networks)))
-            raise ValueError(f"expected a network of at least 2 ROIs of {atlas.name!r} ({known}), got {name!r}")
-        self.name = name
-        self.block = np.ix_(members, members)
-        self.kept = np.ones(len(atlas))
-        self.kept[members] = np.sqrt(1 - AFFECTED_SHARE)
-        # without an effect the mean stays what it is
-        self.correlation = self.mean(correlations)
-
-    def mean(self, correlations: np.ndarray) -> float:
-        """Mean correlation between two ROIs of the network."""
-        block = correlations[self.block]
-        return float((block.sum() - np.trace(block)) / (len(block) * (len(block) - 1)))
-
-    def shifted(self, correlations: np.ndarray, shift: float) -> np.ndarray:
-        """Correlations [rois, rois] in which those within the network are higher by `shift` than without an effect."""
-        correlation = self.correlation + shift / AFFECTED_SHARE
-        changed = correlations * np.outer(self.kept, self.kept)
-        changed[self.block] += AFFECTED_SHARE * (correlation + (1 - correlation) * np.eye(len(self.block[0])))
-        return changed
-
-    def check(self, shift: float) -> None:
-        most = AFFECTED_SHARE * min(self.correlation, 1 - self.correlation)
-        if abs(shift) > most:
-            raise ValueError(
-                f"expected an effect that moves correlations of {self.name!r} by up to {most:.3f} to either side, "
-                f"got one of {abs(shift):.3f}: at most {most / abs(shift):.0%} of it is possible"
-            )
 
 
 def _covariance(series: np.ndarray) -> np.ndarray:
@@ -217,7 +174,7 @@ def training_signals(atlas: Atlas) -> list[np.ndarray]:
     """Standardised signals [time, rois] of the open scans of this atlas, of subjects that no program holds out."""
     scans = [scan for scan in open_scans() if scan.atlas == atlas.name]
     held_out = held_out_subjects(scan.subject for scan in scans)
-    extractor = FmriLMFeatureExtractor(atlases=[atlas])
+    extractor = FmriLMFeatureExtractor(atlases=[atlas], repetition_time=REPETITION_TIME)
     found = [extractor.prepare_signal(scan.signal, scan.tr)[0] for scan in scans if scan.subject not in held_out]
     if not found:
         raise ValueError(f"no open scans of training subjects of atlas {atlas.name!r}")
@@ -235,8 +192,7 @@ def write_synthetic(folder: Path, cohort: SyntheticCohort) -> None:
     keys = [f"synthetic-{subject:05d}" for subject in range(len(cohort))]
     store, atlas = ShardStore(folder, settings, set(keys)), cohort.atlas
     write_atlases(folder, [atlas])
-    done = store.keys
-    todo = [subject for subject, key in enumerate(keys) if key not in done]
+    todo = [subject for subject, key in enumerate(keys) if key not in store.keys]
     for start in tqdm(range(0, len(todo), SHARD_SIZE), desc="synthetic scans", unit="shard"):
         rows = [(keys[subject], cohort[subject]) for subject in todo[start : start + SHARD_SIZE]]
         store.add(atlas.name, rows, row_features(atlas, LABEL_TYPES))
@@ -245,26 +201,18 @@ def write_synthetic(folder: Path, cohort: SyntheticCohort) -> None:
 
 
 def main(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder to write, with 'synthetic' in its name; a stopped run resumes.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="Folder with 'synthetic' in its name; a stopped run goes on.")],
     subjects: Annotated[int, typer.Option(min=2, help="Subjects, one scan each.")] = 300,
     effect: Annotated[float, typer.Option(help="Group b against a, Cohen's d.")] = DEFAULT_EFFECT,
     network: Annotated[str, typer.Option(help="Network whose connectivity differs between the groups.")] = "Default",
-    age_effect: Annotated[float, typer.Option(help="Standard deviations per standard deviation of age.")] = -0.5,
-    age_network: Annotated[str, typer.Option(help="Network whose connectivity changes with age.")] = "Cont",
-    site_effect: Annotated[float, typer.Option(help="Variance that all ROIs share at the second site.")] = 0.1,
-    confounding: Annotated[float, typer.Option(help="How far the site goes with the group, 0 to 1.")] = 0.0,
     frames: Annotated[int, typer.Option(min=16, help="Frames of a scan.")] = 160,
     atlas: Annotated[str, typer.Option(help="Atlas of the open scans to resemble.")] = "aal2-94",
     seed: Annotated[int, typer.Option(help="Of the subjects.")] = 0,
 ) -> None:
     """Write a cohort with a synthetic effect as a prepared dataset."""
-    options = {"age_effect": age_effect, "age_network": age_network, "site_effect": site_effect}
-    options |= {"confounding": confounding, "frames": frames}
     try:
         of = Atlas.load(atlas)
-        cohort = SyntheticCohort(training_signals(of), of, subjects, effect, network, seed, **options)
+        cohort = SyntheticCohort(training_signals(of), of, subjects, effect, network, seed, frames)
         write_synthetic(folder, cohort)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)

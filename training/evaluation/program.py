@@ -24,7 +24,7 @@ from fmrilm.processors import FmriLMProcessor
 from fmrilm.processors.descriptors.cohort import JSON_FILE, Cohort
 
 from ..data.dataset import Scans, load_scans
-from ..data.shards import write_whole
+from ..data.shards import keep_settings, write_arrays
 from ..data.splits import Split, SplitArguments, k_fold, k_shot, split_scans
 from ..data.tasks import Task, labels_of, load_task, with_columns
 from ..trainer import half_precision
@@ -69,7 +69,7 @@ class EvaluationSettings:
     @classmethod
     def quick(cls) -> "EvaluationSettings":
         """What shows that every part works, and not how well."""
-        return cls(questions_per_family=1, described=2, description_tokens=8)
+        return cls(questions_per_family=1, described=2, description_tokens=8, window_stride=1000)
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.conditions) - set(CONDITIONS)):
@@ -107,8 +107,8 @@ def evaluate(
     loaded = with_columns([load_task(task) for task in tasks], columns)
     if not loaded and not descriptors:
         raise ValueError("expected tasks or descriptor questions to ask, got neither")
-    _check_settings(
-        output,
+    keep_settings(
+        output / SETTINGS,
         {
             "model": str(model_folder),
             "data": str(data),
@@ -326,13 +326,7 @@ class _Run:
         name = f"{labelled.task.name}.{condition.name}.{condition.shots}.{condition.resample}.{condition.fold}.npz"
         path = self.work / "answers" / name
         if not path.exists():
-            made: dict[str, Any] = self._answers(labelled, condition)
-
-            def save(temporary: Path) -> None:
-                with open(temporary, "wb") as handle:
-                    np.savez(handle, **made)
-
-            write_whole(path, save)
+            write_arrays(path, **self._answers(labelled, condition))
         with np.load(path, allow_pickle=False) as kept:
             return dict(kept)
 
@@ -469,18 +463,6 @@ class _Run:
             (scores,) = score_windows(*reader, windows, [question], [ids])
             found["expected"] = self._mean(places, np.exp(scores) @ numbers)[test]
         return found
-
-
-def _check_settings(output: Path, settings: dict) -> None:
-    """ValueError if the answers in a folder are those of other settings."""
-    settings = json.loads(json.dumps(settings))
-    path = output / SETTINGS
-    if not path.exists():
-        write_whole(path, json.dumps(settings, indent=2))
-        return
-    before = json.loads(path.read_text())
-    if changed := [name for name in settings if before.get(name) != settings[name]]:
-        raise ValueError(f"{output} holds an evaluation with another {' and '.join(changed)}: choose another folder")
 
 
 __all__ = ["EvaluationSettings", "Tuning", "evaluate", "evaluate_scans", "make_splits"]

@@ -22,6 +22,8 @@ TITLES = {
     "mean_absolute_error": "mean absolute error",
     "pearson_r": "Pearson r",
 }
+# conditions of a model; the others are baselines
+MODELS = ("zero-shot", "few-shot", "tuned", "probe")
 # what the plot shows of a task with choices, of one about a number, and of descriptor questions
 MAIN_METRICS = ("roc_auc", "pearson_r", "balanced_accuracy")
 NAMES = {"right": "model", "shuffled": "subject-shuffled control"}
@@ -64,32 +66,43 @@ def table(results: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def eval_results(results: dict) -> list[EvalResult]:
+    """The model-index: what the model reads with the right scan, and its lead over the subject-shuffled control."""
+    data = results["data"]
+    # the types of pandas' rows are not known
+    shown: Any = table(results)
+    if shown.empty:
+        return []
+    shown = shown[shown.condition.isin(MODELS) & shown.comparison.isin(["right", "minus shuffled"])]
+    shown = shown[(shown.variant != "uncalibrated") & shown.value.notna()]
+    subjects = f"{sum(data['test_subjects'])} held-out subjects"
+    return [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            task_name="questions about a scan",
+            dataset_type="held-out-subjects",
+            dataset_name=f"{data['dataset']}, {subjects}" if "dataset" in data else subjects,
+            # the Hub merges entries that differ in the task's name alone
+            dataset_config=", ".join(
+                str(part) for part in (row.task, row.condition, row.shots, row.variant) if part not in ("", 0)
+            ),
+            metric_type=row.metric if row.comparison == "right" else f"{row.metric}_difference",
+            metric_name=TITLES[row.metric] + ("" if row.comparison == "right" else ", right minus shuffled"),
+            metric_value=round(row.value, 4),
+            metric_args=None if pd.isna(row.low) else {"interval_95": [round(row.low, 4), round(row.high, 4)]},
+        )
+        for row in shown.itertuples()
+    ]
+
+
 def add_to_card(card_path: Path, results: dict) -> None:
     """Enter the results in the model-index of a card; those of the same task and dataset are replaced."""
     card = ModelCard.load(card_path)
     facts: Any = card.data
     facts.model_name = facts.model_name or card_path.parent.name
-    data = results["data"]
-    # the types of pandas' rows are not known
-    shown: Any = table(results)
-    own = shown[shown.condition.isin(["zero-shot", "few-shot", "tuned", "probe"]) & (shown.variant == "")]
-    new = [
-        EvalResult(
-            task_type=PIPELINE_TAG,
-            task_name=f"{row.task}, {row.condition}",
-            dataset_type="prepared-scans",
-            dataset_name=f"{data['dataset']}: {sum(data['test_subjects'])} test subjects",
-            # the Hub merges entries that differ in the task's name alone
-            dataset_config=f"{row.task}-{row.condition}-{row.shots}",
-            metric_type=row.metric if row.comparison == "right" else f"{row.metric}_difference",
-            metric_name=TITLES[row.metric] + ("" if row.comparison == "right" else " minus subject-shuffled control"),
-            metric_value=round(row.value, 4),
-            metric_args=None if pd.isna(row.low) else {"interval_95": [round(row.low, 4), round(row.high, 4)]},
-        )
-        for row in own[own.comparison.isin(["right", "minus shuffled"]) & own.value.notna()].itertuples()
-    ]
-    key = {(entry.task_name, entry.dataset_name) for entry in new}
-    kept = [entry for entry in facts.eval_results or [] if (entry.task_name, entry.dataset_name) not in key]
+    new = eval_results(results)
+    keys = {(entry.dataset_name, entry.dataset_config) for entry in new}
+    kept = [entry for entry in facts.eval_results or [] if (entry.dataset_name, entry.dataset_config) not in keys]
     facts.eval_results = kept + new
     write_whole(card_path, str(card))
 

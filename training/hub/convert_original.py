@@ -6,7 +6,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -203,17 +202,6 @@ class Conversion:
         return FmriOriginalForConditionalGeneration.from_pretrained(None, config=config, state_dict=state)
 
 
-def official_atlas() -> Atlas:
-    """The 450 ROIs of the official checkpoints: the 50 of Tian S3 first, then Schaefer's 400."""
-    parts = Atlas.load("tian-s3"), Atlas.load("schaefer-400-7networks")
-    return Atlas(
-        name="tian-s3-schaefer-400-7networks",
-        rois=sum((part.rois for part in parts), ()),
-        networks=sum((part.networks for part in parts), ()),
-        coordinates=np.concatenate([part.coordinates for part in parts]),
-    )
-
-
 def convert_original(
     checkpoint: Path,
     output: Path,
@@ -249,7 +237,8 @@ def convert_original(
     lora_alpha = LORA_ALPHA if lora_alpha is None else float(lora_alpha)
     conversion = Conversion(tensors)
     sizes = conversion.sizes()
-    atlas = official_atlas() if atlas is None else atlas
+    # its 450 ROIs: the 50 of Tian S3 first, then Schaefer's 400
+    atlas = Atlas.load("schaefer-400-tian-s3") if atlas is None else atlas
     if len(atlas) != sizes["num_rois"]:
         raise ValueError(f"the checkpoint knows {sizes['num_rois']} ROIs, expected an atlas of as many, got {atlas}")
     tokenizer = AutoTokenizer.from_pretrained(text_config)

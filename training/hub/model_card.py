@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 
@@ -14,8 +14,6 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 PIPELINE_TAG = "any-to-any"
 # stands for the repository until it is known, which is when the folder is pushed
 UNKNOWN_REPO = "<repository>"
-# of a model; the other conditions of an evaluation are baselines
-MODELS = ("zero-shot", "few-shot", "tuned", "probe")
 
 
 def fill_card(folder: Path, results: dict | None = None, repo: str = UNKNOWN_REPO) -> ModelCard:
@@ -31,6 +29,8 @@ def fill_card(folder: Path, results: dict | None = None, repo: str = UNKNOWN_REP
 
 def _values(folder: Path, results: dict | None, repo: str) -> dict[str, Any]:
     """What the template's names stand for."""
+    from ..evaluation.report import eval_results
+
     adapter = _read(folder / "adapter_config.json")
     config = _read(folder / "config.json") or {}
     extractor = (_read(folder / "processor_config.json") or {})["feature_extractor"]
@@ -48,7 +48,7 @@ def _values(folder: Path, results: dict | None, repo: str) -> dict[str, Any]:
         base_model=base_model,
         base_model_relation=base_model and ("adapter" if adapter else "finetune"),
         model_name=name,
-        eval_results=_eval_results(results, shown) if results else None,
+        eval_results=eval_results(results) if results else None,
     )
     codec = config.get("codec_config", {})
     return {
@@ -81,28 +81,6 @@ def _table(results: dict) -> list[dict[str, Any]]:
     kept = shown["comparison"].isin(["right", "shuffled", "minus shuffled"]) & (shown["variant"] != "uncalibrated")
     rows = shown[kept & shown["value"].notna()].to_dict("records")
     return [{**row, "title": TITLES.get(row["metric"], row["metric"])} for row in rows]
-
-
-def _eval_results(results: dict, rows: list[dict[str, Any]]) -> list[EvalResult]:
-    """The model-index: what the model reads with the right scan, and its lead over the subject-shuffled control."""
-    subjects = sum(results["data"]["test_subjects"])
-    return [
-        EvalResult(
-            task_type=PIPELINE_TAG,
-            task_name="questions about a scan",
-            dataset_type="held-out-subjects",
-            dataset_name=f"{subjects} held-out subjects",
-            dataset_config=f"{row['task']}, {row['condition']}",
-            metric_type=row["metric"] if row["comparison"] == "right" else f"{row['metric']}_difference",
-            metric_name=row["title"] if row["comparison"] == "right" else f"{row['title']}, right minus shuffled",
-            metric_value=round(row["value"], 4),
-            metric_args=None
-            if row["low"] != row["low"] or row["low"] is None
-            else {"interval_95": [round(row["low"], 4), round(row["high"], 4)]},
-        )
-        for row in rows
-        if row["condition"] in MODELS and row["comparison"] != "shuffled"
-    ]
 
 
 def read_card(path: Path) -> ModelCard:

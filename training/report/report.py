@@ -8,14 +8,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..evaluation.report import TITLES, table
+from ..evaluation.report import MODELS, TITLES, table
 from .page import as_interval, as_number, as_percent, drawing, write_page
 
 
 # mid-tones of a colour-blind safe palette: the same lines are legible on the light and the dark page
 MODEL, CONTROL, BASELINE = "#0b7fc7", "#e0690c", "#8b93a0"
-# of a model; the other conditions are baselines
-MODELS = ("zero-shot", "few-shot", "tuned", "probe")
 
 
 def write_report(path: Path, results: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ A task is one small YAML file. Those beside this one go by their name (`load_tas
     questions:                        # paraphrases of one another
       - Is this person a morning or an evening type?
       - Does this person prefer the morning or the evening?
-    metrics: [balanced_accuracy, roc_auc]
     about: The scans were taken between 9 and 17 o'clock.   # optional: what may be said before the question
     reveals: [lark, owl]              # optional: other words that would give the answer away
 
@@ -67,7 +66,6 @@ class Task:
     range: tuple[float, float] | None = None
     unit: str | None = None
     about: str = ""
-    metrics: tuple[str, ...] = ()
     title: str = ""
     cuts: tuple[float, ...] | None = None
     decimals: int = 0
@@ -221,7 +219,7 @@ def _from_yaml(content: Any) -> Task:
             values[name] = {word: word for word in _texts(name, value)}
         elif name in ("range", "cuts"):
             values[name] = tuple(map(float, _texts(name, value)))
-        elif name in ("questions", "metrics", "left_out", "reveals", "other_columns"):
+        elif name in ("questions", "left_out", "reveals", "other_columns"):
             values[name] = tuple(_texts(name, value))
         elif name == "decimals":
             values[name] = int(_text(name, value))
