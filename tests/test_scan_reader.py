@@ -4,12 +4,14 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import build_tiny_atlas
 
 import fmrilm
 from fmrilm import FmriLMFeatureExtractor, FmriLMProcessor, ScanReader
+from fmrilm.processors.descriptors.text import REQUESTS
 
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
@@ -37,6 +39,15 @@ def scans(signal: np.ndarray) -> list[dict]:
     """Of two lengths and two atlases."""
     other = np.random.default_rng(1).normal(1000, 10, (9, 7)).astype(np.float32)
     return [{"signal": signal, "tr": 2.0, "atlas": "tiny"}, {"signal": other, "tr": 2.0, "atlas": "other"}]
+
+
+@pytest.fixture
+def table(signal: np.ndarray, tmp_path: Path) -> pd.DataFrame:
+    """Two files; the atlas of the second is not told."""
+    np.save(tmp_path / "a.npy", signal)
+    np.save(tmp_path / "b.npy", signal[::-1])
+    paths = [tmp_path / "a.npy", str(tmp_path / "b.npy")]
+    return pd.DataFrame({"subject": ["a", "b"], "path": paths, "tr": [2, 2], "atlas": ["tiny", None]}, index=[7, 3])
 
 
 def inputs(reader: ScanReader, scan: dict, question: str = QUESTION) -> dict:
@@ -74,6 +85,10 @@ def test_answers_are_those_of_the_model(reader: ScanReader, scans: list[dict]) -
     description = reader.describe(scans, max_new_tokens=6)
     assert description == [answer(reader, inputs(reader, scan, "Describe this scan."), 6) for scan in scans]
     assert reader.describe(scans[1], max_new_tokens=6) == description[1]
+
+
+def test_description_is_asked_for_in_words_of_the_training() -> None:
+    assert ScanReader.describe.__defaults__[0] in REQUESTS
 
 
 def test_no_sentence_twice_in_a_greedy_description(reader: ScanReader, scans: list[dict], monkeypatch) -> None:
@@ -205,6 +220,34 @@ def test_forecast_follows_the_last_window(reader: ScanReader, scans: list[dict])
     assert reader.forecast(scans[1], 20, num_samples=3).shape == (3, 10, 7)
 
 
+def test_embedding_is_the_mean_state_of_the_scan(reader: ScanReader, scans: list[dict]) -> None:
+    prompt = reader.processor("<|fmri_pad|>", scans[0], window="first")
+    states = reader.model.model(**prompt).last_hidden_state[0].detach()
+    inside = states[prompt["input_ids"][0] == reader.processor.fmri_token_id]
+    assert len(inside) == 8
+    assert np.allclose(reader.embed(scans[0]), inside.mean(0), atol=1e-6)
+    assert reader.embed(scans[0]).dtype == np.float32 and len(reader.embed(scans)) == 2
+
+
+def test_table_gains_columns_and_keeps_its_own(reader: ScanReader, table: pd.DataFrame) -> None:
+    before = table.copy()
+    with pytest.raises(ValueError, match=r"scan 1 \(counted from 0\): which atlas"):
+        reader.embed(table)
+    table = table.assign(atlas="tiny")
+    asked = reader.ask(table, QUESTION, CHOICES)
+    assert list(asked.columns) == [*before.columns, "answer", *(f"probability of {choice}" for choice in CHOICES)]
+    assert list(asked.index) == [7, 3] and list(asked["subject"]) == ["a", "b"]
+    first = reader.ask(table["path"].iloc[0], QUESTION, CHOICES, **OPTIONS)
+    assert asked["answer"].iloc[0] == first["answer"]
+    assert asked["probability of no"].iloc[0] == pytest.approx(first["probabilities"]["no"], rel=1e-3)
+    assert np.array_equal(reader.tokenize(table)["codes"].iloc[1], reader.tokenize(table["path"].iloc[1], **OPTIONS))
+    assert list(reader.describe(table, max_new_tokens=2).columns) == [*before.columns, "description"]
+    # what is not in the table is said once for all
+    assert len(reader.forecast(table[["path"]], **OPTIONS)["forecast"].iloc[0]) == 16
+    with pytest.raises(ValueError, match="a column 'path', got columns"):
+        reader.ask(table.rename(columns={"path": "file"}), QUESTION)
+
+
 def test_unfit_calls_are_refused(reader: ScanReader, scans: list[dict], signal: np.ndarray) -> None:
     with pytest.raises(ValueError, match="one question or as many as scans, 2, got 3"):
         reader.ask(scans, ["Why?"] * 3)
@@ -221,7 +264,7 @@ def test_unfit_calls_are_refused(reader: ScanReader, scans: list[dict], signal: 
 def test_dtype_and_device_are_chosen(folder: Path, scans: list[dict]) -> None:
     reader = fmrilm.load(folder, "cpu", dtype="bfloat16")
     assert reader.model.model.causal_lm.dtype == torch.bfloat16 and not reader.model.training
-    assert reader.reconstruct(scans[0]).dtype == np.float32
+    assert reader.embed(scans[0]).dtype == reader.reconstruct(scans[0]).dtype == np.float32
     assert sum(reader.ask(scans[0], QUESTION, CHOICES)["probabilities"].values()) == pytest.approx(1, abs=1e-2)
 
 

