@@ -3,25 +3,23 @@ What the codec keeps of scans of held-out subjects, in which bits, and how fast.
 
     python benchmarks/codec.py labels --data FOLDER [--folds 5]     rate, distortion; autism, sex, age; identification
     python benchmarks/codec.py states --data FOLDER --state FOLDER  another atlas; cognitive states of 64 s windows
-    python benchmarks/codec.py parcellations --data FOLDER --work FOLDER half as many ROIs; use of codes
+    python benchmarks/codec.py parcellations --data FOLDER [--folds 5]  half as many ROIs; use of the codes
     python benchmarks/codec.py speed --data FOLDER                  encoding, summary, and the fit against subjects
 
-A data folder is one that `fmrilm prepare` wrote, of one atlas; the work folder holds what `benchmarks/people.py
-release` left of each fold: `splits.csv` and the codec. Elsewhere the codec is the release recipe's
+A folder is one that `fmrilm prepare` wrote, of one atlas. The codec is the release recipe's
 (`training/configs/release/codec.yaml`). Results: `benchmarks/results/codec_*.csv`.
 """
 
 import argparse
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from ask import busy_seconds
-from forecast import folds_of
 from scipy.fft import dct, idct
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, StratifiedKFold
@@ -149,6 +147,12 @@ def score(name: str, truth: np.ndarray, found: np.ndarray) -> float:
     return pearson(truth, found) if name == "age" else float(roc_auc_score(truth, found))
 
 
+def split(scans: Scans) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Training and test rows of five folds; a subject has one scan."""
+    strata = scans.table["site"] + scans.table["diagnosis"]
+    return StratifiedKFold(5, shuffle=True, random_state=0).split(strata, strata)
+
+
 def targets_of(scans: Scans) -> dict[str, np.ndarray]:
     table = scans.table
     return {
@@ -163,14 +167,13 @@ def labels(folder: Path, folds: int) -> None:
     scans = load(folder)
     table, targets = scans.table, targets_of(scans)
     stacked = np.stack(list(targets.values()), 1)
-    strata, subjects = table["site"] + table["diagnosis"], table["subject"].to_numpy(str)
+    subjects = table["subject"].to_numpy(str)
     signals = signals_of(scans)
     raw = np.stack([correlations(signal) for signal in signals])
     predictions: dict[str, np.ndarray] = {}
     rate, identified = [], []
-    split = StratifiedKFold(5, shuffle=True, random_state=0).split(strata, strata)
     tested = []
-    for fold, (training, test) in enumerate(split):
+    for fold, (training, test) in enumerate(split(scans)):
         if fold == folds:
             break
         tested.append(test)
@@ -330,10 +333,15 @@ def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
 
 
 @torch.no_grad()
-def parcellations(data: Path, work: Path, folds: int) -> None:
+def parcellations(folder: Path, folds: int) -> None:
     """Scans of test subjects in the ROIs of their atlas, and in half as many: each the mean of two neighbours."""
     rows, levels = [], []
-    for fold, (model, training, test) in enumerate(folds_of(data, work, folds, all_scans=True)):
+    scans = load(folder)
+    for fold, (learned, held_out) in enumerate(split(scans)):
+        if fold == folds:
+            break
+        training, test = scans.select(learned), scans.select(held_out)
+        model = fitted(training)
         coordinates = torch.tensor(test.atlas(0).coordinates, dtype=torch.float32)
         pairs, functions = merged(coordinates), model.spatial_basis(coordinates)
         found: list[dict[str, list]] = [{}, {}]
@@ -417,7 +425,6 @@ def main() -> None:
     parser.add_argument("what", choices=("labels", "states", "parcellations", "speed"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--state", type=Path)
-    parser.add_argument("--work", type=Path)
     parser.add_argument("--folds", type=int, default=5)
     args = parser.parse_args()
     if args.what == "labels":
@@ -425,7 +432,7 @@ def main() -> None:
     elif args.what == "states":
         states(args.data, args.state)
     elif args.what == "parcellations":
-        parcellations(args.data, args.work, args.folds)
+        parcellations(args.data, args.folds)
     else:
         speed(args.data)
 

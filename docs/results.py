@@ -132,13 +132,13 @@ SECTIONS = {
         "Scans of test subjects in the ROIs of their atlas and in half as many, each the mean of two neighbours: "
         "correlation of what the codes give within a scan and, by feature, over scans, and labels read by one ridge "
         "regression (ROC-AUC; age: Pearson r) through the ROIs that it was fitted on and through the others; means "
-        "over folds: `python benchmarks/codec.py parcellations --data FOLDER --work FOLDER`.",
+        "over folds: `python benchmarks/codec.py parcellations --data FOLDER`.",
         over_folds,
     ),
     "codec_levels.csv": Section(
         "Codec: use of the codes",
         "Share of each level's codebook that occurs in the codes of test subjects' scans, and the codes' perplexity, "
-        "means over folds: `python benchmarks/codec.py parcellations --data FOLDER --work FOLDER`.",
+        "means over folds: `python benchmarks/codec.py parcellations --data FOLDER`.",
         over_folds,
     ),
     "codec_states.csv": Section(
