@@ -182,6 +182,11 @@ SECTIONS = {
         "Time of forecasts",
         "Seconds on one core: `python benchmarks/next_codes.py cost --data PREPARED --work FOLDER`.",
     ),
+    "language.csv": Section(
+        "Language kept",
+        "Perplexity of held-out plain text (256 tokens of each document) by the backbone and by models of the release "
+        "recipe, one for each fold: `python benchmarks/language.py MODEL...`.",
+    ),
     "descriptors_reliability.csv": Section(
         "Descriptors: reliability",
         "Correlation of descriptors between the halves of a scan, and their mean difference between sessions and "
