@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence, Sized
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator

@@ -141,8 +141,10 @@ class ScanReader:
                 if ids is None or choices is None:
                     answers = [{"answer": text} for text in self._generate(inputs, max_new_tokens)]
                 else:
-                    scores = self.model.score_choices(inputs, ids).log_softmax(-1).split(
-                        [len(read["codes"]) for read in reads]
+                    scores = (
+                        self.model.score_choices(inputs, ids)
+                        .log_softmax(-1)
+                        .split([len(read["codes"]) for read in reads])
                     )
                     answers = []
                     for windows, text in zip(scores, questions[part], strict=True):

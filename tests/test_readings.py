@@ -119,8 +119,8 @@ def test_scores_predict_the_labels_as_a_logistic_regression_does(task) -> None:
     (reading,) = fitted(examples, [task])
     scores, labels = examples.scores[:, reading.columns], [task.answer(row[task.column]) for row in examples.rows]
     plain = LogisticRegression().fit(scores, labels)
-    found = reading.probabilities(scores)
-    assert np.allclose(found[:, [task.choice_words.index(word) for word in plain.classes_]], plain.predict_proba(scores), atol=1e-4)
+    found, places = reading.probabilities(scores), [task.choice_words.index(word) for word in plain.classes_]
+    assert np.allclose(found[:, places], plain.predict_proba(scores), atol=1e-4)
     assert np.allclose(found.sum(1), 1)
 
 

@@ -190,7 +190,7 @@ def forecast(view: ScanView, samples: np.ndarray, expected: np.ndarray) -> str:
         f"The last {frames * view.repetition_time:.0f} s, forecast from what came before",
         draw,
         5.6,
-        "From nearly the best to nearly the worst forecast: 5, 35, 65 and 95 % down the list of ROIs, ranked by squared "
+        "From nearly the best to nearly the worst forecast: 5, 35, 65 and 95 % down the list of ROIs, by squared "
         f"error against that of the mean. Over all ROIs and frames the forecast's R² is {as_number(_skill(errors))}, "
         f"where the mean has 0; {as_number(_covered(after, low, high), '.0%')} of the frames lie in the band.",
     )

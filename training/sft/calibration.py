@@ -1,4 +1,4 @@
-"""Answers as sure as the labels are: what a tuned model's log-probabilities have to be multiplied with and moved by."""
+"""Answers as sure as the labels are: a slope and biases for the log-probabilities of a tuned model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,8 +27,8 @@ def fit_calibrations(
     seed: int,
 ) -> list[dict]:
     """
-    `FmriLMConfig.calibrations` of the readings' tasks that have choices. Rows that teach to read have surer answers than
-    people have; slope and biases bring the model's log-probabilities to the probabilities that the scores it read
+    `FmriLMConfig.calibrations` of the readings' tasks that have choices. Rows that teach to read have surer answers
+    than people have; slope and biases bring the model's log-probabilities to the probabilities that the scores it read
     predict, by the least cross-entropy over training windows. No label is looked at here.
     """
     readings = [each for each in readings if each.task.choices is not None]
