@@ -235,7 +235,10 @@ def keep_base(
 
 
 def train_and_save(
-    trainer: "Trainer", last: Path | None, write_more: Callable[[Path], None], finish: Callable[[Any], None]
+    trainer: "Trainer",
+    last: Path | None,
+    write_more: Callable[[Path], None],
+    finish: Callable[[Any], None] | None = None,
 ) -> Path:
     """
     Trains, from the checkpoint `last` if there is one, then writes `model/` there, which the Auto classes
@@ -258,7 +261,8 @@ def train_and_save(
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         model: Any = load_model(str(trained), "auto", merge=True)
-        finish(model.eval())
+        if finish is not None:
+            finish(model.eval())
 
         def write(folder: Path) -> None:
             model.save_pretrained(str(folder))
