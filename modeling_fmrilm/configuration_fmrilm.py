@@ -172,7 +172,6 @@ class FmriLMConfig(PreTrainedConfig):
         codec_config: PreTrainedConfig
         text_config: PreTrainedConfig
         score_names: list[str]
-        calibrations: list[dict]
         # only a configuration of nothing but defaults is without them
         fmri_start_token_id: int
         fmri_token_id: int
@@ -182,12 +181,12 @@ class FmriLMConfig(PreTrainedConfig):
         codec_config: dict | PreTrainedConfig | None = None
         text_config: dict | PreTrainedConfig | None = None
         score_names: list[str] | None = None
-        calibrations: list[dict] | None = None
         fmri_start_token_id: int | None = None
         fmri_token_id: int | None = None
         fmri_summary_token_id: int | None = None
         fmri_end_token_id: int | None = None
     num_summary_tokens: int = 8
+    calibrations: list[dict] | None = None
     projector_hidden_size: int = 512
     fmri_loss_weight: float | int = 0.1
     initializer_range: float = 0.02
@@ -196,7 +195,6 @@ class FmriLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.score_names = list(self.score_names or ())
-        self.calibrations = list(self.calibrations or ())
         if self.score_names and self.num_summary_tokens < 1:
             raise ValueError(
                 f"expected num_summary_tokens >= 1 for {len(self.score_names)} scores, got {self.num_summary_tokens}"

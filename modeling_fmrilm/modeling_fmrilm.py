@@ -675,7 +675,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         where the configuration's `calibrations` know the question and these choices, in any order.
         """
         scores = scores.log_softmax(-1)
-        for known in self.config.calibrations:
+        for known in self.config.calibrations or ():
             if question in known["questions"] and known["biases"].keys() == set(choices):
                 scores = known["slope"] * scores + scores.new_tensor([known["biases"][choice] for choice in choices])
         return scores.softmax(-1)

@@ -66,11 +66,11 @@ def test_calibrated_questions_get_calibrated_probabilities(pipe: Pipeline, scans
         for other in ({"choices": CHOICES[:2]}, {"question": "Another?", "choices": CHOICES}):
             question = other.pop("question", QUESTION)
             again = pipe(scans[0], question, **other)["probabilities"]
-            pipe.model.config.calibrations, kept = [], pipe.model.config.calibrations
+            pipe.model.config.calibrations, kept = None, pipe.model.config.calibrations
             assert again == pipe(scans[0], question, **other)["probabilities"]
             pipe.model.config.calibrations = kept
     finally:
-        pipe.model.config.calibrations = []
+        pipe.model.config.calibrations = None
     for before, after in zip(plain, found, strict=True):
         wanted = np.array([before["probabilities"][one] ** 0.5 * np.exp(biases[one]) for one in CHOICES])
         assert np.allclose(list(after["probabilities"].values()), wanted / wanted.sum(), rtol=1e-3)

@@ -391,7 +391,8 @@ class _Run:
         if labelled.numbers is not None:
             # calibration to even shares would make answers likely that no subject has
             found["expected"] = own @ self._bin_means(labelled, split)
-        if condition.shots == 0 and any(question in each["questions"] for each in reader[0].config.calibrations):
+        known = [each["questions"] for each in reader[0].config.calibrations or ()]
+        if condition.shots == 0 and any(question in questions for questions in known):
             return {**found, "probabilities": own}
         shares = np.full(labelled.choices, 1 / labelled.choices)
         if condition.shots != 0:
