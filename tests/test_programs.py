@@ -26,6 +26,7 @@ from fmrilm.training.data import splits
 from fmrilm.training.data.collator import RowCollator, encode_dataset
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
+from fmrilm.training.data.tasks import load_task
 from fmrilm.training.program import ScanArguments, read_scans
 from fmrilm.training.sft import program as sft
 from helpers import atlas, chats, noise
@@ -270,6 +271,18 @@ def test_splits_of_subjects_without_scans_are_refused(program_folders: Path, tmp
     table.write_text("subject,split\ns0,train\nsomeone,test\n")
     with pytest.raises(ValueError, match="splits.csv: expected subjects that have scans, got without: someone"):
         run("sft", program_folders, tmp_path, splits=table)
+
+
+def test_reading_rows_leave_a_calibration_of_their_tasks(runs: Path) -> None:
+    plain, tuned = (AutoModelForMultimodalLM.from_pretrained(runs / name / "model") for name in ("further", "anew"))
+    task = load_task("handedness")
+    (known,) = tuned.config.calibrations
+    assert not plain.config.calibrations and known["questions"] == list(task.questions)
+    assert known["slope"] > 0 and known["biases"].keys() == set(task.choice_words)
+    scores = torch.randn(len(task.choice_words))
+    changed = tuned.answer_probabilities(scores, task.questions[-1], task.choice_words)
+    assert not torch.allclose(changed, scores.softmax(-1), atol=1e-4)
+    assert torch.allclose(tuned.answer_probabilities(scores, "Else?", task.choice_words), scores.softmax(-1))
 
 
 def test_new_scores_behind_an_adapter_are_refused(runs: Path, program_folders: Path, tmp_path: Path) -> None:
