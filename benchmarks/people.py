@@ -175,7 +175,8 @@ def release(
                 task, condition, count = kept.name.split(".")[:3]
                 key = condition, int(count) if count.isdigit() else count
                 answers[task].setdefault(key, []).append(dict(np.load(kept)))
-            tables.append(table(found).assign(split=f"{name}, fold {fold}"))
+            of_fold = table(found)
+            tables.append(of_fold[of_fold.comparison == "right"].assign(split=f"{name}, fold {fold}"))
         of_tasks = {each.task.name: pooled(scans, each, splits, answers[each.task.name]) for each in known}
         tables.append(table({"tasks": of_tasks}).assign(split=name if first is None else f"{name}: first {first}"))
         write("release", tables, results)

@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.training import ridge
 from fmrilm.training.alignment.examples import fit_frequencies, fit_scores, read_scores, score_targets
-from fmrilm.training.alignment.joint import answer_embeddings, with_answers
+from fmrilm.training.alignment.joint import ANSWER_CHANGE, answer_embeddings, with_answers
 from fmrilm.training.data.tasks import load_task
 from helpers import random_examples
 
@@ -165,8 +165,8 @@ def test_scores_of_a_task_are_its_answer_in_words(llama, processor) -> None:
         words[processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0)
         for word in sex.choice_words
     )
-    assert torch.allclose(bias[len(ids)] + weights[len(ids), :, 1], second, atol=1e-5)
-    assert torch.allclose(bias[len(ids)] - weights[len(ids), :, 1], first, atol=1e-5)
+    assert torch.allclose(bias[len(ids)], (first + second) / 2, atol=1e-5)
+    assert torch.allclose(weights[len(ids), :, 1], ANSWER_CHANGE * (second - first), atol=1e-5)
 
 
 def test_targets_are_z_scores_numbers_and_choices() -> None:

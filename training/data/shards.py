@@ -83,7 +83,11 @@ class ShardStore:
 def check_settings(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
     """ValueError if the run that a folder is of had other settings: a run goes on with its own alone."""
     if changed := [name for name in settings if before.get(name) != settings[name]]:
-        differences = ", ".join(f"{name} {before.get(name)} instead of {settings[name]}" for name in changed)
+        # a setting may be a table of tasks, which nobody would read in a line
+        differences = ", ".join(
+            f"{name} {before.get(name)} instead of {settings[name]}" if len(str(settings[name])) < 80 else name
+            for name in changed
+        )
         raise ValueError(f"{folder} was begun with other settings, {differences}; choose another folder")
 
 
