@@ -1,6 +1,7 @@
 """Configurations of the codec and of the language model that reads its codes."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -202,6 +203,13 @@ class FmriLMConfig(PreTrainedConfig):
         if not self.score_names:
             self.num_summary_tokens = 0
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    def calibration(self, question: str, choices: Sequence[str]) -> dict | None:
+        """Of `calibrations`, the one that knows the question and these choices, in any order."""
+        for known in self.calibrations or ():
+            if question in known["questions"] and known["biases"].keys() == set(choices):
+                return known
+        return None
 
 
 # every save ships the code, so that a downloaded folder loads where this package is not installed

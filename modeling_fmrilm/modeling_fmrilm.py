@@ -674,10 +674,10 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         Probabilities [..., choices] of answers, of their log-likelihoods [..., choices] (`score_choices`): calibrated
         where the configuration's `calibrations` know the question and these choices, in any order.
         """
-        scores = scores.log_softmax(-1)
-        for known in self.config.calibrations or ():
-            if question in known["questions"] and known["biases"].keys() == set(choices):
-                scores = known["slope"] * scores + scores.new_tensor([known["biases"][choice] for choice in choices])
+        known = self.config.calibration(question, choices)
+        if known is not None:
+            biases = scores.new_tensor([known["biases"][choice] for choice in choices])
+            scores = known["slope"] * scores.log_softmax(-1) + biases
         return scores.softmax(-1)
 
     @torch.no_grad()

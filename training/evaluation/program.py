@@ -391,8 +391,7 @@ class _Run:
         if labelled.numbers is not None:
             # calibration to even shares would make answers likely that no subject has
             found["expected"] = own @ self._bin_means(labelled, split)
-        known = [each["questions"] for each in reader[0].config.calibrations or ()]
-        if condition.shots == 0 and any(question in questions for questions in known):
+        if condition.shots == 0 and reader[0].config.calibration(question, words) is not None:
             return {**found, "probabilities": own}
         shares = np.full(labelled.choices, 1 / labelled.choices)
         if condition.shots != 0:
