@@ -132,7 +132,8 @@ def release(
     descriptors: Annotated[bool, typer.Option(help="Questions about descriptors, too.")] = True,
     leave_one_site_out: bool = False,
     first: Annotated[int | None, typer.Option(help="Only the first folds of each seed, so many.")] = None,
-    questions: Annotated[int, typer.Option(help="About descriptors, of each family, about each window.")] = 2,
+    questions: Annotated[int, typer.Option(help="About descriptors, of each family, about each window.")] = 1,
+    described: Annotated[int, typer.Option(help="Subjects whose scans are described in free text.")] = 24,
     work: Annotated[Path, typer.Option(help="Folder of the models; goes on where it was stopped.")] = Path(
         "runs/people"
     ),
@@ -144,7 +145,7 @@ def release(
     columns = given_columns(tasks)
     known = [Labelled.read(task, scans) for task in asked]
     counts = tuple(int(count) for count in shots.split(","))
-    settings = EvaluationSettings(shots=counts, questions_per_family=questions, described=0)
+    settings = EvaluationSettings(shots=counts, questions_per_family=questions, described=described)
     if any(counts):
         settings = replace(settings, conditions=(*settings.conditions, "tuned"))
     wanted = all_splits(scans, asked, folds, seeds)
@@ -176,7 +177,8 @@ def release(
                 key = condition, int(count) if count.isdigit() else count
                 answers[task].setdefault(key, []).append(dict(np.load(kept)))
             of_fold = table(found)
-            tables.append(of_fold[of_fold.comparison == "right"].assign(split=f"{name}, fold {fold}"))
+            kept = (of_fold.comparison == "right") | of_fold.task.str.startswith("descri")
+            tables.append(of_fold[kept].assign(split=f"{name}, fold {fold}"))
         of_tasks = {each.task.name: pooled(scans, each, splits, answers[each.task.name]) for each in known}
         tables.append(table({"tasks": of_tasks}).assign(split=name if first is None else f"{name}: first {first}"))
         write("release", tables, results)

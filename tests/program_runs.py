@@ -49,7 +49,7 @@ STAGES = {
         "max_rois": 10,
         "start_steps": 2,
     },
-    "alignment": {**CHATS, "summary_tokens": 2},
+    "alignment": {**CHATS},
     "sft": {**CHATS, "questions": 2},
 }
 

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.processors.descriptors.phrases import PHRASES
 from fmrilm.training.alignment.examples import score_names
 from fmrilm.training.data.tasks import load_task
 from fmrilm.training.sft.calibration import fit
-from fmrilm.training.sft.readings import Reading, reading_rows
+from fmrilm.training.sft.readings import DESCRIPTORS_ASKED, Reading, reading_rows
 from helpers import random_examples, window_of
 
 
@@ -44,7 +47,7 @@ def text_of(row: dict, place: int) -> str:
 
 def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
     examples = examples_of()
-    rows = reading_rows(examples, fitted(examples, TASKS[:1]), 400, 2, seed=0).to_list()
+    rows = reading_rows(examples, NAMES, fitted(examples, TASKS[:1]), 400, 2, seed=0).to_list()
     column = NAMES.index(score_names(TASKS[0])[0])
     scores = np.array([row["scores"][0][column] for row in rows])
     windows = np.array([int(row["scores"][0][0]) for row in rows])
@@ -58,7 +61,7 @@ def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
 
 def test_rows_hold_their_window_or_its_first_patch_and_its_other_scores() -> None:
     examples = examples_of(40)
-    rows = reading_rows(examples, fitted(examples), 80, 2, seed=1).to_list()
+    rows = reading_rows(examples, NAMES, fitted(examples), 80, 2, seed=1).to_list()
     for row in rows:
         codes, window = row["codes"][0], window_of(row["codes"][0])
         assert codes == examples.codes[window][: len(codes)].tolist()
@@ -76,6 +79,22 @@ def test_rows_hold_their_window_or_its_first_patch_and_its_other_scores() -> Non
         donor = int((own @ given[groups]).argmax())
         # each task's scores are widened by a factor of their own
         assert 1 <= given[ages] / examples.scores[donor, ages] <= 3
+
+
+def test_level_of_a_descriptor_is_the_tercile_of_its_score() -> None:
+    examples = random_examples(60)
+    names = [*CORE_NAMES[:6], "motion"]
+    scores = np.random.default_rng(0).standard_normal((60, len(names))).astype(np.float32)
+    examples = dataclasses.replace(examples, scores=scores)
+    rows = reading_rows(examples, names, [], 60, 2, seed=0).to_list()
+    terciles = np.quantile(scores, (1 / 3, 2 / 3), axis=0)
+    for row in rows:
+        asked = [text_of(row, place) for place in range(0, len(row["messages"]), 2)]
+        assert len(set(asked)) == DESCRIPTORS_ASKED
+        for place, text in enumerate(asked):
+            (column,) = (at for at, name in enumerate(CORE_NAMES[:6]) if PHRASES[name].lower() in text.lower())
+            level = int((row["scores"][0][column] > terciles[:, column]).sum())
+            assert text_of(row, 2 * place + 1) == LEVELS[level]
 
 
 def test_numbers_are_the_expected_ones_within_the_range() -> None:
@@ -109,7 +128,7 @@ def test_answers_are_surer_than_the_labels(task) -> None:
 
 def test_one_seed_gives_the_same_rows() -> None:
     examples = examples_of(30)
-    first, again, other = (reading_rows(examples, fitted(examples), 20, 2, seed).to_list() for seed in (0, 0, 1))
+    first, again, other = (reading_rows(examples, NAMES, fitted(examples), 20, 2, seed).to_list() for seed in (0, 0, 1))
     assert first == again != other
 
 

@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
 from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.processors.descriptors.phrases import PHRASES
 from fmrilm.training import ridge
 from fmrilm.training.alignment.examples import fit_frequencies, fit_scores, read_scores, score_targets
-from fmrilm.training.alignment.joint import ANSWER_CHANGE, answer_embeddings, with_answers
+from fmrilm.training.alignment.joint import (
+    ANSWER_CHANGE,
+    answer_embeddings,
+    descriptor_embeddings,
+    with_answers,
+)
 from fmrilm.training.data.tasks import load_task
 from helpers import random_examples
 
@@ -167,6 +173,24 @@ def test_scores_of_a_task_are_its_answer_in_words(llama, processor) -> None:
     )
     assert torch.allclose(bias[len(ids)], (first + second) / 2, atol=1e-5)
     assert torch.allclose(weights[len(ids), :, 1], ANSWER_CHANGE * (second - first), atol=1e-5)
+
+
+def test_token_of_a_descriptor_holds_its_words_and_its_level(llama, processor) -> None:
+    names = ["connectivity/Vis-Default", "connectivity/Vis-Cont", "strength/Limbic"]
+    bias, weights = descriptor_embeddings(llama, processor, names)
+    words = llama.get_input_embeddings().weight
+
+    def mean_of(text: str) -> torch.Tensor:
+        return words[processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]].mean(0)
+
+    # each token changes with its own score alone, from low to high
+    change = ANSWER_CHANGE * (mean_of("high") - mean_of("low"))
+    expected = torch.eye(3)[:, None] * change[None, :, None]
+    assert torch.allclose(weights, expected, atol=1e-5)
+    # a question's words are nearest to the token of their descriptor
+    phrases = torch.stack([mean_of(PHRASES[name]) for name in names])
+    near = (phrases - phrases.mean(0)) @ (bias - mean_of("typical")).T
+    assert near.argmax(1).tolist() == [0, 1, 2]
 
 
 def test_targets_are_z_scores_numbers_and_choices() -> None:

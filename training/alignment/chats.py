@@ -119,9 +119,14 @@ def alignment_rows(
         elif kind == 2:
             made.append(row_of(examples, [window]))
         else:
-            text = excerpt(texts[int(rng.integers(len(texts)))], TEXT_WORDS, rng)
-            made.append({"messages": [], "codes": [], "scores": [], "text": text})
+            made.append(text_row(texts, rng))
     return chat_dataset(made)
+
+
+def text_row(texts: Sequence[str], rng: np.random.Generator) -> dict[str, Any]:
+    """A row of `FEATURES`: an excerpt of one of the texts."""
+    text = excerpt(texts[int(rng.integers(len(texts)))], TEXT_WORDS, rng)
+    return {"messages": [], "codes": [], "scores": [], "text": text}
 
 
 def draw_rounds(windows: int, rows: int, rng: np.random.Generator) -> list[int]:

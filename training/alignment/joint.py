@@ -1,6 +1,12 @@
-"""Stage 2: a trained codec and a pretrained language model become one model, whole or with an adapter."""
+"""
+Stage 2: a trained codec and a pretrained language model become one model, whole or with an adapter.
+
+What a language model reads of a scan's scores starts in words that it knows: a token for each descriptor, which holds
+what the descriptor is called and how high it is, and "The sex is (answer)." for each task.
+"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +18,7 @@ from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor
 from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.phrases import PHRASES
 
 from ..data.tasks import Task
 
@@ -19,16 +26,20 @@ from ..data.tasks import Task
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|c_attn|c_fc)"
 LANGUAGE_MODEL = "model.causal_lm."
-# of the embedding of an answer with one standard deviation of its score, in distances between answers
+# of the embedding of an answer or a level with one standard deviation of its score, in distances between answers
 ANSWER_CHANGE = 2.0
 # what a scan enters and leaves through, trained whole beside an adapter
 SCAN_MODULES = ("projector", "summary.output_proj", "boundaries")
 
 
+@torch.no_grad()
 def join(
     codec: FmriCodecModel, language_model: PreTrainedModel, processor: FmriLMProcessor, score_names: Sequence[str]
 ) -> FmriLMForConditionalGeneration:
-    """The untrained joint model: vocabulary grown by the fMRI tokens, new embeddings at the old ones' mean."""
+    """
+    The untrained joint model: vocabulary grown by the fMRI tokens, new embeddings at the old ones' mean, a summary
+    token for each of the descriptors `score_names`. The processor gets to know the tokens.
+    """
     tokenizer = processor.tokenizer
     known = language_model.config.get_text_config().vocab_size
     if len(tokenizer) > known:
@@ -37,6 +48,7 @@ def join(
         with torch.no_grad():
             embeddings[known:] = embeddings[:known].mean(0)
     start, pad, summary, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END])
+    processor.summary_tokens = len(score_names)
     config = FmriLMConfig(
         codec_config=_without_path(codec.config),
         text_config=_without_path(language_model.config),
@@ -44,10 +56,14 @@ def join(
         fmri_token_id=pad,
         fmri_summary_token_id=summary,
         fmri_end_token_id=end,
-        num_summary_tokens=processor.summary_tokens,
+        num_summary_tokens=len(score_names),
         score_names=list(score_names),
     )
     model = FmriLMForConditionalGeneration.from_parts(codec, language_model, config)
+    if model.model.summary is not None:
+        bias, weights = descriptor_embeddings(model, processor, score_names)
+        model.model.summary.output_proj.bias.copy_(bias.flatten())
+        model.model.summary.output_proj.weight.copy_(weights.flatten(0, 1))
     model.generation_config = language_model.generation_config or model.generation_config
     # a model that generates placeholders would refer to scans that are not there
     model.generation_config.suppress_tokens = [start, pad, summary, end]
@@ -104,11 +120,7 @@ def answer_embeddings(
     Embeddings [tokens, hidden] of "The sex is (answer)." for each task that has scores among `names`, and how they
     change with the scores [tokens, hidden, names], which have a standard deviation of one.
     """
-    device = model.device
-
-    def embed(text: str) -> torch.Tensor:
-        ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return model.get_input_embeddings()(ids.to(device))[0].float()
+    embed = partial(embed_text, model, processor)
 
     def word(text: str) -> torch.Tensor:
         return embed(f" {text}").mean(0)
@@ -134,6 +146,32 @@ def answer_embeddings(
     weights = embeddings.new_zeros(*embeddings.shape, len(names))
     weights[places] = torch.stack(changes)
     return embeddings, weights
+
+
+def descriptor_embeddings(
+    model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, names: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Embeddings [names, hidden] of the descriptors at a typical level: what tells the words of a descriptor's phrase
+    from those of the others, as large as a word, and the word of the level; and how they change with the scores
+    [names, hidden, names], which have a standard deviation of one.
+    """
+    embed = partial(embed_text, model, processor)
+    low, typical, high = (embed(f" {level}").mean(0) for level in LEVELS)
+    words = [embed(f" {PHRASES.get(name, name)}") for name in names]
+    phrases = torch.stack([each.mean(0) for each in words])
+    size = torch.cat(words).norm(dim=1).mean()
+    apart = torch.nn.functional.normalize(phrases - phrases.mean(0), dim=1)
+    weights = torch.zeros(len(names), len(low), len(names), device=low.device)
+    rows = torch.arange(len(names))
+    weights[rows, :, rows] = ANSWER_CHANGE * (high - low)
+    return typical + size * apart, weights
+
+
+def embed_text(model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, text: str) -> torch.Tensor:
+    """Input embeddings float32 [tokens, hidden] of a text."""
+    ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return model.get_input_embeddings()(ids.to(model.device))[0].float()
 
 
 def _without_path(config: PreTrainedConfig) -> Any:

@@ -45,7 +45,6 @@ class AlignmentArguments(ScanArguments):
     """What is joined, and what the joint model learns from."""
 
     codec: str | None = field(default=None, metadata={"help": "Trained codec: a folder or Hub id."})
-    summary_tokens: int = field(default=8, metadata={"help": "Tokens of a scan that carry its scores."})
     row_weights: list[float] = field(
         default_factory=lambda: [0.4, 0.4, 0.1, 0.1],
         metadata={
@@ -103,9 +102,7 @@ def align(
         held_out = make_examples(codec, test, cohort, length, stride, cache) if wanted else None
     names, targets = score_targets(examples, cohort.names, [])
     language_model, tokenizer = load_language_model(model_args.model_name_or_path or PACKAGED_MODEL)
-    processor = FmriLMProcessor(
-        extractor, tokenizer, tokens_per_patch=codec.config.tokens_per_patch, summary_tokens=script_args.summary_tokens
-    )
+    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=codec.config.tokens_per_patch)
     model = join(codec, language_model, processor, names)
     examples, r_squared = fit_scores(model, examples, names, targets, training_args.seed)
     fit_frequencies(model, examples.codes)

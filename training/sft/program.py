@@ -83,9 +83,10 @@ class SftArguments(ScanArguments):
         default=0.0,
         metadata={
             "help": "Of the rows, short ones with questions of the tasks, whose answers follow another subject's "
-            "scores: they teach to answer as the scores say."
+            "scores, and about descriptors: they teach to answer as the scores say."
         },
     )
+    text_share: float = field(default=0.0, metadata={"help": "Of the rows, plain text: it keeps the language."})
     label_share: float = field(
         default=0.5, metadata={"help": "Of the chats about scans with labels, those that ask for the labels."}
     )
@@ -107,6 +108,7 @@ def main(command_line: list[str] | None = None) -> Path:
 
 def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: "ModelConfig") -> Path:
     """Trains and writes the tuned model's folder, which is returned. Rows are about training subjects alone."""
+    import numpy as np
     import torch
     from datasets import concatenate_datasets
     from peft import PeftModel
@@ -116,8 +118,10 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     from fmrilm.processors.descriptors.cohort import Cohort
     from fmrilm.scan_reader import check_source
 
+    from ..alignment.chats import chat_dataset, text_row
     from ..alignment.examples import fit_scores, read_scores, score_targets
     from ..alignment.joint import with_answers
+    from ..alignment.plain_text import plain_texts
     from ..checkpoints import last_checkpoint, output_folder
     from ..data.tasks import load_task, with_columns
     from ..hub.model_folder import base_of, load_model
@@ -139,10 +143,9 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     if name is None:
         raise ValueError("expected model_name_or_path, a folder or Hub id of a joint model or an adapter, got none")
     check_source(name)
-    if script_args.reading_share and not script_args.tasks:
-        raise ValueError(
-            f"expected tasks, whose scores are read, with reading_share={script_args.reading_share}, got none"
-        )
+    shares = script_args.reading_share, script_args.text_share
+    if min(shares) < 0 or sum(shares) > 1:
+        raise ValueError(f"expected reading_share and text_share of at least 0, together at most 1, got {shares}")
     set_seed(training_args.seed)
     last = last_checkpoint(output_folder(training_args))
     tasks = with_columns([load_task(task) for task in script_args.tasks], script_args.columns)
@@ -194,13 +197,20 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     if script_args.reading_share:
         readings = [Reading.fit(task, examples, joint.config.score_names) for task in tasks]
 
+    texts, _ = plain_texts()
+
     def draw(of, count, seed):
         # held-out subjects are asked about themselves alone
-        reading = 0 if of is held_out else round(count * script_args.reading_share)
-        parts = [instruction_rows(of, tasks, count - reading, mixture, seed)] if count > reading else []
+        reading, text = (0 if of is held_out else round(count * share) for share in shares)
+        parts = []
+        if count > reading + text:
+            parts.append(instruction_rows(of, tasks, count - reading - text, mixture, seed))
         if reading:
             per_patch = joint.config.codec_config.tokens_per_patch
-            parts.append(reading_rows(of, readings, reading, per_patch, seed))
+            parts.append(reading_rows(of, joint.config.score_names, readings, reading, per_patch, seed))
+        if text:
+            rng = np.random.default_rng(seed)
+            parts.append(chat_dataset([text_row(texts, rng) for _ in range(text)]))
         return concatenate_datasets(parts)
 
     def calibrate(tuned):

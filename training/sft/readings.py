@@ -1,10 +1,10 @@
 """
-Rows that teach the language model to answer as a task's scores say.
+Rows that teach the language model to answer as a scan's scores say.
 
-A row's scores of a task are those of another subject, and its answer is drawn from what these scores predict: nothing
-else in the row tells the answer, and there are as many such rows as windows times windows. Scores are wider, and
-answers surer, than those of subjects: from few uncertain answers a language model learns little of what they depend
-on.
+A descriptor's answer is the tercile of its score. A row's scores of a task are those of another subject, and its
+answer is drawn from what these scores predict: nothing else in the row tells the answer, and there are as many such
+rows as windows times windows. Scores are wider, and answers surer, than those of subjects: from few uncertain answers
+a language model learns little of what they depend on.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,19 @@ from datasets import Dataset
 from scipy.special import softmax
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
-from ..alignment.chats import assistant, chat_dataset, draw_rounds, row_of, scan_block, text_block, user
+from fmrilm.processors.descriptors.cohort import QUANTILES
+from fmrilm.processors.descriptors.measures import CORE_NAMES
+
+from ..alignment.chats import (
+    assistant,
+    chat_dataset,
+    descriptor_question,
+    draw_rounds,
+    row_of,
+    scan_block,
+    text_block,
+    user,
+)
 from ..alignment.examples import Examples, score_names
 from ..data.tasks import Task, labels_of
 
@@ -25,8 +37,8 @@ from ..data.tasks import Task, labels_of
 SHARPNESS = 4.0
 # by how much scores are multiplied in a row, at most: the larger, the clearer what the answer depends on
 MOST_WIDENED = 3.0
-# questions of a row, at most: each is about another task, and all share the tokens of the scan
-MOST_ASKED = 3
+# questions of a row about tasks, at most, and about descriptors: all share the tokens of the scan
+MOST_ASKED, DESCRIPTORS_ASKED = 3, 5
 # of the rows, those with the latent tokens of their first patch alone: short rows are cheap, and teach as much
 SHORT_SHARE = 0.75
 
@@ -89,12 +101,15 @@ class Reading:
 
 
 def reading_rows(
-    examples: Examples, readings: Sequence[Reading], rows: int, tokens_per_patch: int, seed: int
+    examples: Examples, names: Sequence[str], readings: Sequence[Reading], rows: int, tokens_per_patch: int, seed: int
 ) -> Dataset:
     """
-    Chats with a question of each of `MOST_ASKED` tasks, about a window's first patch or, in some rows, all of it.
+    Chats with questions of tasks and about descriptors, in random order, about a window's first patch or, in some
+    rows, all of it. names: of the columns of the examples' scores.
     """
     rng = np.random.default_rng(seed)
+    described = [column for column, name in enumerate(names) if name in CORE_NAMES]
+    lower, upper = np.quantile(examples.scores, QUANTILES, axis=0)
     made = []
     for window in draw_rounds(len(examples), rows, rng):
         scores = examples.scores[window].copy()
@@ -103,12 +118,19 @@ def reading_rows(
         for reading in readings:
             widened = rng.uniform(1, MOST_WIDENED)
             scores[reading.columns] = widened * examples.scores[donors[reading.task.column], reading.columns]
-        chat: list[dict] = []
+        turns = []
         for place in rng.permutation(len(readings))[:MOST_ASKED]:
             task = readings[place].task
-            question = text_block(task.questions[rng.integers(len(task.questions))])
-            chat.append(user(question) if chat else user(scan_block(), question))
-            chat.append(assistant(readings[place].answer(scores[readings[place].columns], rng)))
+            question = task.questions[rng.integers(len(task.questions))]
+            turns.append((question, readings[place].answer(scores[readings[place].columns], rng)))
+        for column in rng.permutation(described)[:DESCRIPTORS_ASKED]:
+            level = int(scores[column] > lower[column]) + int(scores[column] > upper[column])
+            turns.append(descriptor_question(names[column], level, rng))
+        chat: list[dict] = []
+        for place in rng.permutation(len(turns)):
+            question, answer = turns[place]
+            chat.append(user(text_block(question)) if chat else user(scan_block(), text_block(question)))
+            chat.append(assistant(answer))
         row = row_of(examples, [window], chat)
         kept = tokens_per_patch if rng.random() < SHORT_SHARE else None
         made.append({**row, "codes": [row["codes"][0][:kept]], "scores": [scores.tolist()]})
