@@ -15,6 +15,7 @@ from fmrilm.training import ridge
 from fmrilm.training.alignment.examples import fit_frequencies, fit_scores, read_scores, score_targets
 from fmrilm.training.alignment.joint import (
     ANSWER_CHANGE,
+    LEVEL_CHANGE,
     answer_embeddings,
     descriptor_embeddings,
     with_answers,
@@ -184,7 +185,7 @@ def test_token_of_a_descriptor_holds_its_words_and_its_level(llama, processor) -
         return words[processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]].mean(0)
 
     # each token changes with its own score alone, from low to high
-    change = ANSWER_CHANGE * (mean_of("high") - mean_of("low"))
+    change = LEVEL_CHANGE * (mean_of("high") - mean_of("low"))
     expected = torch.eye(3)[:, None] * change[None, :, None]
     assert torch.allclose(weights, expected, atol=1e-5)
     # a question's words are nearest to the token of their descriptor

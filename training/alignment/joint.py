@@ -26,8 +26,9 @@ from ..data.tasks import Task
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|c_attn|c_fc)"
 LANGUAGE_MODEL = "model.causal_lm."
-# of the embedding of an answer or a level with one standard deviation of its score, in distances between answers
-ANSWER_CHANGE = 2.0
+# Of the embedding of an answer, and of a descriptor's level, with one standard deviation of its score, in distances
+# between answers, or between low and high.
+ANSWER_CHANGE, LEVEL_CHANGE = 2.0, 4.0
 # what a scan enters and leaves through, trained whole beside an adapter
 SCAN_MODULES = ("projector", "summary.output_proj", "boundaries")
 
@@ -164,7 +165,7 @@ def descriptor_embeddings(
     apart = torch.nn.functional.normalize(phrases - phrases.mean(0), dim=1)
     weights = torch.zeros(len(names), len(low), len(names), device=low.device)
     rows = torch.arange(len(names))
-    weights[rows, :, rows] = ANSWER_CHANGE * (high - low)
+    weights[rows, :, rows] = LEVEL_CHANGE * (high - low)
     return typical + size * apart, weights
 
 
