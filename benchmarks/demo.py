@@ -37,12 +37,12 @@ def figures(results: dict) -> Iterator[tuple[str, str, float | None]]:
     yield "descriptions with a repeated sentence", "", descriptions["repeated_sentences"]
     yield "R2 of the decoded signal", "", results["codec"]["r_squared"]["value"]
     yield "FC correlation of the decoded signal", "", results["codec"]["fc_correlation"]["value"]
-    for part, seconds in results["run"]["seconds"].items():
+    for part, seconds in results.get("run", {"seconds": {}})["seconds"].items():
         yield f"minutes, {part}", "", seconds / 60
 
 
 def table(runs: Sequence[dict]) -> pd.DataFrame:
-    """A row for each figure of the runs' results: mean, lowest and highest of the seeds in which it is defined."""
+    """A row for each figure of the runs' results: mean, lowest and highest of the runs in which it is defined."""
     values: dict[tuple[str, str], list[float]] = {}
     for results in runs:
         for what, condition, value in figures(results):
@@ -51,7 +51,7 @@ def table(runs: Sequence[dict]) -> pd.DataFrame:
     for (what, condition), found in values.items():
         mean, lowest, highest = (np.mean(found), min(found), max(found)) if found else (np.nan, np.nan, np.nan)
         rows.append([what, condition, mean, lowest, highest, len(found)])
-    return pd.DataFrame(rows, columns=["what", "condition", "mean", "lowest", "highest", "seeds"])
+    return pd.DataFrame(rows, columns=["what", "condition", "mean", "lowest", "highest", "runs"])
 
 
 def main(

@@ -2,7 +2,8 @@
 What a model trained by the release recipe reads of subjects, beside baselines, in folds over the subjects.
 
     python benchmarks/people.py baselines prepared-abide       # no language model: people_baselines.csv
-    python benchmarks/people.py release prepared-abide         # trains a model for each fold: people_release.csv
+    python benchmarks/people.py release prepared-abide         # trains a model for each fold: people_release.csv, and
+                                                               # what it says of descriptors: people_descriptors.csv
 
 The argument is a folder that `fmrilm prepare` wrote. Folds are stratified by site and the first task's answers; in
 "leave one site out", each site is tested once. Tables hold figures over all subjects, and no single answer.
@@ -15,6 +16,7 @@ from typing import Annotated
 import numpy as np
 import pandas as pd
 import typer
+from demo import table as over_runs
 
 from fmrilm.processors import FmriLMFeatureExtractor
 from fmrilm.training.data.dataset import Scans, load_scans
@@ -148,7 +150,7 @@ def release(
     settings = EvaluationSettings(shots=counts, questions_per_family=questions, described=described)
     if any(counts):
         settings = replace(settings, conditions=(*settings.conditions, "tuned"))
-    wanted = all_splits(scans, asked, folds, seeds)
+    wanted, runs = all_splits(scans, asked, folds, seeds), []
     for name, splits in wanted.items():
         if name == "leave one site out" and not leave_one_site_out:
             continue
@@ -177,8 +179,12 @@ def release(
                 key = condition, int(count) if count.isdigit() else count
                 answers[task].setdefault(key, []).append(dict(np.load(kept)))
             of_fold = table(found)
-            kept = (of_fold.comparison == "right") | of_fold.task.str.startswith("descri")
+            kept = (of_fold.comparison == "right") & ~of_fold.task.str.startswith("descri")
             tables.append(of_fold[kept].assign(split=f"{name}, fold {fold}"))
+            runs.append(found)
+            if descriptors:
+                told = over_runs(runs).to_csv(index=False, float_format="%.4f")
+                write_whole(results / "people_descriptors.csv", told)
         of_tasks = {each.task.name: pooled(scans, each, splits, answers[each.task.name]) for each in known}
         tables.append(table({"tasks": of_tasks}).assign(split=name if first is None else f"{name}: first {first}"))
         write("release", tables, results)

@@ -34,7 +34,7 @@ def with_bounds(values: pd.Series, low: pd.Series, high: pd.Series) -> list[str]
 
 
 def by_condition(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for each figure of the demo, a column for each condition: mean (lowest to highest)."""
+    """A row for each figure, a column for each condition: mean (lowest to highest)."""
     cells = with_bounds(table["mean"], table["lowest"], table["highest"])
     table = table.assign(cell=cells, condition=table["condition"].fillna("value"))
     order = list(dict.fromkeys(table["what"])), list(dict.fromkeys(table["condition"]))
@@ -105,6 +105,20 @@ SECTIONS = {
         "answers stand under zero-shot: evaluation taught it nothing more), beside the subject-shuffled control and "
         "baselines: `python benchmarks/people.py release PREPARED`.",
         by_split,
+    ),
+    "people_descriptors.csv": Section(
+        "Descriptors of scans: the release recipe",
+        "What the same models say of the descriptors of held-out subjects' scans, from codes, as mean (lowest to "
+        "highest) over folds; chance is a third: `python benchmarks/people.py release PREPARED`.",
+        by_condition,
+    ),
+    "codec_losses.csv": Section(
+        "Codec: losses",
+        "What training adds to the fitted codec, means over folds: decoded signal; how many of the windows find their "
+        "description among five, by the contrastive heads and by ridge regression on scan features; labels of test "
+        "subjects (ROC-AUC; age: Pearson r); and how well a new linear classifier tells projected latent tokens from "
+        "words: `python benchmarks/codec_losses.py --data PREPARED --work FOLDER`.",
+        over_folds,
     ),
     "codec_rate.csv": Section(
         "Codec: rate and distortion",

@@ -554,13 +554,6 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         self.model.projector.output_norm.weight.fill_(LATENT_TOKEN_SPREAD * size)
         self.model.projector.output_norm.bias.copy_(words.mean(0))
         self.model.boundaries.weight.copy_(words.mean(0))
-        summary = self.model.summary
-        if summary is not None:
-            # together as large as a word, for scores of standard deviation one
-            generator = torch.Generator().manual_seed(0)
-            directions = torch.randn(summary.output_proj.weight.shape, generator=generator).to(words)
-            summary.output_proj.weight.copy_(size * directions / math.sqrt(directions.shape[1]))
-            summary.output_proj.bias.copy_(words.mean(0).repeat(summary.tokens))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

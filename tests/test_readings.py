@@ -128,7 +128,9 @@ def test_answers_are_surer_than_the_labels(task) -> None:
 
 def test_one_seed_gives_the_same_rows() -> None:
     examples = examples_of(30)
-    first, again, other = (reading_rows(examples, NAMES, fitted(examples), 20, 2, seed).to_list() for seed in (0, 0, 1))
+    first, again, other = (
+        reading_rows(examples, NAMES, fitted(examples), 20, 2, seed).to_list() for seed in (0, 0, 1)
+    )
     assert first == again != other
 
 
