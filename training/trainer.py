@@ -18,7 +18,10 @@ from .checkpoints import output_folder, remove_broken, seal
 
 
 class SeededLengthGroups(LengthGroupedSampler):
-    """The library's batches of rows of similar length, of an epoch's own seed: a resumed epoch has the same ones."""
+    """
+    The library's batches of rows of similar length, of an epoch's own seed: a resumed epoch has the same ones. They
+    come in random order: the library's own goes from long rows to short ones, again and again.
+    """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int, epoch: Callable[[], int]):
         super().__init__(batch_size, lengths=lengths)
@@ -26,7 +29,11 @@ class SeededLengthGroups(LengthGroupedSampler):
 
     def __iter__(self):
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return super().__iter__()
+        rows = list(super().__iter__())
+        whole = len(rows) // self.batch_size * self.batch_size
+        batches = torch.tensor(rows[:whole], dtype=torch.long).view(-1, self.batch_size)
+        order = torch.randperm(len(batches), generator=self.generator)
+        return iter(batches[order].flatten().tolist() + rows[whole:])
 
 
 class CheckedTrainer(Trainer):
