@@ -16,7 +16,9 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer
 from typer.testing import CliRunner
 
 from fmrilm import Atlas, FmriLMFeatureExtractor, load
-from fmrilm.processors.descriptors.cohort import Cohort
+from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
+from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.processors.descriptors.text import question
 from fmrilm.training import demo
 from fmrilm.training.alignment import program as alignment
 from fmrilm.training.cli.main import app
@@ -272,11 +274,13 @@ def test_splits_of_subjects_without_scans_are_refused(program_folders: Path, tmp
         run("sft", program_folders, tmp_path, splits=table)
 
 
-def test_reading_rows_leave_a_calibration_of_their_tasks(runs: Path) -> None:
+def test_reading_rows_leave_calibrations_of_descriptors_and_tasks(runs: Path) -> None:
     plain, tuned = (AutoModelForMultimodalLM.from_pretrained(runs / name / "model") for name in ("further", "anew"))
     task = load_task("handedness")
-    (known,) = tuned.config.calibrations
-    assert not plain.config.calibrations and known["questions"] == list(task.questions)
+    of_descriptors, known = tuned.config.calibrations
+    assert len(plain.config.calibrations) == 1 and known["questions"] == list(task.questions)
+    for each in (of_descriptors, *plain.config.calibrations):
+        assert each["biases"].keys() == set(LEVELS) and question(CORE_NAMES[-1], 1) in each["questions"]
     assert known["slope"] > 0 and known["biases"].keys() == set(task.choice_words)
     scores = torch.randn(len(task.choice_words))
     changed = tuned.answer_probabilities(scores, task.questions[-1], task.choice_words)

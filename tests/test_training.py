@@ -16,7 +16,7 @@ from fmrilm.training.alignment.joint import add_lora
 from fmrilm.training.checkpoints import is_whole, last_checkpoint
 from fmrilm.training.data.collator import RowCollator, encode_dataset
 from fmrilm.training.program import AlignmentTrainingArguments, FmriLMSFTConfig
-from fmrilm.training.trainer import AlignmentTrainer, FmriLMSFTTrainer
+from fmrilm.training.trainer import AlignmentTrainer, FmriLMSFTTrainer, SeededLengthGroups
 from helpers import chats, random_examples
 from program_runs import checkpoints
 
@@ -200,3 +200,16 @@ def test_weights_that_are_no_numbers_are_not_saved(llama, processor, tmp_path) -
     with pytest.raises(FloatingPointError, match="step 0: model.fmri_head.proj.weight"):
         trainer.save_model(str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
+
+
+def test_batches_of_similar_length_come_in_random_order_that_an_epoch_has_to_itself() -> None:
+    lengths = torch.randint(10, 500, (402,), generator=torch.Generator().manual_seed(0)).tolist()
+    first, again, other = (
+        list(SeededLengthGroups(4, lengths, seed=0, epoch=lambda epoch=epoch: epoch)) for epoch in (0, 0, 1)
+    )
+    assert first == again != other and sorted(first) == list(range(402))
+    batches = torch.tensor([lengths[row] for row in first[:400]], dtype=torch.float).view(-1, 4)
+    assert batches.std(1).mean() < 0.2 * torch.tensor(lengths, dtype=torch.float).std()
+    # neighbours are no more alike than others
+    means = batches.mean(1)
+    assert abs(torch.corrcoef(torch.stack([means[1:], means[:-1]]))[0, 1]) < 0.3

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
@@ -92,8 +93,15 @@ def ask_descriptors(
         windows = [*(scans.encoded[place] for place in (*own, *others)), *noise]
         questions = [question(CORE_NAMES[index]) for index in asked]
         # [windows, questions, labels]
-        scores = np.stack(score_windows(model, processor, windows, questions, [choices] * len(questions)), axis=1)
-        given = one_hot(scores.argmax(-1))
+        scores = score_windows(model, processor, windows, questions, [choices] * len(questions))
+        chances = np.stack(
+            [
+                model.answer_probabilities(torch.from_numpy(each), asked_for, LEVELS).numpy()
+                for each, asked_for in zip(scores, questions, strict=True)
+            ],
+            axis=1,
+        )
+        given = one_hot(chances.argmax(-1))
         right, pool, noise = given[: len(own)], given[: len(own) + len(others)], given[len(own) + len(others) :]
         whose = np.concatenate([subjects[own], subjects[others]])
         shuffled = np.stack([pool[whose != subject].mean(0) for subject in subjects[own]])
@@ -113,7 +121,7 @@ def ask_descriptors(
                 np.tile(asked, (len(own), 1))[known],
                 truth[known],
                 {name: shares[known] for name, shares in by_condition.items()},
-                np.exp(scores[: len(own)])[known],
+                chances[: len(own)][known],
             )
         )
     return joined(parts)

@@ -1,4 +1,4 @@
-"""Answers as sure as the labels are: a slope and biases for the log-probabilities of a tuned model."""
+"""Answers as sure as the scores are: a slope and biases for the log-probabilities of a tuned model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,14 +9,18 @@ from scipy.special import log_softmax
 
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.text import QUESTIONS, question
 
 from ..alignment.examples import Examples, read_scores
 from ..evaluation.ask import EncodedWindow, score_windows
-from .readings import Reading
+from .readings import Reading, Terciles
 
 
 # training windows that are asked about, and the penalty of a bias
 WINDOWS, BIAS_PENALTY = 128, 1e-3
+# of the descriptors: windows, in parts that are asked about as many descriptors each
+DESCRIBED_WINDOWS, PARTS, ASKED_IN_PART = 48, 6, 6
 
 
 def fit_calibrations(
@@ -27,19 +31,20 @@ def fit_calibrations(
     seed: int,
 ) -> list[dict]:
     """
-    `FmriLMConfig.calibrations` of the readings' tasks that have choices. Rows that teach to read have surer answers
-    than people have; slope and biases bring the model's log-probabilities to the probabilities that the scores it read
-    predict, by the least cross-entropy over training windows. No label is looked at here.
+    `FmriLMConfig.calibrations` of the descriptors and of the readings' tasks that have choices. Rows that teach to
+    read have surer answers than scores are; slope and biases bring the model's log-probabilities to the probabilities
+    that the scores it read predict (of a descriptor, to the tercile), by the least cross-entropy over training
+    windows. No label is looked at here.
     """
-    readings = [each for each in readings if each.task.choices is not None]
-    if not readings:
-        return []
     rows = np.random.default_rng(seed).permutation(len(examples))[:WINDOWS]
     windows = [EncodedWindow(np.asarray(examples.codes[row]), examples.features[row]) for row in rows]
     seen = read_scores(model, replace(examples, features=examples.features[rows])).scores
+    found = of_descriptors(model, processor, windows, seen, Terciles.fit(examples, model.config.score_names), seed)
+    readings = [each for each in readings if each.task.choices is not None]
+    if not readings:
+        return found
     asked = [each.task.questions[0] for each in readings]
     choices = [processor.encode_choices(list(each.task.choice_words)) for each in readings]
-    found = []
     for reading, scores in zip(readings, score_windows(model, processor, windows, asked, choices), strict=True):
         slope, biases = fit(scores, reading.probabilities(seen[:, reading.columns]))
         words = reading.task.choice_words
@@ -51,6 +56,34 @@ def fit_calibrations(
             }
         )
     return found
+
+
+def of_descriptors(
+    model: FmriLMForConditionalGeneration,
+    processor: FmriLMProcessor,
+    windows: Sequence[EncodedWindow],
+    seen: np.ndarray,
+    terciles: Terciles,
+    seed: int,
+) -> list[dict]:
+    """One calibration for questions about all descriptors, if there are any; seen: scores [windows, score_names]."""
+    if not terciles.columns:
+        return []
+    rng, parts = np.random.default_rng(seed), []
+    choices = processor.encode_choices(list(LEVELS))
+    count = min(DESCRIBED_WINDOWS, len(windows))
+    for rows in np.array_split(np.arange(count), min(PARTS, count)):
+        columns = rng.permutation(terciles.columns)[:ASKED_IN_PART].tolist()
+        asked = [question(model.config.score_names[column]) for column in columns]
+        scores = score_windows(model, processor, [windows[row] for row in rows], asked, [choices] * len(asked))
+        parts += [
+            (each, terciles.levels(seen[rows, column], column)) for each, column in zip(scores, columns, strict=True)
+        ]
+    scores, levels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    slope, biases = fit(scores, np.eye(len(LEVELS))[levels])
+    names = [model.config.score_names[column] for column in terciles.columns]
+    texts = [question(name, wording) for name in names for wording in range(len(QUESTIONS))]
+    return [{"questions": texts, "slope": slope, "biases": dict(zip(LEVELS, biases.tolist(), strict=True))}]
 
 
 def fit(scores: np.ndarray, wanted: np.ndarray) -> tuple[float, np.ndarray]:

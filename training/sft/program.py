@@ -218,7 +218,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
     trainer = FmriLMSFTTrainer(model=trainable(model, model_args), **inputs)
-    return train_and_save(trainer, last, cohort.save, calibrate)
+    return train_and_save(trainer, last, cohort.save, calibrate if script_args.reading_share else None)
 
 
 def make_parser() -> "TrlParser":

@@ -100,6 +100,28 @@ class Reading:
         return self.task.choice_words[rng.choice(len(logits), p=softmax(logits))]
 
 
+@dataclass(frozen=True)
+class Terciles:
+    """
+    Of the scores' columns that are descriptors: bounds [columns of all scores] between low and typical, and between
+    typical and high.
+    """
+
+    columns: list[int]
+    lower: np.ndarray
+    upper: np.ndarray
+
+    @classmethod
+    def fit(cls, examples: Examples, names: Sequence[str]) -> "Terciles":
+        """names: of the columns of the examples' scores."""
+        columns = [column for column, name in enumerate(names) if name in CORE_NAMES]
+        return cls(columns, *np.quantile(examples.scores, QUANTILES, axis=0))
+
+    def levels(self, scores: np.ndarray, column: int) -> np.ndarray:
+        """Tercile labels int [...] of scores [...] of a column."""
+        return (scores > self.lower[column]).astype(int) + (scores > self.upper[column])
+
+
 def reading_rows(
     examples: Examples, names: Sequence[str], readings: Sequence[Reading], rows: int, tokens_per_patch: int, seed: int
 ) -> Dataset:
@@ -108,8 +130,7 @@ def reading_rows(
     rows, all of it. names: of the columns of the examples' scores.
     """
     rng = np.random.default_rng(seed)
-    described = [column for column, name in enumerate(names) if name in CORE_NAMES]
-    lower, upper = np.quantile(examples.scores, QUANTILES, axis=0)
+    terciles = Terciles.fit(examples, names)
     made = []
     for window in draw_rounds(len(examples), rows, rng):
         scores = examples.scores[window].copy()
@@ -123,9 +144,8 @@ def reading_rows(
             task = readings[place].task
             question = task.questions[rng.integers(len(task.questions))]
             turns.append((question, readings[place].answer(scores[readings[place].columns], rng)))
-        for column in rng.permutation(described)[:DESCRIPTORS_ASKED]:
-            level = int(scores[column] > lower[column]) + int(scores[column] > upper[column])
-            turns.append(descriptor_question(names[column], level, rng))
+        for column in rng.permutation(terciles.columns)[:DESCRIPTORS_ASKED].tolist():
+            turns.append(descriptor_question(names[column], int(terciles.levels(scores[column], column)), rng))
         chat: list[dict] = []
         for place in rng.permutation(len(turns)):
             question, answer = turns[place]
