@@ -118,10 +118,11 @@ def train_release(data: Path, splits: Path, output: Path, tasks: list[str], colu
         train_codec(options("codec"))
     if not (output / "alignment" / "model").exists():
         align([*options("alignment"), "--codec", str(output / "codec" / "model")])
-    if not (output / "sft" / "model").exists():
-        base = ["--model_name_or_path", str(output / "alignment" / "model")]
-        tune([*options("sft"), *base, "--tasks", *tasks, *(["--columns", *columns] if columns else [])])
-    return output / "sft" / "model"
+    for stage, before in (("sft", "alignment"), ("labels", "sft")):
+        if not (output / stage / "model").exists():
+            base = ["--model_name_or_path", str(output / before / "model")]
+            tune([*options(stage), *base, "--tasks", *tasks, *(["--columns", *columns] if columns else [])])
+    return output / "labels" / "model"
 
 
 @app.command()

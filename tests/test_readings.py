@@ -12,7 +12,7 @@ from fmrilm.processors.descriptors.phrases import PHRASES
 from fmrilm.training.alignment.examples import score_names
 from fmrilm.training.data.tasks import load_task
 from fmrilm.training.sft.calibration import fit
-from fmrilm.training.sft.readings import DESCRIPTORS_ASKED, Reading, reading_rows
+from fmrilm.training.sft.readings import Reading, reading_rows
 from helpers import random_examples, window_of
 
 
@@ -47,7 +47,7 @@ def text_of(row: dict, place: int) -> str:
 
 def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
     examples = examples_of()
-    rows = reading_rows(examples, NAMES, fitted(examples, TASKS[:1]), 400, 2, seed=0).to_list()
+    rows = reading_rows(examples, NAMES, fitted(examples, TASKS[:1]), 0, 400, 2, seed=0).to_list()
     column = NAMES.index(score_names(TASKS[0])[0])
     scores = np.array([row["scores"][0][column] for row in rows])
     windows = np.array([int(row["scores"][0][0]) for row in rows])
@@ -61,7 +61,7 @@ def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
 
 def test_rows_hold_their_window_or_its_first_patch_and_its_other_scores() -> None:
     examples = examples_of(40)
-    rows = reading_rows(examples, NAMES, fitted(examples), 80, 2, seed=1).to_list()
+    rows = reading_rows(examples, NAMES, fitted(examples), 0, 80, 2, seed=1).to_list()
     for row in rows:
         codes, window = row["codes"][0], window_of(row["codes"][0])
         assert codes == examples.codes[window][: len(codes)].tolist()
@@ -86,11 +86,11 @@ def test_level_of_a_descriptor_is_the_tercile_of_its_score() -> None:
     names = [*CORE_NAMES[:6], "motion"]
     scores = np.random.default_rng(0).standard_normal((60, len(names))).astype(np.float32)
     examples = dataclasses.replace(examples, scores=scores)
-    rows = reading_rows(examples, names, [], 60, 2, seed=0).to_list()
+    rows = reading_rows(examples, names, [], 5, 60, 2, seed=0).to_list()
     terciles = np.quantile(scores, (1 / 3, 2 / 3), axis=0)
     for row in rows:
         asked = [text_of(row, place) for place in range(0, len(row["messages"]), 2)]
-        assert len(set(asked)) == DESCRIPTORS_ASKED
+        assert len(set(asked)) == 5
         for place, text in enumerate(asked):
             (column,) = (at for at, name in enumerate(CORE_NAMES[:6]) if PHRASES[name].lower() in text.lower())
             level = int((row["scores"][0][column] > terciles[:, column]).sum())
@@ -129,7 +129,7 @@ def test_answers_are_surer_than_the_labels(task) -> None:
 def test_one_seed_gives_the_same_rows() -> None:
     examples = examples_of(30)
     first, again, other = (
-        reading_rows(examples, NAMES, fitted(examples), 20, 2, seed).to_list() for seed in (0, 0, 1)
+        reading_rows(examples, NAMES, fitted(examples), 0, 20, 2, seed).to_list() for seed in (0, 0, 1)
     )
     assert first == again != other
 

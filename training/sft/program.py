@@ -86,6 +86,7 @@ class SftArguments(ScanArguments):
             "scores, and about descriptors: they teach to answer as the scores say."
         },
     )
+    reading_descriptors: int = field(default=4, metadata={"help": "Questions about descriptors in such a row."})
     text_share: float = field(default=0.0, metadata={"help": "Of the rows, plain text: it keeps the language."})
     label_share: float = field(
         default=0.5, metadata={"help": "Of the chats about scans with labels, those that ask for the labels."}
@@ -207,7 +208,8 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
             parts.append(instruction_rows(of, tasks, count - reading - text, mixture, seed))
         if reading:
             per_patch = joint.config.codec_config.tokens_per_patch
-            parts.append(reading_rows(of, joint.config.score_names, readings, reading, per_patch, seed))
+            asked = script_args.reading_descriptors
+            parts.append(reading_rows(of, joint.config.score_names, readings, asked, reading, per_patch, seed))
         if text:
             rng = np.random.default_rng(seed)
             parts.append(chat_dataset([text_row(texts, rng) for _ in range(text)]))

@@ -37,8 +37,8 @@ from ..data.tasks import Task, labels_of
 SHARPNESS = 4.0
 # by how much scores are multiplied in a row, at most: the larger, the clearer what the answer depends on
 MOST_WIDENED = 3.0
-# questions of a row about tasks, at most, and about descriptors: all share the tokens of the scan
-MOST_ASKED, DESCRIPTORS_ASKED = 3, 4
+# questions of a row about tasks, at most: all share the tokens of the scan
+MOST_ASKED = 3
 # of the rows, those with the latent tokens of their first patch alone: short rows are cheap, and teach as much
 SHORT_SHARE = 0.75
 
@@ -123,11 +123,17 @@ class Terciles:
 
 
 def reading_rows(
-    examples: Examples, names: Sequence[str], readings: Sequence[Reading], rows: int, tokens_per_patch: int, seed: int
+    examples: Examples,
+    names: Sequence[str],
+    readings: Sequence[Reading],
+    descriptors: int,
+    rows: int,
+    tokens_per_patch: int,
+    seed: int,
 ) -> Dataset:
     """
-    Chats with questions of tasks and about descriptors, in random order, about a window's first patch or, in some
-    rows, all of it. names: of the columns of the examples' scores.
+    Chats with questions of tasks and about so many descriptors, in random order, about a window's first patch or, in
+    some rows, all of it. names: of the columns of the examples' scores.
     """
     rng = np.random.default_rng(seed)
     terciles = Terciles.fit(examples, names)
@@ -144,7 +150,7 @@ def reading_rows(
             task = readings[place].task
             question = task.questions[rng.integers(len(task.questions))]
             turns.append((question, readings[place].answer(scores[readings[place].columns], rng)))
-        for column in rng.permutation(terciles.columns)[:DESCRIPTORS_ASKED].tolist():
+        for column in rng.permutation(terciles.columns)[:descriptors].tolist():
             turns.append(descriptor_question(names[column], int(terciles.levels(scores[column], column)), rng))
         chat: list[dict] = []
         for place in rng.permutation(len(turns)):
