@@ -109,7 +109,8 @@ SECTIONS = {
     "people_descriptors.csv": Section(
         "Descriptors of scans: the release recipe",
         "What the same models say of the descriptors of held-out subjects' scans, from codes, as mean (lowest to "
-        "highest) over folds; chance is a third: `python benchmarks/people.py release PREPARED`.",
+        "highest) over folds; chance is a third; few texts hold a statement that can be read back: "
+        "`python benchmarks/people.py release PREPARED`.",
         by_condition,
     ),
     "codec_losses.csv": Section(

@@ -49,7 +49,9 @@ class CheckedTrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededLengthGroups(sampler.batch_size, sampler.lengths, seed, lambda: int(self.state.epoch or 0))
+        # what the processes train on together
+        batch = sampler.batch_size * self.args.world_size
+        return SeededLengthGroups(batch, sampler.lengths, seed, lambda: int(self.state.epoch or 0))
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
