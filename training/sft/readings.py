@@ -150,7 +150,7 @@ def reading_rows(
             task = readings[place].task
             question = task.questions[rng.integers(len(task.questions))]
             turns.append((question, readings[place].answer(scores[readings[place].columns], rng)))
-        for column in rng.permutation(terciles.columns)[:descriptors].tolist():
+        for column in map(int, rng.permutation(terciles.columns)[:descriptors]):
             turns.append(descriptor_question(names[column], int(terciles.levels(scores[column], column)), rng))
         chat: list[dict] = []
         for place in rng.permutation(len(turns)):
