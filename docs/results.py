@@ -113,14 +113,6 @@ SECTIONS = {
         "`python benchmarks/people.py release PREPARED`.",
         by_condition,
     ),
-    "codec_losses.csv": Section(
-        "Codec: losses",
-        "What training adds to the fitted codec, means over folds: decoded signal; how many of the windows find their "
-        "description among five, by the contrastive heads and by ridge regression on scan features; labels of test "
-        "subjects (ROC-AUC; age: Pearson r); and how well a new linear classifier tells projected latent tokens from "
-        "words: `python benchmarks/codec_losses.py --data PREPARED --work FOLDER`.",
-        over_folds,
-    ),
     "codec_rate.csv": Section(
         "Codec: rate and distortion",
         "R2 of the decoded signal and correlation of its connectivity by bits of a patch, means over folds: "

@@ -46,8 +46,7 @@ def join(
     if len(tokenizer) > known:
         language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         embeddings = language_model.get_input_embeddings().get_parameter("weight")
-        with torch.no_grad():
-            embeddings[known:] = embeddings[:known].mean(0)
+        embeddings[known:] = embeddings[:known].mean(0)
     start, pad, summary, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END])
     processor.summary_tokens = len(score_names)
     config = FmriLMConfig(
