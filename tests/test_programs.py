@@ -259,6 +259,7 @@ def test_packing_is_refused_with_the_reason(option: str, program_folders: Path, 
         ("sft", {"tasks": "sex"}, "no column 'sex'"),
         ("sft", {"tasks": "handedness", "columns": "handedness=hand"}, "no column 'hand'"),
         ("sft", {"reading_share": 0.7, "text_share": 0.5}, "together at most 1"),
+        ("sft", {"reading_share": 0.5, "reading_descriptors": 0}, "expected tasks or reading_descriptors"),
         ("sft", {"model_name_or_path": None}, "expected model_name_or_path"),
     ],
 )

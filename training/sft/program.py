@@ -147,6 +147,11 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     shares = script_args.reading_share, script_args.text_share
     if min(shares) < 0 or sum(shares) > 1:
         raise ValueError(f"expected reading_share and text_share of at least 0, together at most 1, got {shares}")
+    if script_args.reading_share and not script_args.tasks and script_args.reading_descriptors < 1:
+        raise ValueError(
+            f"expected tasks or reading_descriptors of at least 1 with reading_share={script_args.reading_share}, got "
+            f"no tasks and {script_args.reading_descriptors}"
+        )
     set_seed(training_args.seed)
     last = last_checkpoint(output_folder(training_args))
     tasks = with_columns([load_task(task) for task in script_args.tasks], script_args.columns)
