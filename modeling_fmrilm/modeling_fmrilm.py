@@ -489,6 +489,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
         fmri_mask: torch.Tensor | None = None,
         fmri_codes: torch.Tensor | None = None,
         fmri_scores: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -498,6 +499,8 @@ class FmriLMModel(FmriLMPreTrainedModel):
                 [scans, rois, 3], [scans, rois, time]; or in their place fmri_codes [scans, tokens, levels].
             fmri_scores: [scans, score_names]; read out of the codes unless given.
             inputs_embeds: [batch, length, hidden] in place of input_ids, scans and all.
+            logits_to_keep: the positions whose last states are returned, as those of logits: the last ones, or int64
+                [positions]; all, if 0.
         """
         inputs_embeds = self.inputs_embeds(
             input_ids,
@@ -509,13 +512,15 @@ class FmriLMModel(FmriLMPreTrainedModel):
             fmri_scores=fmri_scores,
         )
         self.check_context(inputs_embeds, past_key_values)
-        return self.causal_lm.base_model(
+        outputs = self.causal_lm.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
         )
+        outputs.last_hidden_state = outputs.last_hidden_state[:, kept_positions(logits_to_keep)]
+        return outputs
 
 
 class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
@@ -590,10 +595,10 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
     ) -> FmriLMOutput:
         """
         labels: [batch, length], -100 where text carries no loss; shift_labels: the same, one token ahead already. The
-        next codes are predicted whenever labels are given with a scan in input_ids. num_items_in_batch,
-        num_fmri_items_in_batch: labels of text and predicted tokens in the whole of an accumulated batch, of which
-        this is a part; without the second, the first one's share goes for both. The other arguments are those of
-        [`FmriLMModel.forward`].
+        loss of text is that of the positions in logits_to_keep. The next codes are predicted whenever labels are given
+        with a scan in input_ids. num_items_in_batch, num_fmri_items_in_batch: labels of text and predicted tokens in
+        the whole of an accumulated batch, of which this is a part; without the second, the first one's share goes for
+        both. The other arguments are those of [`FmriLMModel.forward`].
         """
         if labels is not None and fmri_codes is None and fmri_values is not None:
             fmri_codes = self.model.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
@@ -616,6 +621,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         if labels is not None or shift_labels is not None:
             if shift_labels is None:
                 shift_labels = F.pad(cast(torch.Tensor, labels)[:, 1:], (0, 1), value=IGNORED)
+            shift_labels = shift_labels[:, kept_positions(logits_to_keep)]
             count = (shift_labels != IGNORED).sum()
             text_loss = F.cross_entropy(
                 outputs.logits.float().flatten(0, 1), shift_labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -850,6 +856,11 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
             functions = self.model.codec.spatial_basis(roi_coordinates)
             future = self.model.dynamics(values, mask, functions, frames, num_samples, temperature, generator)
         return future[:, 0] if num_samples is None else future.transpose(0, 1)
+
+
+def kept_positions(logits_to_keep: int | torch.Tensor) -> slice | torch.Tensor:
+    """The positions that the argument of the library's models names: the last ones, all of them if 0, or its own."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
 
 
 def ending_together(values: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,12 @@
 """A plain `transformers.Trainer` and a plain `trl.SFTTrainer` train the joint model, without a subclass of ours."""
 
+import copy
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
@@ -10,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fmrilm.training.alignment.joint import add_adapter
 from fmrilm.training.data.collator import RowCollator
+from fmrilm.training.trainer import AlignmentTrainer, FmriLMSFTTrainer, labelled_positions
 from scan_rows import LONG, SHORT, Model, ids
 
 
@@ -39,8 +44,8 @@ def rows(model: Model, last: str = "yes", **columns) -> Dataset:
 
 
 def trainer(of: type[Trainer], model: Model, processor, output: Path, data: Dataset, **changes) -> Trainer:
-    config = SFTConfig if of is SFTTrainer else TrainingArguments
-    values = {**OPTIONS, "remove_unused_columns": False, **(SFT if of is SFTTrainer else {}), **changes}
+    config = SFTConfig if issubclass(of, SFTTrainer) else TrainingArguments
+    values = {**OPTIONS, "remove_unused_columns": False, **(SFT if issubclass(of, SFTTrainer) else {}), **changes}
     collator = RowCollator(processor.tokenizer.pad_token_id)
     tools = {"processing_class": processor.tokenizer}
     return of(model=model, args=config(str(output), **values), train_dataset=data, data_collator=collator, **tools)
@@ -54,6 +59,31 @@ def test_it_trains_and_logs_the_models_loss(of: type[Trainer], llama: Model, pro
     before = llama(**inputs).text_loss.item()
     trainer(of, llama, processor, tmp_path, data).train()
     assert llama.eval()(**inputs).text_loss < 0.8 * before
+
+
+def test_ours_compute_the_same_losses_from_the_labelled_positions_alone(llama: Model, processor, tmp_path) -> None:
+    data, logs = rows(llama), defaultdict(list)
+    for of in (Trainer, AlignmentTrainer, SFTTrainer, FmriLMSFTTrainer):
+        run = trainer(of, copy.deepcopy(llama), processor, tmp_path / of.__name__, data)
+        run.train()
+        found = [(log["loss"], log["grad_norm"]) for log in run.state.log_history if "grad_norm" in log]
+        logs[issubclass(of, SFTTrainer)].append(found)
+    for plain, own in logs.values():
+        assert len(plain) == OPTIONS["max_steps"]
+        assert np.allclose(plain, own, rtol=1e-4)
+
+
+def test_positions_kept_are_those_of_states_logits_and_losses(llama: Model, processor) -> None:
+    inputs = RowCollator(processor.tokenizer.pad_token_id)(list(rows(llama))[:2])
+    kept = labelled_positions(inputs["labels"])
+    assert 0 < len(kept) < inputs["labels"].shape[1] - 1
+    whole, part = llama(**inputs), llama(**inputs, logits_to_keep=kept)
+    assert torch.allclose(part.logits, whole.logits[:, kept], atol=1e-6)
+    assert torch.allclose(part.loss, whole.loss, atol=1e-6)
+    inputs.pop("labels")
+    for keep in (kept, 2):
+        states = llama.model(**inputs).last_hidden_state[:, kept if keep is kept else slice(-2, None)]
+        assert torch.allclose(llama.model(**inputs, logits_to_keep=keep).last_hidden_state, states, atol=1e-6)
 
 
 def test_a_chat_cut_by_max_length_is_refused_and_not_read_wrongly(llama: Model, processor, tmp_path) -> None:

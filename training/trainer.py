@@ -2,7 +2,7 @@
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from .checkpoints import output_folder, remove_broken, seal
+from .data.collator import IGNORED
 
 
 class SeededLengthGroups(LengthGroupedSampler):
@@ -90,10 +91,18 @@ class CheckedTrainer(Trainer):
             rotate_checkpoints(output, limit, self.state.best_model_checkpoint)
 
 
-class LossPartsTrainer(CheckedTrainer):
-    """Also logs the mean of each named part of the model's loss since the last log."""
+def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
+    """int64 [positions] whose next token has a label in some row of labels [batch, length]."""
+    return (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
 
-    loss_parts: Sequence[str] = ()
+
+class AlignmentTrainer(CheckedTrainer):
+    """
+    For stage 2: the two losses, each weighted by its own labels over an accumulated batch, and the mean of each since
+    the last log. Logits are computed at the labelled positions alone.
+    """
+
+    loss_parts = ("text_loss", "fmri_loss")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -101,6 +110,8 @@ class LossPartsTrainer(CheckedTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs: Any
+        if model.training:
+            inputs = {**inputs, "logits_to_keep": labelled_positions(inputs["labels"])}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         # evaluation must not mix into what is logged of training
         if model.training:
@@ -115,12 +126,6 @@ class LossPartsTrainer(CheckedTrainer):
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
-
-class AlignmentTrainer(LossPartsTrainer):
-    """For stage 2: the two losses, each weighted by its own labels over an accumulated batch."""
-
-    loss_parts = ("text_loss", "fmri_loss")
-
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [(batch["fmri_codes"][:, 1:, 0] >= 0).sum() for batch in batches if "fmri_codes" in batch]
@@ -134,7 +139,18 @@ class AlignmentTrainer(LossPartsTrainer):
 
 
 class FmriLMSFTTrainer(CheckedTrainer, SFTTrainer):
-    """TRL's SFTTrainer, its loss and its metrics, with checkpoints that are whole."""
+    """
+    TRL's SFTTrainer, its loss and its metrics, with checkpoints that are whole. Without Triton, the library computes
+    logits of whole prompts, which take half of a step: here it gets the labelled positions alone.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not return_outputs:
+            inputs = dict(inputs)
+            labels = inputs.pop("labels")
+            kept = labelled_positions(labels)
+            inputs |= {"shift_labels": labels[:, 1:][:, kept], "logits_to_keep": kept}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 def half_precision() -> bool:
