@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.phrases import PHRASES
+from fmrilm.processors.descriptors.text import REQUESTS, parse
 from fmrilm.training.alignment.examples import score_names
 from fmrilm.training.data.tasks import load_task
 from fmrilm.training.sft.calibration import fit
@@ -47,7 +48,7 @@ def text_of(row: dict, place: int) -> str:
 
 def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
     examples = examples_of()
-    rows = reading_rows(examples, NAMES, fitted(examples, TASKS[:1]), 0, 400, 2, seed=0).to_list()
+    rows = reading_rows(examples, NAMES, fitted(examples, TASKS[:1]), 400, 2, seed=0, descriptors=0).to_list()
     column = NAMES.index(score_names(TASKS[0])[0])
     scores = np.array([row["scores"][0][column] for row in rows])
     windows = np.array([int(row["scores"][0][0]) for row in rows])
@@ -61,7 +62,7 @@ def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
 
 def test_rows_hold_their_window_or_its_first_patch_and_its_other_scores() -> None:
     examples = examples_of(40)
-    rows = reading_rows(examples, NAMES, fitted(examples), 0, 80, 2, seed=1).to_list()
+    rows = reading_rows(examples, NAMES, fitted(examples), 80, 2, seed=1, descriptors=0).to_list()
     for row in rows:
         codes, window = row["codes"][0], window_of(row["codes"][0])
         assert codes == examples.codes[window][: len(codes)].tolist()
@@ -86,7 +87,7 @@ def test_level_of_a_descriptor_is_the_tercile_of_its_score() -> None:
     names = [*CORE_NAMES[:6], "motion"]
     scores = np.random.default_rng(0).standard_normal((60, len(names))).astype(np.float32)
     examples = dataclasses.replace(examples, scores=scores)
-    rows = reading_rows(examples, names, [], 5, 60, 2, seed=0).to_list()
+    rows = reading_rows(examples, names, [], 60, 2, seed=0, descriptors=5).to_list()
     terciles = np.quantile(scores, (1 / 3, 2 / 3), axis=0)
     for row in rows:
         asked = [text_of(row, place) for place in range(0, len(row["messages"]), 2)]
@@ -95,6 +96,26 @@ def test_level_of_a_descriptor_is_the_tercile_of_its_score() -> None:
             (column,) = (at for at, name in enumerate(CORE_NAMES[:6]) if PHRASES[name].lower() in text.lower())
             level = int((row["scores"][0][column] > terciles[:, column]).sum())
             assert text_of(row, 2 * place + 1) == LEVELS[level]
+
+
+def test_descriptions_state_the_terciles_of_the_scores_in_place_of_questions() -> None:
+    examples = random_examples(60)
+    names = [*CORE_NAMES[:6], "motion"]
+    scores = np.random.default_rng(0).standard_normal((60, len(names))).astype(np.float32)
+    examples = dataclasses.replace(examples, scores=scores)
+    mix = {"descriptors": 2, "described_share": 0.5, "statements": 4}
+    rows = reading_rows(examples, names, [], 60, 2, seed=0, **mix).to_list()
+    described = [row for row in rows if text_of(row, 0) in REQUESTS]
+    assert 15 < len(described) < 45
+    assert all(len(row["messages"]) == 2 for row in described)
+    assert all(len(row["messages"]) == 4 for row in rows if row not in described)
+    terciles = np.quantile(scores, (1 / 3, 2 / 3), axis=0)
+    for row in described:
+        stated = parse(text_of(row, 1))
+        assert len({statement.descriptor for statement in stated}) == 4
+        for name, level, _ in stated:
+            column = names.index(name)
+            assert level == LEVELS[int((row["scores"][0][column] > terciles[:, column]).sum())]
 
 
 def test_numbers_are_the_expected_ones_within_the_range() -> None:
@@ -129,7 +150,7 @@ def test_answers_are_surer_than_the_labels(task) -> None:
 def test_one_seed_gives_the_same_rows() -> None:
     examples = examples_of(30)
     first, again, other = (
-        reading_rows(examples, NAMES, fitted(examples), 0, 20, 2, seed).to_list() for seed in (0, 0, 1)
+        reading_rows(examples, NAMES, fitted(examples), 20, 2, seed, descriptors=0).to_list() for seed in (0, 0, 1)
     )
     assert first == again != other
 

@@ -77,7 +77,10 @@ class SftArguments(ScanArguments):
     )
     row_weights: list[float] = field(
         default_factory=lambda: [0.1, 0.8, 0.1],
-        metadata={"help": "Of one question, several questions in one conversation, and an open-ended request."},
+        metadata={
+            "help": "Of one question, several questions in one conversation, and an open-ended request (its share of "
+            "reading rows, too)."
+        },
     )
     reading_share: float = field(
         default=0.0,
@@ -213,8 +216,12 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
             parts.append(instruction_rows(of, tasks, count - reading - text, mixture, seed))
         if reading:
             per_patch = joint.config.codec_config.tokens_per_patch
-            asked = script_args.reading_descriptors
-            parts.append(reading_rows(of, joint.config.score_names, readings, asked, reading, per_patch, seed))
+            mix = {
+                "descriptors": script_args.reading_descriptors,
+                "described_share": script_args.row_weights[2],
+                "statements": script_args.statements,
+            }
+            parts.append(reading_rows(of, joint.config.score_names, readings, reading, per_patch, seed, **mix))
         if text:
             rng = np.random.default_rng(seed)
             parts.append(chat_dataset([text_row(texts, rng) for _ in range(text)]))

@@ -1,10 +1,10 @@
 """
 Rows that teach the language model to answer as a scan's scores say.
 
-A descriptor's answer is the tercile of its score. A row's scores of a task are those of another subject, and its
-answer is drawn from what these scores predict: nothing else in the row tells the answer, and there are as many such
-rows as windows times windows. Scores are wider, and answers surer, than those of subjects: from few uncertain answers
-a language model learns little of what they depend on.
+A descriptor's answer, and what a description states of it, is the tercile of its score. A row's scores of a task are
+those of another subject, and its answer is drawn from what these scores predict: nothing else in the row tells the
+answer, and there are as many such rows as windows times windows. Scores are wider, and answers surer, than those of
+subjects: from few uncertain answers a language model learns little of what they depend on.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,14 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from fmrilm.processors.descriptors.cohort import QUANTILES
 from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.processors.descriptors.text import REQUESTS
 
 from ..alignment.chats import (
     assistant,
     chat_dataset,
     descriptor_question,
     draw_rounds,
+    level_description,
     row_of,
     scan_block,
     text_block,
@@ -126,14 +128,18 @@ def reading_rows(
     examples: Examples,
     names: Sequence[str],
     readings: Sequence[Reading],
-    descriptors: int,
     rows: int,
     tokens_per_patch: int,
     seed: int,
+    *,
+    descriptors: int,
+    described_share: float = 0.0,
+    statements: int = 8,
 ) -> Dataset:
     """
     Chats with questions of tasks and about so many descriptors, in random order, about a window's first patch or, in
-    some rows, all of it. names: of the columns of the examples' scores.
+    some rows, all of it. A share of the chats has a request for a description in place of the descriptors' questions,
+    answered with so many statements. names: of the columns of the examples' scores.
     """
     rng = np.random.default_rng(seed)
     terciles = Terciles.fit(examples, names)
@@ -150,8 +156,14 @@ def reading_rows(
             task = readings[place].task
             question = task.questions[rng.integers(len(task.questions))]
             turns.append((question, readings[place].answer(scores[readings[place].columns], rng)))
-        for column in map(int, rng.permutation(terciles.columns)[:descriptors]):
-            turns.append(descriptor_question(names[column], int(terciles.levels(scores[column], column)), rng))
+        if terciles.columns and rng.random() < described_share:
+            levels = np.full(len(CORE_NAMES), -1)
+            for column in terciles.columns:
+                levels[CORE_NAMES.index(names[column])] = terciles.levels(scores[column], column)
+            turns.append((REQUESTS[rng.integers(len(REQUESTS))], level_description(levels, statements, rng)))
+        else:
+            for column in map(int, rng.permutation(terciles.columns)[:descriptors]):
+                turns.append(descriptor_question(names[column], int(terciles.levels(scores[column], column)), rng))
         chat: list[dict] = []
         for place in rng.permutation(len(turns)):
             question, answer = turns[place]
