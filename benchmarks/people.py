@@ -28,6 +28,7 @@ from fmrilm.training.evaluation.program import EvaluationSettings, evaluate, mak
 from fmrilm.training.evaluation.report import table
 from fmrilm.training.evaluation.results import FULL, summarize
 from fmrilm.training.evaluation.scans import Labelled
+from fmrilm.training.release import ReleaseArguments, train_release
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,29 +103,6 @@ def baselines(
         write("baselines", tables, results)
 
 
-def train_release(data: Path, splits: Path, output: Path, tasks: list[str], columns: list[str]) -> Path:
-    """The model folder of the release recipe, trained on the subjects that are "train" in the table `splits`."""
-    from fmrilm.training.alignment.program import main as align
-    from fmrilm.training.codec.program import main as train_codec
-    from fmrilm.training.sft.program import main as tune
-
-    configs = Path(__file__).parents[1] / "training" / "configs" / "release"
-
-    def options(stage: str) -> list[str]:
-        given = {"config": configs / f"{stage}.yaml", "data": data, "splits": splits, "output_dir": output / stage}
-        return [word for name, value in given.items() for word in (f"--{name}", str(value))]
-
-    if not (output / "codec" / "model").exists():
-        train_codec(options("codec"))
-    if not (output / "alignment" / "model").exists():
-        align([*options("alignment"), "--codec", str(output / "codec" / "model")])
-    for stage, before in (("sft", "alignment"), ("labels", "sft")):
-        if not (output / stage / "model").exists():
-            base = ["--model_name_or_path", str(output / before / "model")]
-            tune([*options(stage), *base, "--tasks", *tasks, *(["--columns", *columns] if columns else [])])
-    return output / "labels" / "model"
-
-
 @app.command()
 def release(
     data: Data,
@@ -164,7 +142,10 @@ def release(
             parts = {"train": set(subjects[split.training]), "test": set(subjects[split.test])}
             rows = [{"subject": one, "split": part} for part, members in parts.items() for one in sorted(members)]
             write_whole(path, pd.DataFrame(rows).to_csv(index=False))
-            model = train_release(data, path, folder, names, columns)
+            recipe = ReleaseArguments(
+                data=[str(data)], tasks=names, columns=columns, output_dir=str(folder), splits=str(path)
+            )
+            model = train_release(recipe)
             found = evaluate(
                 model,
                 data,

@@ -19,7 +19,6 @@ from fmrilm import Atlas, FmriLMFeatureExtractor, load
 from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import question
-from fmrilm.training import demo
 from fmrilm.training.alignment import program as alignment
 from fmrilm.training.cli.main import app
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
@@ -30,6 +29,7 @@ from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.data.tasks import load_task
 from fmrilm.training.program import ScanArguments, read_scans
+from fmrilm.training.release import train_stage
 from fmrilm.training.sft import program as sft
 from helpers import atlas, chats, noise
 from program_runs import CONFIGS, assert_equal_weights, checkpoints, command_line, run, weights
@@ -224,7 +224,7 @@ def test_calls_of_the_demo_do_what_the_command_does(program_folders: Path, tmp_p
         return train(self, *arguments, **options)
 
     monkeypatch.setattr(Trainer, "train", keep)
-    demo.train_stage("sft", tmp_path / "demo", *data, *tiny)
+    train_stage("demo", "sft", "sft", tmp_path / "demo", *data, *tiny)
     words = ["train", "sft", "--config", str(CONFIGS / "sft.yaml"), "--output_dir", str(tmp_path / "command")]
     result = CliRunner().invoke(app, [*words, *data, *tiny])
     assert result.exit_code == 0, result.output
@@ -320,8 +320,9 @@ def test_accelerate_knows_every_option_of_the_shipped_configurations(config: Pat
 
 @pytest.mark.parametrize("size", ["demo", "release"])
 def test_shipped_configurations_are_read(size: str, tmp_path: Path) -> None:
-    for stage, program in (("alignment", alignment), ("sft", sft)):
-        config = CONFIGS.parent / size / f"{stage}.yaml"
+    stages = {path.stem: path for path in (CONFIGS.parent / size).glob("*.yaml") if path.stem != "codec"}
+    for stage, config in stages.items():
+        program = alignment if stage == "alignment" else sft
         options = ["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
         script, training, model = program.make_parser().parse_args_and_config([*options, "--rows", "7"])
         assert script.rows == 7 and abs(sum(script.row_weights) - 1) < 1e-9 and model.use_peft is not None

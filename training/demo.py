@@ -5,15 +5,21 @@ of `configs/demo/`. `fmrilm train ... --config training/configs/demo/X.yaml` on 
 
 import csv
 import json
+import os
+import platform
+import resource
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from .alignment import program as alignment
 from .alignment.language_models import PACKAGED_MODEL_CARD
-from .codec import program as codec
 from .corpus.describe import CorpusSettings, describe_dataset
 from .corpus.source import load_source
 from .data.open_data import TERMS, open_scans
@@ -21,12 +27,11 @@ from .data.prepare import Preparation, prepare
 from .data.scan_sources import find_scans
 from .evaluation.program import EvaluationSettings, evaluate
 from .hub.model_card import fill_card
+from .release import train_stage
 from .report.report import write_report
-from .run_log import Clock, run_costs
-from .sft import program as sft
 
 
-CONFIGS = Path(__file__).parent / "configs" / "demo"
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy")
 # the same chain in about a minute, which learns next to nothing
 FEW_ROWS = "--max_steps 1 --rows 2 --per_device_train_batch_size 2 --questions 2 --statements 2 --paragraphs 1".split()
 FEW_WINDOWS = "--mixtures 8 --window_stride 160".split()
@@ -35,6 +40,31 @@ QUICK = {
     "alignment": [*FEW_ROWS, *FEW_WINDOWS],
     "sft": [*FEW_ROWS, *FEW_WINDOWS],
 }
+
+
+class Clock:
+    """Seconds spent in each named part of a run, which it announces."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str, announcement: str) -> Iterator[None]:
+        print(f"\n== {announcement}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def run_costs(clock: Clock) -> dict:
+    """Costs of this process so far, memory in GB (10^9 bytes)."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)},
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {gpu}",
+        "versions": {name: version(name) for name in PACKAGES},
+    }
 
 
 def write_open_scans(folder: Path) -> Path:
@@ -47,12 +77,6 @@ def write_open_scans(folder: Path) -> Path:
             np.save(folder / f"{number:02}.npy", scan.signal)
             writer.writerow([f"{number:02}.npy", scan.subject, scan.session, scan.dataset, scan.tr, scan.atlas])
     return folder / "manifest.csv"
-
-
-def train_stage(stage: str, output: Path, *options: str) -> None:
-    """A stage's program with its configuration, and options that go before those of the file."""
-    program = {"codec": codec, "alignment": alignment, "sft": sft}[stage]
-    program.main(["--config", str(CONFIGS / f"{stage}.yaml"), "--output_dir", str(output), *options])
 
 
 def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
@@ -73,8 +97,12 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
     clock = Clock()
 
     def train(stage: str, *options: str) -> None:
-        train_stage(stage, work / stage, "--seed", str(seed), *options, *(QUICK[stage] if quick else ()))
+        train_stage(
+            "demo", stage, stage, work / stage, "--seed", str(seed), *options, *(QUICK[stage] if quick else ())
+        )
 
+    # stages 2 and 3 learn from the same codes
+    encoded = ("--data", str(work / "corpus"), "--code_cache", str(work / "codes"))
     with clock.part("prepare", "Preparing the open scans: three atlases, four scanners"):
         prepare(find_scans(write_open_scans(work / "scans")), work / "prepared", None, Preparation())
     with clock.part("describe", "Describing them: descriptors, texts, questions"):
@@ -82,9 +110,9 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
     with clock.part("codec", "Stage 1: the codec turns scans into discrete tokens"):
         train("codec", "--data", str(work / "prepared"))
     with clock.part("alignment", "Stage 2: the language model learns to read and to predict the tokens"):
-        train("alignment", "--data", str(work / "corpus"), "--codec", str(work / "codec" / "model"))
+        train("alignment", *encoded, "--codec", str(work / "codec" / "model"))
     with clock.part("sft", "Stage 3: instruction tuning on chats about scans"):
-        train("sft", "--data", str(work / "corpus"), "--model_name_or_path", str(work / "alignment" / "model"))
+        train("sft", *encoded, "--model_name_or_path", str(work / "alignment" / "model"))
     shutil.move(work / "sft" / "model", work / "model")
     with clock.part("evaluate", "Questions about held-out subjects"):
         settings_of = replace(EvaluationSettings.quick() if quick else EvaluationSettings(), seed=seed)
@@ -97,8 +125,8 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
     (work / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     fill_card(work / "model", results).save(work / "model" / "README.md")
     # checkpoints, and the codes that they were trained on
-    for stage in ("alignment", "sft"):
-        shutil.rmtree(work / stage)
+    for folder in ("alignment", "sft", "codes"):
+        shutil.rmtree(work / folder)
     shutil.rmtree(output, ignore_errors=True)
     work.rename(output)
     return results

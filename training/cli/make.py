@@ -1,4 +1,4 @@
-"""The commands that make a model: `fmrilm demo`, `prepare`, `describe`, `train codec|align|sft` and `evaluate`."""
+"""The commands that make a model: `fmrilm demo`, `prepare`, `describe`, `train ...` and `evaluate`."""
 
 import sys
 from contextlib import redirect_stdout
@@ -241,7 +241,7 @@ def evaluate(
     typer.echo(f"\nresults.json, results.csv and results.png are in {output}")
 
 
-train = typer.Typer(no_args_is_help=True, help="Train one of the three stages.")
+train = typer.Typer(no_args_is_help=True, help="Train one of the three stages, or all of them.")
 
 Config = Annotated[
     Path, typer.Option(exists=True, dir_okay=False, help="Settings of the run (.yaml), such as training/configs/*.")
@@ -267,6 +267,14 @@ def align(ctx: typer.Context, config: Config) -> None:
 def sft(ctx: typer.Context, config: Config) -> None:
     """Stage 3: it learns to answer questions. `python -m fmrilm.training.sft.program --help` lists overrides."""
     _run("sft", config, ctx.args)
+
+
+@train.command(context_settings=FORWARDED, options_metavar="--data FOLDER... --tasks TASK... [OPTIONS]...")
+def release(ctx: typer.Context) -> None:
+    """All stages by the release recipe, for hundreds of subjects. `python -m fmrilm.training.release --help`."""
+    from ..release import main
+
+    main(ctx.args)
 
 
 def _run(stage: str, config: Path, overrides: list[str]) -> None:
