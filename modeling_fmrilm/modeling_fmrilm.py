@@ -499,8 +499,8 @@ class FmriLMModel(FmriLMPreTrainedModel):
                 [scans, rois, 3], [scans, rois, time]; or in their place fmri_codes [scans, tokens, levels].
             fmri_scores: [scans, score_names]; read out of the codes unless given.
             inputs_embeds: [batch, length, hidden] in place of input_ids, scans and all.
-            logits_to_keep: the positions whose last states are returned, as those of logits: the last ones, or int64
-                [positions]; all, if 0.
+            logits_to_keep: the positions whose last states are returned: so many last ones (all, if 0), int64
+                [positions], or bool [batch, length], whose states make one row [1, positions, hidden].
         """
         inputs_embeds = self.inputs_embeds(
             input_ids,
@@ -519,7 +519,9 @@ class FmriLMModel(FmriLMPreTrainedModel):
             past_key_values=past_key_values,
             **kwargs,
         )
-        outputs.last_hidden_state = outputs.last_hidden_state[:, kept_positions(logits_to_keep)]
+        states, kept = outputs.last_hidden_state, kept_positions(logits_to_keep)
+        single = isinstance(kept, torch.Tensor) and kept.dtype == torch.bool
+        outputs.last_hidden_state = states[kept][None] if single else states[:, kept]
         return outputs
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
@@ -14,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fmrilm.training.alignment.joint import add_adapter
 from fmrilm.training.data.collator import RowCollator
-from fmrilm.training.trainer import AlignmentTrainer, FmriLMSFTTrainer, labelled_positions
+from fmrilm.training.trainer import AlignmentTrainer, FmriLMSFTTrainer
 from scan_rows import LONG, SHORT, Model, ids
 
 
@@ -75,15 +76,16 @@ def test_ours_compute_the_same_losses_from_the_labelled_positions_alone(llama: M
 
 def test_positions_kept_are_those_of_states_logits_and_losses(llama: Model, processor) -> None:
     inputs = RowCollator(processor.tokenizer.pad_token_id)(list(rows(llama))[:2])
-    kept = labelled_positions(inputs["labels"])
+    labelled = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100) != -100
+    kept = labelled.any(0).nonzero()[:, 0]
     assert 0 < len(kept) < inputs["labels"].shape[1] - 1
     whole, part = llama(**inputs), llama(**inputs, logits_to_keep=kept)
     assert torch.allclose(part.logits, whole.logits[:, kept], atol=1e-6)
     assert torch.allclose(part.loss, whole.loss, atol=1e-6)
     inputs.pop("labels")
-    for keep in (kept, 2):
-        states = llama.model(**inputs).last_hidden_state[:, kept if keep is kept else slice(-2, None)]
-        assert torch.allclose(llama.model(**inputs, logits_to_keep=keep).last_hidden_state, states, atol=1e-6)
+    states = llama.model(**inputs).last_hidden_state
+    for keep, expected in ((kept, states[:, kept]), (2, states[:, -2:]), (labelled, states[labelled][None])):
+        assert torch.allclose(llama.model(**inputs, logits_to_keep=keep).last_hidden_state, expected, atol=1e-6)
 
 
 def test_a_chat_cut_by_max_length_is_refused_and_not_read_wrongly(llama: Model, processor, tmp_path) -> None:

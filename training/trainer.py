@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -91,15 +92,10 @@ class CheckedTrainer(Trainer):
             rotate_checkpoints(output, limit, self.state.best_model_checkpoint)
 
 
-def labelled_positions(labels: torch.Tensor) -> torch.Tensor:
-    """int64 [positions] whose next token has a label in some row of labels [batch, length]."""
-    return (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
-
-
 class AlignmentTrainer(CheckedTrainer):
     """
     For stage 2: the two losses, each weighted by its own labels over an accumulated batch, and the mean of each since
-    the last log. Logits are computed at the labelled positions alone.
+    the last log. Logits are computed where some row has a label.
     """
 
     loss_parts = ("text_loss", "fmri_loss")
@@ -111,7 +107,8 @@ class AlignmentTrainer(CheckedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs: Any
         if model.training:
-            inputs = {**inputs, "logits_to_keep": labelled_positions(inputs["labels"])}
+            labelled = (inputs["labels"][:, 1:] != IGNORED).any(0)
+            inputs = {**inputs, "logits_to_keep": labelled.nonzero()[:, 0]}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         # evaluation must not mix into what is logged of training
         if model.training:
@@ -147,9 +144,9 @@ class FmriLMSFTTrainer(CheckedTrainer, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not return_outputs:
             inputs = dict(inputs)
-            labels = inputs.pop("labels")
-            kept = labelled_positions(labels)
-            inputs |= {"shift_labels": labels[:, 1:][:, kept], "logits_to_keep": kept}
+            labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED)
+            kept = labels != IGNORED
+            inputs |= {"shift_labels": labels[kept][None], "logits_to_keep": kept}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
