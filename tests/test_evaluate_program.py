@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import yaml
 from evaluation_data import AGE, AGE_GROUP, GROUP, SUBJECTS, build_model, encoded, save_model, write_cohort
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fmrilm.training.cli.main import app
@@ -119,10 +121,18 @@ def test_several_tasks_and_descriptors_in_one_report(cohort, saved, tasks, tmp_p
 
     # stopped and called again, it asks nothing a second time
     monkeypatch.setattr(program, "tune", None)
+    monkeypatch.setattr(program.descriptor_questions, "ask_descriptors", None)
     (output / "results.json").unlink()
     assert evaluate(saved, cohort, output, tasks, descriptors=True, **arguments) == results
     with pytest.raises(ValueError, match="other settings, split"):
         evaluate(saved, cohort, output, tasks, descriptors=True, **{**arguments, "folds": 3})
+    # nor does it take the answers of one model for those of another in its place
+    other = shutil.copytree(saved, tmp_path / "trained anew")
+    evaluate(other, cohort, tmp_path / "anew", tasks[:1], settings=FEW)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="other settings, weights"):
+        evaluate(other, cohort, tmp_path / "anew", tasks[:1], settings=FEW)
 
     card = tmp_path / "README.md"
     card.write_text("---\nlicense: apache-2.0\n---\n\n# A model\n")

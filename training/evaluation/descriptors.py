@@ -29,8 +29,9 @@ from .scans import EvaluationScans, encode_noise, pseudonyms
 
 
 CONDITIONS = ("right", "shuffled", "noise", "majority", "codes_ridge")
-# windows of training subjects that stand in for other held-out ones of a group, and windows of noise, for each group
-STAND_INS = NOISE_WINDOWS = 8
+# of each group: other subjects for the control, of which training subjects stand in for those that the held-out ones
+# lack, and windows of noise
+OTHERS, NOISE_WINDOWS = 8, 4
 # families' questions of each subject whose answers are shown one by one
 SHOWN = 2
 
@@ -85,7 +86,7 @@ def ask_descriptors(
         own = test[groups[test] == group]
         others = training[groups[training] == group]
         _, first = np.unique(subjects[others], return_index=True)
-        others = rng.permutation(others[first])[:STAND_INS]
+        others = rng.permutation(others[first])[: max(0, OTHERS + 1 - len(set(subjects[own])))]
         if len({*subjects[own], *subjects[others]}) < 2:
             raise ValueError(f"expected another subject of site and atlas {group!r} for the subject-shuffled control")
         asked = choose_questions(labels[own[0]], per_family, rng)

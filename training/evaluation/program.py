@@ -8,6 +8,7 @@ a scan are means over all of its windows. In the control, each answer is compare
 the same site and atlas: what is right there does not come from the scan.
 """
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from fmrilm.processors import FmriLMProcessor
 from fmrilm.processors.descriptors.cohort import JSON_FILE, Cohort
 
 from ..data.dataset import Scans, load_scans
-from ..data.shards import keep_settings, write_arrays
+from ..data.shards import content_version, keep_settings, write_arrays, write_whole
 from ..data.splits import Split, SplitArguments, k_fold, k_shot, split_scans
 from ..data.tasks import Task, labels_of, load_task, with_columns
 from ..trainer import half_precision
@@ -111,11 +112,14 @@ def evaluate(
         output / SETTINGS,
         {
             "model": str(model_folder),
+            "weights": _weights_version(model_folder),
             "data": str(data),
+            "content": content_version(list(data.glob("*/*.parquet"))),
             "tasks": [asdict(task) for task in loaded],
             "split": {**split.describe(), "folds": folds},
             "descriptors": descriptors,
             "settings": asdict(settings),
+            "show": show,
         },
     )
     model = FmriLMForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32).eval()
@@ -129,6 +133,15 @@ def evaluate(
     results["data"]["dataset"] = data.name
     write_report(results, output)
     return results
+
+
+def _weights_version(folder: Path) -> str:
+    """16 hexadecimal digits that change with a model: answers that are kept are those of one."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def evaluate_scans(
@@ -164,7 +177,10 @@ def evaluate_scans(
         run = _Run(model, processor, encoded, splits, [Labelled.read(task, scans) for task in tasks], settings, work)
         results["tasks"] = {task.task.name: run.results(task) for task in run.tasks}
         if cohort is not None:
-            results["descriptors"] = run.descriptors(cohort, show)
+            path = work / "descriptors.json"
+            if not path.exists():
+                write_whole(path, json.dumps(run.descriptors(cohort, show), indent=1) + "\n")
+            results["descriptors"] = json.loads(path.read_text(encoding="utf-8"))
             tested = np.concatenate([split.test for split in splits])
             results["codec"] = reconstruction_results(model.model.codec, encoded, tested, show)
     return results
