@@ -109,7 +109,7 @@ SECTIONS = {
     "people_descriptors.csv": Section(
         "Descriptors of scans: the release recipe",
         "What the same models say of the descriptors of held-out subjects' scans, from codes, as mean (lowest to "
-        "highest) over folds; chance is a third; few texts hold a statement that can be read back: "
+        "highest) over folds; chance is a third; most descriptions repeat a sentence: "
         "`python benchmarks/people.py release PREPARED`.",
         by_condition,
     ),
