@@ -327,4 +327,4 @@ def test_shipped_configurations_are_read(size: str, tmp_path: Path) -> None:
         script, training, model = program.make_parser().parse_args_and_config([*options, "--rows", "7"])
         assert script.rows == 7 and abs(sum(script.row_weights) - 1) < 1e-9 and model.use_peft is not None
         assert training.train_sampling_strategy == "group_by_length" and not training.remove_unused_columns
-    assert training.max_length is None and command_line("sft", tmp_path, tmp_path)[:1] == ["--config"]
+        assert stage == "alignment" or training.max_length is None
