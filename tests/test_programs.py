@@ -32,7 +32,7 @@ from fmrilm.training.program import ScanArguments, read_scans
 from fmrilm.training.release import train_stage
 from fmrilm.training.sft import program as sft
 from helpers import atlas, chats, noise
-from program_runs import CONFIGS, assert_equal_weights, checkpoints, command_line, run, weights
+from program_runs import CONFIGS, assert_equal_weights, checkpoints, run, weights
 
 
 RUNS = ["alignment", "further", "anew"]
