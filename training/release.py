@@ -79,8 +79,9 @@ def train_release(args: ReleaseArguments) -> Path:
 def main(command_line: list[str] | None = None) -> Path:
     from transformers import HfArgumentParser
 
-    (args,) = HfArgumentParser(ReleaseArguments).parse_args_into_dataclasses(command_line)
-    return train_release(args)
+    # declared for a type of its own, which dataclasses are not
+    parser = HfArgumentParser(ReleaseArguments)  # pyright: ignore[reportArgumentType]
+    return train_release(*parser.parse_args_into_dataclasses(command_line))
 
 
 def _words(**values: Sequence[str]) -> list[str]:
