@@ -44,6 +44,7 @@ def test_command_trains_every_stage_once_and_asks_about_its_tasks(
     assert any(name.startswith("handedness=") for name in model.config.score_names)
     # the stages after the codec share their codes
     assert len(list((tmp_path / "out" / "codes").iterdir())) == 2
+    assert "other settings, seed" in CliRunner().invoke(app, [*words, "--seed", "1"]).output
     assert CliRunner().invoke(app, words).exit_code == 0
     assert written == [(tmp_path / "out" / stage / "model" / "config.json").stat().st_mtime_ns for stage in stages]
 

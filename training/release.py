@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+from .data.shards import keep_settings
 from .data.splits import SplitArguments
 
 
@@ -60,8 +61,10 @@ def train_stage(recipe: str, stage: str, program: str, output: Path, *options: s
 
 
 def train_release(args: ReleaseArguments) -> Path:
-    """Returns the model folder of the last stage."""
+    """Returns the model folder of the last stage. ValueError if `output_dir` is of a run with other arguments."""
     output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    keep_settings(output / "settings.json", {**args.describe(), "output_dir": None})
     shared = _words(data=args.data, seed=[str(args.seed)], held_out_share=[str(args.held_out_share)])
     shared += _words(**{name: [value] for name in ("splits", "leave_out") if (value := getattr(args, name))})
     # the stages after the codec learn from the same codes
