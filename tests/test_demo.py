@@ -84,7 +84,7 @@ def test_seed_of_the_command_reaches_every_part(monkeypatch: pytest.MonkeyPatch,
     for name in ("find_scans", "prepare", "load_source"):
         monkeypatch.setattr(demo, name, lambda *arguments: None)
     monkeypatch.setattr(demo, "describe_dataset", lambda *arguments: taken.update(corpus=arguments[2].seed))
-    monkeypatch.setattr(demo, "train_stage", lambda *arguments: taken.update({arguments[1]: arguments[4:6]}))
+    monkeypatch.setattr(demo, "train_stage", lambda *arguments: taken.update({arguments[1]: arguments[3:5]}))
     monkeypatch.setattr(demo.shutil, "move", lambda *arguments: None)
 
     def stop(*arguments, settings, **options) -> None:

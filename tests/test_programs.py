@@ -32,7 +32,7 @@ from fmrilm.training.program import ScanArguments, read_scans
 from fmrilm.training.release import train_stage
 from fmrilm.training.sft import program as sft
 from helpers import atlas, chats, noise
-from program_runs import CONFIGS, assert_equal_weights, checkpoints, run, weights
+from program_runs import CONFIGS, assert_equal_weights, checkpoints, command_line, run, weights
 
 
 RUNS = ["alignment", "further", "anew"]
@@ -224,7 +224,7 @@ def test_calls_of_the_demo_do_what_the_command_does(program_folders: Path, tmp_p
         return train(self, *arguments, **options)
 
     monkeypatch.setattr(Trainer, "train", keep)
-    train_stage("demo", "sft", "sft", tmp_path / "demo", *data, *tiny)
+    train_stage("demo", "sft", tmp_path / "demo", *data, *tiny)
     words = ["train", "sft", "--config", str(CONFIGS / "sft.yaml"), "--output_dir", str(tmp_path / "command")]
     result = CliRunner().invoke(app, [*words, *data, *tiny])
     assert result.exit_code == 0, result.output
@@ -328,3 +328,4 @@ def test_shipped_configurations_are_read(size: str, tmp_path: Path) -> None:
         assert script.rows == 7 and abs(sum(script.row_weights) - 1) < 1e-9 and model.use_peft is not None
         assert training.train_sampling_strategy == "group_by_length" and not training.remove_unused_columns
         assert stage == "alignment" or training.max_length is None
+    assert command_line("sft", tmp_path, tmp_path)[:1] == ["--config"]

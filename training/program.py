@@ -67,6 +67,20 @@ class ScanArguments(SplitArguments):
 
 
 @dataclass
+class TaskArguments:
+    """Which labels are asked about."""
+
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tasks that ask about labels: names of packaged ones, or YAML files."},
+    )
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "TASK=COLUMN: columns of the tasks' labels, in place of the tasks' own."},
+    )
+
+
+@dataclass
 class AlignmentTrainingArguments(TrainingArguments):
     """TrainingArguments with the defaults of stage 2."""
 

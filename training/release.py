@@ -20,26 +20,21 @@ from pathlib import Path
 
 from .data.shards import keep_settings
 from .data.splits import SplitArguments
+from .program import TaskArguments
 
 
 CONFIGS = Path(__file__).parent / "configs"
+# of stages that do not have a program of their name
+PROGRAMS = {"labels": "sft"}
 
 
 @dataclass
-class ReleaseArguments(SplitArguments):
+class ReleaseArguments(TaskArguments, SplitArguments):
     """What is learned, of whom."""
 
     data: list[str] = field(default_factory=list, metadata={"help": "Folders that `fmrilm prepare` wrote."})
-    tasks: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Tasks that ask about labels: names of packaged ones, or YAML files."},
-    )
-    columns: list[str] = field(
-        default_factory=list,
-        metadata={"help": "TASK=COLUMN: columns of the tasks' labels, in place of the tasks' own."},
-    )
     output_dir: str = field(default="runs/release", metadata={"help": "Folder of the stages."})
-    seed: int = field(default=0, metadata={"help": "Of each stage."})
+    seed: int = field(default=42, metadata={"help": "Of each stage."})
 
     def __post_init__(self) -> None:
         for name in ("data", "tasks"):
@@ -47,15 +42,15 @@ class ReleaseArguments(SplitArguments):
                 raise ValueError(f"expected --{name} with one or more, got none")
 
 
-def train_stage(recipe: str, stage: str, program: str, output: Path, *options: str) -> Path:
+def train_stage(recipe: str, stage: str, output: Path, *options: str) -> Path:
     """
-    Runs a program with `configs/RECIPE/STAGE.yaml`, and options that go before those of the file, unless it has
-    finished before. Returns the folder of its model.
+    Runs a stage's program with `configs/RECIPE/STAGE.yaml`, and options that go before those of the file, unless it
+    has finished before. Returns the folder of its model.
     """
     model = output / "model"
     if not model.exists():
         config = str(CONFIGS / recipe / f"{stage}.yaml")
-        main = import_module(f"{__package__}.{program}.program").main
+        main = import_module(f"{__package__}.{PROGRAMS.get(stage, stage)}.program").main
         main(["--config", config, "--output_dir", str(output), *options])
     return model
 
@@ -63,19 +58,19 @@ def train_stage(recipe: str, stage: str, program: str, output: Path, *options: s
 def train_release(args: ReleaseArguments) -> Path:
     """Returns the model folder of the last stage. ValueError if `output_dir` is of a run with other arguments."""
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    keep_settings(output / "settings.json", {**args.describe(), "output_dir": None})
+    settings = {name: value for name, value in args.describe().items() if name != "output_dir"}
+    keep_settings(output / "settings.json", settings)
     shared = _words(data=args.data, seed=[str(args.seed)], held_out_share=[str(args.held_out_share)])
     shared += _words(**{name: [value] for name in ("splits", "leave_out") if (value := getattr(args, name))})
     # the stages after the codec learn from the same codes
     codes = _words(code_cache=[str(output / "codes")])
     asked = _words(tasks=args.tasks, columns=args.columns)
-    codec = train_stage("release", "codec", "codec", output / "codec", *shared)
+    codec = train_stage("release", "codec", output / "codec", *shared)
     before = _words(codec=[str(codec)])
-    model = train_stage("release", "alignment", "alignment", output / "alignment", *shared, *codes, *before)
+    model = train_stage("release", "alignment", output / "alignment", *shared, *codes, *before)
     for stage in ("sft", "labels"):
         before = _words(model_name_or_path=[str(model)])
-        model = train_stage("release", stage, "sft", output / stage, *shared, *codes, *before, *asked)
+        model = train_stage("release", stage, output / stage, *shared, *codes, *before, *asked)
     return model
 
 

@@ -138,7 +138,7 @@ class AlignmentTrainer(CheckedTrainer):
 class FmriLMSFTTrainer(CheckedTrainer, SFTTrainer):
     """
     TRL's SFTTrainer, its loss and its metrics, with checkpoints that are whole. Without Triton, the library computes
-    logits of whole prompts, which take half of a step: here it gets the labelled positions alone.
+    logits of whole prompts, up to half of a step: here it gets the labelled tokens alone.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -53,7 +53,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..program import FmriLMSFTConfig, ScanArguments
+from ..program import FmriLMSFTConfig, ScanArguments, TaskArguments
 
 
 if TYPE_CHECKING:
@@ -61,19 +61,11 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SftArguments(ScanArguments):
+class SftArguments(TaskArguments, ScanArguments):
     """What the model is asked."""
 
     merge_adapter: bool = field(
         default=False, metadata={"help": "Merge the adapter of the model into it first, instead of tuning it further."}
-    )
-    tasks: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Tasks that ask about labels: names of packaged ones, or YAML files."},
-    )
-    columns: list[str] = field(
-        default_factory=list,
-        metadata={"help": "TASK=COLUMN: columns of the tasks' labels, in place of the tasks' own."},
     )
     row_weights: list[float] = field(
         default_factory=lambda: [0.1, 0.8, 0.1],
