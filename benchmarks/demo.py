@@ -34,7 +34,6 @@ def figures(results: dict) -> Iterator[tuple[str, str, float | None]]:
     for condition, share in descriptions["statement_accuracy"].items():
         yield "true statements in descriptions", condition, share
     yield "statements in descriptions", "", descriptions["statements"]
-    yield "descriptions with a repeated sentence", "", descriptions["repeated_sentences"]
     yield "R2 of the decoded signal", "", results["codec"]["r_squared"]["value"]
     yield "FC correlation of the decoded signal", "", results["codec"]["fc_correlation"]["value"]
     for part, seconds in results.get("run", {"seconds": {}})["seconds"].items():

@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False)
 Data = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of `fmrilm prepare`.")]
 Tasks = Annotated[str, typer.Option(help="By comma; a task's label column after =.")]
 Seeds = Annotated[int, typer.Option(help="Fold seeds.")]
-DEFAULT_TASKS = "asd,sex,age_group"
+DEFAULT_TASKS = "asd,sex,age,age_group"
 
 
 def read_tasks(names: str) -> list:

@@ -30,6 +30,8 @@ VAR_FRAMES, VAR_RIDGE = 2, 0.01
 PATCHES_BACK = 10
 # of a ROI's variance, at least so much is its own in sampled forecasts
 LEAST_OWN_VARIANCE = 0.05
+# answers of all rows that are scored at a time: each has a cache of its own
+MOST_SEQUENCES = 128
 # what a forward pass may hold beside text, one entry a scan
 SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask", "fmri_codes", "fmri_scores")
 # what a saved folder can be opened with; register_for_auto_class alone writes one Auto class per class
@@ -721,23 +723,28 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
             **inputs,
         )
         totals = outputs.logits[:, -1].float().log_softmax(-1)[:, [choice[0] for choice in choices]]
-        depth, count = max(map(len, choices)) - 1, len(choices)
+        depth = max(map(len, choices)) - 1
         if not depth:
             return totals
         padded = [[*choice, *[choice[-1]] * (depth + 1 - len(choice))] for choice in choices]
-        tokens = torch.tensor(padded, device=device).repeat(rows, 1)
         scored = torch.tensor([[place < len(choice) for place in range(1, depth + 1)] for choice in choices])
-        cache, repeated = outputs.past_key_values, torch.arange(rows, device=device).repeat_interleave(count)
-        cache.reorder_cache(repeated)
-        logits = self.model.causal_lm(
-            input_ids=tokens[:, :-1],
-            attention_mask=F.pad(mask, (0, depth), value=1)[repeated],
-            position_ids=(positions[:, -1:] + torch.arange(1, depth + 1, device=device))[repeated],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        found = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0].unflatten(0, (-1, count))
-        return totals + (found * scored.to(device)).sum(-1)
+        parts = torch.tensor(padded, device=device).split(max(1, MOST_SEQUENCES // rows))
+        found = []
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            cache = outputs.past_key_values if last else copy.deepcopy(outputs.past_key_values)
+            tokens, repeated = part.repeat(rows, 1), torch.arange(rows, device=device).repeat_interleave(len(part))
+            cache.reorder_cache(repeated)
+            logits = self.model.causal_lm(
+                input_ids=tokens[:, :-1],
+                attention_mask=F.pad(mask, (0, depth), value=1)[repeated],
+                position_ids=(positions[:, -1:] + torch.arange(1, depth + 1, device=device))[repeated],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            of_part = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+            found.append(of_part.unflatten(0, (rows, -1)))
+        return totals + (torch.cat(found, 1) * scored.to(device)).sum(-1)
 
     def prepare_inputs_for_generation(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fmrilm.modeling_fmrilm import MOST_SEQUENCES
 from scan_rows import LONG, SHORT, Model, codes, ids, pad
 
 
@@ -138,3 +139,7 @@ def test_scores_of_choices_are_probabilities_of_what_follows(llama: Model, depth
     scores = llama.score_choices({"input_ids": row, "fmri_codes": scan}, choices)
     total = scores.exp().sum()
     assert torch.allclose(total, torch.ones(()), atol=1e-4) if depth == 1 else total < 1
+    # however many are scored together
+    assert words > 2 * MOST_SEQUENCES
+    few = llama.score_choices({"input_ids": row, "fmri_codes": scan}, choices[-3:])
+    assert torch.allclose(scores[:, -3:], few, atol=1e-4)

@@ -31,7 +31,7 @@ def results(seed: int) -> dict:
         "settings": {"quick": False, "seed": seed},
         "descriptors": {
             "families": {"strength": family, "all": family},
-            "descriptions": {"statements": 2 * seed, "statement_accuracy": shares, "repeated_sentences": 0.25},
+            "descriptions": {"statements": 2 * seed, "statement_accuracy": shares},
         },
         "codec": {"r_squared": {"value": 0.6 + 0.1 * seed}, "fc_correlation": {"value": 0.8}},
         "run": {"seconds": {"codec": 60.0 * seed, "total": 120.0}},

@@ -4,7 +4,7 @@ The release recipe: a codec, alignment and two rounds of instruction tuning, for
 ```bash
 fmrilm train release \\
     --data prepared-abide prepared-song \\
-    --tasks asd sex age_group state \\
+    --tasks asd sex age age_group state \\
     --columns asd=diagnosis \\
     --output_dir runs/release
 ```

@@ -118,7 +118,7 @@ def answer_windows(
             eos_token_id=processor.eos_token_ids,
             **scan_inputs(model, batch),
         )
-        texts = processor.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+        texts = processor.decode_answers(generated[:, ids.shape[1] :])
         for row, text in zip(rows, texts, strict=True):
             answers[row] = text.strip()
     return answers

@@ -6,7 +6,6 @@ control), and about noise. Beside them stand the label that is most frequent in 
 features of the codes. Free descriptions of the same scans are read back into statements, which are true or false.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -239,7 +238,7 @@ def description_results(
     """
     Free descriptions of the first windows of up to `subjects` test subjects: the share of their statements that are
     true of the right scan ("right"), of another subject's of the same group ("shuffled"), and with the most frequent
-    label in place of the one stated ("majority"); and the share of texts with a sentence twice. show: texts as well.
+    label in place of the one stated ("majority"). As for users, no text has a sentence twice. show: texts as well.
     """
     rng = np.random.default_rng(seed)
     _, first = np.unique(scans.subjects[split.test], return_index=True)
@@ -255,7 +254,6 @@ def description_results(
         if len(pool):
             others.append(all_labels[np.flatnonzero(scans.of_window == rng.choice(pool))[0]])
             alike.append(text)
-    repeated = [max(Counter(sentences(text)).values(), default=0) > 1 for text in texts]
     results = {
         "texts": len(texts),
         "statements": sum(len(claims(text)) for text in texts),
@@ -264,7 +262,6 @@ def description_results(
             "shuffled": statement_accuracy(alike, np.array(others)),
             "majority": statement_accuracy(texts, labels, most_frequent(training)),
         },
-        "repeated_sentences": float(np.mean(repeated)),
     }
     if show:
         names = pseudonyms(scans, split.test)
@@ -299,8 +296,3 @@ def claims(text: str) -> list[tuple[int, int]]:
         for name, label, _ in parse(text)
         if name in CORE_NAMES and label in LEVELS
     ]
-
-
-def sentences(text: str) -> list[str]:
-    """Of a text; the point within a number ends none."""
-    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]

@@ -40,7 +40,7 @@ SHARPNESS = 4.0
 # by how much scores are multiplied in a row, at most: the larger, the clearer what the answer depends on
 MOST_WIDENED = 3.0
 # questions of a row about tasks, at most: all share the tokens of the scan
-MOST_ASKED = 3
+MOST_ASKED = 4
 # of the rows, those with the latent tokens of their first patch alone: short rows are cheap, and teach as much
 SHORT_SHARE = 0.75
 
