@@ -4,6 +4,7 @@ What the codec keeps of scans of held-out subjects, in which bits, and how fast.
     python benchmarks/codec.py labels --data FOLDER [--folds 5]     rate, distortion; autism, sex, age; identification
     python benchmarks/codec.py states --data FOLDER --state FOLDER  another atlas; cognitive states of 64 s windows
     python benchmarks/codec.py parcellations --data FOLDER [--folds 5]  half as many ROIs; use of the codes
+    python benchmarks/codec.py losses --data FOLDER [--folds 5]     training after the fit, and the alignment losses
     python benchmarks/codec.py speed --data FOLDER                  encoding, summary, and the fit against subjects
 
 A folder is one that `fmrilm prepare` wrote, of one atlas. The codec is the release recipe's
@@ -12,11 +13,14 @@ A folder is one that `fmrilm prepare` wrote, of one atlas. The codec is the rele
 
 import argparse
 import csv
+import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from ask import busy_seconds
@@ -27,9 +31,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor
 from fmrilm.modeling_fmricodec import FmriCodecSummary
+from fmrilm.training.alignment.language_models import load_text_encoder
 from fmrilm.training.codec.fit import fit_codec, fit_summary, present
-from fmrilm.training.codec.metrics import codebook_results, fc_correlation, r_squared
-from fmrilm.training.data.dataset import Scans, load_scans
+from fmrilm.training.codec.metrics import codebook_results, fc_correlation, r_squared, retrieval_results
+from fmrilm.training.codec.program import describe
+from fmrilm.training.codec.program import main as train_codec
+from fmrilm.training.codec.text_embeddings import TextEmbeddings
+from fmrilm.training.data.dataset import Scans, cut_windows, encode_items, load_scans
+from fmrilm.training.program import fit_cohort
 from fmrilm.training.ridge import cross_fitted_ridge
 
 
@@ -40,6 +49,17 @@ PATCH, BOOTSTRAPS = 16, 1000
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 # of timings
 REPEATS, MATRIX = 50, 1024
+# frames, windows that are described, and statements of a description
+WINDOW, DESCRIBED, STATEMENTS = 160, 400, 8
+# options of the stage's program; the transformers are tiny ones
+TRAINED = ["--size", "tiny", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--save_strategy", "no"]
+ALIGNED = [*TRAINED, "--language_model", "smollm2-135m-instruct"]
+LOSSES = {
+    "fitted": [],
+    "trained": TRAINED,
+    "contrastive loss": [*ALIGNED, "--domain_weight", "0"],
+    "contrastive and domain loss": ALIGNED,
+}
 
 
 def load(folder: Path) -> Scans:
@@ -381,6 +401,74 @@ def parcellations(folder: Path, folds: int) -> None:
         write("parcellations", [{**row, **{k: row.get(k, "") for k in ("read", "read_in_the_other")}} for row in rows])
 
 
+def losses(folder: Path, folds: int, updates: int) -> None:
+    """
+    Codecs of the stage's program: as fitted, trained after that, and with the losses against a frozen language model.
+    What they keep of test subjects, and which windows find their own description: by the alignment head, and by ridge
+    regression of the descriptions' embeddings on scan features.
+    """
+    scans, rows = load(folder), []
+    texts = TextEmbeddings(*load_text_encoder())
+    with tempfile.TemporaryDirectory() as scratch:
+        for fold, (learned, held_out) in enumerate(split(scans)):
+            if fold == folds:
+                break
+            splits = Path(scratch, "splits.csv")
+            names = [
+                (scans.table["subject"].iloc[row], part)
+                for part, of in (("train", learned), ("test", held_out))
+                for row in of
+            ]
+            pd.DataFrame(names, columns=["subject", "split"]).to_csv(splits, index=False)
+            training, test = scans.select(learned), scans.select(held_out)
+            cohort = fit_cohort(training, WINDOW, WINDOW)
+            windows = [cut_windows(part, WINDOW, WINDOW) for part in (training, test)]
+            described = [
+                texts([describe(cohort, row, STATEMENTS) for row in cohort.z_scores(part.descriptors())[:DESCRIBED]])
+                for part in windows
+            ]
+            for name, options in LOSSES.items():
+                output = Path(scratch, f"{fold} {name}")
+                trained = ["--max_steps", str(updates)] if options else []
+                train_codec(
+                    ["--config", str(RECIPE), "--data", str(folder), "--splits", str(splits)]
+                    + ["--output_dir", str(output), *trained, *options]
+                )
+                model = FmriCodecModel.from_pretrained(output / "model").eval()
+                results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+                row = {
+                    key: results.get(key, "") for key in ("r_squared", "fc_correlation", "recall_at_5", "median_rank")
+                }
+                row |= label_scores(model, training, test)
+                features = [encode_items(model, part.items()[:DESCRIBED]).features for part in windows]
+                mean, std = described[0].mean(0), described[0].std(0)
+                targets = [(part - mean) / std for part in described]
+                subjects = training.table["subject"].to_numpy(str)[[window.scan for window in windows[0]][:DESCRIBED]]
+                blocks = model.config.scan_feature_blocks
+                found = cross_fitted_ridge(features[0], targets[0], subjects, 0, blocks).predict(features[1])
+                lengths = [np.linalg.norm(part, axis=1, keepdims=True) for part in (found, targets[1])]
+                linear = retrieval_results(found / lengths[0], targets[1] / lengths[1])
+                row |= {f"linear_{key}": linear[key] for key in ("recall_at_5", "median_rank", "chance_recall_at_5")}
+                rows.append({"fold": fold, "codec": name, **row})
+                write("losses", rows)
+
+
+@torch.no_grad()
+def label_scores(model: FmriCodecModel, training: Scans, test: Scans) -> dict[str, float]:
+    """Labels of test subjects by ridge regression on scan features."""
+    features = [
+        torch.cat([model.scan_features(model.encode(*whole(part, index))) for index in range(len(part))]).numpy()
+        for part in (training, test)
+    ]
+    stacked = np.stack(list(targets_of(training).values()), 1)
+    subjects = training.table["subject"].to_numpy(str)
+    ridge = cross_fitted_ridge(features[0], stacked, subjects, 0, model.config.scan_feature_blocks)
+    predicted = ridge.predict(features[1])
+    return {
+        name: score(name, truth, predicted[:, place]) for place, (name, truth) in enumerate(targets_of(test).items())
+    }
+
+
 def timed(what: str, call: Callable[[], object], repeats: int = 1) -> dict:
     """Seconds of a call, of the clock and of the processor, and how many cores other programs kept busy meanwhile."""
     start, own, all_cores = time.perf_counter(), time.process_time(), busy_seconds()
@@ -422,10 +510,11 @@ def speed(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("labels", "states", "parcellations", "speed"))
+    parser.add_argument("what", choices=("labels", "states", "parcellations", "losses", "speed"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=300)
     args = parser.parse_args()
     if args.what == "labels":
         labels(args.data, args.folds)
@@ -433,6 +522,8 @@ def main() -> None:
         states(args.data, args.state)
     elif args.what == "parcellations":
         parcellations(args.data, args.folds)
+    elif args.what == "losses":
+        losses(args.data, args.folds, args.updates)
     else:
         speed(args.data)
 

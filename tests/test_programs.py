@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer
+from trl import ModelConfig
 from typer.testing import CliRunner
 
 from fmrilm import Atlas, FmriLMFeatureExtractor, load
@@ -28,7 +29,7 @@ from fmrilm.training.data.collator import RowCollator, encode_dataset
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.data.tasks import load_task
-from fmrilm.training.program import ScanArguments, read_scans
+from fmrilm.training.program import AlignmentTrainingArguments, ScanArguments, read_scans, trainable
 from fmrilm.training.release import train_stage
 from fmrilm.training.sft import program as sft
 from helpers import atlas, chats, noise
@@ -302,6 +303,16 @@ def test_quantization_without_bitsandbytes_is_refused(program_folders: Path, tmp
     )
     with pytest.raises(ValueError, match="need bitsandbytes, which is not installed"):
         run("sft", program_folders, tmp_path, load_in_4bit="true")
+
+
+@pytest.mark.parametrize(
+    ("asked", "half", "used"),
+    [(None, True, "eager"), (None, False, "sdpa"), ("sdpa", True, "sdpa"), ("eager", False, "eager")],
+)
+def test_attention_is_the_one_asked_for_or_the_fastest(asked: str | None, half: bool, used: str, llama) -> None:
+    args = AlignmentTrainingArguments(use_cpu=True, bf16=half, report_to="none")
+    model = trainable(llama, ModelConfig(attn_implementation=asked), args)
+    assert model.model.causal_lm.config._attn_implementation == used
 
 
 # --- configurations

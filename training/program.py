@@ -217,22 +217,20 @@ def quantization(model_args: ModelConfig) -> "BitsAndBytesConfig | None":
 
 
 def trainable(
-    model: "FmriLMForConditionalGeneration | PeftModel", model_args: ModelConfig
+    model: "FmriLMForConditionalGeneration | PeftModel", model_args: ModelConfig, args: TrainingArguments
 ) -> "FmriLMForConditionalGeneration | PeftModel":
     """
     The model as it is trained: whole, or through a new adapter if `use_peft`, or through the one that it has. Its
     attention is that of `attn_implementation`; by default, in half precision on a CPU, the plain one, which makes a
     step of rows of up to 400 tokens a fifth shorter than the library's kernels.
     """
-    import torch
     from peft import PeftModel
     from trl import get_peft_config
 
     from .alignment.joint import add_adapter
-    from .trainer import half_precision
 
     attention = model_args.attn_implementation
-    if attention is None and half_precision() and not torch.cuda.is_available():
+    if attention is None and args.bf16 and args.use_cpu:
         attention = "eager"
     if attention is not None:
         joint: Any = model.get_base_model() if isinstance(model, PeftModel) else model
