@@ -44,11 +44,14 @@ def by_condition(table: pd.DataFrame) -> pd.DataFrame:
 def by_split(table: pd.DataFrame) -> pd.DataFrame:
     """
     A row for each task, metric and condition, a column for each split: value (low to high). Numbers are the expected
-    ones where the answers are groups.
+    ones where the answers are groups; where the answers are numbers, expected ones stand beside those that were given.
     """
     kept = (table["comparison"] == "right") | ((table["comparison"] == "shuffled") & table["condition"].isin(MODELS))
     expected = (table["variant"] == "expected value") & (table["metric"] == "pearson_r")
     kept &= table["metric"].isin(MAIN_METRICS) & ((table["variant"].fillna("") == "") | expected)
+    given = table[(table["variant"].fillna("") == "") & (table["metric"] == "pearson_r")]
+    both = expected & (table["task"] + table["condition"]).isin(given["task"] + given["condition"])
+    table = table.assign(condition=table["condition"].mask(both, table["condition"] + ", expected value"))
     index = ["task", "metric", "condition", "shots", "comparison"]
     table = table[kept & ~table["split"].str.contains(", fold ")].drop_duplicates([*index, "split"])
     order = list(dict.fromkeys(table[index].itertuples(index=False, name=None))), list(dict.fromkeys(table["split"]))
@@ -109,7 +112,7 @@ SECTIONS = {
     "people_descriptors.csv": Section(
         "Descriptors of scans: the release recipe",
         "What the same models say of the descriptors of held-out subjects' scans, from codes, as mean (lowest to "
-        "highest) over folds; chance is a third; most descriptions repeat a sentence: "
+        "highest) over folds; chance is a third: "
         "`python benchmarks/people.py release PREPARED`.",
         by_condition,
     ),
@@ -152,6 +155,14 @@ SECTIONS = {
         "Codec: cognitive states",
         "The condition of windows of 64 s by ridge regression, over folds of subjects: "
         "`python benchmarks/codec.py states --data FOLDER --state FOLDER`.",
+    ),
+    "codec_losses.csv": Section(
+        "Codec: training and alignment losses",
+        "Codecs as fitted, trained after the fit, and trained with losses against a frozen language model, means over "
+        "folds: what is kept of test subjects, labels by ridge regression, and which windows find their description "
+        "among all, by the alignment head and by ridge regression on scan features (linear): "
+        "`python benchmarks/codec.py losses --data FOLDER`.",
+        over_folds,
     ),
     "codec_speed.csv": Section(
         "Codec: speed",

@@ -98,6 +98,21 @@ def test_level_of_a_descriptor_is_the_tercile_of_its_score() -> None:
             assert text_of(row, 2 * place + 1) == LEVELS[level]
 
 
+def test_descriptors_that_are_not_asked_about_are_widened_together() -> None:
+    examples = random_examples(60)
+    names = [*CORE_NAMES[:6], "motion"]
+    scores = np.random.default_rng(0).standard_normal((60, len(names))).astype(np.float32)
+    examples = dataclasses.replace(examples, scores=scores)
+    factors = []
+    for row in reading_rows(examples, names, [], 60, 2, seed=0, descriptors=2).to_list():
+        ratio = np.array(row["scores"][0]) / scores[window_of(row["codes"][0])]
+        assert ratio[-1] == 1 and (np.abs(ratio - 1) < 1e-6).sum() == 3
+        others = ratio[np.abs(ratio - 1) > 1e-6]
+        assert np.ptp(others) < 1e-5
+        factors.append(others[0])
+    assert min(factors) >= 1 and 1.8 < np.mean(factors) < 2.2 and max(factors) <= 3
+
+
 def test_descriptions_state_the_terciles_of_the_scores_in_place_of_questions() -> None:
     examples = random_examples(60)
     names = [*CORE_NAMES[:6], "motion"]

@@ -62,6 +62,10 @@ def test_long_tables_are_shortened(script: dict) -> None:
         ["shuffled", "0.7 (0.6 to 0.8)", ""],
         ["right", "0.7 (0.6 to 0.8)", ""],
     ]
+    # of a task of numbers, those that were given and the expected ones
+    both = [{"metric": "pearson_r"}, of_numbers]
+    ages = script["by_split"](pd.DataFrame([row | {"task": "age"} | change for change in both]))
+    assert list(ages["condition"]) == ["zero-shot", "zero-shot, expected value"]
 
 
 def test_table_of_the_demo_is_over_seeds(demo: dict, script: dict, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ Rows that teach the language model to answer as a scan's scores say.
 A descriptor's answer, and what a description states of it, is the tercile of its score. A row's scores of a task are
 those of another subject, and its answer is drawn from what these scores predict: nothing else in the row tells the
 answer, and there are as many such rows as windows times windows. Scores are wider, and answers surer, than those of
-subjects: from few uncertain answers a language model learns little of what they depend on.
+subjects: from few uncertain answers a language model learns little of what they depend on. Descriptors that a row does
+not ask about are wider as well: an answer about a task that leans on them would do so more in new subjects, whose
+scores of tasks are not widened.
 """
 
 from collections.abc import Sequence
@@ -162,7 +164,10 @@ def reading_rows(
                 levels[CORE_NAMES.index(names[column])] = terciles.levels(scores[column], column)
             turns.append((REQUESTS[rng.integers(len(REQUESTS))], level_description(levels, statements, rng)))
         else:
-            for column in map(int, rng.permutation(terciles.columns)[:descriptors]):
+            asked, others = np.split(rng.permutation(terciles.columns).astype(int), [descriptors])
+            # as wide as those of tasks: an answer about a task must not lean on them
+            scores[others] *= rng.uniform(1, MOST_WIDENED)
+            for column in map(int, asked):
                 turns.append(descriptor_question(names[column], int(terciles.levels(scores[column], column)), rng))
         chat: list[dict] = []
         for place in rng.permutation(len(turns)):
