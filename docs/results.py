@@ -251,7 +251,8 @@ SECTIONS = {
     ),
     "newcomer.csv": Section(
         "A new user",
-        "Time from a fresh clone in an empty environment to the first answer: clone, `make demo`, `fmrilm ask`.",
+        "Seconds from a fresh clone in an empty environment to an answer, one run; `others` is the number of cores that "
+        "other programs kept busy meanwhile: `python benchmarks/newcomer.py FOLDER`.",
     ),
 }
 
