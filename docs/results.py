@@ -251,8 +251,8 @@ SECTIONS = {
     ),
     "newcomer.csv": Section(
         "A new user",
-        "Seconds from a fresh clone in an empty environment to an answer, one run; `others` is the number of cores that "
-        "other programs kept busy meanwhile: `python benchmarks/newcomer.py FOLDER`.",
+        "Seconds from a fresh clone in an empty environment to an answer, one run; `others` is the number of cores "
+        "that other programs kept busy meanwhile: `python benchmarks/newcomer.py FOLDER`.",
     ),
 }
 
