@@ -83,7 +83,11 @@ class FmriLMProjector(nn.Module):
 
 
 class FmriLMReadout(nn.Linear):
-    """A linear map that stays in float32: scores in half precision are other scores."""
+    """A linear map that stays in float32, under autocast, too: scores in half precision are other scores."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        with maybe_autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
 
     def _apply(self, fn, recurse: bool = True) -> Self:
         return super()._apply(kept_in_float32(fn), recurse)

@@ -286,3 +286,11 @@ def test_codec_and_readout_are_frozen_and_the_rest_learns(llama: Model) -> None:
         frozen = name.startswith(("model.codec.", "model.summary.readout."))
         assert (parameter.grad is None) == frozen, name
     assert all(torch.equal(value, before[name]) for name, value in llama.model.codec.state_dict().items())
+
+
+def test_scores_under_autocast_are_those_in_full_precision(llama: Model) -> None:
+    scan = codes(LONG)
+    plain = llama.model.get_fmri_scores(scan)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(llama.model.get_fmri_scores(scan), plain)
+    assert plain.dtype == torch.float32
