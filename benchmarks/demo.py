@@ -1,7 +1,7 @@
 """
 What the demo's model reads, and what the demo costs, over seeds: writes demo.csv.
 
-    python benchmarks/demo.py runs/demo-seeds
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/demo.py runs/demo-seeds    # threads wait as those of `fmrilm demo`
 
 Runs the demo once for each seed, in a folder of its own; goes on where it was stopped, as a finished run is not
 repeated. Figures are means over seeds, with the lowest and the highest seed.

@@ -3,8 +3,8 @@ Minutes from a fresh clone to a first answer: the README's commands, one after t
 
     python benchmarks/newcomer.py FOLDER
 
-FOLDER is made here, and kept: `git clone`, `make install data`, `make demo`, `fmrilm ask` about a scan of the demo's
-held-out subjects, twice. Writes results/newcomer.csv: seconds of each, and how many cores other programs kept busy.
+FOLDER is made here, and kept: `git clone`, `make install data`, `make demo`, `fmrilm ask` about the first of the
+demo's scans, twice. Writes results/newcomer.csv: seconds of each, and how many cores other programs kept busy.
 """
 
 import csv
