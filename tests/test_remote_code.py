@@ -180,7 +180,10 @@ def test_saved_folders_open_without_the_package(
     options = {"tr": 0.72, "atlas": "tiny"}
     answers = [pipe(each, "Is it connected?", **options, **arguments["options"]) for each in (signal, signal[:25])]
     assert results["pipeline"][0] == answers and results["pipeline"][2] == answers[0]["answer"]
-    assert results["pipeline"][1] == pipe(signal, "Is it connected?", **options, choices=["yes", "no"])
+    chosen = pipe(signal, "Is it connected?", **options, choices=["yes", "no"])
+    assert results["pipeline"][1]["answer"] == chosen["answer"]
+    # where a cache begins in memory, which differs between processes, some kernels round the last bits otherwise
+    assert results["pipeline"][1]["probabilities"] == pytest.approx(chosen["probabilities"], rel=1e-4)
     # what was loaded that way and saved again is as whole
     assert (again / "atlases" / "tiny.npz").is_file()
     assert code_files(again) == code_files(folder)
