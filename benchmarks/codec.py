@@ -39,7 +39,7 @@ from fmrilm.training.codec.program import main as train_codec
 from fmrilm.training.codec.text_embeddings import TextEmbeddings
 from fmrilm.training.data.dataset import Scans, cut_windows, encode_items, load_scans
 from fmrilm.training.program import fit_cohort
-from fmrilm.training.ridge import cross_fitted_ridge
+from fmrilm.training.ridge import Ridge, cross_fitted_ridge
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -353,6 +353,20 @@ def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
 
 
 @torch.no_grad()
+def features_of(model: FmriCodecModel, scans: Scans) -> np.ndarray:
+    """Scan features float32 [scans, features] of the codes."""
+    rows = [model.scan_features(model.encode(*whole(scans, index))) for index in range(len(scans))]
+    return torch.cat(rows).numpy()
+
+
+def label_ridge(model: FmriCodecModel, training: Scans) -> Ridge:
+    """Of the labels of training subjects, on scan features."""
+    stacked = np.stack(list(targets_of(training).values()), 1)
+    subjects = training.table["subject"].to_numpy(str)
+    return cross_fitted_ridge(features_of(model, training), stacked, subjects, 0, model.config.scan_feature_blocks)
+
+
+@torch.no_grad()
 def parcellations(folder: Path, folds: int) -> None:
     """Scans of test subjects in the ROIs of their atlas, and in half as many: each the mean of two neighbours."""
     rows, levels = [], []
@@ -384,13 +398,9 @@ def parcellations(folder: Path, folds: int) -> None:
             first[name], second[name] = (features["scan features"][:, part] for features in (first, second))
         for name in (*parts, "decoded connectivity at all ROIs"):
             rows.append({"fold": fold, "what": name, **agreement(first[name], second[name])})
-        codes = [model.encode(*whole(training, index)) for index in range(len(training))]
-        inputs = torch.cat([model.scan_features(row) for row in codes])
-        targets, truths = targets_of(training), targets_of(test)
-        stacked, subjects = np.stack(list(targets.values()), 1), training.table["subject"].to_numpy(str)
-        ridge = cross_fitted_ridge(inputs.numpy(), stacked, subjects, 0, model.config.scan_feature_blocks)
+        ridge = label_ridge(model, training)
         predicted = [ridge.predict(features["scan features"]) for features in (first, second)]
-        for column, (name, truth) in enumerate(truths.items()):
+        for column, (name, truth) in enumerate(targets_of(test).items()):
             ours, other = (each[:, column] for each in predicted)
             row = {"fold": fold, "what": f"score of {name}", "within_scans": "", "over_scans": pearson(ours, other)}
             rows.append({**row, "read": score(name, truth, ours), "read_in_the_other": score(name, truth, other)})
@@ -439,7 +449,9 @@ def losses(folder: Path, folds: int, updates: int) -> None:
                 row = {
                     key: results.get(key, "") for key in ("r_squared", "fc_correlation", "recall_at_5", "median_rank")
                 }
-                row |= label_scores(model, training, test)
+                predicted = label_ridge(model, training).predict(features_of(model, test))
+                for column, (label, truth) in enumerate(targets_of(test).items()):
+                    row[label] = score(label, truth, predicted[:, column])
                 features = [encode_items(model, part.items()[:DESCRIBED]).features for part in windows]
                 mean, std = described[0].mean(0), described[0].std(0)
                 targets = [(part - mean) / std for part in described]
@@ -451,22 +463,6 @@ def losses(folder: Path, folds: int, updates: int) -> None:
                 row |= {f"linear_{key}": linear[key] for key in ("recall_at_5", "median_rank", "chance_recall_at_5")}
                 rows.append({"fold": fold, "codec": name, **row})
                 write("losses", rows)
-
-
-@torch.no_grad()
-def label_scores(model: FmriCodecModel, training: Scans, test: Scans) -> dict[str, float]:
-    """Labels of test subjects by ridge regression on scan features."""
-    features = [
-        torch.cat([model.scan_features(model.encode(*whole(part, index))) for index in range(len(part))]).numpy()
-        for part in (training, test)
-    ]
-    stacked = np.stack(list(targets_of(training).values()), 1)
-    subjects = training.table["subject"].to_numpy(str)
-    ridge = cross_fitted_ridge(features[0], stacked, subjects, 0, model.config.scan_feature_blocks)
-    predicted = ridge.predict(features[1])
-    return {
-        name: score(name, truth, predicted[:, place]) for place, (name, truth) in enumerate(targets_of(test).items())
-    }
 
 
 def timed(what: str, call: Callable[[], object], repeats: int = 1) -> dict:

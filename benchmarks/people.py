@@ -33,7 +33,7 @@ from fmrilm.training.release import ReleaseArguments, train_release
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES = ("majority", "covariates", "fc_ridge", "tangent_ridge")
-COLUMNS = ["split", "task", "condition", "shots", "variant", "comparison", "metric", "value", "low", "high", "scans"]
+COLUMNS = "split task condition shots variant comparison metric value low high scans parse_failures".split()
 app = typer.Typer(add_completion=False)
 
 Data = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of `fmrilm prepare`.")]

@@ -243,6 +243,11 @@ SECTIONS = {
     "load.csv": Section(
         "Many clients", "The Space and the pipeline under load: `python benchmarks/load.py MODEL --seconds 120`."
     ),
+    "attention.csv": Section(
+        "Attention on a CPU",
+        "Processor milliseconds of a training step in bfloat16 with the library's attention kernel (sdpa) and the "
+        "plain one (eager), which stages 2 and 3 take there for short rows: `python benchmarks/attention.py`.",
+    ),
     "waiting.csv": Section(
         "Waiting threads",
         "Milliseconds of a training step on two threads, alone and beside a busy process of one thread, by how "

@@ -403,7 +403,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
         """Scores float32 [scans, score_names] read out of codes [scans, tokens, levels]."""
         if self.summary is None:
             raise ValueError("expected a model with score_names, got one without")
-        return self.summary.readout(self.codec.scan_features(fmri_codes).to(self.summary.readout.weight.dtype)).float()
+        return self.summary.readout(self.codec.scan_features(fmri_codes))
 
     @torch.no_grad()
     def expected_vectors(self, fmri_codes: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer
 from trl import ModelConfig
@@ -29,7 +30,7 @@ from fmrilm.training.data.collator import RowCollator, encode_dataset
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.data.tasks import load_task
-from fmrilm.training.program import AlignmentTrainingArguments, ScanArguments, read_scans, trainable
+from fmrilm.training.program import SHORT_ROW, AlignmentTrainingArguments, ScanArguments, read_scans, trainable
 from fmrilm.training.release import train_stage
 from fmrilm.training.sft import program as sft
 from helpers import atlas, chats, noise
@@ -311,8 +312,11 @@ def test_quantization_without_bitsandbytes_is_refused(program_folders: Path, tmp
 )
 def test_attention_is_the_one_asked_for_or_the_fastest(asked: str | None, half: bool, used: str, llama) -> None:
     args = AlignmentTrainingArguments(use_cpu=True, bf16=half, report_to="none")
-    model = trainable(llama, ModelConfig(attn_implementation=asked), args)
-    assert model.model.causal_lm.config._attn_implementation == used
+    for longest, expected in ((SHORT_ROW, used), (SHORT_ROW + 1, asked or "sdpa")):
+        llama.set_attn_implementation("sdpa")
+        rows = Dataset.from_dict({"length": [2, longest]})
+        model = trainable(llama, ModelConfig(attn_implementation=asked), args, rows)
+        assert model.model.causal_lm.config._attn_implementation == expected
 
 
 # --- configurations

@@ -33,6 +33,8 @@ NO_PACKING = (
     "placeholders. Batches of rows of similar length (train_sampling_strategy: group_by_length, the default) waste "
     "little padding"
 )
+# tokens of a row up to which the plain attention is the faster one on a CPU
+SHORT_ROW = 400
 BUCKETS_HELP = "group_by_length: rows of similar length in each step; random; or sequential."
 
 
@@ -217,12 +219,15 @@ def quantization(model_args: ModelConfig) -> "BitsAndBytesConfig | None":
 
 
 def trainable(
-    model: "FmriLMForConditionalGeneration | PeftModel", model_args: ModelConfig, args: TrainingArguments
+    model: "FmriLMForConditionalGeneration | PeftModel",
+    model_args: ModelConfig,
+    args: TrainingArguments,
+    rows: "Dataset",
 ) -> "FmriLMForConditionalGeneration | PeftModel":
     """
-    The model as it is trained: whole, or through a new adapter if `use_peft`, or through the one that it has. Its
-    attention is that of `attn_implementation`; by default, in half precision on a CPU, the plain one, which makes a
-    step of rows of up to 400 tokens a fifth shorter than the library's kernels.
+    The model as it is trained on `rows`: whole, or through a new adapter if `use_peft`, or through the one that it
+    has. Its attention is that of `attn_implementation`; by default, in half precision on a CPU, the plain one where
+    all rows are short: it is faster there than the library's kernel (`benchmarks/attention.py`).
     """
     from peft import PeftModel
     from trl import get_peft_config
@@ -230,7 +235,7 @@ def trainable(
     from .alignment.joint import add_adapter
 
     attention = model_args.attn_implementation
-    if attention is None and args.bf16 and args.use_cpu:
+    if attention is None and args.bf16 and args.use_cpu and max(rows["length"]) <= SHORT_ROW:
         attention = "eager"
     if attention is not None:
         joint: Any = model.get_base_model() if isinstance(model, PeftModel) else model

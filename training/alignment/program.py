@@ -133,7 +133,7 @@ def align(
         )
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
-    trainer = AlignmentTrainer(model=trainable(model, model_args, training_args), **inputs)
+    trainer = AlignmentTrainer(model=trainable(model, model_args, training_args, inputs["train_dataset"]), **inputs)
     return train_and_save(trainer, last, cohort.save)
 
 

@@ -223,7 +223,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         tuned.config.calibrations = fit_calibrations(tuned, processor, examples, readings, training_args.seed)
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
-    trainer = FmriLMSFTTrainer(model=trainable(model, model_args, training_args), **inputs)
+    trainer = FmriLMSFTTrainer(model=trainable(model, model_args, training_args, inputs["train_dataset"]), **inputs)
     return train_and_save(trainer, last, cohort.save, calibrate if script_args.reading_share else None)
 
 
