@@ -26,7 +26,7 @@ def uninterrupted(program_folders: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("stage", ["codec", "alignment"])
 def test_killed_run_ends_as_an_uninterrupted_one(stage: str, program_folders, uninterrupted, tmp_path) -> None:
     output = tmp_path / "run"
-    process = in_process(run, stage, program_folders, output)
+    process = in_process(run_without_end, stage, program_folders, output)
     wait_for(output / "checkpoint-4", process)
     # from the first byte of this checkpoint to somewhere in the next steps
     time.sleep(np.random.default_rng().uniform(0, 0.2))
@@ -35,6 +35,16 @@ def test_killed_run_ends_as_an_uninterrupted_one(stage: str, program_folders, un
     assert process.exitcode == -signal.SIGKILL
     run(stage, program_folders, output)
     assert_equal_weights(uninterrupted[stage], output)
+
+
+def run_without_end(stage: str, folders: Path, output: Path) -> None:
+    """After its last step a run waits: however fast it is, it is killed before it ends."""
+
+    def wait(self, args, state, control, **kwargs) -> None:
+        signal.pause()
+
+    DefaultFlowCallback.on_train_end = wait
+    run(stage, folders, output)
 
 
 def test_truncated_checkpoint_is_left_out_for_the_one_before(program_folders, uninterrupted, tmp_path, caplog) -> None:
