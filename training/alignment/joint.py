@@ -27,9 +27,8 @@ from ..data.tasks import Task
 LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|c_attn|c_fc)"
 LANGUAGE_MODEL = "model.causal_lm."
 # Of the embedding of an answer, and of a descriptor's level, with one standard deviation of its score, in distances
-# between answers, or between low and high. A language model sees directions: where an answer's embedding moves by
-# twice the distance, scores of 1 and 2 are one and the same to it, and what other scores do to the answer decides.
-ANSWER_CHANGE, LEVEL_CHANGE = 0.3, 4.0
+# between answers, or between low and high.
+ANSWER_CHANGE, LEVEL_CHANGE = 2.0, 4.0
 # what a scan enters and leaves through, trained whole beside an adapter
 SCAN_MODULES = ("projector", "summary.output_proj", "boundaries")
 
