@@ -225,9 +225,9 @@ def reading(
                         "fold": int(folder.name.removeprefix("fold")),
                         "task": task.name,
                         "condition": condition,
-                        "rank_correlation": spearmanr(odds, score).statistic,
-                        "roc_auc_answer": roc_auc_score(truth[known], odds[known]),
-                        "roc_auc_score": roc_auc_score(truth[known], score[known]),
+                        "rank_correlation": float(spearmanr(odds, score).statistic),
+                        "roc_auc_answer": float(roc_auc_score(truth[known], odds[known])),
+                        "roc_auc_score": float(roc_auc_score(truth[known], score[known])),
                     }
                 )
                 print(rows[-1], flush=True)
