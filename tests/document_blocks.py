@@ -1,5 +1,6 @@
 """Runs the code blocks of a Markdown page in the order in which a reader types them, in one process."""
 
+import atexit
 import difflib
 import io
 import os
@@ -119,6 +120,9 @@ def run_command(line: str) -> None:
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"{line!r} ended with {end.code}: {sys.stdout.getvalue()}") from end
+    finally:
+        # the command's status would become that of the tests
+        atexit.unregister(cli.leave)
 
 
 def matches(expected: str, said: str) -> bool:
