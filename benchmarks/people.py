@@ -208,6 +208,7 @@ def reading(
         for task in asked:
             own = torch.tensor([name in score_names(task) for name in names])
             truth = Labelled.read(task, test).truth[encoded.of_window]
+            known = np.flatnonzero(truth >= 0)
             for condition in ("as it is", "codes of another subject", "its score alone"):
                 alone = own if condition == "its score alone" else torch.ones_like(own)
                 with torch.no_grad():
@@ -219,7 +220,6 @@ def reading(
                     shown = others if condition == "codes of another subject" else windows
                     (found,) = score_windows(model, processor, shown, task.questions[:1], choices)
                 odds = found[:, 1] - found[:, 0]
-                known = np.flatnonzero(truth >= 0)
                 rows.append(
                     {
                         "fold": int(folder.name.removeprefix("fold")),
