@@ -20,7 +20,7 @@ from fmrilm.training.alignment.language_models import load_language_model
 
 OUT = Path(__file__).parent / "results" / "attention.csv"
 # rows of a batch, and tokens of a row
-SHAPES, STEPS = ((8, 180), (4, 350), (4, 700)), 3
+SHAPES, STEPS = ((8, 180), (4, 350), (4, 480), (4, 700)), 3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -1,7 +1,7 @@
 """
 What is left of the language model's language after the recipe: perplexity of held-out plain text.
 
-    python benchmarks/language.py runs/people/*/fold*/labels/model
+    python benchmarks/language.py runs/people/*/fold*/sft/model
 
 Each argument is a folder of a joint model made from the packaged language model.
 """

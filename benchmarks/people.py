@@ -195,7 +195,7 @@ def reading(
     """
     scans, asked, rows = load_scans(data, FmriLMFeatureExtractor()), read_tasks(tasks), []
     for folder in sorted(work.glob("fold*")):
-        path = folder / "labels" / "model"
+        path = folder / "sft" / "model"
         model = FmriLMForConditionalGeneration.from_pretrained(path).eval()
         processor = FmriLMProcessor.from_pretrained(path)
         test = split_scans(scans, SplitArguments(splits=str(folder / "splits.csv")))[1]

@@ -155,6 +155,7 @@ class FmriLMConfig(PreTrainedConfig):
             and of a scan.
         num_summary_tokens: tokens after a scan's latent tokens that carry its scores (0 without `score_names`).
         score_names: descriptors and labels that are read out of a scan's codes for the summary tokens.
+        score_tokens: of each score, the summary token that tells it; in turn where not given.
         calibrations: of questions that the model was trained on, what makes its answers' log-probabilities as sure as
             the labels are: [{"questions": [...], "slope": float, "biases": {choice: float}}].
         projector_hidden_size: width of the projector's hidden layer.
@@ -173,6 +174,7 @@ class FmriLMConfig(PreTrainedConfig):
         codec_config: PreTrainedConfig
         text_config: PreTrainedConfig
         score_names: list[str]
+        score_tokens: list[int]
         # only a configuration of nothing but defaults is without them
         fmri_start_token_id: int
         fmri_token_id: int
@@ -182,6 +184,7 @@ class FmriLMConfig(PreTrainedConfig):
         codec_config: dict | PreTrainedConfig | None = None
         text_config: dict | PreTrainedConfig | None = None
         score_names: list[str] | None = None
+        score_tokens: list[int] | None = None
         fmri_start_token_id: int | None = None
         fmri_token_id: int | None = None
         fmri_summary_token_id: int | None = None
@@ -202,6 +205,15 @@ class FmriLMConfig(PreTrainedConfig):
             )
         if not self.score_names:
             self.num_summary_tokens = 0
+        if self.score_tokens is None:
+            self.score_tokens = [place % self.num_summary_tokens for place in range(len(self.score_names))]
+        if len(self.score_tokens) != len(self.score_names):
+            raise ValueError(
+                f"expected a token of each of {len(self.score_names)} scores in score_tokens, got "
+                f"{len(self.score_tokens)}"
+            )
+        if not all(0 <= place < self.num_summary_tokens for place in self.score_tokens):
+            raise ValueError(f"expected score_tokens from 0 to {self.num_summary_tokens - 1}, got {self.score_tokens}")
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     def calibration(self, question: str, choices: Sequence[str]) -> dict | None:

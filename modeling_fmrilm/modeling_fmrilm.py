@@ -93,6 +93,25 @@ class FmriLMReadout(nn.Linear):
         return super()._apply(kept_in_float32(fn), recurse)
 
 
+class FmriLMScoreEmbeddings(nn.Module):
+    """
+    Token embeddings `bias` [tokens, hidden], each moved along `weight` [scores, hidden] by the scores that it is about
+    alone: were each token moved by all scores, training would leave traces of the others in it.
+    """
+
+    def __init__(self, config: FmriLMConfig):
+        super().__init__()
+        self.score_tokens = config.score_tokens
+        self.weight = nn.Parameter(torch.empty(len(config.score_names), config.text_config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_summary_tokens, config.text_config.hidden_size))
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        """Embeddings [scans, tokens, hidden] of scores [scans, scores]."""
+        moves = scores.to(self.weight.dtype)[..., None] * self.weight
+        places = torch.tensor(self.score_tokens, device=scores.device)
+        return self.bias.expand(len(scores), -1, -1).index_add(1, places, moves)
+
+
 class FmriLMSummary(nn.Module):
     """
     A scan's scores as a few token embeddings. The scores are descriptors and labels, read out of the features of the
@@ -101,13 +120,12 @@ class FmriLMSummary(nn.Module):
 
     def __init__(self, config: FmriLMConfig):
         super().__init__()
-        self.tokens = config.num_summary_tokens
         self.readout = FmriLMReadout(config.codec_config.num_scan_features, len(config.score_names))
-        self.output_proj = nn.Linear(len(config.score_names), self.tokens * config.text_config.hidden_size)
+        self.embeddings = FmriLMScoreEmbeddings(config)
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         """Embeddings [scans, num_summary_tokens, hidden] of scores [scans, scores]."""
-        return self.output_proj(scores.to(self.output_proj.weight.dtype)).unflatten(-1, (self.tokens, -1))
+        return self.embeddings(scores)
 
 
 class FmriLMHead(nn.Module):
@@ -339,6 +357,9 @@ class FmriLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, FmriLMHead):
             init.zeros_(module.frequencies)
             init.zeros_(module.proj.weight)
+        elif isinstance(module, FmriLMScoreEmbeddings):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
         elif isinstance(module, FmriLMDynamics):
             module.init_weights()
 

@@ -116,7 +116,7 @@ def test_new_tasks_widen_the_scores_and_keep_the_old_ones(runs: Path) -> None:
     first, second = before.model.get_fmri_scores(codes), after.model.get_fmri_scores(codes)
     # fitted again on the same windows
     assert torch.allclose(first, second[:, : len(old)], atol=1e-4) and second[:, len(old)].std() > 0
-    assert after.model.summary.output_proj.weight[:, len(old) :].abs().sum() > 0
+    assert (after.model.summary.embeddings.weight[len(old) :].norm(dim=1) > 0).all()
 
 
 def test_model_folder_reads_scans_of_its_atlas(runs: Path, program_folders: Path) -> None:

@@ -15,12 +15,10 @@ from program_runs import SHARED, STAGES
 def write_recipe(folder: Path, folders: Path) -> None:
     (folder / "release").mkdir(parents=True)
     words = {"model_name_or_path": str(folders / "language_model")}
-    tuned = {**STAGES["sft"], "rows": 4, "use_peft": True}
     of_stage = {
         "codec": STAGES["codec"],
         "alignment": {**STAGES["alignment"], **words, "rows": 4, "use_peft": True},
-        "sft": tuned,
-        "labels": {**tuned, "reading_share": 0.5},
+        "sft": {**STAGES["sft"], "rows": 4, "use_peft": True, "reading_share": 0.5},
     }
     for stage, values in of_stage.items():
         values = {**SHARED, "max_steps": 1, **values}
@@ -37,10 +35,10 @@ def test_command_trains_every_stage_once_and_asks_about_its_tasks(
     words += ["--output_dir", str(tmp_path / "out"), "--splits", str(tmp_path / "splits.csv")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    stages = ["codec", "alignment", "sft", "labels"]
+    stages = ["codec", "alignment", "sft"]
     written = [(tmp_path / "out" / stage / "model" / "config.json").stat().st_mtime_ns for stage in stages]
     assert written == sorted(written)
-    model = FmriLMForConditionalGeneration.from_pretrained(tmp_path / "out" / "labels" / "model")
+    model = FmriLMForConditionalGeneration.from_pretrained(tmp_path / "out" / "sft" / "model")
     assert any(name.startswith("handedness=") for name in model.config.score_names)
     # the stages after the codec share their codes
     assert len(list((tmp_path / "out" / "codes").iterdir())) == 2

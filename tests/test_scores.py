@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
+from fmrilm.configuration_fmrilm import FmriLMConfig
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.phrases import PHRASES
 from fmrilm.training import ridge
@@ -145,7 +146,7 @@ def test_other_scores_stay_as_they_are(llama) -> None:
 
 def test_model_with_answers_reads_the_old_scores_as_before(llama, processor) -> None:
     _, codes, _ = codec_examples(llama)
-    llama.model.summary.output_proj.weight.data.normal_()
+    llama.model.summary.embeddings.weight.data.normal_()
     wider = with_answers(llama, processor, [load_task("sex"), load_task("asd")], ["sex=male", "asd=yes"])
     assert wider.config.num_summary_tokens == processor.summary_tokens > llama.config.num_summary_tokens
     scores = llama.model.get_fmri_scores(codes)
@@ -158,22 +159,45 @@ def test_model_with_answers_reads_the_old_scores_as_before(llama, processor) -> 
     assert all(torch.equal(wider.state_dict()[name], llama.state_dict()[name]) for name in same)
 
 
+def test_training_leaves_no_trace_of_other_scores_in_a_token(llama, processor) -> None:
+    choices = [f"handedness={word}" for word in ("left", "right", "both")]
+    model = with_answers(llama, processor, [load_task("sex"), load_task("handedness")], ["sex=male", *choices])
+    summary, config = model.model.summary, model.config
+    optimizer = torch.optim.AdamW(summary.embeddings.parameters(), lr=0.1)
+    for _ in range(3):
+        summary(torch.randn(4, len(config.score_names))).square().mean().backward()
+        optimizer.step()
+    scores = torch.randn(1, len(config.score_names))
+    before = summary(scores)
+    for place, token in enumerate(config.score_tokens):
+        moved = scores.clone()
+        moved[:, place] += 1
+        changed = (summary(moved) != before).any(-1).nonzero()[:, 1].tolist()
+        assert changed == [token], config.score_names[place]
+    assert len(set(config.score_tokens[-3:])) == 1
+
+
+@pytest.mark.parametrize("places", [[0], [0, 2], [0, -1]])
+def test_scores_of_other_tokens_than_there_are_are_refused(llama, places) -> None:
+    given = {**llama.config.to_dict(), "score_tokens": places}
+    with pytest.raises(ValueError, match="score_tokens"):
+        FmriLMConfig.from_dict(given)
+
+
 def test_scores_of_a_task_are_its_answer_in_words(llama, processor) -> None:
     """The higher the score, the nearer the token is to the word of the answer; the words around it stay."""
     sex = load_task("sex")
-    bias, weights = answer_embeddings(llama, processor, [sex], ["motion", f"sex={sex.choice_words[1]}"])
+    bias, weights, places = answer_embeddings(llama, processor, [sex], [f"sex={sex.choice_words[1]}"])
     ids = processor.tokenizer("The sex is", add_special_tokens=False)["input_ids"]
     words = llama.get_input_embeddings().weight
     assert torch.equal(bias[: len(ids)], words[ids])
-    assert not weights[:, :, 0].any() and (weights[:, :, 1].abs().sum(1) > 0).nonzero().flatten().tolist() == [
-        len(ids)
-    ]
+    assert places == [len(ids)]
     first, second = (
         words[processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0)
         for word in sex.choice_words
     )
     assert torch.allclose(bias[len(ids)], (first + second) / 2, atol=1e-5)
-    assert torch.allclose(weights[len(ids), :, 1], ANSWER_CHANGE * (second - first), atol=1e-5)
+    assert torch.allclose(weights[0], ANSWER_CHANGE * (second - first), atol=1e-5)
 
 
 def test_token_of_a_descriptor_holds_its_words_and_its_level(llama, processor) -> None:
@@ -184,10 +208,8 @@ def test_token_of_a_descriptor_holds_its_words_and_its_level(llama, processor) -
     def mean_of(text: str) -> torch.Tensor:
         return words[processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]].mean(0)
 
-    # each token changes with its own score alone, from low to high
     change = LEVEL_CHANGE * (mean_of("high") - mean_of("low"))
-    expected = torch.eye(3)[:, None] * change[None, :, None]
-    assert torch.allclose(weights, expected, atol=1e-5)
+    assert torch.allclose(weights, change.expand(3, -1), atol=1e-5)
     # a question's words are nearest to the token of their descriptor
     phrases = torch.stack([mean_of(PHRASES[name]) for name in names])
     near = (phrases - phrases.mean(0)) @ (bias - mean_of("typical")).T

@@ -34,7 +34,7 @@ NO_PACKING = (
     "little padding"
 )
 # tokens of a row up to which the plain attention is the faster one on a CPU
-SHORT_ROW = 400
+SHORT_ROW = 500
 BUCKETS_HELP = "group_by_length: rows of similar length in each step; random; or sequential."
 
 

@@ -1,5 +1,5 @@
 """
-The release recipe: a codec, alignment and two rounds of instruction tuning, for hundreds of subjects with labels.
+The release recipe: codec, alignment and instruction tuning for hundreds of subjects with labels.
 
 ```bash
 fmrilm train release \\
@@ -10,7 +10,7 @@ fmrilm train release \\
 ```
 
 Each stage is a program of its own with a YAML file of `configs/release/`. The same command goes on where it was
-stopped. `OUTPUT_DIR/labels/model` is the model of the last one.
+stopped. `OUTPUT_DIR/sft/model` is the model of the last one.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,6 @@ from .program import TaskArguments
 
 
 CONFIGS = Path(__file__).parent / "configs"
-# of stages that do not have a program of their name
-PROGRAMS = {"labels": "sft"}
 
 
 @dataclass
@@ -50,7 +48,7 @@ def train_stage(recipe: str, stage: str, output: Path, *options: str) -> Path:
     model = output / "model"
     if not model.exists():
         config = str(CONFIGS / recipe / f"{stage}.yaml")
-        main = import_module(f"{__package__}.{PROGRAMS.get(stage, stage)}.program").main
+        main = import_module(f"{__package__}.{stage}.program").main
         main(["--config", config, "--output_dir", str(output), *options])
     return model
 
@@ -68,10 +66,8 @@ def train_release(args: ReleaseArguments) -> Path:
     codec = train_stage("release", "codec", output / "codec", *shared)
     before = _words(codec=[str(codec)])
     model = train_stage("release", "alignment", output / "alignment", *shared, *codes, *before)
-    for stage in ("sft", "labels"):
-        before = _words(model_name_or_path=[str(model)])
-        model = train_stage("release", stage, output / stage, *shared, *codes, *before, *asked)
-    return model
+    before = _words(model_name_or_path=[str(model)])
+    return train_stage("release", "sft", output / "sft", *shared, *codes, *before, *asked)
 
 
 def main(command_line: list[str] | None = None) -> Path:

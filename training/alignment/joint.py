@@ -28,9 +28,9 @@ LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_pr
 LANGUAGE_MODEL = "model.causal_lm."
 # Of the embedding of an answer, and of a descriptor's level, with one standard deviation of its score, in distances
 # between answers, or between low and high.
-ANSWER_CHANGE, LEVEL_CHANGE = 2.0, 4.0
+ANSWER_CHANGE, LEVEL_CHANGE = 0.5, 1.0
 # what a scan enters and leaves through, trained whole beside an adapter
-SCAN_MODULES = ("projector", "summary.output_proj", "boundaries")
+SCAN_MODULES = ("projector", "summary.embeddings", "boundaries")
 
 
 @torch.no_grad()
@@ -58,12 +58,13 @@ def join(
         fmri_end_token_id=end,
         num_summary_tokens=len(score_names),
         score_names=list(score_names),
+        score_tokens=list(range(len(score_names))),
     )
     model = FmriLMForConditionalGeneration.from_parts(codec, language_model, config)
     if model.model.summary is not None:
         bias, weights = descriptor_embeddings(model, processor, score_names)
-        model.model.summary.output_proj.bias.copy_(bias.flatten())
-        model.model.summary.output_proj.weight.copy_(weights.flatten(0, 1))
+        model.model.summary.embeddings.bias.copy_(bias)
+        model.model.summary.embeddings.weight.copy_(weights)
     model.generation_config = language_model.generation_config or model.generation_config
     # a model that generates placeholders would refer to scans that are not there
     model.generation_config.suppress_tokens = [start, pad, summary, end]
@@ -85,12 +86,13 @@ def with_answers(
     these; what the tokens before them hold is unchanged. The processor gets to know the tokens.
     """
     before = model.config.score_names
-    bias, weights = answer_embeddings(model, processor, tasks, names)
+    bias, weights, places = answer_embeddings(model, processor, tasks, names)
     config = FmriLMConfig.from_dict(
         {
             **model.config.to_dict(),
             "score_names": [*before, *names],
-            "num_summary_tokens": model.config.num_summary_tokens + len(bias),
+            "score_tokens": [*(len(bias) + place for place in model.config.score_tokens), *places],
+            "num_summary_tokens": len(bias) + model.config.num_summary_tokens,
         }
     )
     wider = FmriLMForConditionalGeneration(config)
@@ -102,11 +104,8 @@ def with_answers(
     source, target = model.model.summary, wider.model.summary
     if source is None or target is None:
         raise ValueError("expected models with score_names, got one without")
-    added = bias.numel()
-    target.output_proj.weight.zero_()
-    target.output_proj.weight[:added, len(before) :] = weights.flatten(0, 1)
-    target.output_proj.weight[added:, : len(before)] = source.output_proj.weight
-    target.output_proj.bias.copy_(torch.cat([bias.flatten(), source.output_proj.bias]))
+    target.embeddings.weight.copy_(torch.cat([source.embeddings.weight, weights]))
+    target.embeddings.bias.copy_(torch.cat([bias, source.embeddings.bias]))
     target.readout.weight[: len(before)] = source.readout.weight
     target.readout.bias[: len(before)] = source.readout.bias
     processor.summary_tokens = config.num_summary_tokens
@@ -115,17 +114,18 @@ def with_answers(
 
 def answer_embeddings(
     model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, tasks: Sequence[Task], names: Sequence[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """
-    Embeddings [tokens, hidden] of "The sex is (answer)." for each task that has scores among `names`, and how they
-    change with the scores [tokens, hidden, names], which have a standard deviation of one.
+    Embeddings [tokens, hidden] of "The sex is (answer)." for each task that has scores among `names`, all of which are
+    scores of tasks; how a token changes with each score [names, hidden], which has a standard deviation of one; and
+    which token that is [names].
     """
     embed = partial(embed_text, model, processor)
 
     def word(text: str) -> torch.Tensor:
         return embed(f" {text}").mean(0)
 
-    bias, places, changes = [], [], []
+    bias, places, weights = [], [0] * len(names), [torch.empty(0)] * len(names)
     for task in tasks:
         words = task.choice_words or list(LEVELS)
         own = {f"{task.name}={one}": one for one in words} if task.choice_words else {task.name: words[-1]}
@@ -134,18 +134,13 @@ def answer_embeddings(
             continue
         mean = torch.stack([word(one) for one in words]).mean(0)
         parts = [embed(f"The {task.spoken} is"), mean[None], embed(".")]
-        places.append(sum(map(len, bias)) + len(parts[0]))
-        bias += parts
-        change = mean.new_zeros(len(mean), len(names))
         for column in columns:
             chosen = word(own[names[column]])
             # two answers have one score, and so have numbers: away from the other end
-            change[:, column] = ANSWER_CHANGE * (chosen - (word(words[0]) if len(columns) == 1 else mean))
-        changes.append(change)
-    embeddings = torch.cat(bias)
-    weights = embeddings.new_zeros(*embeddings.shape, len(names))
-    weights[places] = torch.stack(changes)
-    return embeddings, weights
+            weights[column] = ANSWER_CHANGE * (chosen - (word(words[0]) if len(columns) == 1 else mean))
+            places[column] = sum(map(len, bias)) + len(parts[0])
+        bias += parts
+    return torch.cat(bias), torch.stack(weights), places
 
 
 def descriptor_embeddings(
@@ -153,8 +148,8 @@ def descriptor_embeddings(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Embeddings [names, hidden] of the descriptors at a typical level: what tells the words of a descriptor's phrase
-    from those of the others, as large as a word, and the word of the level; and how they change with the scores
-    [names, hidden, names], which have a standard deviation of one.
+    from those of the others, as large as a word, and the word of the level; and how each changes with its score
+    [names, hidden], which has a standard deviation of one.
     """
     embed = partial(embed_text, model, processor)
     low, typical, high = (embed(f" {level}").mean(0) for level in LEVELS)
@@ -162,10 +157,7 @@ def descriptor_embeddings(
     phrases = torch.stack([each.mean(0) for each in words])
     size = torch.cat(words).norm(dim=1).mean()
     apart = torch.nn.functional.normalize(phrases - phrases.mean(0), dim=1)
-    weights = torch.zeros(len(names), len(low), len(names), device=low.device)
-    rows = torch.arange(len(names))
-    weights[rows, :, rows] = LEVEL_CHANGE * (high - low)
-    return typical + size * apart, weights
+    return typical + size * apart, (LEVEL_CHANGE * (high - low)).expand(len(names), -1)
 
 
 def embed_text(model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, text: str) -> torch.Tensor:
