@@ -26,9 +26,9 @@ from ..data.tasks import Task
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|c_attn|c_fc)"
 LANGUAGE_MODEL = "model.causal_lm."
-# How far one standard deviation of its score moves the embedding of an answer, and of a descriptor's level, in distances
-# between answers, or between low and high. Much larger steps look alike: of an embedding, the language model's
-# normalisation leaves the direction.
+# How far one standard deviation of its score moves the embedding of an answer, and of a descriptor's level: distances
+# between answers, or between low and high. Much larger steps look alike, as the language model's normalisation leaves
+# of an embedding its direction.
 ANSWER_CHANGE, LEVEL_CHANGE = 0.5, 1.0
 # what a scan enters and leaves through, trained whole beside an adapter
 SCAN_MODULES = ("projector", "summary.embeddings", "boundaries")
