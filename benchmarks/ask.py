@@ -106,7 +106,8 @@ def measure(model: str, folder: Path) -> None:
     with torch.no_grad():
         inputs["fmri_codes"] = reader.model.model.get_fmri_codes(**scans)
     times.append(time.perf_counter())
-    scores = reader.model.score_choices(inputs, reader.processor.encode_choices(CHOICES)).softmax(-1)[0]
+    scores = reader.model.score_choices(inputs, reader.processor.encode_choices(CHOICES))[0]
+    scores = reader.model.answer_probabilities(scores, QUESTION, CHOICES)
     times.append(time.perf_counter())
     parts = dict(zip(("read", "parcellate", "prepare", "encode", "score"), np.diff(times).tolist(), strict=True))
     print(json.dumps({"parts": parts, "probabilities": dict(zip(CHOICES, scores.tolist(), strict=True))}))
