@@ -93,7 +93,7 @@ def whole(scans: Scans, index: int) -> tuple[torch.Tensor, torch.Tensor]:
 def fitted(scans: Scans, seed: int = 0) -> FmriCodecModel:
     torch.manual_seed(seed)
     known = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-    names = ("patch_length", "tokens_per_patch", "num_quantizers", "codebook_size", "codebook_dim")
+    names = ("patch_length", "tokens_per_patch", "num_quantizers", "codebook_size", "codebook_dim", "codebook_groups")
     model = FmriCodecModel(FmriCodecConfig(**{name: known[name] for name in names})).eval()
     fit_codec(model, scans, seed=seed)
     return model

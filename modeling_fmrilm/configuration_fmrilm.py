@@ -44,7 +44,7 @@ CODEC_SIZES = {
 class FmriCodecConfig(PreTrainedConfig):
     """
     Configuration of [`FmriCodecModel`]. The defaults are the release's: 8 tokens of 16 levels of 512 codes, 1,152
-    bits for a patch of 16 frames, and no transformer.
+    bits for a patch of 16 frames, in 4 groups, and no transformer.
 
     Args:
         patch_length: frames of a patch.
@@ -52,6 +52,7 @@ class FmriCodecConfig(PreTrainedConfig):
         num_quantizers: levels: a token is the sum of as many codebook vectors.
         quantizer: "vq" (codebooks learned by moving averages) or "fsq" (a fixed grid, finite scalar quantisation).
         codebook_size, codebook_dim: codes of a level and their dimension; of "fsq" they follow from `fsq_levels`.
+        codebook_groups: parts of a token's vector that the levels of "vq" take turns over.
         fsq_levels: number of values that each dimension of "fsq" is rounded to.
         repetition_time: seconds between two frames of the input.
         num_basis_functions: functions of MNI coordinates that a frame is the sum of.
@@ -78,7 +79,8 @@ class FmriCodecConfig(PreTrainedConfig):
     num_quantizers: int = 16
     quantizer: str = "vq"
     codebook_size: int = 512
-    codebook_dim: int = 64
+    codebook_dim: int = 128
+    codebook_groups: int = 4
     fsq_levels: list[int] | None = None
     repetition_time: float | int = 2.0
     num_basis_functions: int = 64
@@ -138,6 +140,13 @@ class FmriCodecConfig(PreTrainedConfig):
             if min(self.fsq_levels) < 2:
                 raise ValueError(f"expected at least 2 levels in each dimension, got fsq_levels={self.fsq_levels}")
             self.codebook_size, self.codebook_dim = math.prod(self.fsq_levels), len(self.fsq_levels)
+            self.codebook_groups = 1
+        if not 1 <= self.codebook_groups <= self.num_quantizers or self.codebook_dim % self.codebook_groups:
+            raise ValueError(
+                "expected codebook_groups that divide codebook_dim and are no more than the levels, got "
+                f"codebook_groups={self.codebook_groups}, codebook_dim={self.codebook_dim}, "
+                f"num_quantizers={self.num_quantizers}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "

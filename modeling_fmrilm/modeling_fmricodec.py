@@ -260,9 +260,11 @@ def sum_of_codes(codebooks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 class ResidualVectorQuantizer(nn.Module):
     """
     A vector as the sum of `num_quantizers` codebook vectors, each the nearest one to what the levels before left over
-    (Euclidean; SoundStream, EnCodec). Codebooks follow their vectors by moving averages, start by k-means on the first
-    batch, and move dead codes onto vectors of the batch. Processes that train together hold one codebook: the one that
-    a single process would have on all their vectors.
+    (Euclidean; SoundStream, EnCodec). Levels take turns over `codebook_groups` equal parts of the vector and are zero
+    outside of theirs: 512 codes are too few for many numbers at once (group-residual quantisation; HiFi-Codec, Yang et
+    al. 2023). Codebooks follow their vectors by moving averages, start by k-means on the first batch, and move dead
+    codes onto vectors of the batch. Processes that train together hold one codebook: the one that a single process
+    would have on all their vectors.
 
     Codebooks change only through `start` and `update`, which `forward` calls in training mode.
     """
@@ -276,6 +278,7 @@ class ResidualVectorQuantizer(nn.Module):
         self.num_quantizers, self.codebook_size = config.num_quantizers, config.codebook_size
         self.decay, self.revival_threshold = config.ema_decay, config.revival_threshold
         self.dropout = config.quantizer_dropout
+        self.groups, self.width = config.codebook_groups, config.codebook_dim // config.codebook_groups
         size = (config.num_quantizers, config.codebook_size)
         self.register_buffer("codebooks", torch.zeros(*size, config.codebook_dim))
         # moving number of a code's vectors, in equal shares: 1 is a code that takes as many as the average code
@@ -286,16 +289,24 @@ class ResidualVectorQuantizer(nn.Module):
     def init_weights(self) -> None:
         """The same random vectors in every process, smaller from level to level."""
         generator = torch.Generator().manual_seed(0)
-        scales = 0.5 ** torch.arange(self.num_quantizers)[:, None, None]
-        init.copy_(self.codebooks, scales * torch.randn(self.codebooks.shape, generator=generator))
+        levels = torch.arange(self.num_quantizers)[:, None, None]
+        inside = torch.arange(self.groups * self.width) // self.width == levels % self.groups
+        vectors = torch.randn(self.codebooks.shape, generator=generator)
+        init.copy_(self.codebooks, 0.5 ** (levels // self.groups) * vectors * inside)
         init.zeros_(self.usage)
         init.zeros_(self.started)
+
+    def part(self, level: int) -> slice:
+        """The numbers of a vector that a level is about."""
+        start = level % self.groups * self.width
+        return slice(start, start + self.width)
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Codes int64 [..., levels] of the vectors z [..., codebook_dim]."""
         residual, codes = z.flatten(0, -2), []
-        for codebook in self.codebooks:
-            codes.append(self._nearest(residual, codebook))
+        for level, codebook in enumerate(self.codebooks):
+            part = self.part(level)
+            codes.append(self._nearest(residual[:, part], codebook[:, part]))
             residual = residual - codebook[codes[-1]]
         return torch.stack(codes, -1).unflatten(0, z.shape[:-1])
 
@@ -320,8 +331,8 @@ class ResidualVectorQuantizer(nn.Module):
             kept = torch.where(torch.rand(len(z), device=z.device) < self.dropout, prefix, kept)
         residual, quantized, loss = z, torch.zeros_like(z), z.new_zeros(())
         for level, codebook in enumerate(self.codebooks):
-            vectors = codebook[codes[..., level]]
-            loss = loss + F.mse_loss(residual[mask], vectors[mask])
+            vectors, part = codebook[codes[..., level]], self.part(level)
+            loss = loss + F.mse_loss(residual[mask][:, part], vectors[mask][:, part])
             if moving:
                 self.update(level, residual.detach()[mask], codes[mask][:, level])
             residual = residual - vectors
@@ -337,24 +348,28 @@ class ResidualVectorQuantizer(nn.Module):
         residual = vectors
         if not len(residual):
             raise ValueError("expected vectors to start the codebooks from, got none")
-        for codebook, usage in zip(self.codebooks, self.usage, strict=True):
-            order = torch.randperm(len(residual), device="cpu").to(residual.device)
-            codebook.copy_(residual[order[torch.arange(self.codebook_size, device=order.device) % len(order)]])
+        self.codebooks.zero_()
+        for level, usage in enumerate(self.usage):
+            left = residual[:, self.part(level)]
+            order = torch.randperm(len(left), device="cpu").to(left.device)
+            codebook = left[order[torch.arange(self.codebook_size, device=order.device) % len(order)]]
             same_on_all_ranks(codebook)
             for _ in range(KMEANS_ITERATIONS):
-                sums, counts = self._totals(residual, self._nearest(residual, codebook))
-                codebook.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codebook))
+                sums, counts = self._totals(left, self._nearest(left, codebook))
+                codebook = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codebook)
             # each rank got here by the same calls; the last bits may differ from one kind of machine to another
             same_on_all_ranks(codebook)
-            codes = self._nearest(residual, codebook)
+            codes = self._nearest(left, codebook)
             usage.copy_((torch.bincount(codes, minlength=self.codebook_size) > 0).float())
-            residual = residual - codebook[codes]
+            self.codebooks[level, :, self.part(level)] = codebook
+            residual = residual - self.codebooks[level][codes]
         self.started.fill_(True)
 
     @torch.no_grad()
     def update(self, level: int, vectors: torch.Tensor, codes: torch.Tensor) -> None:
         """Moves a level's codes towards their vectors [n, codebook_dim], then dead codes onto some of the vectors."""
-        codebook, usage = self.codebooks[level], self.usage[level]
+        part = self.part(level)
+        codebook, usage, vectors = self.codebooks[level, :, part], self.usage[level], vectors[:, part]
         sums, counts = (sum_over_ranks(total) for total in self._totals(vectors, codes))
         share = (1 - self.decay) * self.codebook_size / counts.sum()
         before, after = self.decay * usage, self.decay * usage + share * counts
@@ -371,15 +386,15 @@ class ResidualVectorQuantizer(nn.Module):
 
     @staticmethod
     def _nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        """Codes [n] of the nearest codebook vectors to vectors [n, codebook_dim]."""
+        """Codes [n] of the nearest vectors of a codebook [codebook_size, width] to vectors [n, width]."""
         offset = codebook.pow(2).sum(-1) / 2
         parts = vectors.split(max(1, DISTANCES // len(codebook)))
         return torch.cat([(part @ codebook.T - offset).argmax(-1) for part in parts])
 
     def _totals(self, vectors: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum and number of the vectors of each code: [codebook_size, codebook_dim], [codebook_size]."""
+        """Sum and number of the vectors [n, width] of each code: [codebook_size, width], [codebook_size]."""
         counts = torch.bincount(codes, minlength=self.codebook_size).to(vectors.dtype)
-        return torch.zeros_like(self.codebooks[0]).index_add_(0, codes, vectors), counts
+        return vectors.new_zeros(self.codebook_size, vectors.shape[-1]).index_add_(0, codes, vectors), counts
 
 
 class ResidualFiniteScalarQuantizer(nn.Module):

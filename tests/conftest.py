@@ -67,6 +67,7 @@ def build_tiny_codec(started: bool = True, **changes) -> FmriCodecModel:
         "num_quantizers": 3,
         "codebook_size": 16,
         "codebook_dim": 8,
+        "codebook_groups": 2,
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 2,

@@ -46,6 +46,7 @@ STAGES = {
         "tokens_per_patch": 2,
         "codebook_size": 8,
         "codebook_dim": 4,
+        "codebook_groups": 2,
         "max_rois": 10,
         "start_steps": 2,
     },

@@ -34,6 +34,7 @@ SHORT_RUNS = {
         "num_quantizers": 2,
         "codebook_size": 8,
         "codebook_dim": 8,
+        "codebook_groups": 2,
         "num_basis_functions": 8,
         "start_steps": 2,
     },

@@ -51,7 +51,7 @@ def codec(request: pytest.FixtureRequest, make_codec: MakeCodec) -> FmriCodecMod
 def test_codes_are_counted_by_patches_tokens_and_levels(codec: FmriCodecModel, time: int, patches: int) -> None:
     codes = codec.encode(**scan(3, 5, time))
     assert codes.shape == (3, 2 * patches, codec.config.num_quantizers) and codes.dtype == torch.int64
-    assert codes.min() >= 0 and codes.max() < codec.config.codebook_size and len(codes.unique()) > 3
+    assert codes.min() >= 0 and codes.max() < codec.config.codebook_size and len(codes.unique()) > 2
     assert codec.decode(codes, scan(3, 7)["roi_coordinates"]).shape == (3, 7, 4 * patches)
 
 

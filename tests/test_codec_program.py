@@ -12,7 +12,7 @@ from transformers import AutoFeatureExtractor, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from fmrilm import FmriCodecConfig, FmriCodecModel
-from fmrilm.training.codec.fit import fit_codec, fit_descriptor_head, fit_summary, shared_out
+from fmrilm.training.codec.fit import fit_codec, fit_descriptor_head, fit_summary
 from fmrilm.training.codec.metrics import evaluate_codec
 from fmrilm.training.codec.trainer import CodecTrainingArguments
 from helpers import atlas
@@ -59,6 +59,7 @@ def make(**changes) -> FmriCodecModel:
         "num_quantizers": 3,
         "codebook_size": 32,
         "codebook_dim": 12,
+        "codebook_groups": 3,
         "num_basis_functions": 16,
         "descriptor_names": ["a", "b"],
         **changes,
@@ -106,8 +107,8 @@ def test_fit_of_the_grid_of_short_scans_and_of_few_vectors() -> None:
         fit_codec(make(), Waves(range(2), frames=10), steps=2)
     with pytest.raises(ValueError, match="expected training scans to fit the codec to, got none"):
         fit_codec(make(), Waves(range(0)), steps=2)
-    with pytest.raises(ValueError, match="at most 6 dimensions .* got tokens_per_patch=4 of codebook_dim=2"):
-        shared_out(np.ones(6), 4, 2)
+    with pytest.raises(ValueError, match="at most 256 dimensions .* got tokens_per_patch=4 of codebook_dim=96"):
+        fit_codec(make(codebook_dim=96), Waves(range(2)), steps=2)
 
 
 def test_rois_that_were_not_measured_are_decoded_from_the_others(fitted: FmriCodecModel) -> None:

@@ -15,7 +15,8 @@ from fmrilm.modeling_fmricodec import ResidualFiniteScalarQuantizer, ResidualVec
 
 def quantizer(started: bool = True, **changes) -> ResidualVectorQuantizer:
     """In training mode; `started`: it has had its k-means start."""
-    values = {"num_quantizers": 3, "codebook_size": 16, "codebook_dim": 8, "revival_threshold": 0.0, **changes}
+    values = {"num_quantizers": 3, "codebook_size": 16, "codebook_dim": 8, "codebook_groups": 1, **changes}
+    values.setdefault("revival_threshold", 0.0)
     module = ResidualVectorQuantizer(FmriCodecConfig(**values))
     if started:
         module.started.fill_(True)
@@ -82,6 +83,24 @@ def test_agrees_with_vector_quantize_pytorch() -> None:
     for level, layer in enumerate(reference.layers):
         assert torch.allclose(ours.codebooks[level][used[level]], layer._codebook.embed[0][used[level]], atol=1e-4)
         assert torch.allclose(ours.usage[level], layer._codebook.cluster_size[0], atol=1e-5)
+
+
+def test_levels_take_turns_over_groups_and_each_group_is_quantised_on_its_own() -> None:
+    module, z = quantizer(False, num_quantizers=5, codebook_groups=2, revival_threshold=0.1), random_vectors(4, 100, 8)
+    torch.manual_seed(0)
+    for _ in range(3):
+        # k-means, then moving averages and revival
+        module(z, everything(z))
+    for level, codebook in enumerate(module.codebooks):
+        halves = codebook[:, :4], codebook[:, 4:]
+        assert halves[level % 2].any() and not halves[(level + 1) % 2].any()
+    codes = module.encode(z)
+    for group, numbers in enumerate((slice(0, 4), slice(4, 8))):
+        alone = quantizer(num_quantizers=3 - group, codebook_dim=4)
+        alone.codebooks.copy_(module.codebooks[group::2, :, numbers])
+        assert torch.equal(codes[..., group::2], alone.encode(z[..., numbers]))
+    errors = [(z - sum_of_codes(module.codebooks, codes[..., :level])).pow(2).mean() for level in range(1, 6)]
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_golden_numbers_of_a_moving_average() -> None:
@@ -204,6 +223,9 @@ def test_grid_agrees_with_vector_quantize_pytorch(values: list[int]) -> None:
         ({"quantizer": "fsq", "fsq_levels": [5, 1]}, "at least 2 levels"),
         ({"quantizer": "pq"}, "'vq' or 'fsq', got 'pq'"),
         ({"num_quantizers": 0}, "at least 1 level, got num_quantizers=0"),
+        ({"codebook_dim": 6}, "codebook_groups=4, codebook_dim=6"),
+        ({"num_quantizers": 3}, "no more than the levels, got codebook_groups=4, .* num_quantizers=3"),
+        ({"codebook_groups": 0}, "got codebook_groups=0"),
         ({"hidden_size": 16, "num_attention_heads": 3}, "got 16 and 3"),
     ],
 )

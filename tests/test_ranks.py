@@ -29,7 +29,12 @@ def batches(rank: int | None) -> list[torch.Tensor]:
 
 def train_quantizer(rank: int | None) -> dict[str, torch.Tensor]:
     config = FmriCodecConfig(
-        num_quantizers=2, codebook_size=SIZE, codebook_dim=DIM, ema_decay=0.8, revival_threshold=0.5
+        num_quantizers=3,
+        codebook_size=SIZE,
+        codebook_dim=DIM,
+        codebook_groups=2,
+        ema_decay=0.8,
+        revival_threshold=0.5,
     )
     quantizer, revived = ResidualVectorQuantizer(config), 0
     for z in batches(rank):

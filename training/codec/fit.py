@@ -3,6 +3,7 @@ The codec's fit: every part of it in closed form or by k-means, in two passes ov
 one scan, a fixed number of patches and a covariance for each of a fixed number of windows.
 """
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 # of the spatial basis: scans of an update, frames of a scan, how far ROIs are moved (mm), learning rate
 SCANS, FRAMES, JITTER, RATE = 6, 160, 2.0, 1e-2
 # patches that the codebooks and the way back are fitted to, and token vectors of them for k-means
-PATCHES, VECTORS = 8000, 40000
+PATCHES, VECTORS = 8000, 60000
+# numbers of a token that are shared out together
+PART = 8
 # standard deviation of a number at which "fsq" makes even use of its values
 FSQ_STD = 0.75
 # windows that the summary's mean is fitted to, iterations for it, variance added to coefficients in shares of the mean
@@ -112,12 +115,22 @@ def fit_transform(model: FmriCodecModel, scans: "Scans", rng: np.random.Generato
     # of numbers by frequency and component: [frames * size, size] maps from and to coefficients
     there = (components.mT @ forward).flatten(0, 1)
     back = torch.linalg.solve(root.T, components).mT.flatten(0, 1)
-    chosen = shared_out(variances.flatten().clamp(min=0).numpy(), config.tokens_per_patch, dim)
+    tokens = config.tokens_per_patch
+    if len(variances.flatten()) < tokens * dim:
+        raise ValueError(
+            f"expected at most {len(variances.flatten())} dimensions of all tokens, as many as a patch has "
+            f"coefficients, got tokens_per_patch={tokens} of codebook_dim={dim}"
+        )
+    # In small parts, of which tokens take turns: at one place, where a level has one codebook for all of them, tokens
+    # hold numbers of like variances, and the largest variances are in the first group, which is coded first.
+    width = math.gcd(dim // config.codebook_groups, PART)
+    chosen = shared_out(variances.flatten().clamp(min=0).numpy(), tokens * dim // width, width)
+    chosen = chosen.reshape(-1, tokens, width).transpose(1, 0, 2).reshape(tokens, dim)
     frequency = torch.from_numpy(chosen // size)
     analysis = torch.einsum("nwt,nwk->nwkt", cosines[frequency], there[chosen])
     values = torch.einsum("nwkt,pkt->pnw", analysis, patches)
 
-    scale = torch.ones(config.tokens_per_patch, dim)
+    scale = torch.ones(tokens, dim)
     if not isinstance(quantizer, ResidualVectorQuantizer):
         scale = FSQ_STD / values.std(0).clamp(min=1e-6)
     model.analysis.weight.copy_((analysis * scale[..., None, None]).flatten(2).flatten(0, 1))
@@ -228,24 +241,19 @@ def windows_of(
             yield signal[start : start + length].T[None], coordinates[None]
 
 
-def shared_out(variances: np.ndarray, tokens: int, width: int) -> np.ndarray:
+def shared_out(variances: np.ndarray, parts: int, width: int) -> np.ndarray:
     """
-    Which of the numbers, int [tokens, width], each token holds: from the largest variance on, the next goes to the
-    token whose product of variances is the least, so that all need about as many bits.
+    Which of the numbers, int [parts, width], each part of the tokens holds: from the largest variance on, the next
+    goes to the part whose product of variances is the least, so that all need about as many bits.
     """
-    if len(variances) < tokens * width:
-        raise ValueError(
-            f"expected at most {len(variances)} dimensions of all tokens, as many as a patch has coefficients, got "
-            f"tokens_per_patch={tokens} of codebook_dim={width}"
-        )
-    chosen: list[list[int]] = [[] for _ in range(tokens)]
-    held = np.zeros(tokens)
-    order = np.argsort(-variances, kind="stable")[: tokens * width]
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    held = np.zeros(parts)
+    order = np.argsort(-variances, kind="stable")[: parts * width]
     logs = np.log((variances / variances.max()).clip(min=1e-6)) - np.log(1e-6)
     for index in order:
-        token = min((token for token in range(tokens) if len(chosen[token]) < width), key=lambda token: held[token])
-        chosen[token].append(int(index))
-        held[token] += logs[index]
+        part = min((part for part in range(parts) if len(chosen[part]) < width), key=lambda part: held[part])
+        chosen[part].append(int(index))
+        held[part] += logs[index]
     return np.array(chosen)
 
 

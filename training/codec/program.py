@@ -51,7 +51,10 @@ class CodecArguments(SplitArguments):
     num_quantizers: int = field(default=16, metadata={"help": "Levels: codes of a token."})
     quantizer: str = field(default="vq", metadata={"help": "vq or fsq."})
     codebook_size: int = 512
-    codebook_dim: int = 64
+    codebook_dim: int = 128
+    codebook_groups: int = field(
+        default=4, metadata={"help": "Parts of a token's vector that the levels take turns over."}
+    )
     fsq_levels: list[int] | None = None
     num_basis_functions: int = 64
     start_steps: int = field(default=400, metadata={"help": "Updates of the spatial basis in the fit."})
@@ -94,7 +97,11 @@ def codec_config(args: CodecArguments, text_hidden_size: int | None = None) -> F
         **(
             {"fsq_levels": args.fsq_levels}
             if args.quantizer == "fsq"
-            else {"codebook_size": args.codebook_size, "codebook_dim": args.codebook_dim}
+            else {
+                "codebook_size": args.codebook_size,
+                "codebook_dim": args.codebook_dim,
+                "codebook_groups": args.codebook_groups,
+            }
         ),
         "num_basis_functions": args.num_basis_functions,
         "quantizer_dropout": args.quantizer_dropout,
