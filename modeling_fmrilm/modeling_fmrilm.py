@@ -26,8 +26,6 @@ IGNORED = -100
 LATENT_TOKEN_SPREAD = 0.1
 # frames that the autoregression of a forecast looks back, and the share of the mean variance added to every variance
 VAR_FRAMES, VAR_RIDGE = 2, 0.01
-# frames on either side whose dependence is surprise, and frames that training subjects' lag covariances count as in it
-SURPRISE_FRAMES, SURPRISE_PRIOR = 4, 10_000.0
 # patches that the expectation of the next patch's tokens looks back
 PATCHES_BACK = 10
 # of a ROI's variance, at least so much is its own in sampled forecasts
@@ -259,32 +257,27 @@ class FmriLMDynamics(nn.Module):
 
     def frame_surprise(self, values: torch.Tensor, mask: torch.Tensor, functions: torch.Tensor) -> torch.Tensor:
         """
-        [batch, time] of scans (arguments as in `forward`): by how many nats a coefficient a frame and the
-        `SURPRISE_FRAMES - 1` after it are less likely given as many before them than by themselves; NaN where there
-        are fewer. Normal densities under lag covariances of training subjects, little shrunk towards the scan's own:
-        a scan is too short for those of so many frames.
+        [batch, time] of scans (arguments as in `forward`): by how many nats a coefficient a frame is less likely given
+        the frame before it than by itself; NaN where there is no frame before it. Normal densities under the scan's
+        own lag covariances, shrunk towards those of training subjects.
         """
-        coefficients, lengths = self.centred(values, mask, functions)[2:]
-        frames = min(SURPRISE_FRAMES, len(self.covariances) // 2)
-        if coefficients.shape[-1] < 2 * frames:
-            return torch.full_like(coefficients[:, 0], float("nan"))
-        covariances = self.shrunk(self.lag_covariances(coefficients), lengths, self.covariances, SURPRISE_PRIOR)
+        centred, coefficients, lengths = self.centred(values, mask, functions)[1:]
+        covariances = self.shrunk(self.lag_covariances(coefficients), lengths, self.covariances, self.prior_frames)
         size = coefficients.pow(2).sum((1, 2)) / lengths
         covariances = covariances * size.clamp(min=1e-12)[:, None, None, None]
-        alone, both = (torch.linalg.cholesky(self.between_frames(covariances, n)) for n in (frames, 2 * frames))
+        alone, both = (torch.linalg.cholesky(self.between_frames(covariances, frames)) for frames in (1, 2))
 
         def density(factor: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
             """Log density [batch, time] of [batch, n, time] under a covariance's factor, without its constant."""
             distance = torch.linalg.solve_triangular(factor, frames, upper=False).pow(2).sum(1)
             return -0.5 * distance - factor.diagonal(dim1=1, dim2=2).log().sum(-1, keepdim=True)
 
-        # [batch, frames * K, time], the latest frame first
-        blocks = coefficients.unfold(-1, frames, 1).flip(-1).permute(0, 3, 1, 2).flatten(1, 2)
-        after, before = blocks[..., frames:], blocks[..., :-frames]
-        together = density(both, torch.cat([after, before], 1))
-        surprise = (density(alone, after) + density(alone, before) - together) / coefficients.shape[1]
-        known = mask.any(1).unfold(1, 2 * frames, 1).all(-1)
-        return F.pad(surprise.masked_fill(~known, float("nan")), (frames, frames - 1), value=float("nan"))
+        now, before = coefficients[..., 1:], coefficients[..., :-1]
+        together = density(both, torch.cat([now, before], 1))
+        surprise = (density(alone, now) + density(alone, before) - together) / coefficients.shape[1]
+        known = mask.any(1)
+        surprise = surprise.masked_fill(~(known[:, 1:] & known[:, :-1]), float("nan"))
+        return F.pad(surprise, (1, 0), value=float("nan"))
 
     @staticmethod
     def centred(
@@ -857,10 +850,9 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         self, fmri_values: torch.Tensor, roi_coordinates: torch.Tensor, fmri_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        [batch, time] of scans, whose frames begin together: by how many nats a coefficient of the spatial basis the
-        next few frames, this one the first, are less likely given those before than by themselves (see
-        [`FmriLMDynamics`]); NaN near the ends and padding. Below zero on average where frames follow one another;
-        above, where they do not.
+        [batch, time] of scans, whose frames begin together: by how many nats a coefficient of the spatial basis each
+        frame is less likely given the frame before it than by itself (see [`FmriLMDynamics`]); NaN for the first
+        frame and on padding. Below zero on average where frames follow one another; above, where they do not.
         """
         mask = torch.ones_like(fmri_values, dtype=torch.bool) if fmri_mask is None else fmri_mask
         with maybe_autocast(fmri_values.device.type, enabled=False):

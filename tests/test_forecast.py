@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fmrilm.modeling_fmrilm import SURPRISE_PRIOR, FmriLMDynamics, ending_together
+from fmrilm.modeling_fmrilm import FmriLMDynamics, ending_together
 from fmrilm.training.alignment.dynamics import fit_dynamics, fit_token_gains
 from scan_rows import LONG, SHORT, Model, codes
 
@@ -204,7 +204,7 @@ def test_expected_vectors_see_the_patches_before_alone(llama: Model) -> None:
 
 def test_half_precision_changes_no_forecast(llama: Model, scan: tuple) -> None:
     def all_three() -> list[torch.Tensor]:
-        return [llama.forecast(*scan), llama.frame_surprise(*scan)[:, 3:12], llama.model.expected_vectors(codes(LONG))]
+        return [llama.forecast(*scan), llama.frame_surprise(*scan)[:, 1:], llama.model.expected_vectors(codes(LONG))]
 
     expected = all_three()
     with torch.autocast("cpu", torch.bfloat16):
@@ -240,26 +240,23 @@ def test_frame_surprise_is_a_likelihood_ratio(llama: Model, scan: tuple) -> None
     values, coordinates = scan
     dynamics, size = llama.model.dynamics, llama.model.dynamics.covariances.shape[-1]
     found = llama.frame_surprise(values, coordinates)
-    # three frames on either side: a tiny codec's patch of four has lag covariances for no more
-    assert found.shape == (1, 14) and found[0, 3:12].isfinite().all() and found.isfinite().sum() == 9
+    assert found.shape == (1, 14) and found[0, 0].isnan() and found[0, 1:].isfinite().all()
     functions, every = llama.model.codec.spatial_basis(coordinates), torch.ones_like(values, dtype=torch.bool)
     coefficients = dynamics.centred(values, every, functions)[2]
     own = dynamics.shrunk(
-        dynamics.lag_covariances(coefficients), torch.tensor([14]), dynamics.covariances, SURPRISE_PRIOR
+        dynamics.lag_covariances(coefficients), torch.tensor([14]), dynamics.covariances, dynamics.prior_frames
     )
     own = own * coefficients.pow(2).sum() / 14
     normal = torch.distributions.MultivariateNormal
-    alone = normal(torch.zeros(3 * size), dynamics.between_frames(own, 3)[0])
-    both = normal(torch.zeros(6 * size), dynamics.between_frames(own, 6)[0])
-    # the latest frame first
-    after, before = (coefficients[0, :, last - 2 : last + 1].flip(-1).T.flatten() for last in (7, 4))
-    expected = alone.log_prob(after) + alone.log_prob(before) - both.log_prob(torch.cat([after, before]))
+    alone = normal(torch.zeros(size), dynamics.between_frames(own, 1)[0])
+    both = normal(torch.zeros(2 * size), dynamics.between_frames(own, 2)[0])
+    now, before = coefficients[0, :, 5], coefficients[0, :, 4]
+    expected = alone.log_prob(now) + alone.log_prob(before) - both.log_prob(torch.cat([now, before]))
     assert torch.allclose(found[0, 5], expected / size, atol=1e-4)
     padded = torch.nn.functional.pad(values, (0, 3))
     mask = torch.nn.functional.pad(every, (0, 3))
     again = llama.frame_surprise(padded, coordinates, mask)
-    assert torch.allclose(again[:, :14], found, atol=1e-4, equal_nan=True) and again[:, 14:].isnan().all()
-    assert llama.frame_surprise(values[..., :5], coordinates).isnan().all()
+    assert torch.allclose(again[:, 1:14], found[:, 1:], atol=1e-4) and again[:, 14:].isnan().all()
 
 
 @torch.no_grad()
