@@ -259,8 +259,22 @@ def test_mixtures_keep_some_rois_and_the_descriptors_of_all() -> None:
         assert len(rows) == 4 and rows == sorted(rows)
         assert np.array_equal(chosen["signal"], all_rois["signal"][:, rows])
         assert np.array_equal(chosen["descriptors"], all_rois["descriptors"], equal_nan=True)
-    with pytest.raises(ValueError, match="at least 41 frames to mix windows of, got none"):
-        MixedWindows(whole.scans, 41, whole.cohort, 1, 0)
+
+
+def test_mixtures_of_short_scans_are_as_long_as_the_first_of_both() -> None:
+    signals = [noise_signal(name, frames, atlas(), 0) for name, frames in (("a", 40), ("b", 40), ("c", 11))]
+    scans = scans_of(signals, atlas(), subject=["a", "b", "c"])
+    cohort = Cohort.fit("tests", CORE_MEASURES, cut_windows(scans, 8, 4).descriptors(), 3, [atlas()])
+    made = MixedWindows(scans, 100, cohort, size=20, seed=0)
+    items = [made[index] for index in range(20)]
+    whole = {"a": 40, "b": 40, "c": 8}
+    assert all(len(item["signal"]) == whole[item["subject"]] for item in items)
+    assert {len(item["signal"]) for item in items} == {40, 8}
+    batch = collate_signals(items)
+    assert batch["fmri_mask"].sum((1, 2)).tolist() == [item["signal"].size for item in items]
+    assert not batch["fmri_values"][~batch["fmri_mask"]].any()
+    with pytest.raises(ValueError, match="at least 4 frames to mix windows of, got none"):
+        MixedWindows(noise_scans("a", frames=3), 100, cohort, 1, 0)
 
 
 # --- codes

@@ -273,24 +273,22 @@ class MixedWindows(torch.utils.data.Dataset):
     sqrt(1-a) x another of the same atlas plus white noise of random size in each ROI, or now and then a window as it
     is, with the descriptors computed from the result, as z-scores. At most `max_rois` ROIs of it, drawn at random, are
     given. Items depend on (seed, i) alone. Both windows, and all else, are of subjects of one fold of `subject_folds`;
-    `subject` of an item is that of the first window.
+    `subject` of an item is that of the first window, which has `length` frames or, of a shorter scan, all its whole
+    patches.
     """
 
     def __init__(self, scans: Scans, length: int, cohort: Cohort, size: int, seed: int, max_rois: int | None = None):
-        usable = np.flatnonzero(scans.table["frames"].to_numpy() >= length)
+        frames = scans.table["frames"].to_numpy() // scans.patch_length * scans.patch_length
+        usable = np.flatnonzero(frames)
         if not len(usable):
-            raise ValueError(f"expected a scan of at least {length} frames to mix windows of, got none")
-        self.scans = scans.select(usable)
+            raise ValueError(f"expected a scan of at least {scans.patch_length} frames to mix windows of, got none")
+        self.scans, self.frames = scans.select(usable), np.minimum(frames[usable], length)
         # a mixture is of one fold's subjects: what is fitted without this fold has seen nothing of it
         self.folds = subject_folds(scans.table["subject"].to_numpy(), seed)[usable]
-        atlases = self.scans.table["atlas"].to_numpy()
-        self.groups = {
-            (name, fold): np.flatnonzero((atlases == name) & (self.folds == fold))
-            for name, fold in set(zip(atlases, self.folds.tolist(), strict=True))
-        }
+        self.atlases = self.scans.table["atlas"].to_numpy()
         # the signals that were read last
         self._read: dict[int, np.ndarray] = {}
-        self.length, self.cohort, self.size, self.seed, self.max_rois = length, cohort, size, seed, max_rois
+        self.cohort, self.size, self.seed, self.max_rois = cohort, size, seed, max_rois
         self._fingerprint = f"{scans.fingerprint} {length} {size} {seed} {max_rois} {cohort.mean.tobytes().hex()}"
 
     def __len__(self) -> int:
@@ -307,7 +305,8 @@ class MixedWindows(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, index))
         scan = int(rng.integers(len(self.scans)))
         atlas = self.scans.atlas(scan)
-        mixed = self._window(scan, rng) if rng.uniform() < PLAIN_SHARE else self._mixture(scan, atlas, rng)
+        plain = rng.uniform() < PLAIN_SHARE
+        mixed = self._window(scan, self.frames[scan], rng) if plain else self._mixture(scan, atlas, rng)
         # ROIs that either window has not are missing
         mixed, atlas = _present(mixed / mixed.std(0), atlas)
         chosen = np.sort(rng.permutation(mixed.shape[1])[: self.max_rois])
@@ -319,29 +318,31 @@ class MixedWindows(torch.utils.data.Dataset):
         }
 
     def _mixture(self, scan: int, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
-        group = self.groups[atlas.name, int(self.folds[scan])]
+        length = self.frames[scan]
+        # those that a window as long can be cut from, the scan itself among them
+        others = np.flatnonzero((self.folds == self.folds[scan]) & (self.frames >= length))
+        same = others[self.atlases[others] == atlas.name]
         share = rng.uniform() if rng.uniform() < 0.75 else 1.0
-        mixed = np.sqrt(share) * self._window(scan, rng)
-        mixed = mixed + np.sqrt(1 - share) * self._window(group[rng.integers(len(group))], rng)
-        mixed += self._sources(scan, atlas, rng)
+        mixed = np.sqrt(share) * self._window(scan, length, rng)
+        mixed = mixed + np.sqrt(1 - share) * self._window(same[rng.integers(len(same))], length, rng)
+        mixed += self._sources(others, length, atlas, rng)
         return mixed + rng.uniform(0, 0.5) * rng.uniform(0, 1, mixed.shape[1]) * rng.standard_normal(mixed.shape)
 
-    def _sources(self, scan: int, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
-        """Zero to three series of other scans' ROIs, shared by the networks at random: [length, rois]."""
+    def _sources(self, scans: np.ndarray, length: int, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
+        """Zero to three series of ROIs of these scans, shared by the networks at random: [length, rois]."""
         count = rng.integers(4)
-        series = np.zeros((self.length, count))
-        group = np.flatnonzero(self.folds == self.folds[scan]) if count else ()
+        series = np.zeros((length, count))
         for column in range(count):
-            window = self._window(group[rng.integers(len(group))], rng)
+            window = self._window(scans[rng.integers(len(scans))], length, rng)
             series[:, column] = np.nan_to_num(window[:, rng.integers(window.shape[1])])
         members = membership(atlas)
         weights = rng.normal(0, 0.4, (members.shape[1], count)) * (rng.uniform(size=(members.shape[1], count)) < 0.4)
         return series @ (members @ weights).T
 
-    def _window(self, scan: int, rng: np.random.Generator) -> np.ndarray:
+    def _window(self, scan: int, length: int, rng: np.random.Generator) -> np.ndarray:
         signal = self._signal(int(scan))
-        start = rng.integers(len(signal) - self.length + 1)
-        return signal[start : start + self.length]
+        start = rng.integers(len(signal) - length + 1)
+        return signal[start : start + length]
 
     def _signal(self, scan: int) -> np.ndarray:
         if scan not in self._read:
@@ -353,20 +354,20 @@ class MixedWindows(torch.utils.data.Dataset):
 
 def collate_signals(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
-    Codec inputs from items of one length and differing numbers of ROIs (padded and masked), with their descriptors
-    and the embeddings of their descriptions where the items have them.
+    Codec inputs from items of differing lengths and numbers of ROIs (padded and masked), with their descriptors and
+    the embeddings of their descriptions where the items have them.
     """
-    rois, time = max(item["signal"].shape[1] for item in items), len(items[0]["signal"])
+    time, rois = np.max([item["signal"].shape for item in items], axis=0).tolist()
     batch = {
         "fmri_values": torch.zeros(len(items), rois, time),
         "roi_coordinates": torch.zeros(len(items), rois, 3),
         "fmri_mask": torch.zeros(len(items), rois, time, dtype=torch.bool),
     }
     for row, item in enumerate(items):
-        count = item["signal"].shape[1]
-        batch["fmri_values"][row, :count] = torch.from_numpy(item["signal"].T)
+        length, count = item["signal"].shape
+        batch["fmri_values"][row, :count, :length] = torch.from_numpy(item["signal"].T)
         batch["roi_coordinates"][row, :count] = torch.tensor(item["coordinates"])
-        batch["fmri_mask"][row, :count] = True
+        batch["fmri_mask"][row, :count, :length] = True
     for name, target in (("descriptors", "descriptors"), ("text_embedding", "text_embeddings")):
         if name in items[0]:
             batch[target] = torch.from_numpy(np.stack([item[name] for item in items]))
