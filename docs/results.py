@@ -187,22 +187,20 @@ SECTIONS = {
     ),
     "forecast_codes.csv": Section(
         "Next codes",
-        "One of five folds. Bits a token of held-out subjects, all levels, by number of training subjects, "
-        "with 95 % intervals over "
+        "Bits a token of held-out subjects, all levels, by number of training subjects, with 95 % intervals over "
         "subjects of the difference to the best other method: "
-        "`python benchmarks/next_codes.py codes --folds 1 --data PREPARED --work FOLDER`.",
+        "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER`.",
     ),
     "forecast_code_levels.csv": Section(
         "Next codes by level",
-        "The same fold in bits a code, with most training subjects: "
-        "`python benchmarks/next_codes.py codes --folds 1 --data PREPARED --work FOLDER`.",
+        "The same in bits a code, with most training subjects: "
+        "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER`.",
     ),
     "forecast_surprise.csv": Section(
         "Surprise",
-        "One of five folds. Surprise of frames (nats a coefficient) and of next codes (bits a token), the AUC of "
-        "randomised scans and of their patches against real ones, and how often a splice of another subject's frames "
-        "is found within a patch: "
-        "`python benchmarks/next_codes.py surprise --folds 1 --data PREPARED --work FOLDER`.",
+        "Surprise of frames (nats a coefficient) and of next codes (bits a token), the AUC of randomised scans and of "
+        "their patches against real ones, and how often a splice of another subject's frames is found within a patch: "
+        "`python benchmarks/next_codes.py surprise --data PREPARED --work FOLDER`.",
     ),
     "forecast_cost.csv": Section(
         "Time of forecasts",
