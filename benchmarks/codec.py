@@ -4,7 +4,7 @@ What the codec keeps of scans of held-out subjects, in which bits, and how fast.
     python benchmarks/codec.py labels --data FOLDER [--folds 5]     rate, distortion; autism, sex, age; identification
     python benchmarks/codec.py states --data FOLDER --state FOLDER  another atlas; cognitive states of 64 s windows
     python benchmarks/codec.py parcellations --data FOLDER [--folds 5]  half as many ROIs; use of the codes
-    python benchmarks/codec.py losses --data FOLDER [--folds 5]     training after the fit, and the alignment losses
+    python benchmarks/codec.py losses --data FOLDER [--folds 5]     training after the fit, and the contrastive loss
     python benchmarks/codec.py speed --data FOLDER                  encoding, summary, and the fit against subjects
 
 A folder is one that `fmrilm prepare` wrote, of one atlas. The codec is the release recipe's
@@ -53,12 +53,10 @@ REPEATS, MATRIX = 50, 1024
 WINDOW, DESCRIBED, STATEMENTS = 160, 400, 8
 # options of the stage's program; the transformers are tiny ones
 TRAINED = ["--size", "tiny", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--save_strategy", "no"]
-ALIGNED = [*TRAINED, "--language_model", "smollm2-135m-instruct"]
 LOSSES = {
     "fitted": [],
     "trained": TRAINED,
-    "contrastive loss": [*ALIGNED, "--domain_weight", "0"],
-    "contrastive and domain loss": ALIGNED,
+    "contrastive loss": [*TRAINED, "--language_model", "smollm2-135m-instruct"],
 }
 
 
@@ -413,7 +411,7 @@ def parcellations(folder: Path, folds: int) -> None:
 
 def losses(folder: Path, folds: int, updates: int) -> None:
     """
-    Codecs of the stage's program: as fitted, trained after that, and with the losses against a frozen language model.
+    Codecs of the stage's program: as fitted, trained after that, and with a loss against a frozen language model.
     What they keep of test subjects, and which windows find their own description: by the alignment head, and by ridge
     regression of the descriptions' embeddings on scan features.
     """

@@ -165,8 +165,8 @@ SECTIONS = {
         "`python benchmarks/codec.py states --data FOLDER --state FOLDER`.",
     ),
     "codec_losses.csv": Section(
-        "Codec: training and alignment losses",
-        "Codecs as fitted, trained after the fit, and trained with losses against a frozen language model, means over "
+        "Codec: training and contrastive loss",
+        "Codecs as fitted, trained after the fit, and trained with a loss against a frozen language model, means over "
         "folds: what is kept of test subjects, labels by ridge regression, and which windows find their description "
         "among all, by the alignment head and by ridge regression on scan features (linear): "
         "`python benchmarks/codec.py losses --data FOLDER`.",

@@ -65,10 +65,9 @@ class FmriCodecConfig(PreTrainedConfig):
         quantizer_dropout: share of the training scans that are decoded from a random prefix of the levels.
         descriptor_names: descriptors that a head reads from the codes (none: no head).
         text_hidden_size: width of the frozen language model whose embeddings the codes are aligned to during training
-            (none: no heads for that).
+            (none: no head for that).
         alignment_size: dimension in which scans and descriptions are compared.
-        commitment_weight, descriptor_weight, alignment_weight, domain_weight: weights of the losses beside the
-            reconstruction.
+        commitment_weight, descriptor_weight, alignment_weight: weights of the losses beside the reconstruction.
     """
 
     model_type = "fmri_codec"
@@ -102,7 +101,6 @@ class FmriCodecConfig(PreTrainedConfig):
     commitment_weight: float | int = 0.25
     descriptor_weight: float | int = 1.0
     alignment_weight: float | int = 1.0
-    domain_weight: float | int = 0.5
 
     @property
     def scan_feature_blocks(self) -> tuple[int, int]:

@@ -29,7 +29,6 @@ DISTANCES = 2**24
 # SigLIP starts at the odds of a random pair being a match: this is the logarithm of those in a batch of 20
 INITIAL_BIAS = -3.0
 INITIAL_SCALE = 10.0
-CLASSIFIER_SIZE = 256
 
 
 # What processes that train together have to agree on. A process that trains alone agrees with itself.
@@ -567,29 +566,10 @@ def siglip_loss(
     return -F.logsigmoid(torch.where(matches, logits, -logits)).sum() / len(scans)
 
 
-def reversal_strength(progress: float) -> float:
-    """Factor of the reversed gradient, from 0 at the start of training (progress 0) to 1 (Ganin et al. 2016)."""
-    return 2 / (1 + math.exp(-10 * progress)) - 1
-
-
-class GradientReversal(torch.autograd.Function):
-    """Identity whose gradient is multiplied by -strength."""
-
-    @staticmethod
-    def forward(ctx, states: torch.Tensor, strength: float) -> torch.Tensor:
-        ctx.strength = strength
-        return states.view_as(states)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return -ctx.strength * gradient, None
-
-
 class FmriCodecAlignment(nn.Module):
     """
-    Two losses against a frozen language model, for training alone. `siglip` pairs scans with the embeddings of their
-    descriptions. `domain_loss` is domain-adversarial: a classifier separates projected latent tokens from word
-    embeddings, and by gradient reversal the codec and the projection make that hard.
+    A loss against a frozen language model, for training alone: scans are paired with the embeddings of their
+    descriptions.
     """
 
     text_mean: torch.Tensor
@@ -606,10 +586,6 @@ class FmriCodecAlignment(nn.Module):
         # sentences of one language model all point almost the same way: their mean is taken off
         self.register_buffer("text_mean", torch.zeros(config.text_hidden_size))
         self.register_buffer("text_std", torch.ones(config.text_hidden_size))
-        self.token_proj = nn.Linear(config.codebook_dim, config.text_hidden_size)
-        self.classifier = nn.Sequential(
-            nn.Linear(config.text_hidden_size, CLASSIFIER_SIZE), nn.GELU(), nn.Linear(CLASSIFIER_SIZE, 2)
-        )
 
     def init_weights(self) -> None:
         init.constant_(self.log_scale, math.log(INITIAL_SCALE))
@@ -640,17 +616,6 @@ class FmriCodecAlignment(nn.Module):
         gathered, first = gather_rows(text_embeddings)
         return siglip_loss(scan_embeddings, self.embed_texts(gathered), self.log_scale.exp(), self.bias, first)
 
-    def domain_loss(self, vectors: torch.Tensor, words: torch.Tensor, reversal: float) -> torch.Tensor:
-        """
-        Cross-entropy of the classifier on projected vectors [tokens, codebook_dim] (class 0) and word embeddings
-        [words, text_hidden_size] (class 1), each a mean.
-        """
-        tokens = GradientReversal.apply(self.token_proj(vectors), reversal)
-        of_tokens, of_words = self.classifier(tokens), self.classifier(words.float())
-        zeros = torch.zeros(len(of_tokens), dtype=torch.long, device=of_tokens.device)
-        ones = torch.ones(len(of_words), dtype=torch.long, device=of_words.device)
-        return F.cross_entropy(of_tokens, zeros) + F.cross_entropy(of_words, ones)
-
 
 @dataclass
 class FmriCodecOutput(ModelOutput):
@@ -667,7 +632,6 @@ class FmriCodecOutput(ModelOutput):
     commitment_loss: torch.Tensor | None = None
     descriptor_loss: torch.Tensor | None = None
     alignment_loss: torch.Tensor | None = None
-    domain_loss: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
     codes: torch.Tensor | None = None
     descriptors: torch.Tensor | None = None
@@ -824,16 +788,12 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         fmri_mask: torch.Tensor | None = None,
         descriptors: torch.Tensor | None = None,
         text_embeddings: torch.Tensor | None = None,
-        word_embeddings: torch.Tensor | None = None,
-        reversal: float = 1.0,
         **kwargs,
     ) -> FmriCodecOutput:
         """
         Args:
             descriptors: standardised targets [batch, descriptors] of the descriptor head, NaN where unknown.
             text_embeddings: frozen embeddings [batch, text_hidden_size] of the scans' descriptions.
-            word_embeddings: rows [words, text_hidden_size] of the frozen language model's input embeddings.
-            reversal: factor of the domain loss's reversed gradient (see `reversal_strength`).
         """
         with maybe_autocast(fmri_values.device.type, enabled=False):
             vectors, token_mask = self._vectors(fmri_values, roi_coordinates, fmri_mask)
@@ -843,7 +803,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             error = reconstruction - fmri_values
             reconstruction_loss = (error if fmri_mask is None else error[fmri_mask]).pow(2).mean()
             loss = reconstruction_loss + self.config.commitment_weight * commitment_loss
-            described = descriptor_loss = alignment_loss = domain_loss = scan_embeddings = None
+            described = descriptor_loss = alignment_loss = scan_embeddings = None
             if self.descriptor_head is not None or self.alignment_head is not None:
                 features = self.tangent_summary.standardise(self._features(coefficients, token_mask))
             if self.descriptor_head is not None:
@@ -858,9 +818,6 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
                 if text_embeddings is not None:
                     alignment_loss = self.alignment_head.siglip(scan_embeddings, text_embeddings)
                     loss = loss + self.config.alignment_weight * alignment_loss
-                if word_embeddings is not None:
-                    domain_loss = self.alignment_head.domain_loss(vectors[token_mask], word_embeddings, reversal)
-                    loss = loss + self.config.domain_weight * domain_loss
             levels, size = self.config.num_quantizers, self.config.codebook_size
             rows = codes[token_mask] + size * torch.arange(levels, device=codes.device)
             counts = torch.bincount(rows.flatten(), minlength=levels * size).float().unflatten(0, (levels, size))
@@ -871,7 +828,6 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             commitment_loss=commitment_loss,
             descriptor_loss=descriptor_loss,
             alignment_loss=alignment_loss,
-            domain_loss=domain_loss,
             reconstruction=reconstruction,
             codes=codes.masked_fill(~token_mask[..., None], -1),
             descriptors=described,

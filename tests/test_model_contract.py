@@ -46,7 +46,6 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         "fmri_mask": mask,
         "descriptors": torch.randn(4, 2, generator=generator),
         "text_embeddings": torch.randn(4, 12, generator=generator),
-        "word_embeddings": torch.randn(6, 12, generator=generator),
     }
 
 

@@ -62,12 +62,11 @@ class CodecArguments(SplitArguments):
     quantizer_dropout: float = field(default=0.5, metadata={"help": "In training, decoded from a part of the levels."})
     ema_decay: float = 0.99
     language_model: str | None = field(
-        default=None, metadata={"help": "Frozen language model of the alignment losses: a folder or any Hub id."}
+        default=None, metadata={"help": "Frozen language model of the alignment loss: a folder or any Hub id."}
     )
     commitment_weight: float = 0.25
     descriptor_weight: float = field(default=0.0, metadata={"help": "In training, of the descriptors' regression."})
     alignment_weight: float = 1.0
-    domain_weight: float = field(default=0.5, metadata={"help": "0 leaves the domain loss out."})
     described_mixtures: int = field(
         default=600, metadata={"help": "Training mixtures that get a description where there is a language model."}
     )
@@ -111,7 +110,6 @@ def codec_config(args: CodecArguments, text_hidden_size: int | None = None) -> F
         "commitment_weight": args.commitment_weight,
         "descriptor_weight": args.descriptor_weight,
         "alignment_weight": args.alignment_weight,
-        "domain_weight": args.domain_weight,
     }
     return FmriCodecConfig.from_size(args.size, **values) if args.size else FmriCodecConfig(**values)
 
@@ -153,21 +151,18 @@ def build_trainer(
     size = training_args.max_steps * training_args.train_batch_size * training_args.world_size
     size *= training_args.gradient_accumulation_steps
     dataset: Dataset = MixedWindows(scans, args.window_length, cohort, size, training_args.seed, args.max_rois)
-    words = None
     if texts is not None and model.alignment_head is not None:
         count = min(args.described_mixtures, size)
         sentences = [describe(cohort, dataset[index]["descriptors"], args.statements) for index in range(count)]
         embeddings = texts(sentences)
         model.alignment_head.fit_texts(torch.from_numpy(embeddings))
         dataset = DescribedItems(dataset, embeddings, size)
-        words = texts.word_embeddings if args.domain_weight else None
     return CodecTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
         eval_dataset=items,
         data_collator=collate_signals,
-        word_embeddings=words,
     )
 
 
@@ -181,7 +176,7 @@ def main(command_line: list[str] | None = None) -> None:
     training, held_out = read_scans(args, extractor)
     cohort = fit_cohort(training, args.window_length, args.window_stride)
     texts = TextEmbeddings(*load_text_encoder(args.language_model)) if args.language_model else None
-    model = FmriCodecModel(codec_config(args, None if texts is None else texts.word_embeddings.shape[1])).eval()
+    model = FmriCodecModel(codec_config(args, None if texts is None else texts.hidden_size)).eval()
     kept = fit_codec(model, training, args.start_steps, seed)
     print(f"the fitted codes keep {kept:.2f} of the training scans' variance on the spatial basis")
     items = cut_windows(held_out, args.window_length, args.window_length).items() if len(held_out) else []

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fmrilm.modeling_fmricodec import reversal_strength
-
 from ..trainer import CheckedTrainer
 from .metrics import evaluate_codec
 from .optimizers import MuonWithAdamW
@@ -18,9 +16,6 @@ class CodecTrainingArguments(TrainingArguments):
     """TrainingArguments with what stage 1 adds. Without max_steps, the codec is fitted and not trained."""
 
     max_steps: int = field(default=0, metadata={"help": "Updates after the fit; 0: none."})
-    words_per_step: int = field(
-        default=512, metadata={"help": "Word embeddings that the domain classifier sees beside a batch's tokens."}
-    )
 
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -39,22 +34,9 @@ class CodecTrainer(CheckedTrainer):
 
     args: CodecTrainingArguments
 
-    def __init__(self, *args, word_embeddings: torch.Tensor | None = None, **kwargs):
-        """word_embeddings: [vocabulary, text_hidden_size] of the frozen language model, for the domain loss."""
-        super().__init__(*args, **kwargs)
-        self.word_embeddings = word_embeddings
-
     def create_optimizer(self) -> torch.optim.Optimizer:
         self.optimizer = MuonWithAdamW.for_layers(self.model, self.args.learning_rate, self.args.weight_decay)
         return self.optimizer
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.word_embeddings is not None:
-            rows = torch.randint(len(self.word_embeddings), (self.args.words_per_step,))
-            words = self.word_embeddings[rows].to(inputs["fmri_values"].device)
-            reversal = reversal_strength(self.state.global_step / self.state.max_steps)
-            inputs = {**inputs, "word_embeddings": words, "reversal": reversal}
-        return super().compute_loss(model, inputs, return_outputs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Each rank evaluates all items: they are few, and every rank then decides on the same numbers."""
