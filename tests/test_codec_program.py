@@ -1,6 +1,7 @@
 """Stage 1: the fit in closed form, the program, and how training stops."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from test_codec import codec_trainer
-from transformers import AutoFeatureExtractor, TrainerCallback
+from transformers import AutoConfig, AutoFeatureExtractor, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from fmrilm import FmriCodecConfig, FmriCodecModel
+from fmrilm.training.codec import program
 from fmrilm.training.codec.fit import fit_codec, fit_descriptor_head, fit_summary
 from fmrilm.training.codec.metrics import evaluate_codec
+from fmrilm.training.codec.text_embeddings import TextEmbeddings
 from fmrilm.training.codec.trainer import CodecTrainingArguments
 from helpers import atlas
-from program_runs import run
+from program_runs import run, weights
 
 
 ROIS, FRAMES = 24, 160
@@ -156,6 +159,24 @@ def test_program_writes_a_codec_with_its_feature_extractor(program_folders: Path
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["codebook_usage"]) == 2 and "fc_correlation" in results
     assert set(results["descriptor_r_squared"]) == set(model.config.descriptor_names)
+
+
+def test_program_trains_with_a_language_model_on_scans_shorter_than_a_window(
+    program_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "TextEmbeddings", partial(TextEmbeddings, folder=tmp_path / "texts"))
+    # without the language model's loss, training ends elsewhere
+    for name, weight in (("with", 1.0), ("without", 0.0)):
+        changes = {"alignment_weight": weight, "described_mixtures": 4, "window_length": 400, "mixtures": 0}
+        model = program_folders / "language_model"
+        run("codec", program_folders, tmp_path / name, max_steps=2, language_model=model, size="tiny", **changes)
+    results = json.loads((tmp_path / "with" / "results.json").read_text())
+    assert {"recall_at_5", "median_rank", "r_squared"} <= set(results)
+    config = FmriCodecModel.from_pretrained(tmp_path / "with" / "model").config
+    text_config = AutoConfig.from_pretrained(program_folders / "language_model").get_text_config()
+    assert config.text_hidden_size == text_config.hidden_size
+    trained = [weights(tmp_path / name)["alignment_head.scan_proj.weight"] for name in ("with", "without")]
+    assert not torch.equal(*trained)
 
 
 def test_training_without_an_end_is_refused(tmp_path: Path) -> None:

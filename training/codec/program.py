@@ -176,7 +176,9 @@ def main(command_line: list[str] | None = None) -> None:
     training, held_out = read_scans(args, extractor)
     cohort = fit_cohort(training, args.window_length, args.window_stride)
     texts = TextEmbeddings(*load_text_encoder(args.language_model)) if args.language_model else None
-    model = FmriCodecModel(codec_config(args, None if texts is None else texts.hidden_size)).eval()
+    # not in every model's configuration: some project their last hidden states
+    width = None if texts is None else texts(["A scan."]).shape[1]
+    model = FmriCodecModel(codec_config(args, width)).eval()
     kept = fit_codec(model, training, args.start_steps, seed)
     print(f"the fitted codes keep {kept:.2f} of the training scans' variance on the spatial basis")
     items = cut_windows(held_out, args.window_length, args.window_length).items() if len(held_out) else []

@@ -31,7 +31,6 @@ class TextEmbeddings:
         # of an encoder and a decoder, the encoder reads
         self.model = model.get_encoder() if model.config.is_encoder_decoder else model
         self.tokenizer = tokenizer
-        self.hidden_size: int = model.config.get_text_config().hidden_size
         self.path = folder / f"{model_hash(model)}.safetensors"
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
