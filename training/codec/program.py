@@ -7,7 +7,7 @@ As a program: `python -m fmrilm.training.codec.program --config codec.yaml`, or 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -161,7 +161,7 @@ def build_trainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
-        eval_dataset=items,
+        eval_dataset=cast(Dataset, items),
         data_collator=collate_signals,
     )
 
