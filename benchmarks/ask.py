@@ -44,7 +44,7 @@ from fmrilm.training.cli.options import let_threads_sleep
 
 SHAPE, ORIGIN, REPETITION_TIME = (91, 109, 91), (-90, -126, -72), 1.0
 ATLAS = "aal2-94"
-QUESTION = "Is connectivity between the visual and default mode networks low, typical or high?"
+QUESTION = "Is the connectivity between the visual and default mode networks low, typical or high?"
 CHOICES = ["low", "typical", "high"]
 
 
@@ -106,7 +106,7 @@ def measure(model: str, folder: Path) -> None:
     with torch.no_grad():
         inputs["fmri_codes"] = reader.model.model.get_fmri_codes(**scans)
     times.append(time.perf_counter())
-    scores = reader.model.score_choices(inputs, reader.processor.encode_choices(CHOICES))[0]
+    scores = reader.model.score_choices(inputs, reader.processor.encode_choices(CHOICES, QUESTION))[0]
     scores = reader.model.answer_probabilities(scores, QUESTION, CHOICES)
     times.append(time.perf_counter())
     parts = dict(zip(("read", "parcellate", "prepare", "encode", "score"), np.diff(times).tolist(), strict=True))

@@ -39,7 +39,7 @@ else:
 # The probability of each allowed answer, and a description in free text.
 
 # %%
-question = "Is connectivity between the visual and default mode networks low, typical or high?"
+question = "Is the connectivity between the visual and default mode networks low, typical or high?"
 found = reader.ask(scan, question, choices=["low", "typical", "high"])
 print(question)
 for choice, probability in found["probabilities"].items():

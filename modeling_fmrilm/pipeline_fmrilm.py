@@ -114,7 +114,9 @@ class FmriLMPipeline(Pipeline):
     ) -> list[dict]:
         questions = batch.pop("questions")
         if choices is not None:
-            scores = self.model.score_choices(batch, self.processor.encode_choices(choices))
+            processor: Any = self.processor
+            ids = [processor.encode_choices(choices, question) for question in questions]
+            scores = self.model.score_rows(batch, ids)
             found = []
             for row, question in zip(scores, questions, strict=True):
                 shares = self.model.answer_probabilities(row, question, choices).cpu()

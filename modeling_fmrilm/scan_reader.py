@@ -130,7 +130,7 @@ class ScanReader:
                 raise ValueError(f"expected one scan and no choices to stream, got {len(scans)} scans, {choices}")
             read = self._read(scans[0], single=True, **options)
             return self._stream(self._prompts([(read, questions[0])], history), max_new_tokens)
-        ids = None if choices is None else self.processor.encode_choices(list(choices))
+        ids = None if choices is None else [self.processor.encode_choices(choices, text) for text in questions]
         found: list[dict] = []
         for start in range(0, len(scans), batch_size):
             part = slice(start, start + batch_size)
@@ -141,11 +141,9 @@ class ScanReader:
                 if ids is None or choices is None:
                     answers = [{"answer": text} for text in self._generate(inputs, max_new_tokens)]
                 else:
-                    scores = (
-                        self.model.score_choices(inputs, ids)
-                        .log_softmax(-1)
-                        .split([len(read["codes"]) for read in reads])
-                    )
+                    counts = [len(read["codes"]) for read in reads]
+                    of_windows = [each for each, count in zip(ids[part], counts, strict=True) for _ in range(count)]
+                    scores = self.model.score_rows(inputs, of_windows).log_softmax(-1).split(counts)
                     answers = []
                     for windows, text in zip(scores, questions[part], strict=True):
                         shares = self.model.answer_probabilities(windows.mean(0), text, choices).cpu()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         FMRI_SUMMARY,
         FmriLMProcessor,
         add_fmri_tokens,
+        add_name_tokens,
     )
     from .scan_io_fmrilm import parcellate, read_scan
 
@@ -33,6 +34,7 @@ __all__ = [
     "FmriLMProcessor",
     "Parcels",
     "add_fmri_tokens",
+    "add_name_tokens",
     "parcellate",
     "read_parcels",
     "read_scan",

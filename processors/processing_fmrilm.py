@@ -1,12 +1,12 @@
 """FmriLMProcessor: scans and text, or a chat that holds scans -> the inputs of the language model."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import mark_control_tokens
 
 
@@ -63,6 +63,17 @@ def add_fmri_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def add_name_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[tuple[int, int]]:
+    """
+    Add tokens of what descriptors are called, each alone and with "is" behind it, so that a language model that looks
+    for a name has one token to compare; returns the ids of both.
+    """
+    texts = [text for name in names for text in (f" {name}", f" {name} is")]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
+    ids = tokenizer.convert_tokens_to_ids(texts)
+    return list(zip(ids[::2], ids[1::2], strict=True))
+
+
 class FmriLMProcessor(ProcessorMixin):
     """Joins a feature extractor and a tokenizer.
 
@@ -74,6 +85,7 @@ class FmriLMProcessor(ProcessorMixin):
         tokenizer: any tokenizer; the fMRI tokens are added to it if it lacks them.
         tokens_per_patch: latent tokens the codec makes of one patch of a scan.
         summary_tokens: tokens that carry the summary of a scan.
+        level_words: answers that are said in a sentence where a question names a descriptor (see `encode_choices`).
         chat_template: Jinja template of messages whose content is a string. Unless given: ChatML for a tokenizer that
             knows its end token, else the tokenizer's own template, else one whose end token is the tokenizer's.
     """
@@ -84,6 +96,7 @@ class FmriLMProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         tokens_per_patch: int = 8,
         summary_tokens: int = 8,
+        level_words: Iterable[str] = (),
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -95,6 +108,7 @@ class FmriLMProcessor(ProcessorMixin):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
         self.tokens_per_patch = tokens_per_patch
         self.summary_tokens = summary_tokens
+        self.level_words = list(level_words)
         add_fmri_tokens(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -273,7 +287,8 @@ class FmriLMProcessor(ProcessorMixin):
         if sanitize and return_assistant_tokens_mask:
             raise ValueError("sanitize_control_tokens and return_assistant_tokens_mask exclude each other")
 
-        special = re.compile("|".join(map(re.escape, sorted(self.tokenizer.added_tokens_encoder, reverse=True))))
+        known = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        special = re.compile("|".join(map(re.escape, sorted(known, reverse=True))))
         for item in conversations:
             for message in item:
                 message["content"] = self._content_text(message["content"], special if sanitize else None)
@@ -325,13 +340,18 @@ class FmriLMProcessor(ProcessorMixin):
                 spans.append((len(before), len(through.rstrip())))
         return spans
 
-    def encode_choices(self, choices: list[str]) -> list[list[int]]:
-        """Token ids of each allowed answer, without special tokens; no answer may begin with another one."""
+    def encode_choices(self, choices: Sequence[str], question: str | None = None) -> list[list[int]]:
+        """
+        Token ids of each allowed answer, without special tokens; no answer may begin with another one. Levels of a
+        descriptor that the question names are written as in training: "The (name) is low.".
+        """
         if len(choices) < 2:
             raise ValueError(f"expected at least 2 choices, got {len(choices)}: {choices}")
         if len(set(choices)) < len(choices):
             raise ValueError(f"expected {len(choices)} different choices, got {choices}")
-        ids = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+        named = self._named_in(question) if question and set(choices) <= set(self.level_words) else None
+        texts = choices if named is None else [f"The{named} is {choice}." for choice in choices]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         for i, short in enumerate(ids):
             for j, long in enumerate(ids):
                 # the shorter one would always win: its probability contains the longer one's
@@ -340,6 +360,14 @@ class FmriLMProcessor(ProcessorMixin):
                         f"the tokens of choice {choices[i]!r} begin those of {choices[j]!r}: {short} and {long}"
                     )
         return ids
+
+    def _named_in(self, question: str) -> str | None:
+        """The one name in a question that is a token (see `add_name_tokens`); None without one, or of several."""
+        known = self.tokenizer.added_tokens_encoder
+        ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
+        names = {str(token) for token in map(self.tokenizer.added_tokens_decoder.get, ids) if token is not None}
+        names = {name for name in names if f"{name} is" in known}
+        return names.pop() if len(names) == 1 else None
 
     def _content_text(self, content: Any, special: re.Pattern | None) -> str:
         """A message's content as text, scans written out, special tokens in the text of the user marked as text."""

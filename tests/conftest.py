@@ -190,7 +190,7 @@ def extractor(tiny_atlas: Atlas) -> FmriLMFeatureExtractor:
 
 @pytest.fixture
 def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedTokenizerFast) -> FmriLMProcessor:
-    return FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=2)
+    return FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=4)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def write_model(folder: Path) -> None:
     tokenizer = build_tiny_tokenizer()
     atlases = [Atlas.load(name, parcels=True) for name in ATLASES]
     extractor = FmriLMFeatureExtractor(atlases=atlases, window_length=32)
-    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2, summary_tokens=2)
+    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2, summary_tokens=4)
     codec = build_tiny_codec(patch_length=16)
     language_model = build_tiny_language_model("llama", len(tokenizer) - 4)
     join(codec, language_model, processor, CORE_NAMES).eval().save_pretrained(folder)

@@ -27,7 +27,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 PATIENCE = 300  # s, on a busy machine
 QUESTIONS = (
     "Describe this scan.",
-    "Is connectivity between the visual and default mode networks low, typical or high?",
+    "Is the connectivity between the visual and default mode networks low, typical or high?",
 )
 
 

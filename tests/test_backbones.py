@@ -173,7 +173,7 @@ def test_model_without_a_head_is_refused(joined: Callable[..., Model]) -> None:
 
 def test_scan_beyond_the_context_is_refused_with_both_lengths(tiny_model: Callable[..., Model]) -> None:
     model = tiny_model("gpt2")
-    model.config.text_config.max_position_embeddings = 12
-    assert model(ids(model, LONG), fmri_codes=codes(LONG)).logits.shape[1] == 12
-    with pytest.raises(ValueError, match="at most 12 positions, .*, got 13"):
+    model.config.text_config.max_position_embeddings = 14
+    assert model(ids(model, LONG), fmri_codes=codes(LONG)).logits.shape[1] == 14
+    with pytest.raises(ValueError, match="at most 14 positions, .*, got 15"):
         model(ids(model, LONG, "a"), fmri_codes=codes(LONG))

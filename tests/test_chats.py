@@ -138,7 +138,7 @@ def check_claims(row: dict, levels: np.ndarray) -> int:
         if asked in SCAN_REQUESTS:
             claims += [(name, level) for name, level, *_ in parse(answer)]
         elif asked in ASKED:
-            claims.append((ASKED[asked], answer))
+            claims += [(name, level) for name, level, _ in parse(answer) if name == ASKED[asked]]
     assert len({name for name, _ in claims}) == len(claims)
     for name, level in claims:
         assert levels[window_of(row["codes"][0])][CORE_NAMES.index(name)] == LEVELS.index(level)

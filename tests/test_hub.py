@@ -135,7 +135,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def parts(make_codec, make_language_model, extractor, module_tokenizer):
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=4)
     language_model = make_language_model("llama", len(module_tokenizer) - 4)
     return join(make_codec(), language_model, processor, ["age", "motion"]).eval(), processor
 

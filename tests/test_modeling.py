@@ -19,7 +19,7 @@ def test_joining_keeps_the_pretrained_weights(tied: bool, tiny_model, make_langu
     inputs = ids(joint, "text")
     assert torch.allclose(joint(inputs).logits[..., :count], old(inputs).logits, atol=1e-6)
     embeddings = joint.get_input_embeddings().weight
-    assert torch.allclose(embeddings[-4:], embeddings[:-4].mean(0).expand(4, -1), atol=1e-6)
+    assert torch.allclose(embeddings[count : count + 4], embeddings[:count].mean(0).expand(4, -1), atol=1e-6)
     assert torch.allclose(joint.model.boundaries.weight, embeddings.mean(0).expand(2, -1), atol=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_placeholders_and_codes_must_match(llama: Model, scans: tuple, message: 
 
 def test_a_scan_cut_off_is_refused(llama: Model) -> None:
     row = ids(llama, "text", SHORT)
-    for end, message in ((0, "4 fMRI placeholder tokens for the scans, got 0"), (-2, "2 summary tokens .*, got 1")):
+    for end, message in ((0, "4 fMRI placeholder tokens for the scans, got 0"), (-2, "4 summary tokens .*, got 3")):
         with pytest.raises(ValueError, match=message):
             llama(row[:, : 4 if end == 0 else end], fmri_codes=codes(SHORT))
 

@@ -34,7 +34,7 @@ def pipe(tiny_model: Callable[..., FmriLMForConditionalGeneration], tiny_atlas, 
     extractor = FmriLMFeatureExtractor(
         atlases=[tiny_atlas, build_tiny_atlas(7, "other")], patch_length=4, window_length=16
     )
-    processor = FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=2)
+    processor = FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=4)
     return pipeline("fmri-text-to-text", model=tiny_model("qwen3"), processor=processor)
 
 

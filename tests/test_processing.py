@@ -18,12 +18,13 @@ from fmrilm.processors import (
     FMRI_SUMMARY,
     FmriLMProcessor,
     add_fmri_tokens,
+    add_name_tokens,
 )
 from fmrilm.processors.processing_fmrilm import without_repeats
 
 
 BLOCK = FMRI_START + FMRI_PAD + FMRI_END
-AFTER = FMRI_SUMMARY * 2 + FMRI_END
+AFTER = FMRI_SUMMARY * 4 + FMRI_END
 KEYS = ["input_ids", "attention_mask", "fmri_values", "roi_coordinates", "fmri_mask"]
 # frames -> tokens, for patches of 4 frames, 2 tokens per patch and windows of 16 frames
 TOKENS = {8: 4, 10: 6, 16: 8, 20: 8}
@@ -274,7 +275,7 @@ def test_answer_ends_with_a_token_of_tokenizers_without_chatml(kind: str, extrac
     if kind == "its own template":
         tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>", "extra_special_tokens": ["<|eot_id|>"]})
         tokenizer.chat_template = LLAMA
-    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2, summary_tokens=2)
+    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2, summary_tokens=4)
     end = {"its own template": "<|eot_id|>", "nothing": "<|im_end|>"}.get(kind, "<|endoftext|>")
     assert processor.eos_token_ids == list(
         dict.fromkeys([tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id])
@@ -338,6 +339,38 @@ def test_sentences_that_are_new_come_as_they_are_generated() -> None:
 def test_choices_are_plain_ids(processor) -> None:
     ids = processor.encode_choices(["younger", "older"])
     assert processor.batch_decode(ids) == ["younger", "older"]
+
+
+def test_levels_of_a_named_descriptor_are_encoded_as_sentences(processor) -> None:
+    processor.level_words = ["low", "high"]
+    ((_, before_a_level), _) = add_name_tokens(processor.tokenizer, ["coupling of networks", "coupling"])
+    question = "Is the coupling of networks low or high?"
+    ids = processor.encode_choices(["high", "low"], question)
+    assert processor.batch_decode(ids) == ["The coupling of networks is high.", "The coupling of networks is low."]
+    assert all(before_a_level in each for each in ids)
+    for choices, asked in (
+        (["yes", "no"], question),
+        (["low", "high"], None),
+        (["low", "high"], "Is it low or high?"),
+        (["low", "high"], "Is the coupling low or the coupling of networks high?"),
+    ):
+        assert processor.batch_decode(processor.encode_choices(choices, asked)) == choices
+
+
+def test_names_are_text_for_users_and_survive_saving(processor, tmp_path) -> None:
+    """Unlike special tokens they are not marked as text in a chat, and are not left out of answers."""
+    add_name_tokens(processor.tokenizer, ["coupling of networks"])
+    processor.level_words = ["low", "high"]
+    processor.save_pretrained(tmp_path)
+    restored = FmriLMProcessor.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": [{"type": "text", "text": "Is the coupling of networks high?"}]}]
+    ids = [each.apply_chat_template(chat)["input_ids"] for each in (processor, restored)]
+    assert torch.equal(*ids) and restored.level_words == ["low", "high"]
+    named = restored.tokenizer.convert_tokens_to_ids(" coupling of networks")
+    assert (ids[0] == named).sum() == 1
+    assert restored.decode_answers([restored.tokenizer(" coupling of networks is")["input_ids"]])[0].strip() == (
+        "coupling of networks is"
+    )
 
 
 @pytest.mark.parametrize(

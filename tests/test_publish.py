@@ -25,7 +25,7 @@ from helpers import evaluation_results
 
 @pytest.fixture(scope="module")
 def model(make_codec, make_language_model, extractor, module_tokenizer) -> FmriLMForConditionalGeneration:
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=4)
     language_model = make_language_model("llama", len(module_tokenizer) - 4)
     return join(make_codec(), language_model, processor, ["age", "motion"]).eval()
 
@@ -34,7 +34,7 @@ def model(make_codec, make_language_model, extractor, module_tokenizer) -> FmriL
 def saved(model, extractor, module_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "tiny"
     model.save_pretrained(folder)
-    FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=2).save_pretrained(folder)
+    FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=4).save_pretrained(folder)
     return folder
 
 
@@ -46,7 +46,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def saved_adapter(make_codec, make_language_model, extractor, module_tokenizer, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "adapter"
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=2)
+    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=4)
     language_model = make_language_model("llama", len(module_tokenizer) - 4)
     model = join(make_codec(), language_model, processor, ["age", "motion"])
     add_lora(model, 2).save_pretrained(folder)

@@ -19,6 +19,7 @@ from fmrilm.training.alignment.joint import (
     LEVEL_CHANGE,
     answer_embeddings,
     descriptor_embeddings,
+    name_embeddings,
     with_answers,
 )
 from fmrilm.training.data.tasks import load_task
@@ -150,7 +151,7 @@ def test_model_with_answers_reads_the_old_scores_as_before(llama, processor) -> 
     wider = with_answers(llama, processor, [load_task("sex"), load_task("asd")], ["sex=male", "asd=yes"])
     assert wider.config.num_summary_tokens == processor.summary_tokens > llama.config.num_summary_tokens
     scores = llama.model.get_fmri_scores(codes)
-    assert torch.allclose(wider.model.get_fmri_scores(codes)[:, : scores.shape[1]], scores)
+    assert torch.allclose(wider.model.get_fmri_scores(codes)[:, : scores.shape[1]], scores, atol=1e-6)
     new = torch.cat([scores, torch.randn(len(scores), 2)], 1)
     assert torch.allclose(
         wider.model.summary(new)[:, -llama.config.num_summary_tokens :], llama.model.summary(scores), atol=1e-5
@@ -177,7 +178,7 @@ def test_training_leaves_no_trace_of_other_scores_in_a_token(llama, processor) -
     assert len(set(config.score_tokens[-3:])) == 1
 
 
-@pytest.mark.parametrize("places", [[0], [0, 2], [0, -1]])
+@pytest.mark.parametrize("places", [[0], [0, 4], [0, -1]])
 def test_scores_of_other_tokens_than_there_are_are_refused(llama, places) -> None:
     given = {**llama.config.to_dict(), "score_tokens": places}
     with pytest.raises(ValueError, match="score_tokens"):
@@ -200,8 +201,8 @@ def test_scores_of_a_task_are_its_answer_in_words(llama, processor) -> None:
     assert torch.allclose(weights[0], ANSWER_CHANGE * (second - first), atol=1e-5)
 
 
-def test_token_of_a_descriptor_holds_its_words_and_its_level(llama, processor) -> None:
-    names = ["connectivity/Vis-Default", "connectivity/Vis-Cont", "strength/Limbic"]
+def test_summary_tokens_of_a_descriptor_are_its_name_and_its_level(llama, processor) -> None:
+    names = torch.tensor([5, 9, 7])
     bias, weights = descriptor_embeddings(llama, processor, names)
     words = llama.get_input_embeddings().weight
 
@@ -210,10 +211,34 @@ def test_token_of_a_descriptor_holds_its_words_and_its_level(llama, processor) -
 
     change = LEVEL_CHANGE * (mean_of("high") - mean_of("low"))
     assert torch.allclose(weights, change.expand(3, -1), atol=1e-5)
-    # a question's words are nearest to the token of their descriptor
-    phrases = torch.stack([mean_of(PHRASES[name]) for name in names])
-    near = (phrases - phrases.mean(0)) @ (bias - mean_of("typical")).T
-    assert near.argmax(1).tolist() == [0, 1, 2]
+    assert torch.allclose(bias[::2], words[names]) and torch.allclose(bias[1::2], mean_of("typical").expand(3, -1))
+
+
+def test_names_are_tokens_of_text_and_of_the_summary(llama, processor) -> None:
+    """A question, its answer and the summary have the same embedding of a name, in untied heads as well."""
+    phrase = PHRASES.get(llama.config.score_names[0], llama.config.score_names[0])
+    tokens = processor.tokenizer.tokenize(f"Is the {phrase} low? The {phrase} is low.")
+    alone, before_a_level = (token for token in tokens if phrase in token)
+    assert (alone, before_a_level) == (f" {phrase}", f" {phrase} is")
+    first, second = processor.tokenizer.convert_tokens_to_ids([alone, before_a_level])
+    for table in (llama.get_input_embeddings().weight, llama.get_output_embeddings().weight):
+        near = torch.nn.functional.cosine_similarity(table[first], table[[second, first + 2]])
+        assert near[0] > near[1] and not torch.equal(table[first], table[second])
+    assert torch.equal(llama.model.summary.embeddings.bias[0], llama.get_input_embeddings().weight[second])
+    assert processor.tokenizer.decode([first, second]) == f" {phrase} {phrase} is"
+
+
+def test_names_of_shared_words_are_told_apart() -> None:
+    table = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
+    words = [[0, 1, 2, 3, one] for one in (4, 5, 6, 7)]
+    named = name_embeddings(table, words)
+    means = torch.stack([table[each].mean(0) for each in words])
+    nearest = torch.nn.functional.cosine_similarity(named[:, None], named[None], dim=-1)
+    before = torch.nn.functional.cosine_similarity(means[:, None], means[None], dim=-1)
+    apart = ~torch.eye(4, dtype=torch.bool)
+    assert nearest[apart].max() < before[apart].min()
+    # each is nearest to the words that are its own
+    assert ((named - named.mean(0)) @ (means - means.mean(0)).T).argmax(1).tolist() == [0, 1, 2, 3]
 
 
 def test_targets_are_z_scores_numbers_and_choices() -> None:

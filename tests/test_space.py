@@ -29,7 +29,7 @@ from space_browser import CHROMIUM, PATIENCE, ROOT, ask, headless_browser, open_
 
 
 ROIS = 6
-QUESTION = "Is connectivity between the visual and default mode networks low, typical or high?"
+QUESTION = "Is the connectivity between the visual and default mode networks low, typical or high?"
 MARKER = "sub-Q7marker"
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="NO CHROMIUM: install one (Debian: apt-get install chromium), the Space is not tested"
@@ -48,7 +48,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "table.tsv").write_text("\n".join(["index\tname\tnetwork", *rows]) + "\n")
     atlas = Atlas.from_image(folder / "labels.nii.gz", folder / "table.tsv", "tiny")
     extractor = FmriLMFeatureExtractor(atlases=[atlas], patch_length=4, window_length=16)
-    processor = FmriLMProcessor(extractor, build_tiny_tokenizer(), tokens_per_patch=2, summary_tokens=2)
+    processor = FmriLMProcessor(extractor, build_tiny_tokenizer(), tokens_per_patch=2, summary_tokens=4)
     language_model = build_tiny_language_model("llama", len(processor.tokenizer) - 4)
     model = join(build_tiny_codec(), language_model, processor, ["age", "motion"]).eval()
     model.save_pretrained(folder / "saved")

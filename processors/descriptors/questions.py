@@ -126,7 +126,7 @@ class Questioner:
         side = {"below": 0, "above": 1}[kind]
         answer = "yes" if level == ("low", "high")[side] else "no"
         margin = float(self.to_terciles[row, column, side])
-        text = f"Is {PHRASES[name]} {kind} typical?"
+        text = f"Is the {PHRASES[name]} {kind} typical?"
         return answer, Question(kind, text, ("yes", "no"), answer, margin, (name,), (row,))
 
     def _which(self, row: int, column: int) -> tuple[str, Question] | None:
@@ -154,7 +154,7 @@ class Questioner:
     def _open(self, row: int, column: int) -> tuple[str, Question]:
         statement = z_statement(self.names[column], self.z_scores[row, column])
         margin = float(np.abs(self.z_scores[row, column] - np.array(BOUNDS)).min())
-        text = f"How does {PHRASES[statement.descriptor]} compare with the cohort?"
+        text = f"How does the {PHRASES[statement.descriptor]} compare with the cohort?"
         answer = sentence(statement, self.rng)
         return statement.level, Question("open", text, (), answer, margin, (statement.descriptor,), (row,))
 
@@ -166,7 +166,7 @@ class Questioner:
         scans = (row, other) if self.rng.random() < 0.5 else (other, row)
         name, difference = self.names[column], self.z_scores[scans[0], column] - self.z_scores[scans[1], column]
         answer = "first" if difference > 0 else "second"
-        text = f"In which of the two scans is {PHRASES[name]} higher, the first or the second?"
+        text = f"In which of the two scans is the {PHRASES[name]} higher, the first or the second?"
         return answer, Question("compare", text, ("first", "second"), answer, float(abs(difference)), (name,), scans)
 
 

@@ -13,8 +13,8 @@ from .phrases import NAMES, PHRASES
 
 REQUESTS = ("Describe this scan.", "What does this scan show?", "Summarize the brain activity in this scan.")
 QUESTIONS = (
-    "Is {phrase} low, typical or high?",
-    "{Phrase}?",
+    "Is the {phrase} low, typical or high?",
+    "What is the {phrase}?",
 )
 # Buckets of z-scores, upwards, with the wordings of each: no wording stands inside another one.
 BUCKETS = {
@@ -27,11 +27,12 @@ BUCKETS = {
 # between the buckets; a value on a bound belongs to the bucket nearer to zero
 BOUNDS = (-2.0, -1.0, 1.0, 2.0)
 SENTENCES = (
-    "{phrase} is {level} (z = {z})",
-    "{phrase} is {level}, at z = {z}",
-    "{phrase} (z = {z}) is {level}",
-    "with z = {z}, {phrase} is {level}",
+    "the {phrase} is {level} (z = {z})",
+    "the {phrase} is {level}, at z = {z}",
+    "the {phrase} (z = {z}) is {level}",
+    "with z = {z}, the {phrase} is {level}",
 )
+LEVEL_SENTENCE = "the {phrase} is {level}"
 # What a value below and above the typical range is by the definition of the descriptor. The ends of a gradient depend
 # on the cohort, and what a network does is no finding: neither is interpreted.
 INTERPRETATIONS = {
@@ -76,7 +77,7 @@ def sentence(statement: Statement, rng: np.random.Generator | None = None) -> st
     """The statement in one of its phrasings, drawn by `rng`; without one, in the first."""
     name, level, z = statement
     if z is None:
-        return _sentence(f"{PHRASES[name]} is {level}")
+        return _sentence(LEVEL_SENTENCE.format(phrase=PHRASES[name], level=level))
     forms, wordings = SENTENCES, BUCKETS[level]
     draw = (0, 0) if rng is None else (rng.integers(len(forms)), rng.integers(len(wordings)))
     return _sentence(forms[draw[0]].format(phrase=PHRASES[name], level=wordings[draw[1]], z=z_text(z)))
@@ -122,9 +123,8 @@ def description(levels: np.ndarray, chosen: Sequence[int]) -> str:
 
 
 def question(name: str, variant: int = 0) -> str:
-    """A multiple-choice question about a descriptor; its answers are `LEVELS`."""
-    text = PHRASES[name]
-    return QUESTIONS[variant].format(phrase=text, Phrase=text[0].upper() + text[1:])
+    """A multiple-choice question about a descriptor; its answers are `LEVELS`, said in a sentence."""
+    return QUESTIONS[variant].format(phrase=PHRASES[name])
 
 
 def level_answers(text: str) -> tuple[str, ...] | None:
@@ -166,7 +166,7 @@ def _pattern() -> re.Pattern:
         "level": "|".join(re.escape(wording) for wordings in BUCKETS.values() for wording in wordings),
         "z": r"[+-]\d+\.\d\d",
     }
-    forms = [("{phrase} is {level}", {**parts, "level": "|".join(LEVELS)})]
+    forms = [(LEVEL_SENTENCE, {**parts, "level": "|".join(LEVELS)})]
     forms += [(form, parts) for form in SENTENCES]
     alternatives = []
     for number, (form, texts) in enumerate(forms):

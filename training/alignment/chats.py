@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Json, List, Value
 
 from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
-from fmrilm.processors.descriptors.text import QUESTIONS, REQUESTS, description, question
+from fmrilm.processors.descriptors.text import QUESTIONS, REQUESTS, Statement, description, question, sentence
 
 from .examples import Examples
 from .plain_text import excerpt
@@ -25,8 +25,10 @@ FEATURES = Features(
 # words of plain text in a row: about as many tokens as a scan and its description
 TEXT_WORDS = 100
 # Descriptions go through the descriptors in this order from a random start: what comes next is then known, and what
-# is left to learn are the levels. It is a shuffled order because neighbours in the usual one rise together.
+# is left to learn are the levels. It is a shuffled order because neighbours in the usual one rise together. So many of
+# them begin at its start: among all beginnings alike, a model that takes the likeliest word would take another one.
 WALK = np.random.default_rng(0).permutation(len(CORE_NAMES))
+FIRST_SHARE = 0.5
 
 
 def scan_block() -> dict:
@@ -56,14 +58,23 @@ def row_of(examples: Examples, windows: Sequence[int], messages: Sequence[dict] 
 
 
 def descriptor_question(name: str, level: int, rng: np.random.Generator) -> tuple[str, str]:
-    """A multiple-choice question about a descriptor in one of its wordings, and its answer."""
-    return question(name, int(rng.integers(len(QUESTIONS)))), LEVELS[level]
+    """
+    A multiple-choice question about a descriptor in one of its wordings, and its answer: a sentence as in
+    descriptions, whose beginning the language model finds again in the summary, with the level behind it.
+    """
+    return question(name, int(rng.integers(len(QUESTIONS)))), sentence(Statement(name, LEVELS[level]))
 
 
 def level_description(levels: np.ndarray, statements: int, rng: np.random.Generator) -> str:
     """A description of some of the known descriptors; levels: int [descriptors]."""
     known = WALK[levels[WALK] >= 0]
-    return description(levels, np.roll(known, -rng.integers(len(known)))[:statements].tolist())
+    first = 0 if rng.random() < FIRST_SHARE else rng.integers(len(known))
+    return description(levels, np.roll(known, -first)[:statements].tolist())
+
+
+def walk_place(name: str) -> int:
+    """Where a descriptor comes in the order of descriptions; behind all where it is none of them."""
+    return int(np.flatnonzero(WALK == CORE_NAMES.index(name))[0]) if name in CORE_NAMES else len(WALK)
 
 
 def corpus_description(text: str, paragraphs: int | None, rng: np.random.Generator) -> str:

@@ -1,31 +1,39 @@
 """
 Stage 2: a trained codec and a pretrained language model become one model, whole or with an adapter.
 
-What a language model reads of a scan's scores starts in words that it knows: a token for each descriptor, which holds
-what the descriptor is called and how high it is, and "The sex is (answer)." for each task.
+What a language model reads of a scan's scores starts in what it can repeat: for each descriptor a token of its name,
+which the vocabulary gets, and the word of its level; and "The sex is (answer)." for each task. Questions and answers
+have the same tokens of names: with names in words, a language model of 135 million parameters does not learn to find
+the one that is asked for among all.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fmrilm.configuration_fmrilm import FmriLMConfig
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
-from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor
+from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor, add_name_tokens
 from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.phrases import PHRASES
 
 from ..data.tasks import Task
+from .chats import walk_place
 
 
 # anchored at the language model: the codec has projections of the same names
 LORA_TARGETS = r".*\.causal_lm\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|c_attn|c_fc)"
 LANGUAGE_MODEL = "model.causal_lm."
+# added to the eigenvalues of the products of names' embeddings, whose trace is the number of names
+LEAST_SHARED = 0.05
+# how far a name with "is" behind it is from the name alone, as a share of its size
+AWAY = 0.5
 # How far one standard deviation of its score moves the embedding of an answer, and of a descriptor's level: distances
 # between answers, or between low and high. Much larger steps look alike, as the language model's normalisation leaves
 # of an embedding its direction.
@@ -39,17 +47,16 @@ def join(
     codec: FmriCodecModel, language_model: PreTrainedModel, processor: FmriLMProcessor, score_names: Sequence[str]
 ) -> FmriLMForConditionalGeneration:
     """
-    The untrained joint model: vocabulary grown by the fMRI tokens, new embeddings at the old ones' mean, a summary
-    token for each of the descriptors `score_names`. The processor gets to know the tokens.
+    The untrained joint model: vocabulary grown by the fMRI tokens, at the mean of the old embeddings, and by the names
+    of the descriptors `score_names`, each of which has two summary tokens. The processor gets to know the tokens.
     """
     tokenizer = processor.tokenizer
-    known = language_model.config.get_text_config().vocab_size
-    if len(tokenizer) > known:
-        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        embeddings = language_model.get_input_embeddings().get_parameter("weight")
-        embeddings[known:] = embeddings[:known].mean(0)
+    names = add_to_vocabulary(language_model, tokenizer, [PHRASES.get(name, name) for name in score_names])
     start, pad, summary, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END])
-    processor.summary_tokens = len(score_names)
+    processor.summary_tokens, processor.level_words = 2 * len(score_names), list(LEVELS)
+    # in the order in which descriptions go through them, so that what is said next stands next
+    order = sorted(range(len(score_names)), key=lambda place: walk_place(score_names[place]))
+    places = np.argsort(order)
     config = FmriLMConfig(
         codec_config=_without_path(codec.config),
         text_config=_without_path(language_model.config),
@@ -57,13 +64,14 @@ def join(
         fmri_token_id=pad,
         fmri_summary_token_id=summary,
         fmri_end_token_id=end,
-        num_summary_tokens=len(score_names),
+        num_summary_tokens=2 * len(score_names),
         score_names=list(score_names),
-        score_tokens=list(range(len(score_names))),
+        # behind their names
+        score_tokens=(2 * places + 1).tolist(),
     )
     model = FmriLMForConditionalGeneration.from_parts(codec, language_model, config)
     if model.model.summary is not None:
-        bias, weights = descriptor_embeddings(model, processor, score_names)
+        bias, weights = descriptor_embeddings(model, processor, names[order, 1])
         model.model.summary.embeddings.bias.copy_(bias)
         model.model.summary.embeddings.weight.copy_(weights)
     model.generation_config = language_model.generation_config or model.generation_config
@@ -74,6 +82,33 @@ def join(
     model.generation_config.eos_token_id = sorted({*ends, *processor.eos_token_ids})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def add_to_vocabulary(
+    language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phrases: Sequence[str]
+) -> torch.Tensor:
+    """
+    Grow the vocabulary by what the tokenizer has more than the language model, at the mean of the old embeddings, and
+    by names of descriptors. Returns the names' ids [names, 2]: alone, and with "is" behind them.
+    """
+    words = [tokenizer(f" {phrase}", add_special_tokens=False)["input_ids"] for phrase in phrases]
+    names = torch.tensor(add_name_tokens(tokenizer, phrases)).view(-1, 2)
+    known = language_model.config.get_text_config().vocab_size
+    if len(tokenizer) > known:
+        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = [language_model.get_input_embeddings().get_parameter("weight")]
+    if (head := language_model.get_output_embeddings()) is not None:
+        tables.append(head.get_parameter("weight"))
+    for table in tables:
+        table[known:] = table[:known].mean(0)
+        if phrases:
+            embeddings = name_embeddings(table, words)
+            # away from the name alone, or the two would always be as likely, in a direction that no word has
+            away = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0))
+            away *= AWAY * embeddings.norm(dim=1).mean().cpu() / away.norm()
+            table[names[:, 0]] = embeddings.to(table)
+            table[names[:, 1]] = (embeddings + away.to(embeddings)).to(table)
+    return names
 
 
 @torch.no_grad()
@@ -145,20 +180,30 @@ def answer_embeddings(
 
 
 def descriptor_embeddings(
-    model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, names: Sequence[str]
+    model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, names: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Embeddings [names, hidden] of the descriptors at a typical level: what tells the words of a descriptor's phrase
-    from those of the others, as large as a word, and the word of the level; and how each changes with its score
-    [names, hidden], which has a standard deviation of one.
+    Embeddings [2 * names, hidden] of the tokens `names` of descriptors, int [names], each with the word of a typical
+    level behind it; and how that changes with its score [names, hidden], which has a standard deviation of one.
     """
-    embed = partial(embed_text, model, processor)
-    low, typical, high = (embed(f" {level}").mean(0) for level in LEVELS)
-    words = [embed(f" {PHRASES.get(name, name)}") for name in names]
-    phrases = torch.stack([each.mean(0) for each in words])
-    size = torch.cat(words).norm(dim=1).mean()
-    apart = torch.nn.functional.normalize(phrases - phrases.mean(0), dim=1)
-    return typical + size * apart, (LEVEL_CHANGE * (high - low)).expand(len(names), -1)
+    low, typical, high = (embed_text(model, processor, f" {level}").mean(0) for level in LEVELS)
+    embeddings = model.get_input_embeddings()(names.to(model.device)).float()
+    bias = torch.stack([embeddings, typical.expand_as(embeddings)], 1).flatten(0, 1)
+    return bias, (LEVEL_CHANGE * (high - low)).expand(len(names), -1)
+
+
+def name_embeddings(table: torch.Tensor, words: Sequence[Sequence[int]]) -> torch.Tensor:
+    """
+    Embeddings float32 [names, hidden] of names of several words (ids in `table` [vocabulary, hidden]): what their
+    means have in common and, as large as a word, what is left of them where shared words count less (the inverse
+    square root of their products). Names of the same words in part would otherwise be taken for each other.
+    """
+    parts = [table[torch.tensor(each)].float() for each in words]
+    means = torch.stack([part.mean(0) for part in parts])
+    apart = torch.nn.functional.normalize(means - means.mean(0), dim=1)
+    values, vectors = torch.linalg.eigh(apart @ apart.mT)
+    apart = vectors @ ((values.clamp(min=0) + LEAST_SHARED).rsqrt()[:, None] * (vectors.mT @ apart))
+    return means.mean(0) + torch.cat(parts).norm(dim=1).mean() * torch.nn.functional.normalize(apart, dim=1)
 
 
 def embed_text(model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, text: str) -> torch.Tensor:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 # asked by `report` unless others are given
 QUESTIONS = (
-    "Is connectivity between the visual and default mode networks low, typical or high?",
-    "Is overall connectivity of the default mode network low, typical or high?",
-    "Is signal persistence of the visual network low, typical or high?",
+    "Is the connectivity between the visual and default mode networks low, typical or high?",
+    "Is the overall connectivity of the default mode network low, typical or high?",
+    "Is the signal persistence of the visual network low, typical or high?",
 )
 
 

@@ -79,7 +79,6 @@ def ask_descriptors(
     blocks = model.config.codec_config.scan_feature_blocks
     ridge = one_hot(ridge_labels(scans, training, cohort.z_scores(descriptors)[training], blocks))
     subjects, groups = scans.subjects[scans.of_window], scans.groups[scans.of_window]
-    choices = processor.encode_choices(list(LEVELS))
     parts = []
     for group in np.unique(groups[test]):
         own = test[groups[test] == group]
@@ -92,8 +91,9 @@ def ask_descriptors(
         noise = encode_noise(model.model.codec, scans.windows, own[:NOISE_WINDOWS].tolist(), seed)
         windows = [*(scans.encoded[place] for place in (*own, *others)), *noise]
         questions = [question(CORE_NAMES[index]) for index in asked]
+        choices = [processor.encode_choices(LEVELS, text) for text in questions]
         # [windows, questions, labels]
-        scores = score_windows(model, processor, windows, questions, [choices] * len(questions))
+        scores = score_windows(model, processor, windows, questions, choices)
         chances = np.stack(
             [
                 model.answer_probabilities(torch.from_numpy(each), asked_for, LEVELS).numpy()

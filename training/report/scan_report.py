@@ -195,7 +195,7 @@ def token_contributions(
     if choices is None:
         answers, chosen = [processor.tokenizer(answer, add_special_tokens=False)["input_ids"]], 0
     else:
-        answers, chosen = processor.encode_choices(list(choices)), list(choices).index(answer)
+        answers, chosen = processor.encode_choices(choices, question), list(choices).index(answer)
     ids = inputs.pop("input_ids")
     del inputs["attention_mask"]
     with torch.no_grad():

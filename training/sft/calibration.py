@@ -70,12 +70,12 @@ def of_descriptors(
     if not terciles.columns:
         return []
     rng, parts = np.random.default_rng(seed), []
-    choices = processor.encode_choices(list(LEVELS))
     count = min(DESCRIBED_WINDOWS, len(windows))
     for rows in np.array_split(np.arange(count), min(PARTS, count)):
         columns = rng.permutation(terciles.columns)[:ASKED_IN_PART].tolist()
         asked = [question(model.config.score_names[column]) for column in columns]
-        scores = score_windows(model, processor, [windows[row] for row in rows], asked, [choices] * len(asked))
+        choices = [processor.encode_choices(LEVELS, text) for text in asked]
+        scores = score_windows(model, processor, [windows[row] for row in rows], asked, choices)
         parts += [
             (each, terciles.levels(seen[rows, column], column)) for each, column in zip(scores, columns, strict=True)
         ]

@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 
 from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.processors.descriptors.text import Statement, level_answers, sentence
 
 from ..alignment.chats import (
     assistant,
@@ -197,7 +198,10 @@ class ScanChats:
         if of_corpus and len(turns) > 1:
             asked, scans = of_corpus[rng.integers(len(of_corpus))]
             drawn = tuple(int(windows[rng.integers(len(windows))]) for windows in scans) if len(scans) > 1 else ()
-            turns[-1] = Turn(asked["text"], asked["answer"], scans=drawn)
+            answer = asked["answer"]
+            if level_answers(asked["text"]) is not None:
+                answer = sentence(Statement(asked["descriptors"][0], answer))
+            turns[-1] = Turn(asked["text"], answer, scans=drawn)
         return turns
 
     def _open_ended(self, row: int, about_labels: bool, rng: np.random.Generator) -> Turn:
