@@ -70,7 +70,7 @@ def add_name_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) ->
     """
     texts = [text for name in names for text in (f" {name}", f" {name} is")]
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
-    ids = tokenizer.convert_tokens_to_ids(texts)
+    ids = [tokenizer.convert_tokens_to_ids(text) for text in texts]
     return list(zip(ids[::2], ids[1::2], strict=True))
 
 
@@ -108,7 +108,7 @@ class FmriLMProcessor(ProcessorMixin):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
         self.tokens_per_patch = tokens_per_patch
         self.summary_tokens = summary_tokens
-        self.level_words = list(level_words)
+        self.level_words: list[str] = list(level_words)
         add_fmri_tokens(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

@@ -53,7 +53,7 @@ def join(
     tokenizer = processor.tokenizer
     names = add_to_vocabulary(language_model, tokenizer, [PHRASES.get(name, name) for name in score_names])
     start, pad, summary, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END])
-    processor.summary_tokens, processor.level_words = 2 * len(score_names), list(LEVELS)
+    processor.summary_tokens, processor.level_words = 2 * len(score_names), [*map(str, LEVELS)]
     # in the order in which descriptions go through them, so that what is said next stands next
     order = sorted(range(len(score_names)), key=lambda place: walk_place(score_names[place]))
     places = np.argsort(order)
