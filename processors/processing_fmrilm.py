@@ -70,7 +70,7 @@ def add_name_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) ->
     """
     texts = [text for name in names for text in (f" {name}", f" {name} is")]
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts]
+    ids: Any = tokenizer.convert_tokens_to_ids(texts)
     return list(zip(ids[::2], ids[1::2], strict=True))
 
 
