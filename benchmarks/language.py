@@ -7,7 +7,7 @@ Each argument is a folder of a joint model made from the packaged language model
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -26,10 +26,11 @@ RESULTS = Path(__file__).parent / "results"
 def main(models: Annotated[list[Path], typer.Argument(exists=True, file_okay=False)], results: Path = RESULTS) -> None:
     texts = plain_texts()[1]
     backbone, tokenizer = load_language_model()
-    before, rows = perplexity(backbone.eval(), tokenizer, texts), []
+    device: Any = torch.accelerator.current_accelerator() or "cpu"
+    before, rows = perplexity(backbone.to(device).eval(), tokenizer, texts), []
     for place, folder in enumerate(models):
-        model = FmriLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-        after = perplexity(model, AutoTokenizer.from_pretrained(folder), texts)
+        model: Any = FmriLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        after = perplexity(model.to(device).eval(), AutoTokenizer.from_pretrained(folder), texts)
         rows.append({"model": place, "documents": len(texts), "backbone": before, "joint": after})
         rows[-1]["ratio"] = after / before
         print(rows[-1], flush=True)

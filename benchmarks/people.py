@@ -12,7 +12,7 @@ The argument is a folder that `fmrilm prepare` wrote. Folds are stratified by si
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -196,12 +196,13 @@ def reading(
     scans, asked, rows = load_scans(data, FmriLMFeatureExtractor()), read_tasks(tasks), []
     for folder in sorted(work.glob("fold*")):
         path = folder / "sft" / "model"
-        model = FmriLMForConditionalGeneration.from_pretrained(path).eval()
+        model: Any = FmriLMForConditionalGeneration.from_pretrained(path)
+        model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
         processor = FmriLMProcessor.from_pretrained(path)
         test = split_scans(scans, SplitArguments(splits=str(folder / "splits.csv")))[1]
         encoded = encode_scans(model.model.codec, processor.feature_extractor, test, 1000, folder / "reading")
         windows = encoded.encoded
-        features = torch.from_numpy(np.stack([window.features for window in windows]))
+        features = torch.from_numpy(np.stack([window.features for window in windows])).to(model.device)
         others = [EncodedWindow(windows[at - 1].codes, one.features) for at, one in enumerate(windows)]
         readout = model.model.summary.readout
         weight, bias, names = readout.weight.clone(), readout.bias.clone(), model.config.score_names
@@ -210,13 +211,13 @@ def reading(
             truth = Labelled.read(task, test).truth[encoded.of_window]
             known = np.flatnonzero(truth >= 0)
             for condition in ("as it is", "codes of another subject", "its score alone"):
-                alone = own if condition == "its score alone" else torch.ones_like(own)
+                alone = (own if condition == "its score alone" else torch.ones_like(own)).to(model.device)
                 with torch.no_grad():
                     readout.weight.copy_(weight * alone[:, None])
                     readout.bias.copy_(bias * alone)
-                    score = readout(features)[:, own].squeeze(1).numpy()
+                    score = readout(features).cpu()[:, own].squeeze(1).numpy()
                 choices = [processor.encode_choices(task.choice_words)]
-                with torch.autocast("cpu", torch.bfloat16, enabled=half_precision()):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision()):
                     shown = others if condition == "codes of another subject" else windows
                     (found,) = score_windows(model, processor, shown, task.questions[:1], choices)
                 odds = found[:, 1] - found[:, 0]

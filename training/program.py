@@ -291,7 +291,7 @@ def train_and_save(
     if trainer.args.should_save:
         model: Any = load_model(str(trained), "auto", merge=True)
         if finish is not None:
-            finish(model.eval())
+            finish(model.to(trainer.args.device).eval())
 
         def write(folder: Path) -> None:
             model.save_pretrained(str(folder))

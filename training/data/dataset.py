@@ -384,11 +384,15 @@ class Encoded:
 
 def encode_windows(codec: FmriCodecModel, windows: Items, cache: Path) -> Encoded:
     """
-    Codes of windows and their scan features, computed once: kept in `cache` under a name that changes with the
-    codec's weights and the windows, shard by shard, so that a run that was stopped goes on.
+    Codes of windows and their scan features, computed once, on an accelerator if there is one: kept in `cache` under a
+    name that changes with the codec's weights and the windows, shard by shard, so that a run that was stopped goes on.
     """
     target = Path(cache) / f"codes-{codec_fingerprint(codec)[:12]}-{windows.fingerprint}"
     codes, features = [], []
+    # for the time of it
+    module: Any = codec
+    device = codec.device
+    module.to(torch.accelerator.current_accelerator() or device)
     starts = range(0, len(windows), SHARD)
     for start in tqdm(starts, desc="encoding", unit="shard", disable=None if len(starts) > 1 else True):
         path = target / f"part-{start // SHARD:05d}.npz"
@@ -399,6 +403,7 @@ def encode_windows(codec: FmriCodecModel, windows: Items, cache: Path) -> Encode
         with np.load(path, allow_pickle=False) as kept:
             codes += np.split(kept["codes"], np.cumsum(kept["lengths"])[:-1])
             features.append(kept["features"])
+    module.to(device)
     return Encoded(codes, np.concatenate(features))
 
 

@@ -122,7 +122,8 @@ def evaluate(
             "show": show,
         },
     )
-    model = FmriLMForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32).eval()
+    model: Any = FmriLMForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
+    model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
     processor = FmriLMProcessor.from_pretrained(model_folder)
     if descriptors and not (model_folder / JSON_FILE).exists():
         raise ValueError(f"expected {JSON_FILE} in {model_folder} for questions about descriptors, got none")
