@@ -28,6 +28,8 @@ LATENT_TOKEN_SPREAD = 0.1
 VAR_FRAMES, VAR_RIDGE = 2, 0.01
 # patches that the expectation of the next patch's tokens looks back
 PATCHES_BACK = 10
+# patches that are expected at a time: each has lag covariances of its own
+PATCHES_AT_ONCE = 32
 # of a ROI's variance, at least so much is its own in sampled forecasts
 LEAST_OWN_VARIANCE = 0.05
 # answers of all rows that are scored at a time: each has a cache of its own
@@ -233,11 +235,15 @@ class FmriLMDynamics(nn.Module):
         lagged = torch.stack([covariances[:, 1 + i : 1 + i + leads] for i in range(VAR_FRAMES)], 1)
         return torch.einsum("bolij,bojs->bsil", lagged, solved.unflatten(1, (VAR_FRAMES, -1)))
 
-    def expected_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Of the next patch, [batch, K, patch_length], after those [batch, K, time] that a scan was decoded to."""
-        leads, mean = len(self.weights), coefficients.mean(-1, keepdim=True)
-        centred = coefficients - mean
-        lengths = torch.full(centred.shape[:1], centred.shape[-1], device=centred.device)
+    def expected_coefficients(self, coefficients: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """
+        Of the next patch, [batch, K, patch_length], after those [batch, K, time] that a scan was decoded to; of each
+        row, the last `lengths` [batch] frames.
+        """
+        leads, time = len(self.weights), coefficients.shape[-1]
+        known = torch.arange(time, device=lengths.device) >= time - lengths[:, None, None]
+        mean = coefficients.where(known, 0).sum(-1, keepdim=True) / lengths[:, None, None]
+        centred = (coefficients - mean).where(known, 0)
         own = self.lag_covariances(centred)
         covariances = self.shrunk(own, lengths, self.covariances, self.prior_frames)
         spread = self.autoregression(covariances, centred[:, None])[:, 0]
@@ -249,11 +255,17 @@ class FmriLMDynamics(nn.Module):
         most `PATCHES_BACK` patches of codes [scans, tokens, levels] before it; zero in the first patch.
         """
         leads, coefficients = len(self.weights), codec.decode_coefficients(fmri_codes)
-        found = [coefficients.new_zeros(len(fmri_codes), codec.analysis.out_features)]
-        for stop in range(leads, coefficients.shape[-1], leads):
-            before = coefficients[..., max(0, stop - PATCHES_BACK * leads) : stop]
-            found.append(codec.analysis(self.expected_coefficients(before).flatten(1)))
-        return torch.stack(found, 1).unflatten(-1, (codec.config.tokens_per_patch, -1)).flatten(1, 2)
+        scans, patches = len(fmri_codes), coefficients.shape[-1] // leads
+        found = [coefficients.new_zeros(scans, 1, codec.analysis.out_features)]
+        if patches > 1:
+            # [scans * (patches - 1), K, frames]
+            padded = F.pad(coefficients[..., :-leads], ((PATCHES_BACK - 1) * leads, 0))
+            before = padded.unfold(-1, PATCHES_BACK * leads, leads).transpose(1, 2).flatten(0, 1)
+            lengths = leads * torch.arange(1, patches, device=before.device).clamp(max=PATCHES_BACK).repeat(scans)
+            parts = zip(before.split(PATCHES_AT_ONCE), lengths.split(PATCHES_AT_ONCE), strict=True)
+            vectors = [codec.analysis(self.expected_coefficients(*part).flatten(1)) for part in parts]
+            found.append(torch.cat(vectors).unflatten(0, (scans, -1)))
+        return torch.cat(found, 1).unflatten(-1, (codec.config.tokens_per_patch, -1)).flatten(1, 2)
 
     def frame_surprise(self, values: torch.Tensor, mask: torch.Tensor, functions: torch.Tensor) -> torch.Tensor:
         """

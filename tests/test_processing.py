@@ -20,6 +20,9 @@ from fmrilm.processors import (
     add_fmri_tokens,
     add_name_tokens,
 )
+from fmrilm.processors.descriptors.cohort import LEVELS
+from fmrilm.processors.descriptors.measures import CORE_NAMES
+from fmrilm.processors.descriptors.text import PHRASES, QUESTIONS, Statement, question, sentence
 from fmrilm.processors.processing_fmrilm import without_repeats
 
 
@@ -355,6 +358,15 @@ def test_levels_of_a_named_descriptor_are_encoded_as_sentences(processor) -> Non
         (["low", "high"], "Is the coupling low or the coupling of networks high?"),
     ):
         assert processor.batch_decode(processor.encode_choices(choices, asked)) == choices
+
+
+@pytest.mark.parametrize("name", CORE_NAMES[::10])
+def test_levels_are_encoded_as_the_sentences_of_descriptions(processor, name: str) -> None:
+    processor.level_words = list(LEVELS)
+    add_name_tokens(processor.tokenizer, list(PHRASES.values()))
+    for wording in range(len(QUESTIONS)):
+        ids = processor.encode_choices(LEVELS, question(name, wording))
+        assert processor.batch_decode(ids) == [sentence(Statement(name, level)) for level in LEVELS]
 
 
 def test_names_are_text_for_users_and_survive_saving(processor, tmp_path) -> None:
