@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
@@ -288,6 +288,10 @@ def train_and_save(
     # each process may hold a part of the weights
     trainer.save_model(str(trained))
     trainer.accelerator.wait_for_everyone()
+    if trainer.args.world_size == 1:
+        # they are on disk: their memory is for the model that is made of them
+        for weight in cast(Any, trainer.model).parameters():
+            weight.data = weight.data.new_empty(0)
     if trainer.args.should_save:
         model: Any = load_model(str(trained), "auto", merge=True)
         if finish is not None:

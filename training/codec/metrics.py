@@ -42,7 +42,7 @@ def evaluate_codec(model: FmriCodecModel, items: Sequence[dict[str, Any]], level
     signals, guesses = [], []
     for item, codes in zip(items, encoded.codes, strict=True):
         rows = torch.from_numpy(codes)[None, :, :levels].long().to(model.device)
-        places = torch.from_numpy(np.asarray(item["coordinates"], np.float32))[None].to(model.device)
+        places = torch.tensor(item["coordinates"], dtype=torch.float32)[None].to(model.device)
         signals.append(item["signal"])
         guesses.append(model.decode(rows, places)[0].T.cpu().numpy()[: len(item["signal"])])
     correlation = fc_correlation(signals, guesses)
