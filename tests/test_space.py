@@ -8,6 +8,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -25,6 +26,9 @@ from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import level_answers, question
 from fmrilm.training import space
 from fmrilm.training.alignment.joint import join
+from fmrilm.training.data.tasks import load_task
+from fmrilm.training.evaluation.report import add_to_card
+from helpers import evaluation_results
 from space_browser import CHROMIUM, PATIENCE, ROOT, ask, headless_browser, open_page, served
 
 
@@ -328,6 +332,25 @@ def test_an_answer_ends_at_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(space, "MAX_ANSWER_SECONDS", 0.05)
     answers = list(space.answer_pieces(Slow(), {}, "Describe this scan.", []))
     assert answers[-1].startswith("on on ") and answers[-1].endswith("…") and closed == [True]
+
+
+def test_questions_come_with_what_the_card_says_was_measured(tmp_path: Path) -> None:
+    results = evaluation_results()
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    add_to_card(tmp_path / "README.md", results)
+    found = space.card_results(str(tmp_path))
+    found.append(replace(found[0], dataset_config="sex, zero-shot", metric_type="roc_auc", metric_value=0.75))
+    offered = {text: (answers, measured) for text, answers, measured in space.offered_questions(found)}
+    assert offered[QUESTION] == ("", "balanced accuracy 0.60")
+    task = load_task("sex")
+    assert offered[task.questions[0]] == (", ".join(task.choice_words), "ROC-AUC 0.75")
+    assert offered["Describe this scan."] == ("", "")
+
+
+def test_a_model_without_a_card_is_served_without_results(tmp_path: Path, caplog) -> None:
+    assert space.card_results(str(tmp_path)) == [] and not caplog.records
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert space.card_results(str(tmp_path)) == [] and "README.md" in caplog.text
 
 
 @pytest.mark.parametrize(("shared", "low", "high"), [(0.7, 0.55, 0.85), (0.0, -0.15, 0.15)])

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -24,12 +24,16 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from huggingface_hub import EvalResult, ModelCard
+from transformers.utils import cached_file
+from yaml import YAMLError
 
 from fmrilm import Atlas, load
-from fmrilm.processors.descriptors.text import level_answers
+from fmrilm.processors.descriptors.text import family, level_answers, question
 from fmrilm.processors.scan_io_fmrilm import logger, read_nifti, sidecars, warn_once
 
 from .cli.options import DEFAULT_MODEL, MODEL_VARIABLE
+from .data.tasks import load_task, task_names
 from .report.scan_figures import carpet, token_map
 from .report.scan_report import read_scan, token_places, view_scan
 
@@ -61,12 +65,16 @@ FILES = {
     "labels": "Label image (.nii, .nii.gz)",
     "sidecar": "Sidecar (.json)",
 }
-QUESTIONS = (
-    "Is the connectivity between the visual and default mode networks low, typical or high?",
-    "Is the signal persistence of the visual network low, typical or high?",
-    "Is the overall connectivity of the default mode network low, typical or high?",
-    "Describe this scan.",
-)
+# descriptors that are asked about to begin with
+DESCRIPTORS = ("connectivity/Vis-Default", "autocorrelation/Vis", "strength/Default")
+REQUEST = "Describe this scan."
+# of a card's results; the first that a question has is shown
+METRICS = {
+    "roc_auc": "ROC-AUC",
+    "pearson_r": "r",
+    "balanced_accuracy": "balanced accuracy",
+    "accuracy": "true statements",
+}
 CSS = """
 footer{display:none!important}
 .gradio-container{max-width:76rem!important;margin:0 auto}
@@ -90,8 +98,12 @@ class Session:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
-def build_space(reader: Any, uploads: Path) -> gr.Blocks:
-    """The pages of the Space. reader: of `fmrilm.load`; uploads: an empty folder that is Gradio's own, too."""
+def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) -> gr.Blocks:
+    """
+    The pages of the Space. reader: of `fmrilm.load`; uploads: an empty folder that is Gradio's own, too; results: of
+    the model's card.
+    """
+    offered = offered_questions(results)
     atlases = {atlas["name"]: len(atlas["rois"]) for atlas in reader.processor.feature_extractor.atlases}
 
     def keeper(kind: str) -> Callable[[dict[str, Any], gr.Request], tuple[Path | None, str]]:
@@ -234,7 +246,13 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
                     placeholder="low, typical, high (taken from the question where it names them)",
                     elem_id="choices",
                 )
-                gr.Examples([[text] for text in QUESTIONS], question, label="Questions like those of its training")
+                gr.Examples(
+                    [[text, answers] for text, answers, _ in offered],
+                    [question, choices],
+                    label="Questions like those of its training, with results on held-out subjects",
+                    # the page cuts a label's end off
+                    example_labels=[f"{result}: {text}" if result else text for text, _, result in offered],
+                )
                 problem = gr.HTML(elem_id="problem")
         plots = gr.HTML(elem_id="plots")
         opening = [session, chat, probabilities, plots, status]
@@ -258,6 +276,46 @@ def build_space(reader: Any, uploads: Path) -> gr.Blocks:
         )
     space.queue(max_size=MAX_WAITING)
     return space
+
+
+def offered_questions(results: Sequence[EvalResult]) -> list[tuple[str, str, str]]:
+    """
+    Questions to begin with, about descriptors and about labels that the results are about: each with its answers, by
+    comma where it does not name them, and with what the results say of such questions, "" where nothing is known.
+    """
+    measured: dict[str, dict[str, EvalResult]] = {}
+    for result in results:
+        measured.setdefault(str(result.dataset_config).removesuffix(", zero-shot"), {})[result.metric_type] = result
+
+    def quality(asked: str) -> str:
+        known = measured.get(asked, {})
+        metric = next((metric for metric in METRICS if metric in known), None)
+        if metric is None:
+            return ""
+        return f"{METRICS[metric]} {known[metric].metric_value:.2f}"
+
+    found = [(question(name), "", quality(f"descriptors, {family(name)}")) for name in DESCRIPTORS]
+    for name in measured:
+        if name in task_names():
+            task = load_task(name)
+            found.append((task.questions[0], ", ".join(task.choice_words or ()), quality(name)))
+    return [*found, (REQUEST, "", quality("descriptions"))]
+
+
+def card_results(model: str) -> list[EvalResult]:
+    """What the card of a model folder or Hub id says was measured; nothing without a card that can be read."""
+    path = cached_file(
+        model,
+        "README.md",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    try:
+        card: Any = None if path is None else ModelCard.load(path)
+        return [] if card is None else card.data.eval_results or []
+    except (ValueError, YAMLError) as error:
+        logger.warning("no results are shown: the card cannot be read: %s: %s", path, error)
+        return []
 
 
 def answer_pieces(reader: Any, scan: dict[str, Any], question: str, history: list[tuple[str, str]]) -> Iterator[str]:
@@ -343,10 +401,10 @@ def _status(text: str, error: bool = False) -> str:
     return f"<p{' class=error role=alert' if error else ''}>{escape(text)}</p>"
 
 
-def launch(reader: Any, uploads: Path, **options: Any) -> gr.Blocks:
+def launch(reader: Any, uploads: Path, results: Sequence[EvalResult] = (), **options: Any) -> gr.Blocks:
     """Starts the Space with its limits; options of Gradio's `launch`, such as `server_port`."""
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-    space = build_space(reader, uploads)
+    space = build_space(reader, uploads, results)
     space.launch(
         # fonts of the visitor's own system: the page fetches nothing from elsewhere
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
@@ -365,6 +423,7 @@ def main(model: str | None = None, port: int | None = None, host: str | None = N
     """Serves a model folder or Hub id: the one given, else that of the variable, else the demo's."""
     # removed with the program, also where it is asked to stop
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    reader = load(model or os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
+    source = model or os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL
+    reader, results = load(source), card_results(source)
     with tempfile.TemporaryDirectory(prefix="fmrilm-space-") as uploads:
-        launch(reader, Path(uploads), server_port=port, server_name=host)
+        launch(reader, Path(uploads), results, server_port=port, server_name=host)

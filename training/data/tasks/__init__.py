@@ -31,11 +31,15 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import yaml
-from datasets import Dataset
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from typing_extensions import TypeIs
 
 
 FOLDER = Path(__file__).parent
@@ -244,7 +248,7 @@ def _texts(name: str, value: Any) -> list[str]:
     return [_text(name, item) for item in value]
 
 
-Rows = Dataset | Sequence[Mapping[str, Any]]
+Rows: TypeAlias = "Dataset | Sequence[Mapping[str, Any]]"
 
 
 def labels_of(task: Task, rows: Rows, least: int = 2) -> list[Label | None]:
@@ -296,7 +300,9 @@ def _check_agreement(task: Task, labels: Sequence[Label | None], rows: Rows) -> 
 
 
 def column_names(rows: Rows) -> list[str]:
-    return rows.column_names if isinstance(rows, Dataset) else list(rows[0]) if len(rows) else []
+    if _is_dataset(rows):
+        return rows.column_names
+    return list(rows[0]) if len(rows) else []
 
 
 def column_of(rows: Rows, name: str) -> list[Any]:
@@ -304,7 +310,12 @@ def column_of(rows: Rows, name: str) -> list[Any]:
     if name not in column_names(rows):
         raise ValueError(f"no column {name!r} among {', '.join(column_names(rows))}")
     # a whole row of a dataset would be read with its signal; of several datasets, not all have each column
-    return rows[name][:] if isinstance(rows, Dataset) else [row.get(name) for row in rows]
+    return list(rows[name]) if _is_dataset(rows) else [row.get(name) for row in rows]
+
+
+def _is_dataset(rows: Rows) -> "TypeIs[Dataset]":
+    # the Space, which reads tasks, has no datasets
+    return hasattr(rows, "column_names")
 
 
 def _named(rows: Sequence[int]) -> str:
