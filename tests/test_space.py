@@ -28,6 +28,7 @@ from fmrilm.training import space
 from fmrilm.training.alignment.joint import join
 from fmrilm.training.data.tasks import load_task
 from fmrilm.training.evaluation.report import add_to_card
+from fmrilm.training.report.scan_report import read_scan
 from helpers import evaluation_results
 from space_browser import CHROMIUM, PATIENCE, ROOT, ask, headless_browser, open_page, served
 
@@ -136,17 +137,47 @@ def test_a_scan_is_uploaded_asked_about_and_deleted(
         found = re.search(rf"{choice}\s+(\d+)%", shown)
         assert int(found[1]) == pytest.approx(100 * probability, abs=1)
     assert page.locator("#chat").get_by_text(expected["answer"], exact=True).count() == 1
+    scan = read_scan(load(model_folder), path, 2.0, "tiny")
+    other = load(model_folder).ask(space.with_shuffled_rois(scan), QUESTION, ["low", "typical", "high"])
+    share = other["probabilities"][other["answer"]]
+    assert page.locator("#control").inner_text().endswith(f"random order: {other['answer']} ({share:.0%})")
     # chat on, in free text: the model knows the turn before
     ask(page, "Describe this scan.")
     history = [(QUESTION, expected["answer"])]
     expected = load(model_folder).ask(
         str(path), "Describe this scan.", history=history, tr=2.0, max_new_tokens=space.MAX_ANSWER_TOKENS
     )
+    assert page.locator("#control").inner_text() == ""
     words = page.locator("#chat").inner_text()
     assert " ".join(expected["answer"].split())[:40] in " ".join(words.split())
     for title in ("Every ROI over time", "Latent tokens over time"):
         assert page.locator("#plots h3", has_text=title).count() == 1
     assert page.locator("#plots img").first.evaluate("image => image.naturalWidth") > 0
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_keyboard_alone_is_enough_at_any_width_and_nothing_is_cut_off(
+    browser: Browser, running: tuple[str, Path], width: int, scheme: str
+) -> None:
+    page = open_page(browser, running[0], viewport={"width": width, "height": 800}, color_scheme=scheme)
+    example = page.get_by_role("button", name="Synthetic: coupled networks")
+    example.focus()
+    page.keyboard.press("Enter")
+    page.locator("#status p", has_text="Read:").wait_for()
+    # on through the page, until the question has the focus
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.closest('#question') !== null"):
+            break
+    page.keyboard.type(QUESTION)
+    page.keyboard.press("Enter")
+    page.locator("#control p").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", color)[:3])) < 128) == (scheme == "dark")
+    page.close()
 
 
 @needs_browser
@@ -221,7 +252,7 @@ def test_label_image_of_another_atlas_is_refused(running: tuple[str, Path], tmp_
     client.predict(handle_file(labels), api_name="/upload_labels")
     # without a table, they are to be those of the atlas that was chosen
     for atlas in ("tiny", "mine"):
-        status = client.predict("tiny", 0, api_name="/read")[3]
+        status = client.predict("tiny", 0, api_name="/read")[4]
         assert f"atlas '{atlas}' has 6 labels and the label image 18" in status.replace("&#x27;", "'")
         client.predict(handle_file(table), api_name="/upload_table")
     assert str(running[1]) not in status

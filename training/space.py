@@ -83,8 +83,9 @@ footer{display:none!important}
 #status p{margin:0;padding:.55rem .8rem;border-radius:8px;border-left:4px solid var(--color-accent);
 background:var(--background-fill-secondary)}
 #status p.error{border-color:#c2410c}
+#control p{margin:0;color:var(--body-text-color-subdued);font-size:.85rem}
 #plots h3{margin:.8rem 0 .2rem;font-size:1rem;font-weight:600}
-#plots figure{margin:0}#plots figure div{overflow-x:auto}#plots img{width:100%;min-width:36rem}
+#plots figure{margin:0}#plots figure div{overflow-x:auto;contain:inline-size}#plots img{width:100%;min-width:36rem}
 #plots figcaption{color:var(--body-text-color-subdued);font-size:.85rem}
 """
 Message = dict[str, str]
@@ -129,7 +130,7 @@ def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) 
         there = [path for path in (file, table, labels, sidecar) if path is not None and path.exists()]
         if file is None or file not in there:
             problem = _status("Upload a scan first, or take an example.", error=True)
-            return *[gr.skip()] * 4, problem, *[gr.skip()] * len(FILES)
+            return *[gr.skip()] * 5, problem, *[gr.skip()] * len(FILES)
         try:
             for path in there:
                 check_size(path, path == labels)
@@ -145,16 +146,16 @@ def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) 
             for path in there:
                 text = text.replace(f"{path.parent}{os.sep}", "")
             # what was there is gone: no answer can be about another scan than the last one given
-            return Session(), [], None, "", _status(text, error=True), *[gr.skip()] * len(FILES)
+            return Session(), [], None, "", "", _status(text, error=True), *[gr.skip()] * len(FILES)
         for path in there:
             discard(path)
         done = _status(f"{summary} The upload has been deleted.")
-        return session, [], None, plots, done, *[None] * len(FILES)
+        return session, [], None, "", plots, done, *[None] * len(FILES)
 
     def example(name: str, atlas: str) -> tuple[Any, ...]:
         known = reader.processor.feature_extractor.atlas(atlas)
         session, plots, summary = opened(synthetic_scan(known, EXAMPLES[name]), atlas, EXAMPLE_TR)
-        return session, [], None, plots, _status(f"{summary} No person's: a random process.")
+        return session, [], None, "", plots, _status(f"{summary} No person's: a random process.")
 
     def opened(source: Any, atlas: str, tr: float, labels: Path | None = None) -> tuple[Session, str, str]:
         with noted() as notes:
@@ -193,16 +194,18 @@ def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) 
             history = session.turns[-MAX_TURNS:]
             if allowed:
                 found = reader.ask(session.scan, question, list(allowed), history=history)
+                # without the turns before, which are about the scan as it is
+                other = reader.ask(with_shuffled_rois(session.scan), question, list(allowed))
                 turns = [*session.turns, (question, found["answer"])]
-                yield Session(session.scan, turns), _chat(turns), found["probabilities"], "", ""
+                yield Session(session.scan, turns), _chat(turns), found["probabilities"], _control(other), "", ""
                 return
             answer = ""
             for answer in answer_pieces(reader, session.scan, question, history):
-                yield session, _chat([*session.turns, (question, answer)]), None, question, ""
+                yield session, _chat([*session.turns, (question, answer)]), None, "", question, ""
             turns = [*session.turns, (question, answer)]
-            yield Session(session.scan, turns), _chat(turns), None, "", ""
+            yield Session(session.scan, turns), _chat(turns), None, "", "", ""
         except (ValueError, OSError) as error:
-            yield session, shown, None, question, _status(str(error), error=True)
+            yield session, shown, None, "", question, _status(str(error), error=True)
 
     def session_folder(request: gr.Request) -> Path:
         # the name comes from the visitor's browser: hashed, it cannot lead elsewhere
@@ -234,6 +237,7 @@ def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) 
                     examples = [gr.Button(name, size="sm", min_width=120) for name in EXAMPLES]
                 status = gr.HTML(elem_id="status")
                 probabilities = gr.Label(label="Probability of each answer", elem_id="probabilities")
+                control = gr.HTML(elem_id="control")
             with gr.Column(scale=3):
                 chat = gr.Chatbot(
                     label="Questions and answers", height=420, render_markdown=False, buttons=[], elem_id="chat"
@@ -255,7 +259,7 @@ def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) 
                 )
                 problem = gr.HTML(elem_id="problem")
         plots = gr.HTML(elem_id="plots")
-        opening = [session, chat, probabilities, plots, status]
+        opening = [session, chat, probabilities, control, plots, status]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
         # preprocessing would leave an empty file beside each upload, named as those that still arrive
         for kind, file, state in zip(FILES, files, uploaded, strict=True):
@@ -270,7 +274,7 @@ def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) 
         question.submit(
             ask,
             [session, question, choices],
-            [session, chat, probabilities, question, problem],
+            [session, chat, probabilities, control, question, problem],
             api_name="ask",
             **one_at_a_time,
         )
@@ -381,6 +385,12 @@ def synthetic_scan(atlas: Atlas, shared: float, seed: int = 0) -> np.ndarray:
     return math.sqrt(shared) * common[:, members] + math.sqrt(1 - shared) * own
 
 
+def with_shuffled_rois(scan: dict[str, Any]) -> dict[str, Any]:
+    """A scan of `read_scan` with its ROIs in random order, always the same: of the signals, their places are lost."""
+    signal = scan["signal"]
+    return {**scan, "signal": signal[:, np.random.default_rng(0).permutation(signal.shape[1])]}
+
+
 def discard(upload: Path | None) -> None:
     """Deletes an upload and the folder that was made for it."""
     if upload is not None:
@@ -395,6 +405,13 @@ def _chat(turns: list[tuple[str, str]]) -> list[Message]:
         for turn in turns
         for role, text in zip(roles, turn, strict=True)
     ]
+
+
+def _control(found: dict[str, Any]) -> str:
+    """What another scan would have got: a model that ignores the scan gives the same."""
+    answer = found["answer"]
+    share = found["probabilities"][answer]
+    return f"<p>The same scan with its ROIs in random order: <b>{escape(answer)}</b> ({share:.0%})</p>"
 
 
 def _status(text: str, error: bool = False) -> str:
