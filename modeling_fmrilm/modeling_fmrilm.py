@@ -760,28 +760,33 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
             **inputs,
         )
         totals = outputs.logits[:, -1].float().log_softmax(-1)[:, [choice[0] for choice in choices]]
-        depth = max(map(len, choices)) - 1
-        if not depth:
+        # answers that differ in their last token alone, such as numbers, go on from the same tokens
+        prefixes = list(dict.fromkeys(tuple(choice[:-1]) for choice in choices if len(choice) > 1))
+        if not prefixes:
             return totals
-        padded = [[*choice, *[choice[-1]] * (depth + 1 - len(choice))] for choice in choices]
-        scored = torch.tensor([[place < len(choice) for place in range(1, depth + 1)] for choice in choices])
-        parts = torch.tensor(padded, device=device).split(max(1, MOST_SEQUENCES // rows))
-        found = []
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
+        depth = max(map(len, prefixes))
+        count = max(1, MOST_SEQUENCES // rows)
+        for start in range(0, len(prefixes), count):
+            part = prefixes[start : start + count]
+            last = start + count >= len(prefixes)
             cache = outputs.past_key_values if last else copy.deepcopy(outputs.past_key_values)
-            tokens, repeated = part.repeat(rows, 1), torch.arange(rows, device=device).repeat_interleave(len(part))
+            padded = [[*prefix, *[prefix[-1]] * (depth - len(prefix))] for prefix in part]
+            repeated = torch.arange(rows, device=device).repeat_interleave(len(part))
             cache.reorder_cache(repeated)
             logits = self.model.causal_lm(
-                input_ids=tokens[:, :-1],
+                input_ids=torch.tensor(padded, device=device).repeat(rows, 1),
                 attention_mask=F.pad(mask, (0, depth), value=1)[repeated],
                 position_ids=(positions[:, -1:] + torch.arange(1, depth + 1, device=device))[repeated],
                 past_key_values=cache,
                 use_cache=True,
             ).logits
-            of_part = logits.float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-            found.append(of_part.unflatten(0, (rows, -1)))
-        return totals + (torch.cat(found, 1) * scored.to(device)).sum(-1)
+            of_part = logits.float().log_softmax(-1).unflatten(0, (rows, -1))
+            for place, choice in enumerate(choices):
+                if tuple(choice[:-1]) in part:
+                    steps = torch.arange(len(choice) - 1, device=device)
+                    rest = torch.tensor(choice[1:], device=device)
+                    totals[:, place] += of_part[:, part.index(tuple(choice[:-1])), steps, rest].sum(-1)
+        return totals
 
     def score_rows(self, inputs: dict[str, Any], choices: Sequence[list[list[int]]]) -> torch.Tensor:
         """`score_choices` of a batch in which each row is about one scan and has as many choices of its own."""

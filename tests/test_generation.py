@@ -143,3 +143,15 @@ def test_scores_of_choices_are_probabilities_of_what_follows(llama: Model, depth
     assert words > 2 * MOST_SEQUENCES
     few = llama.score_choices({"input_ids": row, "fmri_codes": scan}, choices[-3:])
     assert torch.allclose(scores[:, -3:], few, atol=1e-4)
+
+
+def test_scores_of_choices_that_begin_alike_are_those_of_each_alone(llama: Model) -> None:
+    row, scan = ids(llama, "a", LONG, "question"), codes(LONG)
+    inputs = {"input_ids": row.repeat(2, 1), "fmri_codes": scan.repeat(2, 1, 1)}
+    choices = [[5, 7], [5, 9, 7], [5, 9], [6], [5, 9, 8, 7], [6, 7]]
+    scores = llama.score_choices(inputs, choices)
+    for place, choice in enumerate(choices):
+        whole = torch.cat([row, torch.tensor([choice])], 1)
+        logits = llama(whole, fmri_codes=scan).logits[0, -len(choice) - 1 : -1].log_softmax(-1)
+        expected = logits[torch.arange(len(choice)), choice].sum()
+        assert torch.allclose(scores[:, place], expected.expand(2), atol=1e-4)

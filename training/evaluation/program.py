@@ -471,12 +471,11 @@ class _Run:
         low, high = task.range or (0, np.inf)
         if task.decimals == 0 and high - low < MOST_NUMBERS:
             numbers = np.arange(int(np.ceil(low)), int(high) + 1)
-            # with the end of the answer: 1 is no beginning of 12 then
+            # where another number goes on from a number, with the end of the answer: 1 is no beginning of 12 then
             end = self.processor.eos_token_ids[0]
-            ids = [
-                [*self.processor.tokenizer(str(number), add_special_tokens=False)["input_ids"], end]
-                for number in numbers
-            ]
+            digits = self.processor.tokenizer([*map(str, numbers)], add_special_tokens=False)["input_ids"]
+            begun = {tuple(each[:count]) for each in digits for count in range(1, len(each))}
+            ids = [[*each, end] if tuple(each) in begun else each for each in digits]
             (scores,) = score_windows(*reader, windows, [question], [ids])
             found["expected"] = self._mean(places, np.exp(scores) @ numbers)[test]
         return found
