@@ -166,9 +166,9 @@ SECTIONS = {
     ),
     "codec_losses.csv": Section(
         "Codec: training and contrastive loss",
-        "Codecs as fitted, trained after the fit, and trained with a loss against a frozen language model, means over "
-        "folds: what is kept of test subjects, labels by ridge regression, and which windows find their description "
-        "among all, by the alignment head and by ridge regression on scan features (linear): "
+        "Codecs of 16 levels as fitted, trained after that, and with a loss against a frozen language model, means "
+        "over folds: what is kept of test subjects, labels by ridge regression, and which windows find their "
+        "description among all, by the alignment head and by ridge regression on scan features (linear): "
         "`python benchmarks/codec.py losses --data FOLDER`.",
         over_folds,
     ),
@@ -187,8 +187,8 @@ SECTIONS = {
     ),
     "forecast_codes.csv": Section(
         "Next codes",
-        "Bits a token of held-out subjects, all levels, by number of training subjects, with 95 % intervals over "
-        "subjects of the difference to the best other method: "
+        "Bits a token of held-out subjects, all levels of codecs that have 16, by number of training subjects, with "
+        "95 % intervals over subjects of the difference to the best other method: "
         "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER`.",
     ),
     "forecast_code_levels.csv": Section(
@@ -198,8 +198,9 @@ SECTIONS = {
     ),
     "forecast_surprise.csv": Section(
         "Surprise",
-        "Surprise of frames (nats a coefficient) and of next codes (bits a token), the AUC of randomised scans and of "
-        "their patches against real ones, and how often a splice of another subject's frames is found within a patch: "
+        "Surprise of frames (nats a coefficient) and of next codes (bits a token, 16 levels), the AUC of randomised "
+        "scans and of their patches against real ones, and how often a splice of another subject's frames is found "
+        "within a patch: "
         "`python benchmarks/next_codes.py surprise --data PREPARED --work FOLDER`.",
     ),
     "forecast_cost.csv": Section(

@@ -43,8 +43,8 @@ CODEC_SIZES = {
 
 class FmriCodecConfig(PreTrainedConfig):
     """
-    Configuration of [`FmriCodecModel`]. The defaults are the release's: 8 tokens of 16 levels of 512 codes, 1,152
-    bits for a patch of 16 frames, in 4 groups, and no transformer.
+    Configuration of [`FmriCodecModel`]. By default 8 tokens of 16 levels of 512 codes, 1,152 bits for a patch of 16
+    frames, in 4 groups, and no transformer.
 
     Args:
         patch_length: frames of a patch.
