@@ -117,10 +117,10 @@ class Parcels:
             with np.load(path, allow_pickle=False) as file:
                 values = {what: file[what] for what in file.files}
             return cls(**values)
-        except OSError:
+        except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:
-            # the zip and array parsers raise many kinds of errors on damaged files
+            # the zip and array parsers raise many kinds of errors on damaged files, OSError among them
             raise ValueError(f"{path}: not a readable file of parcels: {error}") from error
 
     @property

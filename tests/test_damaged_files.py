@@ -52,6 +52,8 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @thorough
 @given(how=damages)
+# a directory that sends the reader to a place before the file's beginning
+@example(how=([(0.99609375, 1)], None))
 def test_damaged_parcels_are_parcels_or_refused(how: tuple, tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     Parcels(np.arange(8).reshape(2, 2, 2), np.eye(4), left=np.arange(5), right=np.arange(5)).save(path)
