@@ -408,7 +408,7 @@ def _chat(turns: list[tuple[str, str]]) -> list[Message]:
 
 
 def _control(found: dict[str, Any]) -> str:
-    """What another scan would have got: a model that ignores the scan gives the same."""
+    """What the scan with shuffled ROIs has got: a model that ignores the scan answers both alike."""
     answer = found["answer"]
     share = found["probabilities"][answer]
     return f"<p>The same scan with its ROIs in random order: <b>{escape(answer)}</b> ({share:.0%})</p>"
