@@ -5,11 +5,14 @@ What a model trained by the release recipe reads of subjects, beside baselines, 
     python benchmarks/people.py release prepared-abide         # trains a model for each fold: people_release.csv, and
                                                                # what it says of descriptors: people_descriptors.csv
     python benchmarks/people.py reading prepared-abide         # what their answers depend on: people_reading.csv
+    python benchmarks/people.py release prepared-abide prepared-song --tasks asd,sex,age,age_group,state
+                                                               # one model for both: people_joint.csv
 
-The argument is a folder that `fmrilm prepare` wrote. Folds are stratified by site and the first task's answers; in
+An argument is a folder that `fmrilm prepare` wrote. Folds are stratified by site and the first task's answers; in
 "leave one site out", each site is tested once. Tables hold figures over all subjects, and no single answer.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +58,11 @@ def read_tasks(names: str) -> list:
     return with_columns([load_task(name.partition("=")[0]) for name in names.split(",")], given_columns(names))
 
 
+def labelled_tasks(scans: Scans, tasks: list) -> list:
+    """Those whose labels the scans have."""
+    return [task for task in tasks if {task.column, *task.other_columns} & set(scans.table)]
+
+
 def given_columns(names: str) -> list[str]:
     """ "asd=diagnosis,sex": those with a column."""
     return [name for name in names.split(",") if "=" in name]
@@ -66,7 +74,7 @@ def all_splits(scans: Scans, tasks: list, folds: int, seeds: int) -> dict[str, l
         f"{folds} folds, seed {seed}": make_splits(scans, SplitArguments(), folds, True, tasks, seed)
         for seed in range(seeds)
     }
-    if "site" in scans.table:
+    if "site" in scans.table and scans.table["site"].nunique() > 1:
         found["leave one site out"] = make_splits(scans, SplitArguments(leave_out="site"), None, True, tasks, 0)
     return found
 
@@ -113,7 +121,7 @@ def baselines(
 
 @app.command()
 def release(
-    data: Data,
+    data: Annotated[list[Path], typer.Argument(exists=True, file_okay=False, help="Folders of `fmrilm prepare`.")],
     tasks: Tasks = DEFAULT_TASKS,
     folds: int = 5,
     seeds: Seeds = 1,
@@ -129,55 +137,80 @@ def release(
     results: Path = RESULTS,
 ) -> None:
     """The release recipe on the training subjects of each fold, and its answers about the test subjects."""
-    scans, asked, tables = load_scans(data, FmriLMFeatureExtractor()), read_tasks(tasks), []
-    names = [name.partition("=")[0] for name in tasks.split(",")]
+    asked, tables = read_tasks(tasks), []
     columns = given_columns(tasks)
-    known = [Labelled.read(task, scans) for task in asked]
     counts = tuple(int(count) for count in shots.split(","))
     settings = EvaluationSettings(shots=counts, questions_per_family=questions, described=described)
     if any(counts):
         settings = replace(settings, conditions=(*settings.conditions, "tuned"))
-    wanted, runs = all_splits(scans, asked, folds, seeds), []
-    for name, splits in wanted.items():
+    folders = [load_scans(folder, FmriLMFeatureExtractor()) for folder in data]
+    known = [[Labelled.read(task, scans) for task in labelled_tasks(scans, asked)] for scans in folders]
+    wanted = [
+        all_splits(scans, [each.task for each in of_folder], folds, seeds)
+        for scans, of_folder in zip(folders, known, strict=True)
+    ]
+    suffix, runs = "release" if len(data) == 1 else "joint", []
+    # one site is left out of one folder
+    names = wanted[0] if len(data) == 1 else [f"{folds} folds, seed {seed}" for seed in range(seeds)]
+    for name in names:
         if name == "leave one site out" and not leave_one_site_out:
             continue
-        answers: dict[str, dict] = {labelled.task.name: {} for labelled in known}
-        splits = splits[:first]
-        for fold, split in enumerate(splits):
+        answers: dict[str, dict] = {each.task.name: {} for of_folder in known for each in of_folder}
+        splits = [of_folder[name][:first] for of_folder in wanted]
+        for fold, of_fold in enumerate(zip(*splits, strict=True)):
             folder = work / name.replace(" ", "-").replace(",", "") / f"fold{fold}"
-            path = folder / "splits.csv"
-            subjects = scans.table["subject"].astype(str).to_numpy()
-            parts = {"train": set(subjects[split.training]), "test": set(subjects[split.test])}
-            rows = [{"subject": one, "split": part} for part, members in parts.items() for one in sorted(members)]
-            write_whole(path, pd.DataFrame(rows).to_csv(index=False))
-            recipe = ReleaseArguments(
-                data=[str(data)], tasks=names, columns=columns, output_dir=str(folder), splits=str(path)
+            model = train_release(
+                ReleaseArguments(
+                    data=[str(each) for each in data],
+                    tasks=[task.name for task in asked],
+                    columns=columns,
+                    output_dir=str(folder),
+                    splits=str(write_splits(folder / "splits.csv", folders, of_fold)),
+                )
             )
-            model = train_release(recipe)
-            found = evaluate(
-                model,
-                data,
-                folder / "evaluation",
-                names,
-                descriptors,
-                split=SplitArguments(splits=str(path)),
-                columns=columns,
-                settings=settings,
-            )
-            for kept in sorted((folder / "evaluation" / "answers").glob("*.0.0.npz")):
-                task, condition, count = kept.name.split(".")[:3]
-                key = condition, int(count) if count.isdigit() else count
-                answers[task].setdefault(key, []).append(dict(np.load(kept)))
-            of_fold = table(found)
-            kept = (of_fold.comparison == "right") & ~of_fold.task.str.startswith("descri")
-            tables.append(of_fold[kept].assign(split=f"{name}, fold {fold}"))
-            runs.append(found)
-            if descriptors:
+            for place, (scans, split, of_folder) in enumerate(zip(folders, of_fold, known, strict=True)):
+                evaluation = folder / ("evaluation" if place == 0 else f"evaluation{place}")
+                about = [each.task.name for each in of_folder]
+                found = evaluate(
+                    model,
+                    data[place],
+                    evaluation,
+                    about,
+                    descriptors and place == 0,
+                    split=SplitArguments(splits=str(write_splits(evaluation / "splits.csv", [scans], [split]))),
+                    columns=[column for column in columns if column.partition("=")[0] in about],
+                    settings=settings,
+                )
+                for kept in sorted((evaluation / "answers").glob("*.0.0.npz")):
+                    task, condition, count = kept.name.split(".")[:3]
+                    key = condition, int(count) if count.isdigit() else count
+                    answers[task].setdefault(key, []).append(dict(np.load(kept)))
+                rows = table(found)
+                kept = (rows.comparison == "right") & ~rows.task.str.startswith("descri")
+                tables.append(rows[kept].assign(split=f"{name}, fold {fold}"))
+                if descriptors and place == 0:
+                    runs.append(found)
+            if runs and suffix == "release":
                 told = over_runs(runs).to_csv(index=False, float_format="%.4f")
                 write_whole(results / "people_descriptors.csv", told)
-        of_tasks = {each.task.name: pooled(scans, each, splits, answers[each.task.name]) for each in known}
+        of_tasks = {
+            each.task.name: pooled(scans, each, of_folder_splits, answers[each.task.name])
+            for scans, of_folder, of_folder_splits in zip(folders, known, splits, strict=True)
+            for each in of_folder
+        }
         tables.append(table({"tasks": of_tasks}).assign(split=name if first is None else f"{name}: first {first}"))
-        write("release", tables, results)
+        write(suffix, tables, results)
+
+
+def write_splits(path: Path, folders: Sequence[Scans], splits: Sequence[Split]) -> Path:
+    """A table for `--splits` of one split of each folder."""
+    rows = []
+    for scans, split in zip(folders, splits, strict=True):
+        subjects = scans.table["subject"].astype(str).to_numpy()
+        for part, members in (("train", subjects[split.training]), ("test", subjects[split.test])):
+            rows += [{"subject": one, "split": part} for one in sorted(set(members))]
+    write_whole(path, pd.DataFrame(rows).to_csv(index=False))
+    return path
 
 
 @app.command()

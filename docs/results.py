@@ -1,6 +1,6 @@
 """Writes results.md out of the CSV files in benchmarks/results: python docs/results.py"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +41,14 @@ def by_condition(table: pd.DataFrame) -> pd.DataFrame:
     return table.pivot(index="what", columns="condition", values="cell").loc[order].reset_index()
 
 
-def by_split(table: pd.DataFrame) -> pd.DataFrame:
+def by_split(table: pd.DataFrame, metrics: Sequence[str] = MAIN_METRICS) -> pd.DataFrame:
     """
     A row for each task, metric and condition, a column for each split: value (low to high). Numbers are the expected
     ones where the answers are groups; where the answers are numbers, expected ones stand beside those that were given.
     """
     kept = (table["comparison"] == "right") | ((table["comparison"] == "shuffled") & table["condition"].isin(MODELS))
     expected = (table["variant"] == "expected value") & (table["metric"] == "pearson_r")
-    kept &= table["metric"].isin(MAIN_METRICS) & ((table["variant"].fillna("") == "") | expected)
+    kept &= table["metric"].isin(metrics) & ((table["variant"].fillna("") == "") | expected)
     given = table[(table["variant"].fillna("") == "") & (table["metric"] == "pearson_r")]
     both = expected & (table["task"] + table["condition"]).isin(given["task"] + given["condition"])
     table = table.assign(condition=table["condition"].mask(both, table["condition"] + ", expected value"))
@@ -108,6 +108,13 @@ SECTIONS = {
         "answers stand under zero-shot: evaluation taught it nothing more), beside the subject-shuffled control and "
         "baselines: `python benchmarks/people.py release PREPARED`.",
         by_split,
+    ),
+    "people_joint.csv": Section(
+        "Labels and states by one model: two datasets, two atlases",
+        "The same by models of the release recipe that learned from ABIDE (CC200) and SONG (Schaefer-200) at once, "
+        "with the state of each of SONG's recordings: `python benchmarks/people.py release PREPARED PREPARED --tasks "
+        "asd,sex,age,age_group,state`.",
+        lambda table: by_split(table, (*MAIN_METRICS, "accuracy")),
     ),
     "people_descriptors.csv": Section(
         "Descriptors of scans: the release recipe",

@@ -314,6 +314,19 @@ def test_codes_are_computed_once(tiny_codec, tmp_path: Path, monkeypatch: pytest
         assert len(calls) == 1 and len(calls[0]) == 4
 
 
+def test_mixtures_are_made_once_with_what_is_known_of_them(
+    tiny_codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "SHARD", 4)
+    mixed = mixtures()
+    items = [mixed[index] for index in range(len(mixed))]
+    first = encode_windows(tiny_codec, mixed, tmp_path)
+    monkeypatch.delattr(MixedWindows, "__getitem__")
+    for encoded in (first, encode_windows(tiny_codec, mixed, tmp_path)):
+        np.testing.assert_array_equal(encoded.known["descriptors"], [item["descriptors"] for item in items])
+        assert encoded.known["subject"].tolist() == [item["subject"] for item in items]
+
+
 @pytest.mark.parametrize("change", ["codec", "scans", "windows"])
 def test_other_inputs_are_encoded_anew(change: str, tiny_codec, make_codec, tmp_path: Path) -> None:
     before = encode_windows(tiny_codec, windows_of("a", "b"), tmp_path)

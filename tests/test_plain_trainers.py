@@ -30,7 +30,7 @@ OPTIONS = {
     "use_cpu": True,
     "bf16": False,
 }
-SFT = {"gradient_checkpointing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+SFT = {"activation_checkpointing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
 
 
 def rows(model: Model, last: str = "yes", **columns) -> Dataset:
@@ -105,7 +105,7 @@ def prepared(model: Model, processor, output: Path, data: Dataset, own: bool = T
     """An SFTTrainer that prepares the rows, with our collator or its own."""
     collator = RowCollator(processor.tokenizer.pad_token_id) if own else None
     config = SFTConfig(
-        str(output), **{**OPTIONS, "remove_unused_columns": False, "gradient_checkpointing": False, **changes}
+        str(output), **{**OPTIONS, "remove_unused_columns": False, "activation_checkpointing": False, **changes}
     )
     tools = {"processing_class": processor.tokenizer, "data_collator": collator}
     return SFTTrainer(model=model, args=config, train_dataset=data, **tools)

@@ -47,7 +47,7 @@ def build(of: type[Trainer], model, processor, output: Path, rows: Dataset | Non
     config = CONFIGS.get(of, FmriLMSFTConfig)
     plain = {"remove_unused_columns": False} if of is Trainer else {}
     if config is FmriLMSFTConfig:
-        plain = {"gradient_checkpointing": False}
+        plain = {"activation_checkpointing": False}
     return of(
         model=model,
         args=config(str(output), **{**ARGUMENTS, **plain, **changes}),
@@ -167,7 +167,7 @@ def test_tuned_adapter_merges_into_the_same_model(checkpointing: bool, tiny_mode
     adapted = add_lora(tiny_model("qwen3"), 4)
     before = text_loss(adapted, processor)
     codec = copy.deepcopy(adapted.base_model.model.model.codec.state_dict())
-    build(FmriLMSFTTrainer, adapted, processor, tmp_path, max_steps=12, gradient_checkpointing=checkpointing).train()
+    build(FmriLMSFTTrainer, adapted, processor, tmp_path, max_steps=12, activation_checkpointing=checkpointing).train()
     assert text_loss(adapted, processor) < 0.9 * before
     inputs = {name: value for name, value in batch_of(chats(2), processor).items() if name != "labels"}
     expected = adapted(**inputs).logits

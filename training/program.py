@@ -188,15 +188,13 @@ def make_examples(
     codes, features, z_scores = list(encoded.codes), encoded.features, cohort.z_scores(descriptors)
     levels = cohort.levels(descriptors)
     if mixtures:
-        mixed = MixedWindows(scans, window_length, cohort, mixtures, seed)
-        more = encode_windows(codec, mixed, cache)
-        items = [mixed[index] for index in range(mixtures)]
-        z_mixed = np.stack([item["descriptors"] for item in items])
+        more = encode_windows(codec, MixedWindows(scans, window_length, cohort, mixtures, seed), cache)
+        z_mixed = more.known["descriptors"]
         codes += list(more.codes)
         features = np.concatenate([features, more.features])
         z_scores = np.concatenate([z_scores, z_mixed])
         levels = np.concatenate([levels, cohort.levels(cohort.from_z_scores(z_mixed))])
-        rows += [{**dict.fromkeys(known[0]), "subject": item["subject"]} for item in items]
+        rows += [{**dict.fromkeys(known[0]), "subject": subject} for subject in more.known["subject"].tolist()]
     return Examples(codes, features, z_scores, levels, rows, np.zeros((len(codes), 0), np.float32))
 
 

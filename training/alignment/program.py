@@ -107,8 +107,11 @@ def align(
     examples, r_squared = fit_scores(model, examples, names, targets, training_args.seed)
     fit_frequencies(model, examples.codes)
     forecasts = fit_dynamics(model.model.dynamics, codec, training, length, training_args.seed)
-    subjects = np.array([str(row["subject"]) for row in examples.rows])
-    fit_token_gains(model.model.dynamics, codec, examples.codes, subjects, training_args.seed)
+    # mixtures are of no scan
+    real = [place for place, row in enumerate(examples.rows) if row.get("scan") is not None]
+    subjects = np.array([str(examples.rows[place]["subject"]) for place in real])
+    of_scans = [examples.codes[place] for place in real]
+    fit_token_gains(model.model.dynamics, codec, of_scans, subjects, training_args.seed)
     print(f"forecasts: R2 {forecasts[0]:.2f} one frame ahead, on subjects left out of each fold")
     print(f"scores of {len(names)} descriptors: mean R2 {np.nanmean(r_squared):.2f} on subjects left out of each fold")
     if held_out is not None:

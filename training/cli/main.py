@@ -8,6 +8,7 @@ failed; 130, interrupted.
 import atexit
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -44,6 +45,8 @@ def fmrilm(
     ] = False,
 ) -> None:
     """A language model that reads fMRI scans."""
+    # peft asks transformers by an older name, which is no concern of a user
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     if not sys.stderr.isatty():
         # progress is for those who look: tqdm reads its variable, the Hub's libraries read theirs
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -131,10 +131,10 @@ def fit_head(
     subjects = [scans.table["subject"].to_numpy()[[window.scan for window in windows]]]
     if args.mixtures:
         mixed = MixedWindows(scans, args.window_length, cohort, args.mixtures, seed)
-        features.append(encode_windows(model, mixed, folder).features)
-        items = [mixed[index] for index in range(len(mixed))]
-        targets.append(np.stack([item["descriptors"] for item in items]))
-        subjects.append(np.array([item["subject"] for item in items]))
+        encoded = encode_windows(model, mixed, folder)
+        features.append(encoded.features)
+        targets.append(encoded.known["descriptors"])
+        subjects.append(encoded.known["subject"])
     return fit_descriptor_head(model, *(np.concatenate(part) for part in (features, targets, subjects)), seed=seed)
 
 

@@ -376,10 +376,14 @@ def collate_signals(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """codes: int32 [tokens, levels] of each window; features: float32 [windows, features] of the codes."""
+    """
+    codes: int32 [tokens, levels] of each window; features: float32 [windows, features] of the codes; known: what else
+    the items hold (of mixtures, "descriptors" and "subject"), arrays of a row each.
+    """
 
     codes: list[np.ndarray]
     features: np.ndarray
+    known: dict[str, np.ndarray]
 
 
 def encode_windows(codec: FmriCodecModel, windows: Items, cache: Path) -> Encoded:
@@ -388,7 +392,8 @@ def encode_windows(codec: FmriCodecModel, windows: Items, cache: Path) -> Encode
     name that changes with the codec's weights and the windows, shard by shard, so that a run that was stopped goes on.
     """
     target = Path(cache) / f"codes-{codec_fingerprint(codec)[:12]}-{windows.fingerprint}"
-    codes, features = [], []
+    codes: list[np.ndarray] = []
+    parts: list[dict[str, np.ndarray]] = []
     # for the time of it
     module: Any = codec
     device = codec.device
@@ -399,12 +404,14 @@ def encode_windows(codec: FmriCodecModel, windows: Items, cache: Path) -> Encode
         if not path.exists():
             found = encode_items(codec, [windows.item(i) for i in range(start, min(start + SHARD, len(windows)))])
             lengths = [len(rows) for rows in found.codes]
-            write_arrays(path, codes=np.concatenate(found.codes), lengths=lengths, features=found.features)
+            rows = {"features": found.features, **found.known}
+            write_arrays(path, codes=np.concatenate(found.codes), lengths=lengths, **rows)
         with np.load(path, allow_pickle=False) as kept:
             codes += np.split(kept["codes"], np.cumsum(kept["lengths"])[:-1])
-            features.append(kept["features"])
+            parts.append({name: kept[name] for name in kept.files if name not in ("codes", "lengths")})
     module.to(device)
-    return Encoded(codes, np.concatenate(features))
+    known = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Encoded(codes, known.pop("features"), known)
 
 
 @torch.no_grad()
@@ -424,7 +431,8 @@ def encode_items(codec: FmriCodecModel, items: Sequence[dict[str, Any]]) -> Enco
         features[rows] = codec.scan_features(found).cpu().numpy()
         for row, one in zip(rows, found.cpu().numpy().astype(np.int32), strict=True):
             codes[row] = one[one[:, 0] >= 0]
-    return Encoded(codes, features)
+    known = [name for name in ("descriptors", "subject") if items and name in items[0]]
+    return Encoded(codes, features, {name: np.array([item[name] for item in items]) for name in known})
 
 
 def codec_fingerprint(codec: FmriCodecModel) -> str:

@@ -72,7 +72,7 @@ def tune(
             logging_steps=max(steps // 10, 1),
             save_strategy="no",
             report_to="none",
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             dataloader_pin_memory=False,
             seed=seed,
         )

@@ -130,7 +130,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         train_and_save,
         trainable,
     )
-    from ..trainer import FmriLMSFTTrainer
+    from ..trainer import FmriLMSFTTrainer, half_precision
     from .calibration import fit_calibrations
     from .chats import Mixture, instruction_rows
     from .readings import Reading, reading_rows
@@ -220,7 +220,9 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         return concatenate_datasets(parts)
 
     def calibrate(tuned):
-        tuned.config.calibrations = fit_calibrations(tuned, processor, examples, readings, training_args.seed)
+        # as an evaluation computes
+        with torch.autocast(tuned.device.type, torch.bfloat16, enabled=half_precision()):
+            tuned.config.calibrations = fit_calibrations(tuned, processor, examples, readings, training_args.seed)
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
     trainer = FmriLMSFTTrainer(model=trainable(model, model_args, training_args, inputs["train_dataset"]), **inputs)
