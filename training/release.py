@@ -57,7 +57,7 @@ def train_stage(recipe: str, stage: str, output: Path, *options: str) -> Path:
 
 
 def give_memory_back() -> None:
-    """glibc keeps what is freed, where the next stage's larger blocks find no place: 1.5 GB after the demo's second."""
+    """glibc keeps what is freed, in which larger blocks find no place: 1.5 GB after the demo's stage 2."""
     if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
