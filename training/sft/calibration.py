@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax
+from scipy.stats import spearmanr
 
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
@@ -46,8 +47,11 @@ def fit_calibrations(
     asked = [each.task.questions[0] for each in readings]
     choices = [processor.encode_choices(list(each.task.choice_words)) for each in readings]
     for reading, scores in zip(readings, score_windows(model, processor, windows, asked, choices), strict=True):
-        slope, biases = fit(scores, reading.probabilities(seen[:, reading.columns]))
-        words = reading.task.choice_words
+        wanted, words = reading.probabilities(seen[:, reading.columns]), reading.task.choice_words
+        slope, biases = fit(scores, wanted)
+        # a slope and biases cannot mend answers that do not change with the scores
+        ranks = [spearmanr(*pair).statistic for pair in zip(scores.T, wanted.T, strict=True) if np.ptp(pair[1])]
+        print(f"{reading.task.spoken}: answers follow the scores at a rank correlation of {np.mean(ranks):.2f}")
         found.append(
             {
                 "questions": list(reading.task.questions),
