@@ -1,5 +1,5 @@
 """
-What the demo's model reads, and what the demo costs, over seeds: writes demo.csv.
+What the demo's model reads, over seeds: writes demo.csv. What the demo costs is measured by `newcomer.py`.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/demo.py runs/demo-seeds    # threads wait as those of `fmrilm demo`
 
@@ -36,8 +36,6 @@ def figures(results: dict) -> Iterator[tuple[str, str, float | None]]:
     yield "statements in descriptions", "", descriptions["statements"]
     yield "R2 of the decoded signal", "", results["codec"]["r_squared"]["value"]
     yield "FC correlation of the decoded signal", "", results["codec"]["fc_correlation"]["value"]
-    for part, seconds in results.get("run", {"seconds": {}})["seconds"].items():
-        yield f"minutes, {part}", "", seconds / 60
 
 
 def table(runs: Sequence[dict]) -> pd.DataFrame:

@@ -83,7 +83,9 @@ def pooled(scans: Scans, labelled: Labelled, splits: list[Split], answers: dict)
     """Results of one task over the test rows of all folds; answers: by condition and shots, those of each fold."""
     parts = [labelled.known(split.test) for split in splits]
     rows, subjects = np.concatenate(parts), scans.table["subject"].astype(str).to_numpy()
-    sites = scans.table["site"].astype(str).to_numpy() if "site" in scans.table else np.full(len(scans), "")
+    sites = np.full(len(scans), "")
+    if "site" in scans.table:
+        sites = scans.table["site"].fillna("").astype(str).to_numpy()
     groups = [f"{fold} {sites[row]}" for fold, part in enumerate(parts) for row in part]
     shuffled = shuffle_subjects(subjects[rows], groups, seed=0)
     made = {key: [folds] for key, folds in answers.items()}

@@ -92,7 +92,7 @@ def by_family(table: pd.DataFrame) -> pd.DataFrame:
 SECTIONS = {
     "demo.csv": Section(
         "The demo",
-        "What the demo's model reads in scans of held-out subjects, what its codec keeps, and minutes of each part, "
+        "What the demo's model reads in scans of held-out subjects and what its codec keeps, "
         "as mean (lowest to highest) over seeds: `python benchmarks/demo.py runs/demo-seeds`.",
         by_condition,
     ),

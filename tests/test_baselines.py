@@ -169,3 +169,10 @@ def test_shuffled_scans_are_of_another_subject_of_the_same_group() -> None:
     # everyone's scan is somebody else's once
     assert sorted(set(subjects[shuffled[:5]])) == ["sub-0", "sub-1", "sub-2"]
     assert any((shuffle_subjects(subjects, groups, seed) != shuffled).any() for seed in range(1, 5))
+
+
+def test_shuffled_scans_are_of_any_condition_where_all_subjects_have_the_same_ones() -> None:
+    subjects, conditions = np.repeat(np.arange(30), 4), np.tile(np.arange(4), 30)
+    shuffled = shuffle_subjects(subjects, np.zeros(120), seed=0)
+    assert sorted(shuffled) == list(range(120)) and (subjects[shuffled] != subjects).all()
+    assert 0.1 < (conditions[shuffled] == conditions).mean() < 0.4

@@ -13,8 +13,6 @@ Each stage is a program of its own with a YAML file of `configs/release/`. The s
 stopped. `OUTPUT_DIR/sft/model` is the model of the last one.
 """
 
-import ctypes
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -22,7 +20,7 @@ from pathlib import Path
 
 from .data.shards import keep_settings
 from .data.splits import SplitArguments
-from .program import TaskArguments
+from .program import TaskArguments, give_memory_back
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -54,12 +52,6 @@ def train_stage(recipe: str, stage: str, output: Path, *options: str) -> Path:
         main(["--config", config, "--output_dir", str(output), *options])
         give_memory_back()
     return model
-
-
-def give_memory_back() -> None:
-    """glibc keeps what is freed, in which larger blocks find no place: 1.5 GB after the demo's stage 2."""
-    if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 def train_release(args: ReleaseArguments) -> Path:

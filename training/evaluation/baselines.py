@@ -275,7 +275,8 @@ def shuffle_subjects(
     """
     For each row the index of a row of another subject of the same group, -1 where there is none. In a group the
     subjects give their scans to one another in a random circle, so that everyone's scan is asked about as often as it
-    is in its own place: what is answered above chance then is known from the group alone.
+    is in its own place, and in random order, as the scans of all may be of the same conditions in the same order: what
+    is answered above chance then is known from the group alone.
     """
     who, where = np.asarray(subjects), np.asarray(groups)
     rng = np.random.default_rng(seed)
@@ -286,7 +287,7 @@ def shuffle_subjects(
             continue
         for giver, taker in zip(np.roll(members, 1), members, strict=True):
             scans, rows = (np.flatnonzero((who == name) & (where == group)) for name in (giver, taker))
-            shuffled[rows] = np.resize(scans, len(rows))
+            shuffled[rows] = np.resize(rng.permutation(scans), len(rows))
     return shuffled
 
 
