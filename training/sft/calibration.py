@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import minimize
 from scipy.special import log_softmax
-from scipy.stats import spearmanr
 
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
@@ -50,7 +50,8 @@ def fit_calibrations(
         wanted, words = reading.probabilities(seen[:, reading.columns]), reading.task.choice_words
         slope, biases = fit(scores, wanted)
         # a slope and biases cannot mend answers that do not change with the scores
-        ranks = [spearmanr(*pair).statistic for pair in zip(scores.T, wanted.T, strict=True) if np.ptp(pair[1])]
+        pairs = [pair for pair in zip(scores.T, wanted.T, strict=True) if np.ptp(pair[1])]
+        ranks = [pd.Series(given).corr(pd.Series(due), method="spearman") for given, due in pairs]
         print(f"{reading.task.spoken}: answers follow the scores at a rank correlation of {np.mean(ranks):.2f}")
         found.append(
             {
