@@ -146,6 +146,9 @@ def release(
     if any(counts):
         settings = replace(settings, conditions=(*settings.conditions, "tuned"))
     folders = [load_scans(folder, FmriLMFeatureExtractor()) for folder in data]
+    for task in asked:
+        if (count := sum(task in labelled_tasks(scans, asked) for scans in folders)) != 1:
+            raise ValueError(f"task {task.name!r}: expected its labels in one of the folders, got them in {count}")
     known = [[Labelled.read(task, scans) for task in labelled_tasks(scans, asked)] for scans in folders]
     wanted = [
         all_splits(scans, [each.task for each in of_folder], folds, seeds)

@@ -127,7 +127,7 @@ SECTIONS = {
         "Labels of subjects: what an answer depends on",
         "Rank correlation, over test subjects, of the same models' log-odds with the score of the label that they "
         "read, and ROC-AUC of both: about a scan's first window as it is; with the codes of another subject beside "
-        "its own scores; and with all scores but this one at their mean. Means over folds: "
+        "its own scores; and with all scores but this one at their mean. Means over the first three folds: "
         "`python benchmarks/people.py reading PREPARED`.",
         over_folds,
     ),
