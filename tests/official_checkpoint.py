@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 
@@ -80,41 +81,28 @@ def features(tensors: Tensors, layout: str, x: torch.Tensor, patch: int, feature
         return tensors[name + ".weight"], tensors[name + ".bias"]
 
     def affine(name: str, z: torch.Tensor) -> torch.Tensor:
-        w, b = weight(name)
-        return z @ w.T + b
+        return F.linear(z, *weight(name))
 
     def layer_norm(name: str, z: torch.Tensor) -> torch.Tensor:
-        w, b = weight(name)
-        centred = z - z.mean(-1, keepdim=True)
-        return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * w + b
-
-    def gelu(z: torch.Tensor) -> torch.Tensor:
-        return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+        return F.layer_norm(z, (WIDTH,), *weight(name), eps=1e-6)
 
     encoder = PREFIXES[layout]
     w, b = weight(encoder + "patch_embed.proj")
     steps = x.shape[1] // patch
-    z = torch.stack(
-        [
-            w[:, 0, 0] @ x[roi, step * patch : (step + 1) * patch] + b + tensors[encoder + "pos_embed"][0, roi]
-            for roi in range(ROIS)
-            for step in range(steps)
-        ]
-    )
+    patches = F.linear(x.unflatten(1, (steps, patch)), w[:, 0, 0], b)
+    z = (patches + tensors[encoder + "pos_embed"][0, :, None]).flatten(0, 1)
     for index in range(LAYERS):
-        block, size = f"{encoder}blocks.{index}.", WIDTH // HEADS
+        block = f"{encoder}blocks.{index}."
         qkv = affine(block + "attn.qkv", layer_norm(block + "norm1", z))
-        heads = []
-        for head in range(HEADS):
-            q, k, v = (qkv[:, part * WIDTH + head * size :][:, :size] for part in range(3))
-            heads.append((q @ k.T / math.sqrt(size)).softmax(-1) @ v)
-        z = z + affine(block + "attn.proj", torch.cat(heads, -1))
-        z = z + affine(block + "mlp.fc2", gelu(affine(block + "mlp.fc1", layer_norm(block + "norm2", z))))
+        q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(1, 2, 0, 3)
+        heads = (q @ k.mT / math.sqrt(WIDTH // HEADS)).softmax(-1) @ v
+        z = z + affine(block + "attn.proj", heads.transpose(0, 1).flatten(1))
+        z = z + affine(block + "mlp.fc2", F.gelu(affine(block + "mlp.fc1", layer_norm(block + "norm2", z))))
     z = layer_norm(encoder + ("ln_post" if layout == "released" else "norm"), z)
     if feature_dim == CODE_DIM:
         head = encoder + "conv_out" if layout == "released" else "tokenizer.encode_task_layer"
         z = affine(head + ".2", affine(head + ".0", z).tanh())
-    return gelu(affine("encode_transform_layer.0", z)) + tensors["pos_embed.weight"].repeat_interleave(steps, 0)
+    return F.gelu(affine("encode_transform_layer.0", z)) + tensors["pos_embed.weight"].repeat_interleave(steps, 0)
 
 
 def mask_and_positions(kinds: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,13 +110,8 @@ def mask_and_positions(kinds: str, steps: int) -> tuple[torch.Tensor, torch.Tens
     Sections D.3 and D.4: may row i see column j, bool [length, length], and position ids [length]. kinds: "t" for a
     token of text, "f" for one of the scan.
     """
-    length, first = len(kinds), kinds.index("f")
-    seen, places = torch.zeros(length, length, dtype=torch.bool), []
-    for i in range(length):
-        for j in range(length):
-            same = kinds[i] == kinds[j] == "f" and (j - first) // ROIS <= (i - first) // ROIS
-            seen[i, j] = j <= i or same
-    for i, kind in enumerate(kinds):
-        place = first + (i - first) // ROIS if kind == "f" else i if i < first else i - ROIS * steps + steps
-        places.append(place)
-    return seen, torch.tensor(places)
+    index, is_scan, first = torch.arange(len(kinds)), torch.tensor([kind == "f" for kind in kinds]), kinds.index("f")
+    roi = (index - first) // ROIS
+    same = is_scan & is_scan[:, None] & (roi <= roi[:, None])
+    text = torch.where(index < first, index, index - ROIS * steps + steps)
+    return (index <= index[:, None]) | same, torch.where(is_scan, first + roi, text)

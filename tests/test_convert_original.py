@@ -228,32 +228,32 @@ def test_missing_and_misshapen_tensors_are_named(backbone_folder, tiny_atlas, tm
         return {name: value for name, value in whole.items() if name not in names}
 
     qkv, down = "tokenizer.encoder.blocks.1.attn.qkv.bias", prefix + "model.layers.0.mlp.down_proj.weight"
-    with pytest.raises(ValueError, match=f"lacks 2 tensors: {down}, {qkv}$"):
-        convert(without(qkv, down))
-    for name in (
-        "pos_embed.weight",
-        "tokenizer.encoder.pos_embed",
-        "encode_transform_layer.0.weight",
-        "tokenizer.encoder.ln_post.weight",
-        prefix + "model.layers.1.self_attn.q_proj.lora_B.default.weight",
-    ):
-        with pytest.raises(ValueError, match=name):
-            convert(without(name))
-    with pytest.raises(ValueError, match="a multiple of 64 and patches that divide 160 frames, got 100 and"):
-        convert({**whole, "tokenizer.encoder.pos_embed": torch.ones(1, ROIS, 100)})
-    with pytest.raises(ValueError, match="expected one LoRA adapter, got 0"):
-        convert(without(prefix + "model.layers.1.self_attn.q_proj.lora_A.default.weight"))
-    with pytest.raises(ValueError, match=r"one tensor llm.\*model.embed_tokens.weight, got 0"):
-        convert(without(prefix + "model.embed_tokens.weight"))
-    with pytest.raises(ValueError, match=r"blocks.0.norm1.weight: expected shape \(128,\), got \(64,\)"):
-        convert({**whole, "tokenizer.encoder.blocks.0.norm1.weight": torch.ones(64)})
+    adapter = prefix + "model.layers.1.self_attn.q_proj.lora_"
+    other = prefix + "lm_head.weight"
+    refused = [
+        (without(qkv, down), f"lacks 2 tensors: {down}, {qkv}$"),
+        *((without(name), name) for name in ("pos_embed.weight", "encode_transform_layer.0.weight")),
+        *((without(name), name) for name in ("tokenizer.encoder.pos_embed", "tokenizer.encoder.ln_post.weight")),
+        (without(adapter + "B.default.weight"), adapter + "B.default.weight"),
+        (without(adapter + "A.default.weight"), "expected one LoRA adapter, got 0"),
+        (without(prefix + "model.embed_tokens.weight"), r"one tensor llm.\*model.embed_tokens.weight, got 0"),
+        (
+            {**whole, "tokenizer.encoder.pos_embed": torch.ones(1, ROIS, 100)},
+            "a multiple of 64 and patches that divide 160 frames, got 100 and",
+        ),
+        (
+            {**whole, "tokenizer.encoder.blocks.0.norm1.weight": torch.ones(64)},
+            r"blocks.0.norm1.weight: expected shape \(128,\), got \(64,\)",
+        ),
+        ({**whole, other: whole[other] + 1}, "head of its own"),
+    ]
+    for tensors, message in refused:
+        with pytest.raises(ValueError, match=message):
+            convert(tensors)
     with pytest.raises(ValueError, match="which language model"):
         convert(whole, text_config=None)
     with pytest.raises(ValueError, match="knows 5 ROIs, expected an atlas of as many, got Atlas"):
         convert(whole, atlas=None)
-    other = prefix + "lm_head.weight"
-    with pytest.raises(ValueError, match="head of its own"):
-        convert({**whole, other: whole[other] + 1})
     convert({**without(other), "tokenizer.extra": torch.ones(3)})
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["unused"]["tokenizer.extra"] == [3]
     with pytest.raises(ValueError, match="which exists"):
