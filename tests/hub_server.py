@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -61,6 +62,14 @@ class Refused(Exception):
         self.status, self.code = status, code
 
 
+def card_data(card: str) -> dict:
+    header = re.match(r"---\n(.*?)\n---", card, flags=re.DOTALL)
+    try:
+        return dict(yaml.safe_load(header[1])) if header else {}
+    except (yaml.YAMLError, TypeError) as error:
+        raise Refused(400, "", "invalid YAML") from error
+
+
 class Hub(ThreadingHTTPServer):
     """repositories: by ("models" or "datasets", id). objects: large files by SHA-256."""
 
@@ -100,15 +109,11 @@ REVISION = r"(?P<revision>[^/]+)"
 ROUTES = [
     (method, re.compile(pattern), name)
     for method, pattern, name in (
-        ("GET", "/api/whoami-v2", "whoami"),
         ("POST", "/api/validate-yaml", "validate_card"),
         ("POST", "/api/repos/create", "create"),
         ("GET", API, "info"),
         ("GET", f"{API}/revision/{REVISION}", "info"),
-        ("GET", f"{API}/refs", "refs"),
-        ("GET", f"{API}/commits/{REVISION}", "history"),
         ("GET", f"{API}/tree/{REVISION}(?:/(?P<path>.+))?", "tree"),
-        ("POST", f"{API}/paths-info/{REVISION}", "paths_info"),
         ("POST", f"{API}/branch/{REVISION}", "create_branch"),
         ("POST", f"{API}/preupload/{REVISION}", "preupload"),
         ("POST", f"{API}/commit/{REVISION}", "commit"),
@@ -125,18 +130,17 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def answer(self) -> None:
-        target = urlsplit(self.path)
-        self.query = parse_qs(target.query)
+        path = urlsplit(self.path).path
         method = "GET" if self.command == "HEAD" else self.command
         self.unread = int(self.headers.get("Content-Length") or 0)
         try:
             for known, pattern, name in ROUTES:
-                match = pattern.fullmatch(target.path)
+                match = pattern.fullmatch(path)
                 if match and known == method:
                     values = {key: unquote(text or "") for key, text in match.groupdict().items()}
                     getattr(self, f"on_{name}")(**values)
                     return
-            raise Refused(404, "NotFound", f"no route {self.command} {target.path}")
+            raise Refused(404, "NotFound", f"no route {self.command} {path}")
         except Refused as error:
             self.body()
             self.send({"error": str(error)}, error.status, {"X-Error-Code": error.code, "X-Error-Message": str(error)})
@@ -147,13 +151,6 @@ class Handler(BaseHTTPRequestHandler):
         """No noise among the results of the tests."""
 
     def body(self) -> bytes:
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            parts = []
-            while size := int(self.rfile.readline(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
         content = self.rfile.read(self.unread)
         self.unread = 0
         return content
@@ -191,18 +188,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return sha
 
-    def on_whoami(self) -> None:
-        self.sign_in()
-        self.send({"name": USER, "type": "user", "orgs": []})
-
     def on_validate_card(self) -> None:
-        header = re.match(r"---\n(.*?)\n---", self.json()["content"], flags=re.DOTALL)
-        try:
-            valid = header is None or isinstance(yaml.safe_load(header[1]), dict)
-        except yaml.YAMLError:
-            valid = False
-        if not valid:
-            raise Refused(400, "", "invalid YAML")
+        card_data(self.json()["content"])
         self.send({"errors": [], "warnings": []})
 
     def on_create(self) -> None:
@@ -230,42 +217,19 @@ class Handler(BaseHTTPRequestHandler):
             "siblings": [{"rfilename": path} for path in files],
         }
         if "README.md" in files:
-            header = re.match(r"---\n(.*?)\n---", files["README.md"].content.decode(), flags=re.DOTALL)
-            info["cardData"] = yaml.safe_load(header[1]) if header else {}
+            info["cardData"] = card_data(files["README.md"].content.decode())
             info |= {key: info["cardData"].get(key) for key in ("pipeline_tag", "library_name")}
         self.send(info)
-
-    def on_refs(self, kind: str, repo: str) -> None:
-        branches = self.repository(kind, repo).branches.items()
-        listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in branches]
-        self.send({"branches": listed, "tags": [], "converts": []})
-
-    def on_history(self, kind: str, repo: str, revision: str) -> None:
-        titles = reversed(self.repository(kind, repo).titles.items())
-        self.send([{"id": sha, "title": title, "message": "", "authors": [], "date": DATE} for sha, title in titles])
 
     def on_tree(self, kind: str, repo: str, revision: str, path: str) -> None:
         found = self.repository(kind, repo)
         files = found.commits[self.at(found, revision)]
-        prefix = f"{path}/" if path else ""
-        inside = {name: file for name, file in files.items() if name.startswith(prefix)}
+        inside = {name: file for name, file in files.items() if not path or name.startswith(f"{path}/")}
         if path and not inside:
             raise Refused(404, "EntryNotFound", f"{path} does not exist")
-        if self.query.get("recursive", ["false"])[0].lower() not in ("true", "1"):
-            folders = {prefix + name[len(prefix) :].split("/")[0] for name in inside if "/" in name[len(prefix) :]}
-            inside = {name: file for name, file in inside.items() if "/" not in name[len(prefix) :]}
-        else:
-            parts = [name.split("/")[:-1] for name in inside]
-            folders = {"/".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)}
+        folders = {str(folder) for name in inside for folder in PurePosixPath(name).parents[:-1]}
         listed = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
         self.send(listed + [self.entry(name, file) for name, file in sorted(inside.items())])
-
-    def on_paths_info(self, kind: str, repo: str, revision: str) -> None:
-        found = self.repository(kind, repo)
-        files = found.commits[self.at(found, revision)]
-        body = self.body()
-        wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
-        self.send([self.entry(name, files[name]) for name in wanted if name in files])
 
     @staticmethod
     def entry(path: str, file: File) -> dict:
@@ -335,8 +299,6 @@ class Handler(BaseHTTPRequestHandler):
                     if value["oid"] not in self.server.objects:
                         raise Refused(400, "", f"object {value['oid']} was never uploaded")
                     files[value["path"]] = File(self.server.objects[value["oid"]], True)
-                case "deletedFile":
-                    del files[value["path"]]
                 case key:
                     raise Refused(400, "", f"unknown operation {key}")
         sha = found.commit(revision, title, files)
@@ -349,10 +311,4 @@ class Handler(BaseHTTPRequestHandler):
             self.send(b"", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
             return
         file = found.commits[sha][path]
-        headers = {"ETag": f'"{file.oid}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
-        content, status = file.content, 200
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, stop = int(asked[1]), int(asked[2]) + 1 if asked[2] else len(content)
-            headers["Content-Range"] = f"bytes {start}-{min(stop, len(content)) - 1}/{len(content)}"
-            content, status = content[start:stop], 206
-        self.send(content, status, headers)
+        self.send(file.content, headers={"ETag": f'"{file.oid}"', "X-Repo-Commit": sha})
