@@ -3,8 +3,9 @@
 import filecmp
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock, patch
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_corpus_is_read_by_datasets_and_split_by_subject(corpus: Path) -> None:
 
 def test_cohort_is_that_of_the_training_subjects_alone(corpus: Path) -> None:
     cohort, training = Cohort.load(corpus / "cohort"), load_dataset(str(corpus), split="train")
-    values = np.array([[np.nan if v is None else v for v in row["descriptors"].values()] for row in training])
+    values = np.array([list(row["descriptors"].values()) for row in training], float)
     known = ~np.isnan(values).all(0)
     assert cohort.subjects == 4 and known.sum() > 30
     assert np.allclose(cohort.mean[known], np.nanmean(values[:, known], axis=0))
@@ -75,26 +76,23 @@ def test_cohort_is_that_of_the_training_subjects_alone(corpus: Path) -> None:
 
 def test_every_stated_number_is_the_cohorts(corpus: Path) -> None:
     cohort, stated = Cohort.load(corpus / "cohort"), 0
-    for split in ("train", "test"):
-        for row in load_dataset(str(corpus), split=split):
-            values = np.array([np.nan if v is None else v for v in row["descriptors"].values()])
-            z_scores = dict(zip(cohort.names, cohort.z_scores(values), strict=True))
-            for name, _, z in parse(row["description"]):
-                assert z == pytest.approx(z_scores[name], abs=0.0051)
-                stated += 1
+    for row in rows_of(corpus).values():
+        values = np.array(list(row["descriptors"].values()), float)
+        z_scores = dict(zip(cohort.names, cohort.z_scores(values), strict=True))
+        for name, _, z in parse(row["description"]):
+            assert z == pytest.approx(z_scores[name], abs=0.0051)
+            stated += 1
     assert stated >= PEOPLE * 3
 
 
 def test_questions_are_answered_by_the_descriptors(corpus: Path) -> None:
     cohort = Cohort.load(corpus / "cohort")
-    rows = load_dataset(str(corpus), split="train")
-    of_scan = {row["scan"]: row["descriptors"] for row in rows}
-    kinds = set()
-    for row in rows:
+    rows, kinds = rows_of(corpus), set()
+    for row in rows.values():
         for question in row["questions"]:
             kinds.add(question["kind"])
             assert question["margin"] >= 0
-            values = [of_scan[scan][question["descriptors"][0]] for scan in question["scans"]]
+            values = [rows[scan]["descriptors"][question["descriptors"][0]] for scan in question["scans"]]
             if question["kind"] in ("above", "below"):
                 place = cohort.names.index(question["descriptors"][0])
                 low, high = cohort.quantiles[:, place]
@@ -113,28 +111,20 @@ def test_rows_become_prompts(corpus: Path, processor) -> None:
     assert (np.asarray(text) == pad).sum() == 8
 
 
-def fail_at(stop: int, patch: pytest.MonkeyPatch) -> None:
-    """The so-manieth file is not written: the disk is full."""
-    calls, write = [], shards.write_whole
-
-    def wrapped(path, content) -> None:
-        calls.append(path)
-        if len(calls) == stop:
-            raise OSError("disk full")
-        write(path, content)
-
-    for module in (describe, shards):
-        patch.setattr(module, "write_whole", wrapped)
+def stop_at_file(number: int, source: describe.Source, output: Path, settings: CorpusSettings = SETTINGS) -> None:
+    """A run whose so-manieth file is not written: the disk is full."""
+    write = Mock(wraps=shards.write_whole, side_effect=[*[DEFAULT] * (number - 1), OSError("disk full")])
+    with patch.object(describe, "write_whole", write), patch.object(shards, "write_whole", write):
+        with pytest.raises(OSError, match="disk full"):
+            describe_dataset(source, output, settings)
 
 
-def test_processes_and_interruptions_do_not_change_a_byte(scans: Path, corpus: Path, tmp_path, monkeypatch) -> None:
+def test_processes_and_interruptions_do_not_change_a_byte(scans: Path, corpus: Path, tmp_path) -> None:
     for output, options in ((tmp_path / "a" / "corpus", {"jobs": 2}), (tmp_path / "b" / "corpus", {})):
         output.parent.mkdir()
         if not options:
-            for stop in (2, 4, 6):
-                with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-                    fail_at(stop, patch)
-                    describe_dataset(load_source(str(scans)), output, SETTINGS)
+            for number in (2, 4, 6):
+                stop_at_file(number, load_source(str(scans)), output)
                 assert not output.exists()
         describe_dataset(load_source(str(scans)), output, SETTINGS, **options)
         assert_equal_folders(output, corpus)
@@ -146,25 +136,30 @@ def test_command_takes_a_cohort_fitted_before(scans: Path, corpus: Path, tmp_pat
     assert_equal_folders(tmp_path / "again" / "cohort", corpus / "cohort")
 
 
-def spoiled(source: describe.Source, spoil: Callable) -> describe.Source:
-    """The signal of p1 is another."""
+def changed(scans: Path, subject: str, column: str, change: Callable) -> describe.Source:
+    """The same scans but for one value of one subject."""
+    source = load_source(str(scans))
+    parts = {
+        name: rows.map(lambda row: {column: change(row[column])} if row["subject"] == subject else {})
+        for name, rows in source.parts.items()
+    }
+    return replace(source, parts=parts)
 
-    def change(row: dict) -> dict:
-        return {**row, "signal": spoil(np.array(row["signal"])) if row["subject"] == "p1" else row["signal"]}
 
-    parts = {name: rows.map(change) for name, rows in source.parts.items()}
-    return describe.Source(source.name, parts, source.atlases, source.test_subjects)
+def rows_of(corpus: Path) -> dict[int, dict]:
+    """By number of the scan."""
+    return {row["scan"]: row for rows in load_dataset(str(corpus)).values() for row in rows}
 
 
 def test_scan_that_cannot_be_described_is_left_out_with_its_reason(scans: Path, tmp_path) -> None:
-    broken = spoiled(load_source(str(scans)), np.ones_like)
+    broken = changed(scans, "p1", "signal", np.ones_like)
     outcome = describe_dataset(broken, tmp_path / "corpus", SETTINGS)
     assert outcome.scans == PEOPLE - 1 and list(outcome.left_out) == [1] and "constant" in outcome.left_out[1]
     assert not any("p1" in rows["subject"] for rows in load_dataset(str(tmp_path / "corpus")).values())
 
 
 def test_scan_is_described_without_its_missing_rois(scans: Path, corpus: Path, tmp_path) -> None:
-    source = spoiled(load_source(str(scans)), lambda signal: np.where(np.arange(24) == 3, np.nan, signal))
+    source = changed(scans, "p1", "signal", lambda signal: np.where(np.arange(24) == 3, np.nan, signal))
     assert describe_dataset(source, tmp_path / "corpus", SETTINGS).scans == PEOPLE
     before, after = (rows_of(folder)[1]["descriptors"] for folder in (corpus, tmp_path / "corpus"))
     assert {name for name in before if before[name] is None} == {name for name in after if after[name] is None}
@@ -182,13 +177,11 @@ def test_split_file_and_left_out_value_go_before_the_rule(scans: Path, tmp_path)
         assert {split: set(rows["subject"]) for split, rows in load_dataset(str(tmp_path / option)).items()} == splits
 
 
-def test_run_does_not_go_on_with_another_split_file(scans: Path, tmp_path, monkeypatch) -> None:
+def test_run_does_not_go_on_with_another_split_file(scans: Path, tmp_path) -> None:
     splits = tmp_path / "splits.csv"
     splits.write_text("subject,split\np0,test\np1,train\np2,train\n")
     settings = CorpusSettings(SplitArguments(splits=str(splits)), 3, 4)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        fail_at(4, patch)
-        describe_dataset(load_source(str(scans)), tmp_path / "corpus", settings)
+    stop_at_file(4, load_source(str(scans)), tmp_path / "corpus", settings)
     splits.write_text("subject,split\np0,train\np1,train\np2,test\n")
     with pytest.raises(ValueError, match="was begun with other settings"):
         describe_dataset(load_source(str(scans)), tmp_path / "corpus", settings)
@@ -199,14 +192,10 @@ def test_folder_of_which_no_scan_can_be_described_is_refused(corpus: Path, tmp_p
     rows = {"signal": [[[1.0] * 24] * 60] * 3, "tr": [2.0] * 3, "atlas": ["net"] * 3, "subject": ["a", "b", "c"]}
     source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, {"c"})
     settings = CorpusSettings(SplitArguments(0))
-    with pytest.raises(
-        ValueError, match="no training scan could be described; the first: 24 of the 24 ROIs of 'net' are missing"
-    ):
-        describe_dataset(source, tmp_path / "fitted", settings)
-    with pytest.raises(
-        ValueError, match="no scan could be described; the first: 24 of the 24 ROIs of 'net' are missing"
-    ):
-        describe_dataset(source, tmp_path / "known", settings, Cohort.load(corpus / "cohort"))
+    for kind, cohort in (("training scan", None), ("scan", Cohort.load(corpus / "cohort"))):
+        message = f"no {kind} could be described; the first: 24 of the 24 ROIs of 'net' are missing"
+        with pytest.raises(ValueError, match=message):
+            describe_dataset(source, tmp_path / kind, settings, cohort)
 
 
 def test_rewrites_that_say_something_else_leave_the_text(
@@ -226,9 +215,8 @@ def test_rewrites_that_say_something_else_leave_the_text(
     assert "100% of its texts did not and were refused" in (tmp_path / "corpus" / "README.md").read_text()
 
 
-def test_end_before_the_corpus_is_in_its_place_loses_nothing(scans: Path, corpus: Path, tmp_path, monkeypatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(Path, "rename", Mock(side_effect=OSError("no space")))
+def test_end_before_the_corpus_is_in_its_place_loses_nothing(scans: Path, corpus: Path, tmp_path) -> None:
+    with patch.object(Path, "rename", side_effect=OSError("no space")), pytest.raises(OSError, match="no space"):
         describe_dataset(load_source(str(scans)), tmp_path / "corpus", SETTINGS)
     describe_dataset(load_source(str(scans)), tmp_path / "corpus", SETTINGS)
     assert_equal_folders(tmp_path / "corpus", corpus)
@@ -268,10 +256,10 @@ def test_folder_that_exists_and_cohort_of_another_atlas_are_refused(scans: Path,
     (tmp_path / "mine.partial" / "notes.txt").touch()
     with pytest.raises(ValueError, match="mine.partial holds something else"):
         describe_dataset(source, tmp_path / "mine", SETTINGS)
-    everyone = describe.Source(source.name, source.parts, source.atlases, set(source.table["subject"]))
+    everyone = replace(source, test_subjects=set(source.table["subject"]))
     with pytest.raises(ValueError, match="no training subject left: 6 of 6 subjects are test subjects"):
         describe_dataset(everyone, tmp_path / "corpus", SETTINGS)
-    other = describe.Source(source.name, source.parts, {"net": atlas("net", 9)}, set())
+    other = replace(source, atlases={"net": atlas("net", 9)})
     with pytest.raises(ValueError, match="was fitted on scans of"):
         describe_dataset(other, tmp_path / "corpus", SETTINGS, Cohort.load(corpus / "cohort"))
 
@@ -306,21 +294,6 @@ def test_folders_of_one_name_are_not_taken_for_each_other(tmp_path) -> None:
         assert len(load_dataset(str(folder / "prepared"), "net", split="train")) == people
 
 
-def changed(source: describe.Source, column: str, change: Callable) -> describe.Source:
-    """The same scans but for one value of the last one."""
-    last = len(source.table) - 1
-    parts = {
-        name: rows.map(lambda row, number: {column: change(row[column])} if number == last else {}, with_indices=True)
-        for name, rows in source.parts.items()
-    }
-    return describe.Source(source.name, parts, source.atlases, source.test_subjects)
-
-
-def rows_of(corpus: Path) -> dict[int, dict]:
-    """By number of the scan."""
-    return {row["scan"]: row for rows in load_dataset(str(corpus)).values() for row in rows}
-
-
 def louder(signal: list) -> list:
     """One frame of one ROI is another."""
     values = np.array(signal)
@@ -330,13 +303,10 @@ def louder(signal: list) -> list:
 
 @pytest.mark.parametrize(("column", "change"), [("signal", louder), ("handedness", lambda label: "both")])
 def test_stopped_run_goes_on_with_the_same_scans_alone(
-    scans: Path, corpus: Path, tmp_path, monkeypatch, column: str, change: Callable
+    scans: Path, corpus: Path, tmp_path, column: str, change: Callable
 ) -> None:
-    source = load_source(str(scans))
-    other = changed(source, column, change)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        fail_at(4, patch)
-        describe_dataset(source, tmp_path / "corpus", SETTINGS)
+    source, other = load_source(str(scans)), changed(scans, f"p{PEOPLE - 1}", column, change)
+    stop_at_file(4, source, tmp_path / "corpus")
     with pytest.raises(ValueError, match=f"scans {source.fingerprint} instead of {other.fingerprint}"):
         describe_dataset(other, tmp_path / "corpus", SETTINGS)
     # deleted, as the message says, it is described anew
