@@ -82,6 +82,13 @@ def scans_of(signals: Sequence[np.ndarray], of: Atlas, **columns: list) -> Scans
     return Scans({of.name: part}, table, {of.name: of}, patch_length=4)
 
 
+def joined(*parts: Scans) -> Scans:
+    """Scans of different atlases."""
+    atlases = {name: of for part in parts for name, of in part.atlases.items()}
+    signals = {name: rows for part in parts for name, rows in part.parts.items()}
+    return Scans(signals, pd.concat([part.table for part in parts], ignore_index=True), atlases, 4)
+
+
 def noise(subject: str, frames: int, rois: int, seed: int = 0) -> np.ndarray:
     """A signal float32 [frames, rois] with some memory."""
     white = np.random.default_rng(seed + sum(map(ord, subject))).standard_normal((frames + 3, rois))

@@ -8,7 +8,6 @@ from sklearn.covariance import ShrunkCovariance
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
-from fmrilm.processors import Atlas
 from fmrilm.training.evaluation import baselines
 from fmrilm.training.evaluation.baselines import (
     correlations,
@@ -19,29 +18,14 @@ from fmrilm.training.evaluation.baselines import (
     shuffle_subjects,
     tangent,
 )
-from helpers import labelled_atlas
+from helpers import joined, labelled_atlas, scans_of
 
 
-class Signals:
-    """Scans in memory."""
-
-    def __init__(self, signals: list[np.ndarray], atlases: list[Atlas]):
-        self.signals, self.atlases = signals, atlases
-
-    def __len__(self) -> int:
-        return len(self.signals)
-
-    def signal(self, row: int) -> np.ndarray:
-        return self.signals[row]
-
-    def atlas(self, row: int) -> Atlas:
-        return self.atlases[row]
-
-
-def scans(count: int, of: Atlas | None = None, frames: int = 60) -> Signals:
-    rng, of = np.random.default_rng(0), of or labelled_atlas()
-    mixing = rng.standard_normal((len(of), len(of)))
-    return Signals([rng.standard_normal((frames, len(of))) @ mixing for _ in range(count)], [of] * count)
+def signals(count: int, rois: int = len(labelled_atlas())) -> np.ndarray:
+    """[scans, 60 frames, ROIs]"""
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((rois, rois))
+    return rng.standard_normal((count, 60, rois)) @ mixing
 
 
 def labelled(rows: int, features: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,29 +38,28 @@ def labelled(rows: int, features: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def test_features_are_the_fisher_z_of_the_upper_triangle() -> None:
-    some = scans(3)
-    found = fisher_z(correlations(some), np.arange(2))
-    expected = np.arctanh(np.corrcoef(some.signals[2].T)[np.triu_indices(len(some.atlases[0]), k=1)])
+    some = signals(3)
+    found = fisher_z(correlations(scans_of(some, labelled_atlas())), np.arange(2))
+    expected = np.arctanh(np.corrcoef(some[2].T)[np.triu_indices(some.shape[-1], k=1)])
     np.testing.assert_allclose(found[2], expected, atol=1e-4)
 
 
 def test_tangent_features_are_those_of_nilearn() -> None:
-    some, training = scans(12), np.arange(8)
-    series = [(signal - signal.mean(0)) / signal.std(0) for signal in some.signals]
+    some, training = signals(12), np.arange(8)
+    series = [(signal - signal.mean(0)) / signal.std(0) for signal in some]
     measure = ConnectivityMeasure(cov_estimator=ShrunkCovariance(shrinkage=baselines.SHRINKAGE), kind="tangent")
     expected = measure.fit(series[:8]).transform(series)
-    found = tangent(correlations(some), training)
+    found = tangent(correlations(scans_of(some, labelled_atlas())), training)
     upper = np.triu_indices(expected.shape[-1])
     scaled = expected[:, *upper] * np.where(upper[0] == upper[1], np.sqrt(0.5), 1)
     np.testing.assert_allclose(found, scaled, atol=1e-4)
 
 
 def test_missing_rois_are_filled_from_training_scans() -> None:
-    some, training = scans(12), np.arange(8)
-    whole = correlations(some)
-    for row in (2, 10):
-        some.signals[row] = np.where(np.arange(whole.shape[-1]) == 3, np.nan, some.signals[row])
-    holed = correlations(some)
+    some, training = signals(12), np.arange(8)
+    whole = correlations(scans_of(some, labelled_atlas()))
+    some[[2, 10], :, 3] = np.nan
+    holed = correlations(scans_of(some, labelled_atlas()))
     assert np.isnan(holed[10, 3]).all() and np.isnan(holed[10]).sum() == 2 * whole.shape[-1] - 1
     found = fisher_z(holed, training)
     pair = list(zip(*np.triu_indices(whole.shape[-1], k=1), strict=True)).index((3, 4))
@@ -92,14 +75,14 @@ def test_missing_rois_are_filled_from_training_scans() -> None:
 
 def test_scans_of_several_atlases_are_compared_by_the_networks_they_share() -> None:
     few = labelled_atlas({"Vis": 3, "Default": 5, "Cont": 2}, name="few")
-    whole, other = scans(1), scans(1, few)
-    both = Signals(whole.signals + other.signals, whole.atlases + other.atlases)
-    means = [other.signals[0][:, np.array(few.networks) == name] for name in ("Vis", "Cont", "Default")]
+    [other], whole = signals(1, len(few)), scans_of(signals(1), labelled_atlas())
+    means = [other[:, np.array(few.networks) == name] for name in ("Vis", "Cont", "Default")]
     series = [((part - part.mean(0)) / part.std(0)).mean(1) for part in means]
-    np.testing.assert_allclose(correlations(both)[1], np.corrcoef(series), atol=1e-5)
-    two = scans(1, labelled_atlas({"Vis": 3, "Cont": 4}, name="two"))
+    found = correlations(joined(whole, scans_of([other], few)))[1]
+    np.testing.assert_allclose(found, np.corrcoef(series), atol=1e-5)
+    two = scans_of(signals(1, 7), labelled_atlas({"Vis": 3, "Cont": 4}, name="two"))
     with pytest.raises(ValueError, match="atlases .made-up, two.*at least 3 that all scans have, got 2: Vis, Cont"):
-        correlations(Signals(whole.signals + two.signals, whole.atlases + two.atlases))
+        correlations(joined(whole, two))
 
 
 def test_covariates_leave_out_the_label_and_use_the_training_mean() -> None:

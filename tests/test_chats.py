@@ -15,7 +15,6 @@ from fmrilm.processors.descriptors.text import QUESTIONS, parse, question
 from fmrilm.processors.descriptors.text import REQUESTS as SCAN_REQUESTS
 from fmrilm.training.alignment.chats import alignment_rows, chat_dataset, scan_block, text_block, user
 from fmrilm.training.data.collator import RowCollator, encode_dataset
-from fmrilm.training.data.dataset import collate_signals
 from fmrilm.training.data.tasks import load_task, task_names
 from fmrilm.training.sft.chats import REQUESTS, Mixture, Turn, conversation, instruction_rows, task_turn
 from helpers import chats, random_examples, window_of
@@ -98,25 +97,6 @@ def test_batches_are_the_same_whatever_side_the_tokenizer_prefers(processor) -> 
     processor.tokenizer.padding_side = "left"
     second = batch_of(rows, processor)
     assert all(torch.equal(first[name], second[name]) for name in first) and (first["attention_mask"] == 0).any()
-
-
-def test_signals_are_padded_and_masked() -> None:
-    rng = np.random.default_rng(0)
-    items = [
-        {
-            "signal": rng.standard_normal((8, rois)).astype(np.float32),
-            "coordinates": rng.standard_normal((rois, 3)).astype(np.float32),
-            "descriptors": np.array([rois], np.float32),
-        }
-        for rois in (2, 5)
-    ]
-    batch = collate_signals(items)
-    assert batch["fmri_values"].shape == (2, 5, 8) and batch["descriptors"].tolist() == [[2], [5]]
-    assert batch["fmri_mask"].any(-1).sum(1).tolist() == [2, 5] and not batch["fmri_values"][0, 2:].any()
-    for row, item in enumerate(items):
-        count = item["signal"].shape[1]
-        assert torch.equal(batch["fmri_values"][row, :count], torch.from_numpy(item["signal"].T))
-        assert torch.equal(batch["roi_coordinates"][row, :count], torch.from_numpy(item["coordinates"]))
 
 
 # --- stage 2

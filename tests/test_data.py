@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from fmrilm.training.data.dataset import (
 )
 from fmrilm.training.data.prepare import row_features
 from fmrilm.training.data.shards import ShardStore
-from helpers import atlas, noise_scans, noise_signal, scans_of
+from helpers import atlas, joined, noise_scans, noise_signal, scans_of
 
 
 def write_prepared(folder: Path, signals: list[np.ndarray], of: Atlas, per_shard: int = 2) -> Path:
@@ -55,27 +56,19 @@ def folder(tmp_path: Path) -> Path:
     return write_prepared(tmp_path / "study", signals, of)
 
 
-# --- scans
-
-
 def test_scans_are_standardised_once_and_stay_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extractor, calls = FmriLMFeatureExtractor(), []
-    prepare_signal = FmriLMFeatureExtractor.prepare_signal
-
-    def counted(self, *args, **options):
-        calls.append(args)
-        return prepare_signal(self, *args, **options)
-
+    extractor, prepare_signal = FmriLMFeatureExtractor(), FmriLMFeatureExtractor.prepare_signal
+    counted = create_autospec(prepare_signal, side_effect=prepare_signal)
     monkeypatch.setattr(FmriLMFeatureExtractor, "prepare_signal", counted)
     scans = load_scans(folder, extractor)
-    assert len(scans) == len(calls) == 5
+    assert len(scans) == counted.call_count == 5
     assert scans.table["subject"].tolist() == [f"p{row}" for row in range(5)]
     assert scans.table["age"].tolist() == [20, 21, 22, 23, 24] and "signal" not in scans.table
     assert scans.table["dataset"].tolist() == [f"site{row % 2}" for row in range(5)]
     # of the memory map: nothing is held
     assert scans.parts["small"].cache_files
     again = load_scans(folder, extractor)
-    assert len(calls) == 5 and again.fingerprint == scans.fingerprint
+    assert counted.call_count == 5 and again.fingerprint == scans.fingerprint
     for row in range(5):
         raw = 100 + 7 * noise_signal(f"p{row}", 40)
         expected, _ = prepare_signal(extractor, raw, tr=2.0, atlas=atlas())
@@ -85,7 +78,7 @@ def test_scans_are_standardised_once_and_stay_on_disk(folder: Path, monkeypatch:
         np.testing.assert_array_equal(again.signal(row), expected)
     # other settings are other signals
     load_scans(folder, FmriLMFeatureExtractor(detrend_order=1))
-    assert len(calls) == 10
+    assert counted.call_count == 10
 
 
 def test_selected_scans_keep_their_signals(folder: Path) -> None:
@@ -150,18 +143,6 @@ def test_scan_that_is_too_short_is_named(tmp_path: Path) -> None:
         load_scans(folder, FmriLMFeatureExtractor())
 
 
-# --- windows
-
-
-def joined(*parts: Scans) -> Scans:
-    """Scans of different atlases."""
-    import pandas as pd
-
-    atlases = {name: of for part in parts for name, of in part.atlases.items()}
-    signals = {name: rows for part in parts for name, rows in part.parts.items()}
-    return Scans(signals, pd.concat([part.table for part in parts], ignore_index=True), atlases, 4)
-
-
 def test_windows_are_cut_at_each_stride_and_short_scans_are_one() -> None:
     scans = joined(noise_scans("a"), noise_scans("b", frames=10, of=atlas("large", 12)))
     windows = cut_windows(scans, length=16, stride=8)
@@ -190,10 +171,8 @@ def test_missing_rois_are_left_out_of_windows() -> None:
     batch = collate_signals([item, {**item, "signal": item["signal"][:, :3], "coordinates": item["coordinates"][:3]}])
     assert batch["fmri_values"].shape == (2, 7, 16) and batch["fmri_mask"].sum().item() == 10 * 16
     np.testing.assert_array_equal(batch["fmri_values"][1, :3].numpy(), item["signal"][:, :3].T)
+    np.testing.assert_array_equal(batch["roi_coordinates"][1, :3].numpy(), item["coordinates"][:3])
     assert not batch["fmri_values"][1, 3:].any() and not batch["roi_coordinates"][1, 3:].any()
-
-
-# --- mixtures
 
 
 def mixtures(max_rois: int = 100, seed: int = 0) -> MixedWindows:
@@ -273,11 +252,9 @@ def test_mixtures_of_short_scans_are_as_long_as_the_first_of_both() -> None:
     batch = collate_signals(items)
     assert batch["fmri_mask"].sum((1, 2)).tolist() == [item["signal"].size for item in items]
     assert not batch["fmri_values"][~batch["fmri_mask"]].any()
+    np.testing.assert_array_equal(batch["descriptors"].numpy(), [item["descriptors"] for item in items])
     with pytest.raises(ValueError, match="at least 4 frames to mix windows of, got none"):
         MixedWindows(noise_scans("a", frames=3), 100, cohort, 1, 0)
-
-
-# --- codes
 
 
 def windows_of(*subjects: str):
@@ -303,15 +280,14 @@ def test_codes_are_computed_once(tiny_codec, tmp_path: Path, monkeypatch: pytest
     [kept] = tmp_path.iterdir()
     # as a stopped run leaves it
     (kept / "part-00001.npz").unlink()
-    calls = []
-    monkeypatch.setattr(
-        dataset, "encode_items", lambda codec, items: calls.append(items) or encode_items(codec, items)
-    )
+    counted = Mock(wraps=encode_items)
+    monkeypatch.setattr(dataset, "encode_items", counted)
     for _ in range(2):
         again = encode_windows(tiny_codec, windows_of("a", "b"), tmp_path)
         assert all(np.array_equal(*pair) for pair in zip(again.codes, expected.codes, strict=True))
         np.testing.assert_array_equal(again.features, expected.features)
-        assert len(calls) == 1 and len(calls[0]) == 4
+        counted.assert_called_once()
+    assert len(counted.call_args.args[1]) == 4
 
 
 def test_mixtures_are_made_once_with_what_is_known_of_them(
