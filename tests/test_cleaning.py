@@ -191,9 +191,6 @@ def test_too_short_a_scan_for_the_filter_is_refused() -> None:
         clean(recording(frames=20)[0], TR, 2, Cleaning(high_pass=0.01, low_pass=0.1))
 
 
-# --- in the extractor
-
-
 def test_extractor_cleans_before_it_resamples(tiny_atlas, tmp_path) -> None:
     signal, confounds = recording()
     settings = {"high_pass": 0.01, "low_pass": 0.1}

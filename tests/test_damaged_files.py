@@ -43,11 +43,22 @@ def damage(content: bytes, how: tuple[list[tuple[float, int]], float | None]) ->
     return bytes(data if end is None else data[: int(end * len(data))])
 
 
+def unless_refused(read: Callable, *arguments: Any) -> Any:
+    """What is read, or None."""
+    try:
+        return read(*arguments)
+    except ValueError:
+        return None
+
+
+def write_csv(path: Path, rows: list[list[str]], how: tuple = ([], None)) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="replace") as handle:
+        csv.writer(handle).writerows(rows)
+    path.write_bytes(damage(path.read_bytes(), how))
+
+
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**values, **{key: value for key, value in changes.items() if key in values}}
-
-
-# --- atlases and what belongs to them
 
 
 @thorough
@@ -99,12 +110,9 @@ def test_any_table_is_an_atlas_or_refused(rows: list[list[str]], how: tuple, tmp
     path = tmp_path / "a.tsv"
     lines = ["\t".join(("index", "name", "hemisphere", "network", "x", "y", "z")), *map("\t".join, rows)]
     path.write_bytes(damage("\n".join(lines).encode("utf-8", "replace"), how))
-    try:
-        found = Atlas.from_table(path)
-    except ValueError:
-        return
-    assert found == Atlas.from_dict(json.loads(json.dumps(found.to_dict())))
-    assert None not in found.rois and None not in found.networks and "None" not in found.rois
+    if found := unless_refused(Atlas.from_table, path):
+        assert found == Atlas.from_dict(json.loads(json.dumps(found.to_dict())))
+        assert None not in found.rois and None not in found.networks and "None" not in found.rois
 
 
 @thorough
@@ -113,15 +121,11 @@ def test_any_table_is_an_atlas_or_refused(rows: list[list[str]], how: tuple, tmp
 def test_any_table_of_labels_is_an_atlas_or_refused(rows: list[list[str]], how: tuple, tmp_path: Path) -> None:
     """Without coordinates, which the label image gives."""
     path = tmp_path / "a.csv"
-    path.write_bytes(
-        damage("\n".join(map(",".join, [["index", "name", "network"], *rows])).encode("utf-8", "replace"), how)
-    )
+    lines = map(",".join, [["index", "name", "network"], *rows])
+    path.write_bytes(damage("\n".join(lines).encode("utf-8", "replace"), how))
     image = nib.Nifti1Image(np.arange(1, 4, dtype=np.int16)[:, None, None], np.eye(4))
-    try:
-        found = Atlas.from_image(image, path)
-    except ValueError:
-        return
-    assert np.isfinite(found.coordinates).all() and found.parcels is not None
+    if found := unless_refused(Atlas.from_image, image, path):
+        assert np.isfinite(found.coordinates).all() and found.parcels is not None
 
 
 @thorough
@@ -132,11 +136,8 @@ def test_any_table_of_labels_is_an_atlas_or_refused(rows: list[list[str]], how: 
 @example(changes={"coordinates": [[0, 0, 10**400]] * 3})
 @example(changes={"labels": [1, 2, float("inf")]})
 def test_any_json_is_an_atlas_or_refused(changes: dict[str, Any], tiny_atlas: Atlas) -> None:
-    values = changed(tiny_atlas.to_dict(), changes)
-    try:
-        assert len(Atlas.from_dict(values)) > 0
-    except ValueError:
-        assert changes
+    found = unless_refused(Atlas.from_dict, changed(tiny_atlas.to_dict(), changes))
+    assert changes if found is None else len(found) > 0
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -152,9 +153,6 @@ def test_atlas_names_never_lead_out_of_a_checkpoint(name: str, extractor, tmp_pa
             load()
 
 
-# --- manifests, tables, cohorts
-
-
 @thorough
 @given(
     rows=st.lists(st.lists(CELLS | st.sampled_from(["a.npy", "b.npy"]), min_size=5, max_size=5), max_size=5),
@@ -164,14 +162,8 @@ def test_atlas_names_never_lead_out_of_a_checkpoint(name: str, extractor, tmp_pa
 @example(rows=[["a.npy", "\0", "", "", ""]], how=([], None))
 def test_any_manifest_is_read_or_refused_and_its_ids_are_plain(rows: list[list[str]], how, tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
-    with open(path, "w", newline="", encoding="utf-8", errors="replace") as handle:
-        csv.writer(handle).writerows([["path", "subject", "session", "tr", "age"], *rows])
-    path.write_bytes(damage(path.read_bytes(), how))
-    try:
-        scans = find_scans(path)
-    except ValueError:
-        return
-    for scan in scans:
+    write_csv(path, [["path", "subject", "session", "tr", "age"], *rows], how)
+    for scan in unless_refused(find_scans, path) or []:
         for value in filter(None, (*scan.ids, scan.site)):
             assert not set("/\\\0\n\r") & set(value) and not value.startswith("."), value
 
@@ -182,17 +174,13 @@ def test_any_manifest_is_read_or_refused_and_its_ids_are_plain(rows: list[list[s
 def test_any_table_of_phenotypes_is_read_or_refused(rows: list[list[str]], how: tuple, tmp_path: Path) -> None:
     (tmp_path / "Pitt_0050003_rois_cc200.1D").touch()
     path = tmp_path / "Phenotypic_V1_0b_preprocessed1.csv"
-    with open(path, "w", newline="", encoding="utf-8", errors="replace") as handle:
-        names = ("Pitt_0050003", "no_filename", "no_filename", "Pitt_0050003")
-        lines = [[name, *row] for name, row in zip(names, rows, strict=False)]
-        csv.writer(handle).writerows([["FILE_ID", "SITE_ID", "FIQ", "SEX"], *lines])
-    path.write_bytes(damage(path.read_bytes(), how))
-    try:
-        scans = find_scans(tmp_path)
-    except ValueError:
-        return
-    assert [scan.path.suffix for scan in scans] == [".1D"]
-    assert not {str(value) for value in scans[0].labels.values()} & {"-9999", ""}
+    names = ("Pitt_0050003", "no_filename", "no_filename", "Pitt_0050003")
+    lines = [[name, *row] for name, row in zip(names, rows, strict=False)]
+    write_csv(path, [["FILE_ID", "SITE_ID", "FIQ", "SEX"], *lines], how)
+    scans = unless_refused(find_scans, tmp_path)
+    if scans is not None:
+        assert [scan.path.suffix for scan in scans] == [".1D"]
+        assert not {str(value) for value in scans[0].labels.values()} & {"-9999", ""}
 
 
 # an empty cell says that there is none
@@ -200,8 +188,7 @@ def test_any_table_of_phenotypes_is_read_or_refused(rows: list[list[str]], how: 
 @pytest.mark.parametrize("column", ["subject", "session", "task", "run", "site"])
 def test_ids_that_could_be_paths_are_refused(column: str, text: str, tmp_path: Path) -> None:
     cells = {"path": "a.npy", "subject": "s1", column: text}
-    with open(tmp_path / "m.csv", "w", newline="") as handle:
-        csv.writer(handle).writerows([list(cells), list(cells.values())])
+    write_csv(tmp_path / "m.csv", [list(cells), list(cells.values())])
     with pytest.raises(ValueError):
         find_scans(tmp_path / "m.csv")
 
@@ -220,10 +207,8 @@ def cohort_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_damaged_cohort_is_a_cohort_or_refused(cohort_files: dict, which: bool, how: tuple, tmp_path: Path) -> None:
     for number, (name, content) in enumerate(sorted(cohort_files.items())):
         (tmp_path / name).write_bytes(damage(content, how) if number == which else content)
-    try:
-        assert Cohort.load(tmp_path).names
-    except ValueError:
-        pass
+    found = unless_refused(Cohort.load, tmp_path)
+    assert found is None or found.names
 
 
 @pytest.mark.parametrize(
@@ -244,9 +229,6 @@ def test_text_beyond_reason_is_refused_unread(read: Callable, tmp_path: Path, mo
         monkeypatch.setattr(csv, name, None)
     with pytest.raises(ValueError, match=r"expected a text file of at most 268435456 bytes, got 268435457"):
         read(tmp_path)
-
-
-# --- checkpoints
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 2**20}, {"codebook_size": 2**40}, {"num_basis_functions": 2**20}])
