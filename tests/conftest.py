@@ -168,6 +168,14 @@ def llama(tiny_model: Callable[..., FmriLMForConditionalGeneration]) -> FmriLMFo
 
 
 @pytest.fixture
+def model_folder(llama: FmriLMForConditionalGeneration, processor: FmriLMProcessor, tmp_path: Path) -> Path:
+    """The joint model and its processor, saved."""
+    for part in (llama, processor):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return build_tiny_tokenizer()
 
@@ -197,6 +205,12 @@ def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedToken
 def signal() -> np.ndarray:
     """A scan float32 [time, rois] of 20 frames that look like BOLD: a large mean, small fluctuations."""
     return (1000 + np.random.default_rng(0).normal(0, 10, (20, 5))).astype(np.float32)
+
+
+@pytest.fixture
+def scan_file(signal: np.ndarray, tmp_path: Path) -> Path:
+    np.save(tmp_path / "scan.npy", signal)
+    return tmp_path / "scan.npy"
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,18 @@
 """The plugin in the installed Brainmarks, which finds it by itself."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from brainmarks.models.registry import create_model, list_models
-from evaluation_data import build_model
 from torch.utils.data import default_collate
 
 from fmrilm.training.evaluation.ask import EncodedWindow, embed_windows
 
 
 @pytest.fixture
-def centroids(tmp_path):
+def centroids(tmp_path: Path) -> Path:
     path = tmp_path / "centroids.csv"
     rng = np.random.default_rng(0)
     rows = [
@@ -23,16 +24,9 @@ def centroids(tmp_path):
 
 
 @pytest.fixture
-def llama(make_codec, make_language_model, processor):
-    return build_model(make_codec(), make_language_model("llama", len(processor.tokenizer) - 4), processor)
-
-
-@pytest.fixture
-def saved(llama, processor, tmp_path):
-    folder = tmp_path / "model"
-    llama.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def created(model_folder: Path, centroids: Path) -> tuple:
+    """Transform and model."""
+    return create_model("fmrilm_schaefer400", model=str(model_folder), centroids=str(centroids))
 
 
 def sample(frames: int, tr: float = 1.0, rois: int = 400, seed: int = 0) -> dict:
@@ -43,9 +37,9 @@ def sample(frames: int, tr: float = 1.0, rois: int = 400, seed: int = 0) -> dict
 
 
 @pytest.mark.parametrize("frames", [4, 16, 160])
-def test_brainmarks_finds_the_model_and_gets_its_embeddings(frames: int, saved, centroids, llama) -> None:
+def test_brainmarks_finds_the_model_and_gets_its_embeddings(frames: int, created: tuple, llama) -> None:
     assert "fmrilm_schaefer400" in list_models()
-    transform, model = create_model("fmrilm_schaefer400", model=str(saved), centroids=str(centroids))
+    transform, model = created
     samples = [transform(sample(frames, seed=seed)) for seed in range(2)]
     batch = default_collate(samples)
     assert batch["target"].tolist() == [1, 1]
@@ -66,8 +60,8 @@ def test_brainmarks_finds_the_model_and_gets_its_embeddings(frames: int, saved, 
     np.testing.assert_allclose(embed_windows(llama, windows), pooled[:, 0].numpy(), atol=1e-5)
 
 
-def test_constant_parcels_are_missing(saved, centroids) -> None:
-    transform, model = create_model("fmrilm_schaefer400", model=str(saved), centroids=str(centroids))
+def test_constant_parcels_are_missing(created: tuple) -> None:
+    transform, model = created
     holed = sample(40)
     holed["bold"][:, 7] = 0
     prepared = transform(holed)
@@ -75,11 +69,9 @@ def test_constant_parcels_are_missing(saved, centroids) -> None:
     assert torch.isfinite(model(default_collate([prepared])).cls_embeds).all()
 
 
-def test_other_orders_and_parcellations_are_refused(saved, centroids, tmp_path) -> None:
-    seven = tmp_path / "seven.csv"
-    seven.write_text(centroids.read_text().replace("17Networks", "7Networks"))
-    with pytest.raises(ValueError, match="400 parcels named 17Networks_..., got 400, the first '7Networks_LH_Net_1'"):
-        create_model("fmrilm_schaefer400", model=str(saved), centroids=str(seven))
-    transform, _ = create_model("fmrilm_schaefer400", model=str(saved), centroids=str(centroids))
+def test_other_orders_and_parcellations_are_refused(created: tuple, model_folder: Path, centroids: Path) -> None:
     with pytest.raises(ValueError, match="expected 400 parcels, got 450"):
-        transform(sample(40, rois=450))
+        created[0](sample(40, rois=450))
+    centroids.write_text(centroids.read_text().replace("17Networks", "7Networks"))
+    with pytest.raises(ValueError, match="400 parcels named 17Networks_..., got 400, the first '7Networks_LH_Net_1'"):
+        create_model("fmrilm_schaefer400", model=str(model_folder), centroids=str(centroids))

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
@@ -23,7 +24,7 @@ from fmrilm.training.cli.options import WAIT_VARIABLES, let_threads_sleep
 
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
-OPTIONS = {"tr": 2.0, "atlas": "tiny"}
+OPTIONS, WORDS = {"tr": 2.0, "atlas": "tiny"}, ("--tr", "2", "--atlas", "tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -34,83 +35,67 @@ def no_progress() -> Iterator[None]:
     logging.enable_progress_bar()
 
 
-@pytest.fixture
-def folder(llama, processor, tmp_path: Path) -> Path:
-    llama.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def scan(signal: np.ndarray, tmp_path: Path) -> Path:
-    np.save(tmp_path / "scan.npy", signal)
-    return tmp_path / "scan.npy"
-
-
 def run(*words: str | Path) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def read(folder: Path, command: str, scan: Path, *words: str) -> Result:
-    return run(command, scan, *words, "--model", folder, "--tr", "2", "--atlas", "tiny", "--device", "cpu")
+    return run(command, scan, *words, "--model", folder, *WORDS, "--device", "cpu")
 
 
-def test_ask_prints_answers_and_probabilities(folder: Path, scan: Path) -> None:
-    expected = fmrilm.load(folder, "cpu").ask(scan, QUESTION, CHOICES, **OPTIONS)
-    printed = read(folder, "ask", scan, QUESTION, "--choices", "yes, no,maybe so")
+def test_ask_prints_answers_and_probabilities(model_folder: Path, scan_file: Path) -> None:
+    expected = fmrilm.load(model_folder, "cpu").ask(scan_file, QUESTION, CHOICES, **OPTIONS)
+    printed = read(model_folder, "ask", scan_file, QUESTION, "--choices", "yes, no,maybe so")
     lines = printed.stdout.splitlines()
     assert printed.exit_code == 0 and lines[0] == expected["answer"]
     assert lines[1:-1] == [f"{value:7.1%}  {choice}" for choice, value in expected["probabilities"].items()]
     window = expected["window"]
     assert lines[-1].startswith(f"read: {window['start']:g} to {window['stop']:g} s") and "5 ROIs of tiny" in lines[-1]
-    found = json.loads(read(folder, "ask", scan, QUESTION, "--choices", ",".join(CHOICES), "--json").stdout)
+    found = json.loads(read(model_folder, "ask", scan_file, QUESTION, "--choices", ",".join(CHOICES), "--json").stdout)
     assert list(found.pop("seconds")) == ["import", "load", "answer"]
-    assert found == {"scan": str(scan), "question": QUESTION, **expected}
+    assert found == {"scan": str(scan_file), "question": QUESTION, **expected}
 
 
-def test_words_are_printed_as_the_model_says_them(folder: Path, scan: Path) -> None:
-    reader = fmrilm.load(folder, "cpu")
+def test_words_are_printed_as_the_model_says_them(model_folder: Path, scan_file: Path) -> None:
+    reader = fmrilm.load(model_folder, "cpu")
     # half of the vocabulary ends an answer, so that it is short
     reader.model.generation_config.eos_token_id = list(range(0, 400, 2))
-    reader.model.save_pretrained(folder)
-    answer, description = reader.ask(scan, QUESTION, **OPTIONS)["answer"], reader.describe(scan, **OPTIONS)
-    assert read(folder, "ask", scan, QUESTION).stdout == f"{answer}\n"
-    assert json.loads(read(folder, "ask", scan, QUESTION, "--json").stdout)["answer"] == answer
-    assert read(folder, "describe-scan", scan).stdout == f"{description}\n"
-    found = json.loads(read(folder, "describe-scan", scan, "--json").stdout)
+    reader.model.save_pretrained(model_folder)
+    answer, description = reader.ask(scan_file, QUESTION, **OPTIONS)["answer"], reader.describe(scan_file, **OPTIONS)
+    assert read(model_folder, "ask", scan_file, QUESTION).stdout == f"{answer}\n"
+    assert json.loads(read(model_folder, "ask", scan_file, QUESTION, "--json").stdout)["answer"] == answer
+    assert read(model_folder, "describe-scan", scan_file).stdout == f"{description}\n"
+    found = json.loads(read(model_folder, "describe-scan", scan_file, "--json").stdout)
     assert (found["description"], found["window"]["stop"]) == (description, 32)
 
 
-def test_forecast_is_a_table_that_can_be_read_again(folder: Path, scan: Path, signal: np.ndarray) -> None:
+def test_forecast_is_a_table_that_can_be_read_again(model_folder: Path, scan_file: Path, signal: np.ndarray) -> None:
     signal[:, 2] = np.nan
-    np.save(scan, signal)
-    expected = fmrilm.load(folder, "cpu").forecast(scan, 12.0, **OPTIONS)
-    header, *rows = csv.reader(read(folder, "forecast", scan, "--seconds", "12").stdout.splitlines())
+    np.save(scan_file, signal)
+    expected = fmrilm.load(model_folder, "cpu").forecast(scan_file, 12.0, **OPTIONS)
+    header, *rows = csv.reader(read(model_folder, "forecast", scan_file, "--seconds", "12").stdout.splitlines())
     assert header == [f"tiny_{roi}" for roi in range(5)]
     table = np.array([[float(cell or "nan") for cell in row] for row in rows], dtype=np.float32)
     assert np.allclose(table, expected, rtol=1e-6, equal_nan=True)
-    found = json.loads(read(folder, "forecast", scan, "--seconds", "12", "--json").stdout)
+    found = json.loads(read(model_folder, "forecast", scan_file, "--seconds", "12", "--json").stdout)
     assert found["rois"] == header and found["repetition_time"] == 2.0
     assert np.allclose(np.array(found["signal"], dtype=np.float32), table, equal_nan=True)
 
 
-def test_bad_input_is_one_line_and_a_hint(folder: Path, scan: Path) -> None:
-    failed = run("ask", scan, QUESTION, "--model", folder)
+def test_bad_input_is_one_line_and_a_hint(model_folder: Path, scan_file: Path) -> None:
+    failed = run("ask", scan_file, QUESTION, "--model", model_folder)
     assert (failed.exit_code, failed.stdout) == (1, "")
     error, hint = failed.stderr.splitlines()
     assert error.startswith("error: scan.npy: the scan's repetition time is not known")
     assert hint.startswith("hint: ") and "ask --help` describes" in hint and "--debug ask" in hint
     with pytest.raises(ValueError, match="repetition time is not known"):
-        raise run("--debug", "ask", scan, QUESTION, "--model", folder).exception
+        raise run("--debug", "ask", scan_file, QUESTION, "--model", model_folder).exception
 
 
-def test_unforeseen_failures_and_missing_packages_are_one_line_too(scan: Path, monkeypatch) -> None:
+def test_unforeseen_failures_and_missing_packages_are_one_line_too(scan_file: Path, monkeypatch) -> None:
     def fail(error: BaseException) -> Result:
-        def load(*args: object) -> None:
-            raise error
-
-        monkeypatch.setattr(fmrilm.scan_reader, "load", load)
-        return run("ask", scan, QUESTION)
+        monkeypatch.setattr(fmrilm.scan_reader, "load", Mock(side_effect=error))
+        return run("ask", scan_file, QUESTION)
 
     failed = fail(RuntimeError("CUDA\n  out of   memory"))
     assert failed.exit_code == 1 and failed.stderr.splitlines()[0] == "error: CUDA out of memory"
@@ -135,62 +120,54 @@ def test_info_tells_versions_and_devices() -> None:
     assert "devices" in run("info").stdout.splitlines()
 
 
-def test_info_describes_a_model_folder(folder: Path, tmp_path: Path) -> None:
-    found = json.loads(run("info", folder, "--json").stdout)
+def test_info_describes_a_model_folder(model_folder: Path, tmp_path: Path) -> None:
+    found = json.loads(run("info", model_folder, "--json").stdout)
     assert found["model"] == {"stage": "2 or 3 (codec and language model)", "language model": "llama", "scores": 2}
     assert (found["codec"]["num_quantizers"], found["codec"]["codebook_size"]) == (3, 16)
     assert found["atlases"] == {"tiny": "5 ROIs"}
-    assert "  tiny                      5 ROIs" in run("info", folder).stdout.splitlines()
+    assert "  tiny                      5 ROIs" in run("info", model_folder).stdout.splitlines()
     failed = run("info", tmp_path)
     assert failed.exit_code == 1 and "expected the config.json of a codec or a model" in failed.stderr
 
 
-def test_info_names_stages_data_and_figures(folder: Path, make_codec, extractor) -> None:
+def test_info_names_stages_data_and_figures(model_folder: Path, make_codec, extractor) -> None:
     cohort = {"subjects": 10, "windows": 90}
-    (folder / "cohort.json").write_text(json.dumps(cohort))
+    (model_folder / "cohort.json").write_text(json.dumps(cohort))
     data = {"test_subjects": [2, 3], "scans": 17, "terms": {"hcp": "its own"}}
     written = {"run": {"seconds": {"codec": 90.0, "total": 120.0}}, "data": data}
-    (folder.parent / "results.json").write_text(json.dumps(written))
+    (model_folder.parent / "results.json").write_text(json.dumps(written))
     figure = EvalResult(
-        task_type="any-to-any",
-        dataset_type="held-out-subjects",
-        dataset_name="5 held-out subjects",
-        metric_type="accuracy",
-        metric_value=0.0,
-        metric_name="accuracy",
+        "any-to-any", "held-out-subjects", "5 held-out subjects", "accuracy", 0.0, metric_name="accuracy"
     )
-    ModelCard(f"---\n{ModelCardData(model_name='tiny', eval_results=[figure]).to_yaml()}\n---\n").save(
-        folder / "README.md"
-    )
-    found = json.loads(run("info", folder, "--json").stdout)
+    card = ModelCardData(model_name="tiny", eval_results=[figure]).to_yaml()
+    (model_folder / "README.md").write_text(f"---\n{card}\n---\n")
+    found = json.loads(run("info", model_folder, "--json").stdout)
     assert found["stages"] == {"codec": "1.5 minutes", "total": "2.0 minutes"}
     counts = {"training subjects": 10, "training windows": 90, "held-out subjects": 5, "scans": 17}
     assert found["data"] == {**counts, "hcp": "its own"}
     assert found["results"] == {"5 held-out subjects, accuracy": 0.0}
-    assert "  5 held-out subjects, accuracy  0.0" in run("info", folder).stdout.splitlines()
+    assert "  5 held-out subjects, accuracy  0.0" in run("info", model_folder).stdout.splitlines()
     # a codec has figures beside it and no card
-    make_codec().save_pretrained(folder.parent / "codec" / "model")
-    (folder.parent / "codec" / "results.json").write_text(json.dumps({"r_squared": 0.5, "codebook_usage": [1.0]}))
-    found = json.loads(run("info", folder.parent / "codec" / "model", "--json").stdout)
+    codec = model_folder.parent / "codec"
+    make_codec().save_pretrained(codec / "model")
+    (codec / "results.json").write_text(json.dumps({"r_squared": 0.5, "codebook_usage": [1.0]}))
+    found = json.loads(run("info", codec / "model", "--json").stdout)
     assert (found["model"], found["results"]) == ({"stage": "1 (codec)"}, {"held-out scans, r_squared": 0.5})
 
 
-def test_missing_model_comes_with_the_way_to_get_one(scan: Path, tmp_path: Path, monkeypatch) -> None:
+def test_missing_model_comes_with_the_way_to_get_one(scan_file: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     for words in (["evaluate", "runs/model", "."], ["info", "runs/model"], ["export", "runs/model", "out"]):
         refused = run(*words)
         assert refused.exit_code == 2
         assert "got runs/model, which is none: `fmrilm demo` makes a model" in refused.stderr
-    failed = run("ask", scan, QUESTION, "--tr", "2")
+    failed = run("ask", scan_file, QUESTION, "--tr", "2")
     assert failed.exit_code == 1
     assert "got runs/demo/model, which is neither: `fmrilm demo` makes a model in runs/demo/model" in failed.stderr
-
-    def unreachable(*args: object, **options: object) -> None:
-        raise OSError("no repository of that name")
-
+    unreachable = Mock(side_effect=OSError("no repository of that name"))
     monkeypatch.setattr("fmrilm.scan_reader.FmriLMConfig.get_config_dict", unreachable)
-    failed = run("ask", scan, QUESTION, "--tr", "2", "--model", "me/model")
+    failed = run("ask", scan_file, QUESTION, "--tr", "2", "--model", "me/model")
     expected = "got me/model, which is no folder (`fmrilm demo` makes a model in runs/demo/model): no repository"
     assert expected in failed.stderr
 
@@ -203,15 +180,17 @@ def test_shell_completion_is_offered() -> None:
     assert found.stdout.split() == ["forecast"]
 
 
-def test_commands_that_write_files_say_so_as_json(folder: Path, scan: Path, tmp_path: Path, monkeypatch) -> None:
+def test_commands_that_write_files_say_so_as_json(
+    model_folder: Path, scan_file: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--question", QUESTION, "--choices", "yes,no", "--output", "o.html", "--json"]
     # the page itself has tests of its own
     with monkeypatch.context() as patch:
         patch.setattr("fmrilm.training.report.scan_report.write_scan_report", lambda path, *_, **__: path.touch())
-        found = json.loads(read(folder, "report", scan, *options).stdout)
-    assert found == {"scan": str(scan), "output": "o.html", "questions": [QUESTION]} and Path("o.html").exists()
-    found = json.loads(run("export", folder, tmp_path / "plain", "--json").stdout)
+        found = json.loads(read(model_folder, "report", scan_file, *options).stdout)
+    assert found == {"scan": str(scan_file), "output": "o.html", "questions": [QUESTION]} and Path("o.html").exists()
+    found = json.loads(run("export", model_folder, tmp_path / "plain", "--json").stdout)
     assert found["output"] == str(tmp_path / "plain") and "config.json" in found["files"]
 
     def demo(output: Path, quick: bool, seed: int) -> dict:
@@ -252,8 +231,8 @@ def read_terminal(descriptor: int) -> str:
     return b"".join(pieces).decode()
 
 
-def test_progress_shows_on_a_terminal_alone(folder: Path, scan: Path) -> None:
-    words = ["ask", scan, QUESTION, "--choices", "yes,no", "--model", folder, "--tr", "2", "--atlas", "tiny"]
+def test_progress_shows_on_a_terminal_alone(model_folder: Path, scan_file: Path) -> None:
+    words = ["ask", scan_file, QUESTION, "--choices", "yes,no", "--model", model_folder, *WORDS]
     command = [str(Path(sys.executable).with_name("fmrilm")), *map(str, words)]
     ours, theirs = os.openpty()
     with ThreadPoolExecutor(1) as pool:

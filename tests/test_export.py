@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,25 +15,14 @@ from fmrilm.training.hub.export import prompt_embeddings
 QUESTION = "Is it connected?"
 
 
-@pytest.fixture
-def scan(tmp_path: Path) -> Path:
-    np.save(tmp_path / "scan.npy", 1000 + np.random.default_rng(0).normal(0, 10, (16, 5)))
-    return tmp_path / "scan.npy"
-
-
-def prompt(processor, scan: Path) -> dict[str, torch.Tensor]:
-    content = [{"type": "fmri", "fmri": scan, "tr": 2.0}, {"type": "text", "text": QUESTION}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
 @pytest.mark.parametrize(("backbone", "tied"), [("qwen3", True), ("gpt2", False)])
 def test_a_causal_server_gives_the_same_logits(
-    backbone: str, tied: bool, tiny_model, processor, scan: Path, tmp_path: Path
+    backbone: str, tied: bool, tiny_model, processor, scan_file: Path, tmp_path: Path
 ) -> None:
     model = tiny_model(backbone, tied)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    given = ["--scan", str(scan), "--question", QUESTION, "--tr", "2"]
+    given = ["--scan", str(scan_file), "--question", QUESTION, "--tr", "2"]
     arguments = ["export", str(tmp_path / "model"), str(tmp_path / "out"), *given]
     run = CliRunner().invoke(app, arguments)
     assert run.exit_code == 0, run.output
@@ -43,7 +31,8 @@ def test_a_causal_server_gives_the_same_logits(
     assert plain.generation_config.suppress_tokens == model.generation_config.suppress_tokens
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == processor.tokenizer.get_vocab()
 
-    inputs = prompt(processor, scan)
+    content = [{"type": "fmri", "fmri": scan_file, "tr": 2.0}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     embeddings = load_file(tmp_path / "out" / "prompt.safetensors")["prompt_embeds"][None]
     assert torch.equal(embeddings, prompt_embeddings(model, inputs))
     # as servers do: embeddings alone, at ordinary positions
@@ -55,12 +44,10 @@ def test_a_causal_server_gives_the_same_logits(
     assert torch.equal(new, model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :])
 
 
-def test_unfit_exports_are_refused(llama, processor, scan: Path, tmp_path: Path) -> None:
-    llama.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+def test_unfit_exports_are_refused(model_folder: Path, scan_file: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    again = CliRunner().invoke(app, ["export", str(tmp_path / "model"), str(tmp_path / "out")])
+    again = CliRunner().invoke(app, ["export", str(model_folder), str(tmp_path / "out")])
     assert again.exit_code == 1 and "which exists" in again.output
-    half = CliRunner().invoke(app, ["export", str(tmp_path / "model"), str(tmp_path / "new"), "--scan", str(scan)])
+    half = CliRunner().invoke(app, ["export", str(model_folder), str(tmp_path / "new"), "--scan", str(scan_file)])
     assert half.exit_code == 1 and "a scan and a question" in half.output
     assert not list(tmp_path.glob(".new*"))

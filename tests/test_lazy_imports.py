@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import fmrilm
@@ -52,14 +51,13 @@ print(json.dumps([seconds, names, [name for name in ("torch", "transformers", "p
     assert seconds < 0.3 and not at_once and not for_scans
 
 
-def test_asking_takes_nothing_that_it_does_not_need(saved: Path, signal: np.ndarray) -> None:
-    np.save(saved / "scan.npy", signal)
+def test_asking_takes_nothing_that_it_does_not_need(model_folder: Path, scan_file: Path) -> None:
     code = f"""
 import json, sys
 from typer.testing import CliRunner
 from fmrilm.training.cli.main import app
-arguments = ["ask", {str(saved / "scan.npy")!r}, "Is it?", "--choices", "yes,no", "--tr", "0.72"]
-run = CliRunner().invoke(app, [*arguments, "--json", "--model", {str(saved)!r}])
+arguments = ["ask", {str(scan_file)!r}, "Is it?", "--choices", "yes,no", "--tr", "0.72"]
+run = CliRunner().invoke(app, [*arguments, "--json", "--model", {str(model_folder)!r}])
 assert run.exit_code == 0, run.output
 print(json.dumps([name for name in {UNUSED} if name in sys.modules]))
 """
@@ -92,26 +90,19 @@ def test_every_name_is_listed_and_there(package) -> None:
     assert set(package.__all__) <= set(names)
 
 
-@pytest.fixture
-def saved(llama, processor, tmp_path: Path) -> Path:
-    llama.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    return tmp_path
-
-
 # before transformers and after it
 @pytest.mark.parametrize(
     "imports", ["from fmrilm.processors import FmriLMProcessor", "from transformers import pipeline\nimport fmrilm"]
 )
-def test_the_package_serves_without_trust_and_takes_no_code_of_a_folder(imports: str, saved: Path) -> None:
+def test_the_package_serves_without_trust_and_takes_no_code_of_a_folder(imports: str, model_folder: Path) -> None:
     code = f"""
 import json
 {imports}
 from transformers import AutoModelForCausalLM, AutoProcessor
-model = AutoModelForCausalLM.from_pretrained({str(saved)!r}, trust_remote_code=False)
-processor = AutoProcessor.from_pretrained({str(saved)!r}, trust_remote_code=False)
+model = AutoModelForCausalLM.from_pretrained({str(model_folder)!r}, trust_remote_code=False)
+processor = AutoProcessor.from_pretrained({str(model_folder)!r}, trust_remote_code=False)
 from transformers import pipeline
-pipe = pipeline('fmri-text-to-text', model={str(saved)!r})
+pipe = pipeline('fmri-text-to-text', model={str(model_folder)!r})
 print(json.dumps([type(part).__module__ for part in (model, processor, processor.feature_extractor, pipe)]))
 """
     assert fresh(code) == [

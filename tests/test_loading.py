@@ -9,15 +9,6 @@ from transformers import AutoModelForMultimodalLM
 from fmrilm import FmriLMForConditionalGeneration
 
 
-SCAN_INPUTS = ("fmri_values", "roi_coordinates", "fmri_mask")
-
-
-@pytest.fixture
-def folder(tiny_model, processor, tmp_path: Path) -> Path:
-    tiny_model("llama").save_pretrained(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture
 def inputs(processor, signal) -> dict:
     block = {"type": "fmri", "fmri": signal, "tr": 2.0, "atlas": "tiny"}
@@ -35,14 +26,14 @@ def load(folder: Path, **options) -> FmriLMForConditionalGeneration:
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-def test_device_map_places_the_whole_model(device_map, folder: Path, inputs: dict) -> None:
-    model = load(folder, device_map=device_map)
-    assert torch.equal(logits(model, inputs).cpu(), logits(load(folder), inputs))
+def test_device_map_places_the_whole_model(device_map, model_folder: Path, inputs: dict) -> None:
+    model = load(model_folder, device_map=device_map)
+    assert torch.equal(logits(model, inputs).cpu(), logits(load(model_folder), inputs))
     assert model.generate(**inputs.to(model.device), max_new_tokens=2).shape[0] == 1
 
 
-def test_attention_implementation_is_chosen_for_each_part(folder: Path, inputs: dict) -> None:
-    model = load(folder, attn_implementation={"text_config": "eager", "codec_config": "sdpa"})
+def test_attention_implementation_is_chosen_for_each_part(model_folder: Path, inputs: dict) -> None:
+    model = load(model_folder, attn_implementation={"text_config": "eager", "codec_config": "sdpa"})
     assert model.model.causal_lm.config._attn_implementation == "eager"
     assert model.model.codec.config._attn_implementation == "sdpa"
-    assert torch.allclose(logits(model, inputs), logits(load(folder), inputs), atol=1e-4)
+    assert torch.allclose(logits(model, inputs), logits(load(model_folder), inputs), atol=1e-4)
