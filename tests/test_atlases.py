@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 from dataclasses import replace
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
@@ -111,15 +112,13 @@ def test_dict_round_trip_is_exact(point: list[float]) -> None:
     assert again.coordinates.tobytes() == atlas.coordinates.tobytes() and again == atlas
 
 
-# --- where the ROIs lie
-
 AFFINE = np.array([[2.0, 0, 0, -10], [0, 2, 0, -4], [0, 0, 2, 6], [0, 0, 0, 1]])
 
 
-def label_image() -> nib.Nifti1Image:
+def label_image(first: int = 7, second: int = 9) -> nib.Nifti1Image:
     labels = np.zeros((4, 3, 2), dtype=np.int16)
-    labels[0, 0, 0] = labels[2, 0, 0] = 7
-    labels[3, 2, 1] = 9
+    labels[0, 0, 0] = labels[2, 0, 0] = first
+    labels[3, 2, 1] = second
     return nib.Nifti1Image(labels, AFFINE)
 
 
@@ -253,22 +252,13 @@ def test_papers_450_rois_are_tians_then_schaefers() -> None:
 
 def test_schaefer_of_other_sizes_comes_from_nilearn(monkeypatch, tmp_path) -> None:
     labels = ["Background", "7Networks_LH_Vis_1", "7Networks_RH_Default_PFC_1"]
-
-    def fetch(n_rois: int, yeo_networks: int, **_):
-        assert (n_rois, yeo_networks) == (200, 7)
-        volume = label_image().get_fdata()
-        volume = np.select([volume == 7, volume == 9], [1, 2]).astype(np.int16)
-        nib.save(nib.Nifti1Image(volume, AFFINE), tmp_path / "maps.nii.gz")
-        return Bunch(maps=str(tmp_path / "maps.nii.gz"), labels=labels)
-
+    nib.save(label_image(1, 2), tmp_path / "maps.nii.gz")
+    fetch = Mock(return_value=Bunch(maps=str(tmp_path / "maps.nii.gz"), labels=labels))
     monkeypatch.setattr("nilearn.datasets.fetch_atlas_schaefer_2018", fetch)
     atlas = Atlas.load("schaefer-200-7networks")
+    assert fetch.call_args.kwargs.items() >= {"n_rois": 200, "yeo_networks": 7}.items()
     assert atlas.rois == tuple(labels[1:]) and atlas.networks == ("Vis", "Default")
     assert atlas.coordinates.tolist() == [[-8, -4, 6], [-4, 0, 8]] and atlas.parcels is not None
-
-    def fail(**_):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("nilearn.datasets.fetch_atlas_schaefer_2018", fail)
+    fetch.side_effect = ConnectionError("no route")
     with pytest.raises(ValueError, match="could not fetch the Schaefer atlas of 200 ROIs .no route.*from_image"):
         Atlas.load("schaefer-200-7networks")

@@ -19,6 +19,7 @@ from fmrilm.training.evaluation.ask import (
     parse_number,
     score_windows,
 )
+from scan_rows import choice_scores
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -39,15 +40,9 @@ def slow_scores(model, processor, question: str, words, window, examples=()) -> 
         if place < len(examples):
             chat.append(assistant(examples[place].answer))
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    totals = []
-    for word in words:
-        answer = torch.tensor([processor.tokenizer(word, add_special_tokens=False)["input_ids"]])
-        with torch.no_grad():
-            codes = pad_codes([each.codes for each in shown])
-            logits = model(torch.cat([prompt, answer], -1), fmri_codes=codes).logits
-        likely = logits[0, -answer.shape[1] - 1 : -1].log_softmax(-1).gather(1, answer[0, :, None])
-        totals.append(likely.sum())
-    return torch.stack(totals).log_softmax(0)
+    answers = processor.tokenizer(list(words), add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        return choice_scores(model, prompt, pad_codes([each.codes for each in shown]), answers).log_softmax(0)
 
 
 def test_windows_and_questions_that_share_a_prefix_score_as_if_asked_alone(model, processor, windows) -> None:
