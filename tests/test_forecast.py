@@ -1,15 +1,14 @@
 """Forecasts in closed form and surprise: independent of padding and batch mates, equal to what they are made of."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from scipy.signal import lfilter
 
-from fmrilm.modeling_fmrilm import FmriLMDynamics, ending_together
+from fmrilm.modeling_fmrilm import FmriLMDynamics
 from fmrilm.training.alignment.dynamics import fit_dynamics, fit_token_gains
+from fmrilm.training.data.dataset import Scans
+from helpers import atlas, scans_of
 from scan_rows import LONG, SHORT, Model, codes
 
 
@@ -19,31 +18,14 @@ def scan() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(1, 5, 14, generator=generator), 60 * torch.randn(1, 5, 3, generator=generator)
 
 
-class Waves:
-    """Scans [frames, 6 ROIs] in which each frame is `strength` times the last one, and noise; as `Scans` has them."""
-
-    def __init__(self, subjects: int, frames: int, strength: float = 0.8):
-        rng = np.random.default_rng(0)
-        self.coordinates = rng.normal(0, 40, (6, 3))
-        self.table = pd.DataFrame({"subject": [f"sub-{row}" for row in range(subjects)], "tr": 2.0})
-        self.signals = []
-        for _ in range(subjects):
-            signal = rng.normal(0, 1, (frames, 6)).astype(np.float32)
-            for frame in range(1, frames):
-                signal[frame] = strength * signal[frame - 1] + (1 - strength**2) ** 0.5 * signal[frame]
-            self.signals.append(signal)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def signal(self, scan: int) -> np.ndarray:
-        return self.signals[scan]
-
-    def atlas(self, scan: int) -> SimpleNamespace:
-        return SimpleNamespace(coordinates=self.coordinates)
+def waves(subjects: int, frames: int) -> Scans:
+    """In which each frame is 0.8 times the last one, and noise."""
+    noise = np.random.default_rng(0).normal(0, 1, (subjects, frames, 6))
+    noise[:, 1:] *= 0.6
+    return scans_of(lfilter([1], [1, -0.8], noise, axis=1), atlas("waves", 6), tr=[2.0] * subjects)
 
 
-def fit(model: Model, scans: Any, context: int, seed: int) -> np.ndarray:
+def fit(model: Model, scans: Scans, context: int, seed: int) -> np.ndarray:
     return fit_dynamics(model.model.dynamics, model.model.codec, scans, context, seed)
 
 
@@ -92,11 +74,8 @@ def test_forecast_goes_on_from_what_it_expects(llama: Model, scan: tuple) -> Non
 def test_samples_have_the_expected_mean_and_errors(llama: Model, scan: tuple) -> None:
     values, coordinates = scan
     errors = llama.model.dynamics.errors
-    errors.copy_(
-        0.5 ** (torch.arange(4) - torch.arange(4)[:, None]).abs()
-        * torch.tensor([1, 2, 3, 4]).outer(torch.tensor([1, 2, 3, 4]))
-        / 4
-    )
+    lead = torch.arange(4)
+    errors.copy_(0.5 ** (lead - lead[:, None]).abs() * torch.outer(lead + 1, lead + 1) / 4)
     generator = torch.Generator().manual_seed(0)
     samples = llama.forecast(values, coordinates, seconds=8.0, num_samples=20000, generator=generator)
     assert samples.shape == (20000, 1, 5, 4)
@@ -134,9 +113,8 @@ def test_a_missing_roi_does_not_change_the_others(llama: Model, scan: tuple) -> 
     kept = [0, 1, 3, 4]
     found = llama.forecast(values.masked_fill(~mask, 7.0), coordinates, mask, seconds=16.0)
     assert found.isfinite().all()
-    assert torch.allclose(
-        found[:, kept], llama.forecast(values[:, kept], coordinates[:, kept], seconds=16.0), atol=1e-4
-    )
+    alone = llama.forecast(values[:, kept], coordinates[:, kept], seconds=16.0)
+    assert torch.allclose(found[:, kept], alone, atol=1e-4)
 
 
 def test_before_the_fit_the_forecast_is_the_mean(llama: Model, scan: tuple) -> None:
@@ -150,13 +128,13 @@ def test_before_the_fit_the_forecast_is_the_mean(llama: Model, scan: tuple) -> N
 
 @torch.no_grad()
 def test_fit_finds_what_can_be_known_of_new_subjects(llama: Model) -> None:
-    r_squared = fit(llama, Waves(40, 200), context=64, seed=0)
+    r_squared = fit(llama, waves(40, 200), context=64, seed=0)
     # of an autoregression of 0.8; the mean of a short context takes some of it
     assert np.allclose(r_squared, 0.8 ** (2 * np.arange(1, 5)), atol=0.08)
-    new, covered = Waves(60, 200), []
+    new, covered = waves(60, 200), []
+    coordinates = torch.tensor(new.atlas(0).coordinates)[None]
     for row in range(40, 60):
         signal = torch.from_numpy(new.signal(row)).T[None]
-        coordinates = torch.tensor(new.coordinates, dtype=torch.float32)[None]
         for stop in (64, 128, 192):
             context, truth = signal[..., stop - 64 : stop], signal[..., stop : stop + 4]
             samples = llama.forecast(context, coordinates, seconds=8.0, num_samples=200)
@@ -167,7 +145,7 @@ def test_fit_finds_what_can_be_known_of_new_subjects(llama: Model) -> None:
 
 @torch.no_grad()
 def test_fit_leaves_out_interpolated_scans_where_there_are_others(llama: Model) -> None:
-    some, both = Waves(10, 100), Waves(20, 100)
+    some, both = waves(10, 100), waves(20, 100)
     found = []
     for scans, slow in ((some, 10), (both, 10), (both, 0)):
         scans.table.loc[slow:, "tr"] = 3.0
@@ -179,17 +157,8 @@ def test_fit_leaves_out_interpolated_scans_where_there_are_others(llama: Model) 
 @pytest.mark.parametrize(("subjects", "frames"), [(1, 100), (10, 7)])
 def test_too_few_scans_leave_the_forecast_as_it_is(llama: Model, subjects: int, frames: int) -> None:
     before = llama.model.dynamics.weights.clone()
-    assert np.isnan(fit(llama, Waves(subjects, frames), context=32, seed=0)).all()
+    assert np.isnan(fit(llama, waves(subjects, frames), context=32, seed=0)).all()
     assert torch.equal(llama.model.dynamics.weights, before)
-
-
-def test_scans_are_moved_to_end_together() -> None:
-    values = torch.arange(11.0).expand(2, 1, -1)
-    mask = torch.ones(2, 1, 11, dtype=torch.bool)
-    mask[1, :, 6:] = False
-    moved, inside = ending_together(values, mask)
-    assert torch.equal(moved[0], values[0]) and inside[0].all()
-    assert moved[1, 0, 5:].tolist() == [0, 1, 2, 3, 4, 5] and inside[1, 0].tolist() == [False] * 5 + [True] * 6
 
 
 @torch.no_grad()
@@ -261,9 +230,9 @@ def test_frame_surprise_is_a_likelihood_ratio(llama: Model, scan: tuple) -> None
 
 @torch.no_grad()
 def test_frames_out_of_order_are_surprising(llama: Model) -> None:
-    fit(llama, Waves(20, 200), context=64, seed=0)
-    new = Waves(21, 200)
-    coordinates = torch.tensor(new.coordinates, dtype=torch.float32)[None]
+    fit(llama, waves(20, 200), context=64, seed=0)
+    new = waves(21, 200)
+    coordinates = torch.tensor(new.atlas(0).coordinates)[None]
     signal = torch.from_numpy(new.signal(20)).T[None]
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     real, shuffled = (llama.frame_surprise(one, coordinates).nanmean() for one in (signal, signal[..., order]))
