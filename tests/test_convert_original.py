@@ -142,22 +142,16 @@ def test_converted_checkpoint_computes_the_documented_formulas(
     assert torch.allclose(scores[:1], model.score_choices(inputs, choices), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        (
-            "released",
-            "<|im_start|>user\n<fmri>SCAN</fmri>### Question: Old?\n### Answer:<|im_end|>\n"
-            "<|im_start|>assistant\n<think>\n\n</think>\n\nYes<|endoftext|>\n",
-        ),
-        (
-            "december",
-            "<fmri>SCAN</fmri><|im_start|>user\n### Question: Old?\n### Answer:<|im_end|>\n"
-            "<|im_start|>assistant\n<think>\n\n</think>\n\nYes<|endoftext|>\n",
-        ),
-    ],
+OFFICIAL_END = (
+    "### Question: Old?\n### Answer:<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nYes<|endoftext|>\n"
 )
-def test_prompt_is_the_official_one(case: str, expected: str, backbone_folder, tiny_atlas, tmp_path: Path) -> None:
+
+
+@pytest.mark.parametrize(
+    ("case", "beginning"),
+    [("released", "<|im_start|>user\n<fmri>SCAN</fmri>"), ("december", "<fmri>SCAN</fmri><|im_start|>user\n")],
+)
+def test_prompt_is_the_official_one(case: str, beginning: str, backbone_folder, tiny_atlas, tmp_path: Path) -> None:
     layout, backbone, prefix, *_, patch, feature_dim, _ = CASES[case]
     folder, reference = backbone_folder(backbone)
     tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, None)[0]
@@ -172,7 +166,8 @@ def test_prompt_is_the_official_one(case: str, expected: str, backbone_folder, t
         processor = AutoProcessor.from_pretrained(tmp_path / name, trust_remote_code=True)
         pads = "<|fmri_pad|>" * (ROIS * 160 // patch)
         text = processor.apply_chat_template(chat, tokenize=False)
-        assert text == expected.replace("<fmri>", start).replace("</fmri>", end).replace("SCAN", pads)
+        expected = beginning.replace("<fmri>", start).replace("</fmri>", end).replace("SCAN", pads) + OFFICIAL_END
+        assert text == expected
         ids = processor.apply_chat_template(chat)["input_ids"][0]
         assert processor.tokenizer.decode(ids) == text
 

@@ -35,15 +35,8 @@ def subjects(quick_demo: Path) -> set[str]:
 
 
 def test_run_leaves_its_stages_model_results_and_report(quick_demo: Path) -> None:
-    files = {"model", "results.json", "report.html"}
-    assert {path.name for path in quick_demo.iterdir()} == {
-        *files,
-        "scans",
-        "prepared",
-        "corpus",
-        "codec",
-        "evaluation",
-    }
+    folders = {"scans", "prepared", "corpus", "codec", "model", "evaluation"}
+    assert {path.name for path in quick_demo.iterdir()} == {*folders, "results.json", "report.html"}
     assert {path.name for path in quick_demo.parent.iterdir()} == {"run"}
     assert (quick_demo / "model" / "model.safetensors").stat().st_size > 400e6
     parcels = {path.stem for path in (quick_demo / "model" / "atlases").iterdir()}
@@ -55,9 +48,6 @@ def test_results_are_about_the_held_out_subjects(results: dict, subjects: set[st
     assert results["data"]["training_subjects"] == [len(subjects) - len(held_out)]
     assert results["data"]["test_subjects"] == [len(held_out)]
     assert len({answer["subject"] for answer in results["descriptors"]["answers"]}) <= len(held_out)
-    for answer in results["descriptors"]["answers"]:
-        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
-        assert answer["answer"] == max(answer["probabilities"], key=answer["probabilities"].get)
     families = results["descriptors"]["families"]
     assert set(families) == {"connectivity", "strength", "autocorrelation", "all"}
     for family in families.values():
@@ -104,8 +94,7 @@ def test_card_of_the_model_states_what_was_measured(quick_demo: Path, results: d
     assert "learned next to nothing" in card.text
     families = results["descriptors"]["families"]
     accuracies = [result for result in card.data.eval_results if result.metric_type == "balanced_accuracy"]
-    assert {result.dataset_config: result.metric_value for result in accuracies} == {
-        f"descriptors, {name}, zero-shot": pytest.approx(family["right"]["accuracy"], abs=1e-4)
-        for name, family in families.items()
-    }
+    expected = {f"descriptors, {name}, zero-shot": each["right"]["accuracy"] for name, each in families.items()}
+    found = {result.dataset_config: result.metric_value for result in accuracies}
+    assert found == pytest.approx(expected, abs=1e-4)
     assert not list(find_problems(quick_demo / "model"))
