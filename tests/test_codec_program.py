@@ -3,7 +3,6 @@
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,42 +17,34 @@ from fmrilm.training.codec.fit import fit_codec, fit_descriptor_head, fit_summar
 from fmrilm.training.codec.metrics import evaluate_codec
 from fmrilm.training.codec.text_embeddings import TextEmbeddings
 from fmrilm.training.codec.trainer import CodecTrainingArguments
-from helpers import atlas
+from fmrilm.training.data.dataset import Scans, cut_windows
+from helpers import atlas, scans_of
 from program_runs import run, weights
 
 
 ROIS, FRAMES = 24, 160
 
 
-class Waves:
-    """Scans of waves through the brain: the signal of a ROI depends on its place."""
-
-    def __init__(self, seeds: range, frames: int = FRAMES):
-        self.seeds, self.frames = seeds, frames
-        self.atlases = {"waves": self.atlas(0)}
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def atlas(self, index: int) -> SimpleNamespace:
-        return atlas("waves", ROIS)
-
-    def signal(self, index: int) -> np.ndarray:
-        rng, places = np.random.default_rng(self.seeds[index]), self.atlas(index).coordinates
-        time = np.arange(self.frames)[:, None]
-        waves = sum(np.sin(0.3 * time + places @ rng.normal(0, 0.012, 3) + rng.uniform(0, 6)) for _ in range(3))
-        signal = waves + 0.1 * rng.standard_normal(waves.shape)
-        signal = (signal / signal.std(0)).astype(np.float32)
+def waves(seeds: range, frames: int = FRAMES) -> Scans:
+    """Waves through the brain: the signal of a ROI depends on its place. A ROI is missing in each scan."""
+    of, signals, time = atlas("waves", ROIS), [], np.arange(frames)[:, None]
+    for index, seed in enumerate(seeds):
+        rng = np.random.default_rng(seed)
+        slopes = [of.coordinates @ rng.normal(0, 0.012, 3) + rng.uniform(0, 6) for _ in range(3)]
+        signal = sum(np.sin(0.3 * time + slope) for slope in slopes) + 0.1 * rng.standard_normal((frames, ROIS))
         signal[:, index % ROIS] = np.nan
-        return signal
+        signals.append(signal / signal.std(0))
+    return scans_of(signals, of)
 
-    def items(self) -> list[dict[str, np.ndarray]]:
-        found = []
-        for index in range(len(self)):
-            signal = self.signal(index)
-            there = ~np.isnan(signal).any(0)
-            found.append({"signal": signal[:, there], "coordinates": self.atlas(index).coordinates[there]})
-        return found
+
+def items(seeds: range) -> list[dict[str, np.ndarray]]:
+    """Whole scans as `evaluate_codec` takes them."""
+    return cut_windows(waves(seeds), FRAMES, FRAMES).items()
+
+
+def inputs(item: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signal [1, ROIs, frames] and coordinates [1, ROIs, 3]."""
+    return torch.from_numpy(item["signal"].T)[None], torch.tensor(item["coordinates"])[None]
 
 
 def make(**changes) -> FmriCodecModel:
@@ -74,12 +65,12 @@ def make(**changes) -> FmriCodecModel:
 @pytest.fixture(scope="module")
 def fitted() -> FmriCodecModel:
     model = make()
-    fit_codec(model, Waves(range(18)), steps=100)
+    fit_codec(model, waves(range(18)), steps=100)
     return model
 
 
 def test_fit_decodes_subjects_it_never_saw_the_better_the_more_levels(fitted: FmriCodecModel) -> None:
-    held_out = Waves(range(18, 22)).items()
+    held_out = items(range(18, 22))
     found = [evaluate_codec(fitted, held_out, levels)["r_squared"] for levels in (1, 2, 3)]
     assert 0.4 < found[0] < found[1] < found[2] < 1 and found[2] > 0.6
     results = evaluate_codec(fitted, held_out)
@@ -91,33 +82,30 @@ def test_fit_decodes_subjects_it_never_saw_the_better_the_more_levels(fitted: Fm
 
 def test_fit_depends_on_its_seed_alone_and_transformers_start_from_it(fitted: FmriCodecModel) -> None:
     again = make(num_hidden_layers=1, num_decoder_layers=1, hidden_size=16, num_attention_heads=2)
-    fit_codec(again, Waves(range(18)), steps=100)
+    fit_codec(again, waves(range(18)), steps=100)
     expected = fitted.state_dict()
     found = again.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.items() if "head" not in name)
-    item = Waves(range(20, 21)).items()[0]
-    inputs = torch.from_numpy(item["signal"].T)[None], torch.tensor(item["coordinates"], dtype=torch.float32)[None]
-    assert torch.equal(fitted.encode(*inputs), again.encode(*inputs))
+    scan = inputs(items(range(20, 21))[0])
+    assert torch.equal(fitted.encode(*scan), again.encode(*scan))
 
 
 def test_fit_of_the_grid_of_short_scans_and_of_few_vectors() -> None:
     grid = make(quantizer="fsq", fsq_levels=[8, 8, 8], num_quantizers=2)
-    fit_codec(grid, Waves(range(12)), steps=50)
-    assert evaluate_codec(grid, Waves(range(18, 20)).items())["r_squared"] > 0.3
+    fit_codec(grid, waves(range(12)), steps=50)
+    assert evaluate_codec(grid, items(range(18, 20)))["r_squared"] > 0.3
     few = make(codebook_size=512, patch_length=8)
-    assert 0 < fit_codec(few, Waves(range(1), frames=20), steps=2) <= 1
+    assert 0 < fit_codec(few, waves(range(1), frames=20), steps=2) <= 1
     with pytest.raises(ValueError, match="scans of at least 16 frames, got 10"):
-        fit_codec(make(), Waves(range(2), frames=10), steps=2)
+        fit_codec(make(), waves(range(2), frames=10), steps=2)
     with pytest.raises(ValueError, match="expected training scans to fit the codec to, got none"):
-        fit_codec(make(), Waves(range(0)), steps=2)
+        fit_codec(make(), waves(range(0)), steps=2)
     with pytest.raises(ValueError, match="at most 256 dimensions .* got tokens_per_patch=4 of codebook_dim=96"):
-        fit_codec(make(codebook_dim=96), Waves(range(2)), steps=2)
+        fit_codec(make(codebook_dim=96), waves(range(2)), steps=2)
 
 
 def test_rois_that_were_not_measured_are_decoded_from_the_others(fitted: FmriCodecModel) -> None:
-    item = Waves(range(40, 41)).items()[0]
-    signal = torch.from_numpy(item["signal"].T)[None]
-    places = torch.tensor(item["coordinates"], dtype=torch.float32)[None]
+    signal, places = inputs(items(range(40, 41))[0])
     guess = fitted.decode(fitted.encode(signal[:, :18], places[:, :18]), places[:, 18:])
     assert 1 - (guess - signal[:, 18:]).pow(2).sum() / signal[:, 18:].pow(2).sum() > 0.3
 
@@ -125,10 +113,8 @@ def test_rois_that_were_not_measured_are_decoded_from_the_others(fitted: FmriCod
 def test_descriptor_head_reads_what_regions_do_together(fitted: FmriCodecModel) -> None:
     def rows(seeds: range) -> tuple[np.ndarray, np.ndarray]:
         features, targets = [], []
-        for item in Waves(seeds).items():
-            signal = torch.from_numpy(item["signal"].T)[None]
-            codes = fitted.encode(signal, torch.tensor(item["coordinates"], dtype=torch.float32)[None])
-            features.append(fitted.scan_features(codes)[0].detach().numpy())
+        for item in items(seeds):
+            features.append(fitted.scan_features(fitted.encode(*inputs(item)))[0].detach().numpy())
             targets.append(np.corrcoef(item["signal"].T)[:4, 12:].mean())
         return np.stack(features), np.array(targets)
 
@@ -146,8 +132,8 @@ def test_descriptor_head_reads_what_regions_do_together(fitted: FmriCodecModel) 
 
 def test_mean_of_one_window_gives_finite_summaries() -> None:
     model = make()
-    fit_codec(model, Waves(range(1), frames=16), steps=2)
-    fit_summary(model, Waves(range(1), frames=16), np.random.default_rng(0))
+    fit_codec(model, waves(range(1), frames=16), steps=2)
+    fit_summary(model, waves(range(1), frames=16), np.random.default_rng(0))
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
