@@ -13,20 +13,8 @@ from fmrilm import processors
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "trl", "sklearn", "matplotlib", "scipy", "nilearn")
 # by an answer about an array
-UNUSED = (
-    "sklearn",
-    "scipy.signal",
-    "scipy.stats",
-    "scipy.interpolate",
-    "scipy.ndimage",
-    "datasets",
-    "nilearn",
-    "sknetwork",
-    "pandas",
-    "pyarrow",
-    "joblib",
-)
-UNUSED += ("matplotlib", "peft", "trl", "torchvision")
+UNUSED = ("datasets", "pandas", "trl", "sklearn", "matplotlib", "nilearn", "peft", "torchvision")
+UNUSED += ("scipy.signal", "scipy.stats", "scipy.interpolate", "scipy.ndimage", "sknetwork", "pyarrow", "joblib")
 COMMAND = Path(sys.executable).with_name("fmrilm")
 
 
