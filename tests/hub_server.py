@@ -1,27 +1,30 @@
 """
-A Hub on loopback, in memory: what huggingface_hub, transformers, datasets, peft and trl ask of the real one when they
-push and pull. Clients need `HF_ENDPOINT` set to `Hub.endpoint` and `HF_HUB_DISABLE_XET=1`, before they are imported.
+A Hub of models on loopback, in memory: what huggingface_hub, transformers and peft ask of the real one when they push
+and pull. Clients need `HF_ENDPOINT` set to `Hub.endpoint` and `HF_HUB_DISABLE_XET=1`, before they are imported.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
-from urllib.parse import unquote, urlsplit
+from typing import Annotated, Any
+from urllib.parse import unquote
 
+import uvicorn
 import yaml
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 
 
 TOKEN = "hf_token_of_the_tests"
 USER = "tester"
 LARGE_FILES = (".safetensors", ".parquet", ".gz", ".bin", ".npy")
-DATE = "2026-01-01T00:00:00.000Z"
 
 
 @dataclass(frozen=True)
@@ -70,225 +73,166 @@ def card_data(card: str) -> dict:
         raise Refused(400, "", "invalid YAML") from error
 
 
-class Hub(ThreadingHTTPServer):
-    """repositories: by ("models" or "datasets", id). objects: large files by SHA-256."""
+@dataclass
+class Hub:
+    """repositories: by id. objects: large files by SHA-256."""
 
-    daemon_threads = True
+    endpoint: str
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        self.repositories: dict[tuple[str, str], Repository] = {}
-        self.objects: dict[str, bytes] = {}
-
-    def files(self, repo: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
+    def files(self, repo: str) -> dict[str, bytes]:
         """Contents by path."""
-        found = self.repositories[kind, repo]
-        return {path: file.content for path, file in found.commits[found.branches.get(revision, revision)].items()}
-
-    def handle_error(self, request, client_address) -> None:
-        """Clients that hang up are part of the tests."""
+        found = self.repositories[repo]
+        return {path: file.content for path, file in found.commits[found.branches["main"]].items()}
 
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        thread.join()
-        hub.server_close()
-
-
-ID = r"(?P<repo>[\w.-]+/[\w.-]+)"
-API = rf"/api/(?P<kind>models|datasets)/{ID}"
-REVISION = r"(?P<revision>[^/]+)"
-ROUTES = [
-    (method, re.compile(pattern), name)
-    for method, pattern, name in (
-        ("POST", "/api/validate-yaml", "validate_card"),
-        ("POST", "/api/repos/create", "create"),
-        ("GET", API, "info"),
-        ("GET", f"{API}/revision/{REVISION}", "info"),
-        ("GET", f"{API}/tree/{REVISION}(?:/(?P<path>.+))?", "tree"),
-        ("POST", f"{API}/branch/{REVISION}", "create_branch"),
-        ("POST", f"{API}/preupload/{REVISION}", "preupload"),
-        ("POST", f"{API}/commit/{REVISION}", "commit"),
-        ("POST", rf"/(?:(?P<kind>datasets)/)?{ID}\.git/info/lfs/objects/batch", "large_files"),
-        ("PUT", "/objects/(?P<oid>[0-9a-f]{64})", "upload"),
-        ("POST", "/objects/(?P<oid>[0-9a-f]{64})/verify", "verify"),
-        ("GET", rf"/(?:(?P<kind>datasets)/)?{ID}/resolve/{REVISION}/(?P<path>.+)", "resolve"),
-    )
-]
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Hub
-
-    def answer(self) -> None:
-        path = urlsplit(self.path).path
-        method = "GET" if self.command == "HEAD" else self.command
-        self.unread = int(self.headers.get("Content-Length") or 0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        hub = Hub(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        server = uvicorn.Server(uvicorn.Config(application(hub), log_level="error"))
+        thread = threading.Thread(target=server.run, args=[[listening]])
+        thread.start()
         try:
-            for known, pattern, name in ROUTES:
-                match = pattern.fullmatch(path)
-                if match and known == method:
-                    values = {key: unquote(text or "") for key, text in match.groupdict().items()}
-                    getattr(self, f"on_{name}")(**values)
-                    return
-            raise Refused(404, "NotFound", f"no route {self.command} {path}")
-        except Refused as error:
-            self.body()
-            self.send({"error": str(error)}, error.status, {"X-Error-Code": error.code, "X-Error-Message": str(error)})
+            yield hub
+        finally:
+            server.should_exit = True
+            thread.join()
 
-    do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    def log_message(self, *args) -> None:
-        """No noise among the results of the tests."""
+def is_signed_in(request: Request) -> bool:
+    return request.headers.get("Authorization") == f"Bearer {TOKEN}"
 
-    def body(self) -> bytes:
-        content = self.rfile.read(self.unread)
-        self.unread = 0
-        return content
 
-    def json(self) -> dict:
-        return json.loads(self.body())
+def sign_in(request: Request) -> None:
+    if not is_signed_in(request):
+        raise Refused(401, "", "Invalid credentials in Authorization header")
 
-    def send(self, content, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(raw)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
 
-    @property
-    def signed_in(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+def commit_at(found: Repository, revision: str) -> str:
+    sha = found.branches.get(unquote(revision), revision)
+    if sha not in found.commits:
+        raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+    return sha
 
-    def sign_in(self) -> None:
-        if not self.signed_in:
-            raise Refused(401, "", "Invalid credentials in Authorization header")
 
-    def repository(self, kind: str, repo: str) -> Repository:
+def entry(path: str, file: File) -> dict[str, Any]:
+    size = len(file.content)
+    large = {"lfs": {"oid": file.oid, "size": size, "pointerSize": 130}} if file.large else {}
+    return {"type": "file", "path": path, "oid": file.oid, "size": size, **large}
+
+
+def application(hub: Hub) -> FastAPI:
+    app = FastAPI()
+    signed_in = [Depends(sign_in)]
+
+    def repository(owner: str, name: str, request: Request) -> Repository:
         """Who may not see a repository learns no more than that of one that is not there."""
-        found = self.server.repositories.get((kind or "models", repo))
-        if found is None or found.private and not self.signed_in:
-            raise Refused(404 if self.signed_in else 401, "RepoNotFound", "Repository not found")
+        found = hub.repositories.get(f"{owner}/{name}")
+        if found is None or found.private and not is_signed_in(request):
+            raise Refused(404 if is_signed_in(request) else 401, "RepoNotFound", "Repository not found")
         return found
 
-    def at(self, found: Repository, revision: str) -> str:
-        sha = found.branches.get(revision or "main", revision)
-        if sha not in found.commits:
-            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return sha
+    Found = Annotated[Repository, Depends(repository)]
 
-    def on_validate_card(self) -> None:
-        card_data(self.json()["content"])
-        self.send({"errors": [], "warnings": []})
+    @app.exception_handler(Refused)
+    def refuse(request: Request, error: Refused) -> Response:
+        headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
+        return JSONResponse({"error": str(error)}, error.status, headers)
 
-    def on_create(self) -> None:
-        self.sign_in()
-        values = self.json()
-        kind, repo = values.get("type", "model") + "s", f"{values.get('organization') or USER}/{values['name']}"
-        url = f"{self.server.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo}"
-        if (kind, repo) in self.server.repositories:
-            self.send({"error": "You already created this repo", "url": url}, 409)
-            return
-        self.server.repositories[kind, repo] = created = Repository(values.get("visibility") == "private")
+    @app.middleware("http")
+    async def keep_escaped_slashes(request: Request, call_next) -> Response:
+        """A branch's name may hold one."""
+        request.scope["path"] = request.scope["raw_path"].decode()
+        return await call_next(request)
+
+    @app.post("/api/validate-yaml")
+    def validate_card(values: dict) -> dict:
+        card_data(values["content"])
+        return {"errors": [], "warnings": []}
+
+    @app.post("/api/repos/create", dependencies=signed_in)
+    def create(values: dict) -> Response:
+        repo = f"{values.get('organization') or USER}/{values['name']}"
+        url = f"{hub.endpoint}/{repo}"
+        if repo in hub.repositories:
+            return JSONResponse({"error": "You already created this repo", "url": url}, 409)
+        hub.repositories[repo] = created = Repository(values.get("visibility") == "private")
         created.commit("main", "initial commit", {".gitattributes": File(b"*.safetensors filter=lfs\n", False)})
-        self.send({"url": url, "name": repo})
+        return JSONResponse({"url": url, "name": repo})
 
-    def on_info(self, kind: str, repo: str, revision: str = "") -> None:
-        found = self.repository(kind, repo)
-        sha = self.at(found, revision)
+    @app.get("/api/models/{owner}/{name}")
+    @app.get("/api/models/{owner}/{name}/revision/{revision}")
+    def info(found: Found, owner: str, name: str, revision: str = "main") -> dict:
+        sha = commit_at(found, revision)
         files = found.commits[sha]
-        info = {
-            "id": repo,
+        card = card_data(files["README.md"].content.decode()) if "README.md" in files else {}
+        return {
+            "id": f"{owner}/{name}",
             "sha": sha,
             "private": found.private,
-            "lastModified": DATE,
+            "lastModified": "2026-01-01T00:00:00.000Z",
             "tags": [],
             "siblings": [{"rfilename": path} for path in files],
+            "cardData": card,
+            "pipeline_tag": card.get("pipeline_tag"),
+            "library_name": card.get("library_name"),
         }
-        if "README.md" in files:
-            info["cardData"] = card_data(files["README.md"].content.decode())
-            info |= {key: info["cardData"].get(key) for key in ("pipeline_tag", "library_name")}
-        self.send(info)
 
-    def on_tree(self, kind: str, repo: str, revision: str, path: str) -> None:
-        found = self.repository(kind, repo)
-        files = found.commits[self.at(found, revision)]
+    @app.get("/api/models/{owner}/{name}/tree/{revision}")
+    @app.get("/api/models/{owner}/{name}/tree/{revision}/{path:path}")
+    def tree(found: Found, revision: str, path: str = "") -> list:
+        files = found.commits[commit_at(found, revision)]
         inside = {name: file for name, file in files.items() if not path or name.startswith(f"{path}/")}
-        if path and not inside:
+        if not inside:
             raise Refused(404, "EntryNotFound", f"{path} does not exist")
         folders = {str(folder) for name in inside for folder in PurePosixPath(name).parents[:-1]}
         listed = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
-        self.send(listed + [self.entry(name, file) for name, file in sorted(inside.items())])
+        return listed + [entry(name, file) for name, file in sorted(inside.items())]
 
-    @staticmethod
-    def entry(path: str, file: File) -> dict:
-        size = len(file.content)
-        large = {"lfs": {"oid": file.oid, "size": size, "pointerSize": 130}} if file.large else {}
-        return {"type": "file", "path": path, "oid": file.oid, "size": size, **large}
-
-    def on_create_branch(self, kind: str, repo: str, revision: str) -> None:
-        self.sign_in()
-        found = self.repository(kind, repo)
-        start = self.json().get("startingPoint", "main")
-        if revision in found.branches:
+    @app.post("/api/models/{owner}/{name}/branch/{revision}", dependencies=signed_in)
+    def create_branch(found: Found, revision: str, values: dict) -> dict:
+        if unquote(revision) in found.branches:
             raise Refused(409, "", "Reference already exists")
-        found.branches[revision] = self.at(found, start)
-        self.send({})
+        found.branches[unquote(revision)] = commit_at(found, values.get("startingPoint", "main"))
+        return {}
 
-    def on_preupload(self, kind: str, repo: str, revision: str) -> None:
-        self.sign_in()
-        found = self.repository(kind, repo)
-        present = found.commits[self.at(found, revision)]
+    @app.post("/api/models/{owner}/{name}/preupload/{revision}", dependencies=signed_in)
+    def preupload(found: Found, revision: str, values: dict) -> dict:
+        present = found.commits[commit_at(found, revision)]
         answers = []
-        for item in self.json()["files"]:
-            path = item["path"]
+        for path in (item["path"] for item in values["files"]):
             mode = "lfs" if path.endswith(LARGE_FILES) else "regular"
             known = {"oid": present[path].oid} if path in present else {}
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
-        self.send({"files": answers})
+        return {"files": answers}
 
-    def on_large_files(self, kind: str, repo: str) -> None:
-        self.sign_in()
-        self.repository(kind, repo)
-        objects = []
-        for item in self.json()["objects"]:
-            if item["oid"] not in self.server.objects:
-                href = f"{self.server.endpoint}/objects/{item['oid']}"
+    @app.post("/{owner}/{name}.git/info/lfs/objects/batch", dependencies=signed_in)
+    def large_files(found: Found, values: dict) -> dict:
+        for item in values["objects"]:
+            if item["oid"] not in hub.objects:
+                href = f"{hub.endpoint}/objects/{item['oid']}"
                 item["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
-            objects.append(item)
-        self.send({"transfer": "basic", "objects": objects})
+        return {"transfer": "basic", "objects": values["objects"]}
 
-    def on_upload(self, oid: str) -> None:
-        content = self.body()
+    @app.put("/objects/{oid}")
+    async def upload(oid: str, request: Request) -> None:
+        content = await request.body()
         if hashlib.sha256(content).hexdigest() != oid:
             raise Refused(400, "", f"expected SHA-256 {oid}")
-        self.server.objects[oid] = content
-        self.send(b"")
+        hub.objects[oid] = content
 
-    def on_verify(self, oid: str) -> None:
-        self.sign_in()
-        if len(self.server.objects.get(oid, b"")) != self.json()["size"]:
+    @app.post("/objects/{oid}/verify", dependencies=signed_in)
+    def verify(oid: str, values: dict) -> None:
+        if len(hub.objects.get(oid, b"")) != values["size"]:
             raise Refused(400, "", "size mismatch")
-        self.send({})
 
-    def on_commit(self, kind: str, repo: str, revision: str) -> None:
-        self.sign_in()
-        found = self.repository(kind, repo)
-        files = dict(found.commits[self.at(found, revision)])
+    @app.post("/api/models/{owner}/{name}/commit/{revision}", dependencies=signed_in)
+    async def commit(found: Found, owner: str, name: str, revision: str, request: Request) -> dict:
+        files = dict(found.commits[commit_at(found, revision)])
         title = ""
-        for line in self.body().splitlines():
-            operation = json.loads(line)
+        for operation in map(json.loads, (await request.body()).splitlines()):
             value = operation["value"]
             match operation["key"]:
                 case "header":
@@ -296,19 +240,20 @@ class Handler(BaseHTTPRequestHandler):
                 case "file":
                     files[value["path"]] = File(base64.b64decode(value["content"]), False)
                 case "lfsFile":
-                    if value["oid"] not in self.server.objects:
+                    if value["oid"] not in hub.objects:
                         raise Refused(400, "", f"object {value['oid']} was never uploaded")
-                    files[value["path"]] = File(self.server.objects[value["oid"]], True)
+                    files[value["path"]] = File(hub.objects[value["oid"]], True)
                 case key:
                     raise Refused(400, "", f"unknown operation {key}")
-        sha = found.commit(revision, title, files)
-        self.send({"success": True, "commitOid": sha, "commitUrl": f"{self.server.endpoint}/{repo}/commit/{sha}"})
+        sha = found.commit(unquote(revision), title, files)
+        return {"success": True, "commitOid": sha, "commitUrl": f"{hub.endpoint}/{owner}/{name}/commit/{sha}"}
 
-    def on_resolve(self, kind: str, repo: str, revision: str, path: str) -> None:
-        found = self.repository(kind, repo)
-        sha = self.at(found, revision)
-        if path not in found.commits[sha]:
-            self.send(b"", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
-            return
-        file = found.commits[sha][path]
-        self.send(file.content, headers={"ETag": f'"{file.oid}"', "X-Repo-Commit": sha})
+    @app.api_route("/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+    def resolve(found: Found, revision: str, path: str) -> Response:
+        sha = commit_at(found, revision)
+        file = found.commits[sha].get(unquote(path))
+        if file is None:
+            return Response(status_code=404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
+        return Response(file.content, headers={"ETag": f'"{file.oid}"', "X-Repo-Commit": sha})
+
+    return app

@@ -157,8 +157,8 @@ def chat_about(place: Path) -> list[dict]:
     return [{"role": "user", "content": [block, {"type": "text", "text": "Is it connected?"}]}]
 
 
-def start(hub: Hub, place: Path, name: str, script: str, *options: str, **arguments) -> subprocess.Popen:
-    """A process with a home of its own that knows the Hub and the token."""
+def run(hub: Hub, place: Path, name: str, script: str, *options: str, **arguments) -> dict:
+    """What a process with a home of its own finds, which knows the Hub and the token."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
     environment |= {
         "HF_ENDPOINT": hub.endpoint,
@@ -167,27 +167,23 @@ def start(hub: Hub, place: Path, name: str, script: str, *options: str, **argume
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(place / name),
     }
+    results = place / f"{name}-results"
     arguments |= {
         "folder": str(place / "model"),
         "chat": chat_about(place),
         "output": str(place / f"{name}-output"),
-        "results": str(place / f"{name}-results"),
+        "results": str(results),
     }
     command = [sys.executable, *options, "-c", PREAMBLE + script, json.dumps(arguments)]
-    return subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen, place: Path, name: str) -> Path:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output.decode()[-6000:]
-    return place / f"{name}-results"
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return torch.load(results, weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def said(hub: Hub, place: Path) -> dict:
     """What the commands answered in the process that pushed."""
-    process = start(hub, place, "push", PUSH, places=[str(Path(__file__).parent)])
-    return torch.load(finish(process, place, "push"), weights_only=True)
+    return run(hub, place, "push", PUSH, places=[str(Path(__file__).parent)])
 
 
 @pytest.fixture(scope="module")
@@ -196,17 +192,7 @@ def pulled(hub: Hub, place: Path, said: dict) -> dict:
     site = place / "site"
     site.mkdir()
     linked_site(site, "transformers", "torch", "numpy", "scipy", "peft", "accelerate")
-    process = start(
-        hub,
-        place,
-        "pull",
-        PULL,
-        "-I",
-        "-S",
-        places=[str(site)],
-        commit=commit_of(said["model"]),
-    )
-    return torch.load(finish(process, place, "pull"), weights_only=True)
+    return run(hub, place, "pull", PULL, "-I", "-S", places=[str(site)], commit=commit_of(said["model"]))
 
 
 def commit_of(answer: list) -> str:
@@ -222,7 +208,7 @@ def logits(parts, place: Path) -> torch.Tensor:
 
 
 def test_push_answers_with_the_commit_of_the_branch_it_made(hub: Hub, said: dict) -> None:
-    repository = hub.repositories["models", "tester/model"]
+    repository = hub.repositories["tester/model"]
     pushed = commit_of(said["model"])
     assert list(repository.titles.values()) == ["initial commit", "Upload model", "Other weights"]
     # the same files again: the client makes no empty commit
@@ -267,11 +253,8 @@ def test_card_names_task_library_and_base(hub: Hub, pulled: dict) -> None:
     assert (model.pipeline_tag, model.library_name, model.license) == ("any-to-any", "transformers", "unknown")
     assert pulled["task"] == "fmri-text-to-text"
     adapter = ModelCard(hub.files("tester/adapter")["README.md"].decode()).data
-    assert (adapter.library_name, adapter.base_model, adapter.base_model_relation) == (
-        "peft",
-        "tester/model",
-        "adapter",
-    )
+    found = (adapter.library_name, adapter.base_model, adapter.base_model_relation)
+    assert found == ("peft", "tester/model", "adapter")
 
 
 def test_private_repository_is_refused_without_token(pulled: dict) -> None:
