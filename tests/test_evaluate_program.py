@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -30,12 +30,9 @@ FEW = EvaluationSettings(conditions=("zero-shot", "majority"), described=0)
 
 
 def write_task(task: Task, folder) -> str:
-    values = {"name": task.name, "column": task.column, "questions": list(task.questions)}
-    if task.choices:
-        values["choices"] = list(task.choices) if task.cuts else task.choices
-    for name in ("range", "unit", "cuts"):
-        value = getattr(task, name)
-        values |= {name: list(value) if isinstance(value, tuple) else value} if value else {}
+    values = {name: value for name, value in asdict(task).items() if value}
+    if task.cuts:
+        values["choices"] = list(task.choices)
     path = folder / f"{task.name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return str(path)
@@ -81,20 +78,12 @@ def test_several_tasks_and_descriptors_in_one_report(cohort, saved, tasks, tmp_p
         entry = entry_of(results, GROUP, condition, FULL, "")
         assert entry["resamples"] == 1 and entry["scans"] == SUBJECTS
         # numbers have no classes to draw subjects from
-        assert entry_of(results, AGE, condition, FULL, "")["metrics"]["right"].keys() == {
-            "mean_absolute_error",
-            "pearson_r",
-        }
+        of_numbers = entry_of(results, AGE, condition, FULL, "")["metrics"]["right"]
+        assert of_numbers.keys() == {"mean_absolute_error", "pearson_r"}
     zero = entry_of(results, GROUP, "zero-shot", 0, "")["metrics"]
     assert set(zero) == {"right", "shuffled", "minus shuffled", *(f"minus {name}" for name in program.BASELINES)}
-    assert zero["right"].keys() == {
-        "accuracy",
-        "balanced_accuracy",
-        "f1",
-        "roc_auc",
-        "within_site_auc",
-        "calibration_error",
-    }
+    of_classes = {"accuracy", "balanced_accuracy", "f1", "roc_auc", "within_site_auc", "calibration_error"}
+    assert zero["right"].keys() == of_classes
     assert entry_of(results, GROUP, "few-shot", 2, "")["resamples"] == 2
     # half of the ROIs have a series in common in one group
     for baseline in ("fc_ridge", "tangent_ridge"):
@@ -146,9 +135,8 @@ def test_several_tasks_and_descriptors_in_one_report(cohort, saved, tasks, tmp_p
 
 
 def test_single_answers_are_shown_under_pseudonyms(cohort, saved, tmp_path) -> None:
-    results = evaluate(
-        saved, cohort, tmp_path / "out", descriptors=True, settings=EvaluationSettings.quick(), show=True
-    )
+    quick = EvaluationSettings.quick()
+    results = evaluate(saved, cohort, tmp_path / "out", descriptors=True, settings=quick, show=True)
     shown = results["descriptors"]["answers"]
     tested = held_out_subjects(f"made-up-{row:03d}" for row in range(SUBJECTS))
     assert {answer["subject"] for answer in shown} == {each["subject"] for each in results["codec"]["subjects"]}
@@ -172,27 +160,24 @@ def test_numbers_are_parsed_and_failures_counted(cohort, saved, tasks, tmp_path,
 
 
 def test_held_out_subjects_are_those_of_every_program(cohort, saved, tasks, tmp_path) -> None:
+    def counts(folder: str, **arguments) -> tuple[list[int], list[int]]:
+        data = evaluate(saved, cohort, tmp_path / folder, tasks[:1], settings=FEW, **arguments)["data"]
+        return data["test_subjects"], data["training_subjects"]
+
     everyone = [f"made-up-{row:03d}" for row in range(SUBJECTS)]
-    results = evaluate(saved, cohort, tmp_path / "hash", tasks[:1], settings=FEW)
-    assert results["data"]["test_subjects"] == [len(held_out_subjects(everyone))]
+    assert counts("hash")[0] == [len(held_out_subjects(everyone))]
     splits = tmp_path / "splits.csv"
-    splits.write_text(
-        "subject,split\n" + "".join(f"{name},{'test' if name[-1] in '01' else 'train'}\n" for name in everyone)
-    )
-    split = SplitArguments(splits=str(splits))
-    results = evaluate(saved, cohort, tmp_path / "file", tasks[:1], split=split, settings=FEW)
-    assert results["data"]["test_subjects"] == [6] and results["data"]["training_subjects"] == [18]
-    split = SplitArguments(leave_out="site=site 1")
-    results = evaluate(saved, cohort, tmp_path / "one", tasks[:1], split=split, settings=FEW)
-    assert results["data"]["test_subjects"] == [12]
-    split = SplitArguments(leave_out="site")
-    results = evaluate(saved, cohort, tmp_path / "each", tasks[:1], split=split, new_subjects=True, settings=FEW)
-    assert results["data"]["test_subjects"] == [12, 12]
+    lines = [f"{name},{'test' if name[-1] in '01' else 'train'}\n" for name in everyone]
+    splits.write_text("".join(["subject,split\n", *lines]))
+    of_file, each_site = SplitArguments(splits=str(splits)), SplitArguments(leave_out="site")
+    assert counts("file", split=of_file) == ([6], [18])
+    assert counts("one", split=SplitArguments(leave_out="site=site 1"))[0] == [12]
+    assert counts("each", split=each_site, new_subjects=True)[0] == [12, 12]
     with pytest.raises(ValueError, match="expected no folds.*new_subjects"):
-        evaluate(saved, cohort, tmp_path / "trained", tasks[:1], split=split, settings=FEW)
-    splits.write_text(splits.read_text() + "made-up-001,train\n")
+        counts("trained", split=each_site)
+    splits.write_text("".join(["subject,split\n", *lines, "made-up-001,train\n"]))
     with pytest.raises(ValueError, match="each subject in one split, got in both: made-up-001"):
-        evaluate(saved, cohort, tmp_path / "two", tasks[:1], split=SplitArguments(splits=str(splits)), settings=FEW)
+        counts("two", split=of_file)
 
 
 def test_a_site_of_one_class_is_named_and_left_out_of_the_auc_within_sites(saved, tasks, tmp_path) -> None:
@@ -230,10 +215,9 @@ def test_unknown_conditions_shots_and_columns_are_refused() -> None:
 
 def test_column_of_the_command_goes_before_all_names_in_the_yaml(cohort, saved, tmp_path) -> None:
     named = replace(GROUP, other_columns=("group",))
-    [task] = with_columns([named], ["diagnosis"])
-    assert (task.column, task.other_columns) == ("diagnosis", ())
-    [task] = with_columns([named], ["made_up_group=diagnosis"])
-    assert (task.column, task.other_columns) == ("diagnosis", ())
+    for given in ("diagnosis", "made_up_group=diagnosis"):
+        [task] = with_columns([named], [given])
+        assert (task.column, task.other_columns) == ("diagnosis", ())
     file = tmp_path / "task.yaml"
     values = {"name": "a_task", "column": "absent", "other_columns": ["group"], "choices": GROUP.choices}
     file.write_text(yaml.safe_dump({**values, "questions": list(GROUP.questions)}))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import block_diag
 
 from fmrilm.processors.descriptors.graph import (
     average_clustering,
@@ -42,11 +43,7 @@ def test_modularity_is_as_high_as_the_best_of_networkx(seed: int) -> None:
 
 def test_modularity_of_separate_groups_is_newmans_formula() -> None:
     sizes = [4, 6, 5]
-    weights = np.zeros((15, 15))
-    start = 0
-    for size in sizes:
-        weights[start : start + size, start : start + size] = 0.7
-        start += size
+    weights = block_diag(*(np.full((size, size), 0.7) for size in sizes))
     np.fill_diagonal(weights, 0)
     edges = np.array([size * (size - 1) / 2 for size in sizes])
     assert modularity(weights) == pytest.approx(1 - ((edges / edges.sum()) ** 2).sum(), abs=1e-12)
