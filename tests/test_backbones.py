@@ -141,7 +141,7 @@ def test_scans_enter_at_the_size_of_what_the_embedding_module_returns(pair: tupl
     assert torch.allclose(tokens.pow(2).mean().sqrt(), LATENT_TOKEN_SPREAD * size, rtol=0.05)
     scores = torch.randn(200, len(model.config.score_names), generator=torch.Generator().manual_seed(0))
     summaries = model.model.summary(scores) - words.mean(0)
-    # words of a name, and LEVEL_CHANGE times the difference of two words
+    # words of a name, and the difference of two words
     assert 0.3 < summaries.pow(2).mean().sqrt() / size < 8
 
 

@@ -15,8 +15,6 @@ from fmrilm.processors.descriptors.phrases import PHRASES
 from fmrilm.training import ridge
 from fmrilm.training.alignment.examples import fit_frequencies, fit_scores, read_scores, score_targets
 from fmrilm.training.alignment.joint import (
-    ANSWER_CHANGE,
-    LEVEL_CHANGE,
     answer_embeddings,
     descriptor_embeddings,
     name_embeddings,
@@ -198,7 +196,7 @@ def test_scores_of_a_task_are_its_answer_in_words(llama, processor) -> None:
         for word in sex.choice_words
     )
     assert torch.allclose(bias[len(ids)], (first + second) / 2, atol=1e-5)
-    assert torch.allclose(weights[0], ANSWER_CHANGE * (second - first), atol=1e-5)
+    assert torch.allclose(weights[0], second - first, atol=1e-5)
 
 
 def test_summary_tokens_of_a_descriptor_are_its_name_and_its_level(llama, processor) -> None:
@@ -209,7 +207,7 @@ def test_summary_tokens_of_a_descriptor_are_its_name_and_its_level(llama, proces
     def mean_of(text: str) -> torch.Tensor:
         return words[processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]].mean(0)
 
-    change = LEVEL_CHANGE * (mean_of("high") - mean_of("low"))
+    change = mean_of("high") - mean_of("low")
     assert torch.allclose(weights, change.expand(3, -1), atol=1e-5)
     assert torch.allclose(bias[::2], words[names]) and torch.allclose(bias[1::2], mean_of("typical").expand(3, -1))
 

@@ -34,10 +34,6 @@ LANGUAGE_MODEL = "model.causal_lm."
 LEAST_SHARED = 0.05
 # how far a name with "is" behind it is from the name alone, as a share of its size
 AWAY = 0.5
-# How far one standard deviation of its score moves the embedding of an answer, and of a descriptor's level: distances
-# between answers, or between low and high. Much larger steps look alike, as the language model's normalisation leaves
-# of an embedding its direction.
-ANSWER_CHANGE, LEVEL_CHANGE = 0.5, 1.0
 # what a scan enters and leaves through, trained whole beside an adapter
 SCAN_MODULES = ("projector", "summary.embeddings", "boundaries")
 
@@ -153,8 +149,9 @@ def answer_embeddings(
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """
     Embeddings [tokens, hidden] of "The sex is (answer)." for each task that has scores among `names`, all of which are
-    scores of tasks; how a token changes with each score [names, hidden], which has a standard deviation of one; and
-    which token that is [names].
+    scores of tasks; how a token changes with each score [names, hidden], which has a standard deviation of one: by the
+    difference of two answers, since what moves an embedding less is learned late, and what moves it more looks alike
+    behind the language model's normalisation; and which token that is [names].
     """
     embed = partial(embed_text, model, processor)
 
@@ -173,7 +170,7 @@ def answer_embeddings(
         for column in columns:
             chosen = word(own[names[column]])
             # two answers have one score, and so have numbers: away from the other end
-            weights[column] = ANSWER_CHANGE * (chosen - (word(words[0]) if len(columns) == 1 else mean))
+            weights[column] = chosen - (word(words[0]) if len(columns) == 1 else mean)
             places[column] = sum(map(len, bias)) + len(parts[0])
         bias += parts
     return torch.cat(bias), torch.stack(weights), places
@@ -189,7 +186,7 @@ def descriptor_embeddings(
     low, typical, high = (embed_text(model, processor, f" {level}").mean(0) for level in LEVELS)
     embeddings = model.get_input_embeddings()(names.to(model.device)).float()
     bias = torch.stack([embeddings, typical.expand_as(embeddings)], 1).flatten(0, 1)
-    return bias, (LEVEL_CHANGE * (high - low)).expand(len(names), -1)
+    return bias, (high - low).expand(len(names), -1)
 
 
 def name_embeddings(table: torch.Tensor, words: Sequence[Sequence[int]]) -> torch.Tensor:
