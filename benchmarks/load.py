@@ -36,7 +36,9 @@ from tqdm import tqdm
 from transformers import pipeline
 
 from fmrilm import ScanReader, load
-from fmrilm.training.space import EXAMPLE_TR, QUESTIONS, synthetic_scan
+from fmrilm.processors.descriptors.text import question
+from fmrilm.training.data.shards import write_whole
+from fmrilm.training.space import DESCRIPTORS, EXAMPLE_TR, synthetic_scan
 
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +186,7 @@ def main(
     questions: Annotated[int, typer.Option(min=1, max=3, help="That each client asks in turn.")] = 3,
     results: Annotated[Path, typer.Option(help="Folder of the CSV file.")] = RESULTS,
 ) -> None:
-    reader, asked = load(model), QUESTIONS[:questions]
+    reader, asked = load(model), [question(name) for name in DESCRIPTORS[:questions]]
     atlas = reader.processor.feature_extractor.atlases[0]["name"]
     with tempfile.TemporaryDirectory() as folder:
         scans = [Path(folder, f"scan-{client}.npy") for client in range(clients)]
@@ -200,9 +202,8 @@ def main(
             load_space(model, scans, atlas, expected, seconds, temporary),
             load_pipeline(reader, scans, atlas, expected, seconds),
         ]
-    results.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame(rows)
-    table.to_csv(results / "load.csv", index=False, float_format="%.4f")
+    write_whole(results / "load.csv", table.to_csv(index=False, float_format="%.4f"))
     print(table.T.to_string(header=False))
 
 
