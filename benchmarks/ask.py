@@ -23,9 +23,7 @@ ellipsoid to the nearest ROI. Writes one row per part to a CSV file: what, secon
 """
 
 import argparse
-import csv
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -69,17 +67,14 @@ def synthesize(folder: Path, frames: int) -> None:
     # each ROI has a slow course of its own
     courses = np.cumsum(rng.standard_normal((frames, 1 + max(atlas.labels)), dtype=np.float32), axis=0)
     np.save(folder / "scan.npy", courses[:, list(atlas.labels)])
-    header = nib.Nifti1Image(np.zeros((*SHAPE, 1), np.int16), affine).header
-    header.set_data_shape((*SHAPE, frames))
-    header.set_data_offset(352)
-    header.set_zooms((2, 2, 2, REPETITION_TIME))
-    header.set_xyzt_units("mm", "sec")
-    with open(folder / "scan.nii", "wb") as file:
-        file.write(header.binaryblock + bytes(4))
-        for course in courses:
-            volume = 8000 + 20 * course[labels] + 80 * rng.standard_normal(len(points), dtype=np.float32)
-            volume = np.where(inside, volume, 0).reshape(SHAPE)
-            file.write(volume.astype("<i2").tobytes(order="F"))
+    volumes = np.empty((*SHAPE, frames), np.int16, order="F")
+    for frame, course in enumerate(courses):
+        volume = 8000 + 20 * course[labels] + 80 * rng.standard_normal(len(points), dtype=np.float32)
+        volumes[..., frame] = np.where(inside, volume, 0).reshape(SHAPE)
+    image = nib.Nifti1Image(volumes, affine)
+    image.header.set_zooms((2, 2, 2, REPETITION_TIME))
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, folder / "scan.nii")
     subprocess.run(["gzip", "-6", str(folder / "scan.nii")], check=True)
 
 
@@ -190,15 +185,17 @@ def main() -> None:
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("fmri-lm", "torch", "transformers", "numpy"))
     versions = f"python {platform.python_version()}, {versions}"
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.out.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["what", "seconds", "lowest", "highest", "n", "others", "versions"])
-        for what, values in seconds.items():
-            figures = (f"{value:.3f}" for value in (median(values), min(values), max(values)))
-            writer.writerow([what, *figures, len(values), f"{median(others[what]):.2f}", versions])
-    os.replace(partial, arguments.out)
+    # not in the process that is measured
+    import pandas as pd
+
+    from fmrilm.training.data.shards import write_whole
+
+    rows = []
+    for what, values in seconds.items():
+        figures = {"seconds": median(values), "lowest": min(values), "highest": max(values)}
+        row = {"what": what, **{name: f"{value:.3f}" for name, value in figures.items()}, "n": len(values)}
+        rows.append({**row, "others": f"{median(others[what]):.2f}", "versions": versions})
+    write_whole(arguments.out, pd.DataFrame(rows).to_csv(index=False))
 
 
 if __name__ == "__main__":

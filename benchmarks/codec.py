@@ -12,11 +12,11 @@ A folder is one that `fmrilm prepare` wrote, of one atlas. The codec is the rele
 """
 
 import argparse
-import csv
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from fmrilm.training.codec.program import describe
 from fmrilm.training.codec.program import main as train_codec
 from fmrilm.training.codec.text_embeddings import TextEmbeddings
 from fmrilm.training.data.dataset import Scans, cut_windows, encode_items, load_scans
+from fmrilm.training.data.shards import write_whole
 from fmrilm.training.program import fit_cohort
 from fmrilm.training.ridge import Ridge, cross_fitted_ridge
 
@@ -74,11 +75,7 @@ def signals_of(scans: Scans) -> list[np.ndarray]:
 
 
 def write(name: str, rows: list[dict]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"codec_{name}.csv", "w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    write_whole(RESULTS / f"codec_{name}.csv", pd.DataFrame(rows).round(4).to_csv(index=False))
     for row in rows:
         print(name, row, flush=True)
 
@@ -166,10 +163,10 @@ def score(name: str, truth: np.ndarray, found: np.ndarray) -> float:
     return pearson(truth, found) if name == "age" else float(roc_auc_score(truth, found))
 
 
-def split(scans: Scans) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Training and test rows of five folds; a subject has one scan."""
+def split(scans: Scans, folds: int) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """Number, training and test rows of the first of five folds; a subject has one scan."""
     strata = scans.table["site"] + scans.table["diagnosis"]
-    return StratifiedKFold(5, shuffle=True, random_state=0).split(strata, strata)
+    return islice(enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(strata, strata)), folds)
 
 
 def targets_of(scans: Scans) -> dict[str, np.ndarray]:
@@ -192,9 +189,7 @@ def labels(folder: Path, folds: int) -> None:
     predictions: dict[str, np.ndarray] = {}
     rate, identified = [], []
     tested = []
-    for fold, (training, test) in enumerate(split(scans)):
-        if fold == folds:
-            break
+    for fold, (training, test) in split(scans, folds):
         tested.append(test)
         learned, held_out = scans.select(training), scans.select(test)
         start = time.perf_counter()
@@ -205,15 +200,8 @@ def labels(folder: Path, folds: int) -> None:
         all_levels = config.num_quantizers
         for levels in sorted({max(1, int(share * all_levels)) for share in SHARES}):
             r2, fc = distortion(model, held_out, [codes[index] for index in test], levels)
-            rate.append(
-                {
-                    "fold": fold,
-                    "coder": "codec",
-                    "bits": bits(config, levels),
-                    "r_squared": r2,
-                    "fc_correlation": fc,
-                }
-            )
+            spent = bits(config, levels)
+            rate.append({"fold": fold, "coder": "codec", "bits": spent, "r_squared": r2, "fc_correlation": fc})
         coder = TransformCoder(learned)
         for step in (1.0, 1.5, 2.5, 4.0, 6.0, 9.0):
             spent, r2, fc = coder.code(held_out, step)
@@ -370,9 +358,7 @@ def parcellations(folder: Path, folds: int) -> None:
     """Scans of test subjects in the ROIs of their atlas, and in half as many: each the mean of two neighbours."""
     rows, levels = [], []
     scans = load(folder)
-    for fold, (learned, held_out) in enumerate(split(scans)):
-        if fold == folds:
-            break
+    for fold, (learned, held_out) in split(scans, folds):
         training, test = scans.select(learned), scans.select(held_out)
         model = fitted(training)
         coordinates = torch.tensor(test.atlas(0).coordinates, dtype=torch.float32)
@@ -401,13 +387,13 @@ def parcellations(folder: Path, folds: int) -> None:
         predicted = [ridge.predict(features["scan features"]) for features in (first, second)]
         for column, (name, truth) in enumerate(targets_of(test).items()):
             ours, other = (each[:, column] for each in predicted)
-            row = {"fold": fold, "what": f"score of {name}", "within_scans": "", "over_scans": pearson(ours, other)}
+            row = {"fold": fold, "what": f"score of {name}", "over_scans": pearson(ours, other)}
             rows.append({**row, "read": score(name, truth, ours), "read_in_the_other": score(name, truth, other)})
         use = codebook_results(written, model.config.codebook_size)
         for level, (usage, perplexity) in enumerate(zip(use["codebook_usage"], use["perplexity"], strict=True)):
             levels.append({"fold": fold, "level": level + 1, "codebook_usage": usage, "perplexity": perplexity})
         write("levels", levels)
-        write("parcellations", [{**row, **{k: row.get(k, "") for k in ("read", "read_in_the_other")}} for row in rows])
+        write("parcellations", rows)
 
 
 def losses(folder: Path, folds: int, updates: int) -> None:
@@ -419,9 +405,7 @@ def losses(folder: Path, folds: int, updates: int) -> None:
     scans, rows = load(folder), []
     texts = TextEmbeddings(*load_text_encoder())
     with tempfile.TemporaryDirectory() as scratch:
-        for fold, (learned, held_out) in enumerate(split(scans)):
-            if fold == folds:
-                break
+        for fold, (learned, held_out) in split(scans, folds):
             splits = Path(scratch, "splits.csv")
             names = [
                 (scans.table["subject"].iloc[row], part)
@@ -445,9 +429,7 @@ def losses(folder: Path, folds: int, updates: int) -> None:
                 )
                 model = FmriCodecModel.from_pretrained(output / "model").eval()
                 results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-                row = {
-                    key: results.get(key, "") for key in ("r_squared", "fc_correlation", "recall_at_5", "median_rank")
-                }
+                row = {key: results.get(key) for key in ("r_squared", "fc_correlation", "recall_at_5", "median_rank")}
                 predicted = label_ridge(model, training).predict(features_of(model, test))
                 for column, (label, truth) in enumerate(targets_of(test).items()):
                     row[label] = score(label, truth, predicted[:, column])
@@ -485,7 +467,7 @@ def speed(folder: Path) -> None:
     model = FmriCodecModel(FmriCodecConfig()).eval()
     for subjects in (100, 300, len(scans)):
         some = scans.select(range(subjects))
-        rows.append({**timed(f"fit, {subjects} scans", lambda some=some: fitted(some)), "gflop": ""})
+        rows.append(timed(f"fit, {subjects} scans", lambda some=some: fitted(some)))
     for rois in (200, 450):
         values, places = torch.randn(1, rois, 160), 60 * torch.randn(1, rois, 3)
         codes = model.encode(values, places)
@@ -500,7 +482,7 @@ def speed(folder: Path) -> None:
             row = timed(f"{name}, {rois} ROIs x 160 frames", call, REPEATS)
             share = operations / row["cpu_seconds"] / rate
             rows.append({**row, "gflop": operations / 1e9, "share_of_matrix_rate": share})
-    write("speed", [{**row, "share_of_matrix_rate": row.get("share_of_matrix_rate", "")} for row in rows])
+    write("speed", rows)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ speed needs the `benchmark` extra (bctpy); throughput takes a Dask cluster along
 """
 
 import argparse
-import csv
 import importlib.util
 import os
 import statistics
@@ -26,6 +25,7 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"
 
 import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 from joblib import Parallel, delayed  # noqa: E402
 from scipy.ndimage import gaussian_filter1d  # noqa: E402
 
@@ -35,6 +35,7 @@ from fmrilm.processors.descriptors.cohort import Cohort  # noqa: E402
 from fmrilm.processors.descriptors.gradients import fit_references  # noqa: E402
 from fmrilm.processors.descriptors.measures import FAMILIES, MEASURES, describe, descriptor_names  # noqa: E402
 from fmrilm.training.data.open_data import Scan, open_scans, package_folder  # noqa: E402
+from fmrilm.training.data.shards import write_whole  # noqa: E402
 
 
 FRAMES, TR = 160, 2.0
@@ -292,13 +293,7 @@ def identification(halves: list[tuple[PreparedScan, PreparedScan]]) -> list[dict
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".partial")
-    with open(staged, "w", newline="") as handle:
-        writer = csv.DictWriter(handle, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(staged, path)
+    write_whole(path, pd.DataFrame(rows).to_csv(index=False, na_rep="nan"))
     print(path)
 
 

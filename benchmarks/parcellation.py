@@ -10,9 +10,7 @@ what, ours, peer, ratio (peer / ours), n (runs of each), spread (range of ours a
 """
 
 import argparse
-import csv
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -50,18 +48,15 @@ def synthesize(folder: Path, frames: int) -> None:
             nib.save(nib.Nifti1Image(labels.reshape(shape), affine), folder / "labels.nii.gz")
         anatomy = np.where(inside, 8000 + 2000 * rng.standard_normal(len(points)), 0).reshape(shape)
         anatomy = gaussian_filter(anatomy, 1)
-        header = nib.Nifti1Image(np.zeros((*shape, 1), np.int16), affine).header
-        header.set_data_shape((*shape, frames))
-        header.set_data_offset(352)
-        header.set_zooms((2, 2, 2, 2))
-        header.set_xyzt_units("mm", "sec")
+        volumes = np.empty((*shape, frames), np.int16, order="F")
+        for frame in range(frames):
+            noise = 80 * rng.standard_normal(shape, dtype=np.float32) + 10 * np.sin(frame / 9)
+            volumes[..., frame] = np.where(anatomy > 500, anatomy + noise, 0)
+        image = nib.Nifti1Image(volumes, affine)
+        image.header.set_zooms((2, 2, 2, 2))
+        image.header.set_xyzt_units("mm", "sec")
         path = folder / f"{name}.nii"
-        with open(path, "wb") as file:
-            file.write(header.binaryblock + bytes(4))
-            for frame in range(frames):
-                noise = 80 * rng.standard_normal(shape, dtype=np.float32) + 10 * np.sin(frame / 9)
-                volume = np.where(anatomy > 500, anatomy + noise, 0)
-                file.write(volume.astype("<i2").tobytes(order="F"))
+        nib.save(image, path)
         if name == "same grid":
             subprocess.run(["gzip", "-k", "-6", str(path)], check=True)
 
@@ -191,13 +186,12 @@ def main() -> None:
         if arguments.scan:
             rows += compare("real .nii.gz", arguments.scan, arguments.labels, arguments.repeats, folder, True)
 
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.out.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["what", "ours", "peer", "ratio", "n", "spread", "versions"], restval="")
-        writer.writeheader()
-        writer.writerows({**values, "versions": versions()} for values in rows)
-    os.replace(partial, arguments.out)
+    # not in the processes that are measured
+    import pandas as pd
+
+    from fmrilm.training.data.shards import write_whole
+
+    write_whole(arguments.out, pd.DataFrame(rows).assign(versions=versions()).to_csv(index=False))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ Inputs are noise: volumes of the MNI grid at 2 mm (AAL2, gzip), 450 ROIs at TR 0
 frames, and rows of 320 tokens for a language model of two layers with the width of SmolLM2-135M, in float32.
 """
 
-import csv
 import gzip
-import os
 import platform
 import tempfile
 import time
@@ -19,12 +17,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor
 from fmrilm.processors import Atlas, parcellate, read_scan
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
+from fmrilm.training.data.shards import write_whole
 
 
 OUT = Path(__file__).parent / "results" / "rates.csv"
@@ -77,13 +77,8 @@ def main() -> None:
     operations -= 6 * ROWS * TOKENS * model.get_input_embeddings().weight.numel()
     rows.append(["language model trained", operations / step / 1e9, "GFLOP/s"])
 
-    OUT.parent.mkdir(exist_ok=True)
-    partial = OUT.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["what", "rate", "unit", "hardware"])
-        writer.writerows([what, f"{rate:.4g}", unit, f"1 core ({platform.machine()})"] for what, rate, unit in rows)
-    os.replace(partial, OUT)
+    table = pd.DataFrame(rows, columns=["what", "rate", "unit"]).assign(hardware=f"1 core ({platform.machine()})")
+    write_whole(OUT, table.to_csv(index=False, float_format="%.4g"))
 
 
 if __name__ == "__main__":
