@@ -4,6 +4,8 @@ import copy
 import json
 import shutil
 from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fmrilm.training.cli.main import app
-from fmrilm.training.data.splits import SplitArguments, held_out_subjects
+from fmrilm.training.data.splits import SplitArguments, check_disjoint, held_out_subjects
 from fmrilm.training.data.tasks import Task, load_task, with_columns
 from fmrilm.training.evaluation import program, tuning
 from fmrilm.training.evaluation.ask import score_windows
@@ -201,6 +203,22 @@ def test_unusable_labels_are_refused_before_anything_is_written(saved, tasks, tm
     with pytest.raises(ValueError, match=message):
         evaluate(saved, cohort, tmp_path / "out", tasks[:1], settings=FEW)
     assert not (tmp_path / "out" / "answers").exists() and not (tmp_path / "out" / "results.json").exists()
+
+
+def test_folds_take_subjects_of_several_sites_and_labels_that_some_scans_lack() -> None:
+    rows = {"subject": np.repeat([f"sub-{number}" for number in range(10)], 2), "sex": [*"MMFF" * 5]}
+    for more in ({"site": ["second", "first"] * 10}, {"sex": [None, "M", None, "F", *"MMFF" * 4]}):
+        scans: Any = SimpleNamespace(table=pd.DataFrame(rows | more))
+        splits = program.make_splits(scans, SplitArguments(), 2, True, [load_task("sex")], 0)
+        assert sorted(np.concatenate([split.test for split in splits])) == list(range(20))
+        for split in splits:
+            check_disjoint(rows["subject"], split)
+
+
+def test_conditions_without_anything_to_ask_are_refused(tmp_path) -> None:
+    settings = EvaluationSettings(conditions=("few-shot", "tuned"))
+    with pytest.raises(ValueError, match="expected conditions that ask something.*got few-shot, tuned"):
+        evaluate(tmp_path, tmp_path, tmp_path / "out", ["sex"], settings=settings)
 
 
 def test_unknown_conditions_shots_and_columns_are_refused() -> None:

@@ -79,6 +79,22 @@ class EvaluationSettings:
             if shots != FULL and (not isinstance(shots, int) or shots < 0):
                 raise ValueError(f"expected shots of 0, a number of subjects or {FULL!r}, got {shots!r}")
 
+    def asked(self, task: Task) -> Iterator[tuple[str, int | str, int]]:
+        """Each condition of a task, the shots that it learns from, and the number of their resample."""
+        for name in self.conditions:
+            if name == "zero-shot":
+                counts = [0] if 0 in self.shots else []
+            else:
+                # a prompt does not hold all scans; baselines of a model that learned from nothing know all labels
+                counts = [shots for shots in self.shots if shots != 0 and (shots, name) != (FULL, "few-shot")]
+                # a number has no classes to draw subjects from
+                counts = [shots for shots in counts if task.choices or shots == FULL]
+                if name in BASELINES:
+                    counts = dict.fromkeys([*counts, FULL])
+            for shots in counts:
+                for resample in range(1 if shots in (0, FULL) else self.resamples):
+                    yield name, shots, resample
+
 
 def evaluate(
     model_folder: Path,
@@ -108,6 +124,11 @@ def evaluate(
     loaded = with_columns([load_task(task) for task in tasks], columns)
     if not loaded and not descriptors:
         raise ValueError("expected tasks or descriptor questions to ask, got neither")
+    if loaded and not any(any(settings.asked(task)) for task in loaded):
+        raise ValueError(
+            f"expected conditions that ask something with shots of {', '.join(map(str, settings.shots))}, got "
+            f"{', '.join(settings.conditions)}"
+        )
     keep_settings(
         output / SETTINGS,
         {
@@ -216,11 +237,12 @@ def make_splits(
         answers = np.array(["" if label is None else tasks[0].answer(label) for label in labels])
     sites = table["site"].fillna("").astype(str).to_numpy() if "site" in table else np.full(len(table), "")
     strata = np.array([f"{site} {answer}" for site, answer in zip(sites, answers, strict=True)])
+    # a subject with scans at several sites, or without a label in some, counts by the first of them
+    _, first, whose = np.unique(subjects, return_index=True, return_inverse=True)
     for labels in (strata, answers):
-        codes = np.unique(labels, return_inverse=True)[1]
-        _, first = np.unique(subjects, return_index=True)
-        if np.bincount(codes[first]).min() >= folds:
-            return list(k_fold(subjects, codes, folds, seed))
+        classes = np.unique(labels[first], return_inverse=True)[1]
+        if np.bincount(classes).min() >= folds:
+            return list(k_fold(subjects, classes[whose], folds, seed))
     return list(k_fold(subjects, None, folds, seed))
 
 
@@ -304,11 +326,9 @@ class _Run:
         groups = [f"{fold} {scans.groups[row]}" for fold, part in enumerate(parts) for row in part]
         shuffled = shuffle_subjects(scans.subjects[rows], groups, self.settings.seed)
         made: dict[tuple, list[list[Answers]]] = defaultdict(list)
-        for condition in self._conditions(task):
-            of_resample = made[condition.name, condition.shots]
-            if len(of_resample) == condition.resample:
-                of_resample.append([])
-            of_resample[-1].append(self._kept(labelled, condition))
+        for name, shots, resample in self.settings.asked(task):
+            folds = range(len(self.splits))
+            made[name, shots].append([self._kept(labelled, _Condition(name, shots, resample, fold)) for fold in folds])
         sites = None if scans.sites is None else scans.sites[rows]
         return {
             "question": task.questions[0],
@@ -321,23 +341,6 @@ class _Run:
             "test_scans": len(rows),
             **summarize(labelled, rows, scans.subjects[rows], sites, shuffled, made),
         }
-
-    def _conditions(self, task: Task) -> Iterator[_Condition]:
-        settings = self.settings
-        for name in settings.conditions:
-            if name == "zero-shot":
-                counts = [0] if 0 in settings.shots else []
-            else:
-                # a prompt does not hold all scans; baselines of a model that learned from nothing know all labels
-                counts = [shots for shots in settings.shots if shots != 0 and (shots, name) != (FULL, "few-shot")]
-                # a number has no classes to draw subjects from
-                counts = [shots for shots in counts if task.choices or shots == FULL]
-                if name in BASELINES:
-                    counts = dict.fromkeys([*counts, FULL])
-            for shots in counts:
-                for resample in range(1 if shots in (0, FULL) else settings.resamples):
-                    for fold in range(len(self.splits)):
-                        yield _Condition(name, shots, resample, fold)
 
     def _kept(self, labelled: Labelled, condition: _Condition) -> Answers:
         name = f"{labelled.task.name}.{condition.name}.{condition.shots}.{condition.resample}.{condition.fold}.npz"
@@ -479,6 +482,3 @@ class _Run:
             (scores,) = score_windows(*reader, windows, [question], [ids])
             found["expected"] = self._mean(places, np.exp(scores) @ numbers)[test]
         return found
-
-
-__all__ = ["EvaluationSettings", "Tuning", "evaluate", "evaluate_scans", "make_splits"]
