@@ -36,6 +36,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.codes)
 
+    @property
+    def subjects(self) -> np.ndarray:
+        """Whose each window is, [windows]."""
+        return np.array([str(row["subject"]) for row in self.rows])
+
 
 def score_names(task: Task) -> list[str]:
     """Of a task's scores: its number, or each of its choices but the first of two."""
@@ -77,9 +82,8 @@ def fit_scores(
     summary = model.model.summary
     if summary is None:
         raise ValueError("expected a model with score_names, got one without")
-    subjects = np.array([str(row["subject"]) for row in examples.rows])
     blocks = model.config.codec_config.scan_feature_blocks
-    ridge = cross_fitted_ridge(examples.features, targets, subjects, seed, blocks)
+    ridge = cross_fitted_ridge(examples.features, targets, examples.subjects, seed, blocks)
     # a row without a target is predicted by all the others
     found = np.where(np.isfinite(ridge.out_of_fold), ridge.out_of_fold, ridge.predict(examples.features))
     mean, std = found.mean(0), found.std(0)

@@ -1,7 +1,6 @@
 """
 Stage 2 as a program: a pretrained language model learns to read and to predict the codes of a trained codec.
 
-# LoRA on the language model
 ```bash
 accelerate launch -m fmrilm.training.alignment.program \\
     --config training/configs/demo/alignment.yaml \\
@@ -14,18 +13,7 @@ accelerate launch -m fmrilm.training.alignment.program \\
     --output_dir runs/alignment
 ```
 
-# Full tuning
-```bash
-accelerate launch -m fmrilm.training.alignment.program \\
-    --config training/configs/demo/alignment.yaml \\
-    --codec runs/codec/model \\
-    --model_name_or_path Qwen/Qwen3-0.6B \\
-    --data data/corpus \\
-    --use_peft false \\
-    --learning_rate 2.0e-5 \\
-    --output_dir runs/alignment
-```
-
+This is LoRA on the language model; the whole of it learns with `--use_peft false --learning_rate 2.0e-5`.
 `OUTPUT_DIR/model` is the joint model and its processor. The same command goes on from the last whole checkpoint.
 """
 
@@ -109,9 +97,8 @@ def align(
     forecasts = fit_dynamics(model.model.dynamics, codec, training, length, training_args.seed)
     # mixtures are of no scan
     real = [place for place, row in enumerate(examples.rows) if row.get("scan") is not None]
-    subjects = np.array([str(examples.rows[place]["subject"]) for place in real])
     of_scans = [examples.codes[place] for place in real]
-    fit_token_gains(model.model.dynamics, codec, of_scans, subjects, training_args.seed)
+    fit_token_gains(model.model.dynamics, codec, of_scans, examples.subjects[real], training_args.seed)
     print(f"forecasts: R2 {forecasts[0]:.2f} one frame ahead, on subjects left out of each fold")
     print(f"scores of {len(names)} descriptors: mean R2 {np.nanmean(r_squared):.2f} on subjects left out of each fold")
     if held_out is not None:

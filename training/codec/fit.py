@@ -270,6 +270,3 @@ def of_eigenvalues(matrices: torch.Tensor, function: Any) -> torch.Tensor:
     """Symmetric matrices [..., n, n] with their eigenvalues replaced by a function of them."""
     values, vectors = torch.linalg.eigh(matrices)
     return (vectors * function(values)[..., None, :]) @ vectors.mT
-
-
-__all__ = ["fit_codec", "fit_descriptor_head", "fit_spatial_basis", "fit_summary", "fit_transform"]

@@ -41,10 +41,8 @@ def evaluate_codec(model: FmriCodecModel, items: Sequence[dict[str, Any]], level
     encoded = encode_items(model, items)
     signals, guesses = [], []
     for item, codes in zip(items, encoded.codes, strict=True):
-        rows = torch.from_numpy(codes)[None, :, :levels].long().to(model.device)
-        places = torch.tensor(item["coordinates"], dtype=torch.float32)[None].to(model.device)
         signals.append(item["signal"])
-        guesses.append(model.decode(rows, places)[0].T.cpu().numpy()[: len(item["signal"])])
+        guesses.append(decoded(model, item, codes[:, :levels]))
     correlation = fc_correlation(signals, guesses)
     results: dict[str, Any] = {
         "r_squared": r_squared(signals, guesses),
@@ -59,6 +57,13 @@ def evaluate_codec(model: FmriCodecModel, items: Sequence[dict[str, Any]], level
         results |= retrieval_results(*(vectors.cpu().numpy() for vectors in pairs))
     model.train(training)
     return results
+
+
+def decoded(model: FmriCodecModel, item: dict[str, Any], codes: np.ndarray) -> np.ndarray:
+    """What codes [tokens, levels] of an item (see `evaluate_codec`) keep of its signal, [time, rois]."""
+    rows = torch.from_numpy(codes).long()[None].to(model.device)
+    coordinates = torch.tensor(item["coordinates"], dtype=torch.float32)[None].to(model.device)
+    return model.decode(rows, coordinates)[0].T.cpu().numpy()[: len(item["signal"])]
 
 
 def codebook_results(codes: Sequence[np.ndarray], codebook_size: int) -> dict[str, list[float]]:
@@ -90,6 +95,3 @@ def retrieval_results(scans: np.ndarray, texts: np.ndarray) -> dict:
         "chance_recall_at_5": min(5 / count, 1.0),
         "chance_median_rank": (count + 1) / 2,
     }
-
-
-__all__ = ["codebook_results", "evaluate_codec", "fc_correlation", "r_squared", "retrieval_results"]

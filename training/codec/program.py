@@ -22,10 +22,10 @@ from fmrilm.processors.descriptors.text import description
 
 from ..alignment.language_models import load_text_encoder
 from ..checkpoints import last_checkpoint, output_folder
-from ..data.dataset import MixedWindows, Scans, collate_signals, cut_windows, encode_windows
+from ..data.dataset import MixedWindows, Scans, collate_signals, cut_windows
 from ..data.splits import SplitArguments
 from ..hub.model_folder import write_folder
-from ..program import fit_cohort, read_scans
+from ..program import fit_cohort, make_examples, read_scans
 from .fit import fit_codec, fit_descriptor_head, fit_summary
 from .metrics import evaluate_codec
 from .text_embeddings import TextEmbeddings
@@ -88,29 +88,11 @@ class DescribedItems(Dataset):
 
 
 def codec_config(args: CodecArguments, text_hidden_size: int | None = None) -> FmriCodecConfig:
-    values = {
-        "patch_length": args.patch_length,
-        "tokens_per_patch": args.tokens_per_patch,
-        "num_quantizers": args.num_quantizers,
-        "quantizer": args.quantizer,
-        **(
-            {"fsq_levels": args.fsq_levels}
-            if args.quantizer == "fsq"
-            else {
-                "codebook_size": args.codebook_size,
-                "codebook_dim": args.codebook_dim,
-                "codebook_groups": args.codebook_groups,
-            }
-        ),
-        "num_basis_functions": args.num_basis_functions,
-        "quantizer_dropout": args.quantizer_dropout,
-        "ema_decay": args.ema_decay,
-        "descriptor_names": list(CORE_NAMES),
-        "text_hidden_size": text_hidden_size,
-        "commitment_weight": args.commitment_weight,
-        "descriptor_weight": args.descriptor_weight,
-        "alignment_weight": args.alignment_weight,
-    }
+    names = ["patch_length", "tokens_per_patch", "num_quantizers", "quantizer", "num_basis_functions"]
+    names += ["quantizer_dropout", "ema_decay", "commitment_weight", "descriptor_weight", "alignment_weight"]
+    names += ["fsq_levels"] if args.quantizer == "fsq" else ["codebook_size", "codebook_dim", "codebook_groups"]
+    values: dict[str, Any] = {name: getattr(args, name) for name in names}
+    values |= {"descriptor_names": list(CORE_NAMES), "text_hidden_size": text_hidden_size}
     return FmriCodecConfig.from_size(args.size, **values) if args.size else FmriCodecConfig(**values)
 
 
@@ -119,23 +101,6 @@ def describe(cohort: Cohort, z_scores: np.ndarray, statements: int) -> str:
     levels = cohort.levels(cohort.from_z_scores(z_scores))
     order = np.argsort(-np.abs(np.where(levels >= 0, z_scores, 0)))
     return description(levels, [index for index in order[:statements] if levels[index] >= 0])
-
-
-def fit_head(
-    model: FmriCodecModel, scans: Scans, cohort: Cohort, args: CodecArguments, folder: Path, seed: int
-) -> np.ndarray:
-    """The descriptor head on windows of training scans, and mixtures; its R-squared [descriptors] by subjects."""
-    windows = cut_windows(scans, args.window_length, args.window_stride)
-    features = [encode_windows(model, windows, folder).features]
-    targets = [cohort.z_scores(windows.descriptors())]
-    subjects = [scans.table["subject"].to_numpy()[[window.scan for window in windows]]]
-    if args.mixtures:
-        mixed = MixedWindows(scans, args.window_length, cohort, args.mixtures, seed)
-        encoded = encode_windows(model, mixed, folder)
-        features.append(encoded.features)
-        targets.append(encoded.known["descriptors"])
-        subjects.append(encoded.known["subject"])
-    return fit_descriptor_head(model, *(np.concatenate(part) for part in (features, targets, subjects)), seed=seed)
 
 
 def build_trainer(
@@ -181,9 +146,9 @@ def main(command_line: list[str] | None = None) -> None:
     model = FmriCodecModel(codec_config(args, width)).eval()
     kept = fit_codec(model, training, args.start_steps, seed)
     print(f"the fitted codes keep {kept:.2f} of the training scans' variance on the spatial basis")
-    items = cut_windows(held_out, args.window_length, args.window_length).items() if len(held_out) else []
+    windows = cut_windows(held_out, args.window_length, args.window_length)
+    items = windows.items()
     if texts is not None and items:
-        windows = cut_windows(held_out, args.window_length, args.window_length)
         sentences = [describe(cohort, row, args.statements) for row in cohort.z_scores(windows.descriptors())]
         items = [{**item, "text_embedding": row} for item, row in zip(items, texts(sentences), strict=True)]
     if training_args.max_steps:
@@ -193,7 +158,10 @@ def main(command_line: list[str] | None = None) -> None:
         fit_summary(model.eval(), training, np.random.default_rng(seed))
     if not training_args.should_save:
         return
-    explained = fit_head(model, training, cohort, args, output / "codes", seed)
+    examples = make_examples(
+        model, training, cohort, args.window_length, args.window_stride, output / "codes", args.mixtures, seed
+    )
+    explained = fit_descriptor_head(model, examples.features, examples.z_scores, examples.subjects, seed)
     results = evaluate_codec(model, items) if items else {}
     results |= {"descriptor_r_squared": dict(zip(CORE_NAMES, explained.tolist(), strict=True))}
 

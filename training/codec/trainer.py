@@ -46,6 +46,3 @@ class CodecTrainer(CheckedTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-__all__ = ["CodecTrainer", "CodecTrainingArguments"]

@@ -113,17 +113,9 @@ def ask_descriptors(
             "codes_ridge": ridge[np.ix_(own, asked)],
         }
         truth = labels[np.ix_(own, asked)]
-        known = truth >= 0
-        parts.append(
-            Answered(
-                np.repeat(subjects[own], len(asked)).reshape(truth.shape)[known],
-                np.repeat(own, len(asked)).reshape(truth.shape)[known],
-                np.tile(asked, (len(own), 1))[known],
-                truth[known],
-                {name: shares[known] for name, shares in by_condition.items()},
-                chances[: len(own)][known],
-            )
-        )
+        known = window, place = np.nonzero(truth >= 0)
+        shares = {name: shares[known] for name, shares in by_condition.items()}
+        parts.append(Answered(subjects[own][window], own[window], asked[place], truth[known], shares, chances[known]))
     return joined(parts)
 
 

@@ -107,7 +107,7 @@ def roc_auc(truth: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -
     classes = np.unique(truth)
     if len(classes) < 2:
         return np.full(weights.shape[:-1], np.nan)
-    return np.mean([_binary_auc(truth == k, probabilities[:, k], weights) for k in classes], 0)
+    return np.mean([_ratio(*_pairs(truth == k, probabilities[:, k], weights)) for k in classes], 0)
 
 
 def within_site_auc(
@@ -127,10 +127,6 @@ def within_site_auc(
             wins, pairs = wins + of_site[0], pairs + of_site[1]
         found.append(_ratio(wins, pairs))
     return np.mean(found, 0)
-
-
-def _binary_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return _ratio(*_pairs(positive, scores, weights))
 
 
 def _pairs(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -183,15 +179,16 @@ def statistics(
     probabilities [rows, choices] where truth is int [rows], values [rows] where it is float [rows]. sites: [rows].
     """
 
-    def over_resamples(metric: Callable, kind: Callable = np.asarray) -> Statistic:
-        return lambda weights: np.mean([metric(truth, kind(each), weights) for each in answers], 0)
+    def over_resamples(metric: Callable, given: Sequence[np.ndarray] = answers) -> Statistic:
+        return lambda weights: np.mean([metric(truth, each, weights) for each in given], 0)
 
     if truth.dtype.kind == "f":
         return {"mean_absolute_error": over_resamples(mean_absolute_error), "pearson_r": over_resamples(pearson_r)}
+    likeliest = [each.argmax(-1) for each in answers]
     found = {
-        "accuracy": over_resamples(accuracy, _likeliest),
-        "balanced_accuracy": over_resamples(balanced_accuracy, _likeliest),
-        "f1": over_resamples(macro_f1, _likeliest),
+        "accuracy": over_resamples(accuracy, likeliest),
+        "balanced_accuracy": over_resamples(balanced_accuracy, likeliest),
+        "f1": over_resamples(macro_f1, likeliest),
         "roc_auc": over_resamples(roc_auc),
         "calibration_error": over_resamples(calibration_error),
     }
@@ -220,10 +217,6 @@ def calibration_curve(truth: np.ndarray, answers: Sequence[np.ndarray]) -> list[
 def among(statistic: Statistic, rows: np.ndarray) -> Statistic:
     """The statistic of some rows alone, bool [rows]."""
     return lambda weights: statistic(weights * rows)
-
-
-def _likeliest(probabilities: np.ndarray) -> np.ndarray:
-    return probabilities.argmax(-1)
 
 
 def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

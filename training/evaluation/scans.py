@@ -13,8 +13,8 @@ import torch
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.processors import FmriLMFeatureExtractor
 
-from ..codec.metrics import fc_correlation, r_squared
-from ..data.dataset import Scans, Windows, collate_signals, cut_windows, encode_windows
+from ..codec.metrics import codebook_results, decoded, fc_correlation, r_squared
+from ..data.dataset import Scans, Windows, cut_windows, encode_items, encode_windows
 from ..data.tasks import Label, Task, labels_of
 from .ask import EncodedWindow
 from .metrics import bootstrap, mean
@@ -116,7 +116,6 @@ def encode_scans(
     return EvaluationScans(scans, windows, pairs, np.array([window.scan for window in windows]))
 
 
-@torch.no_grad()
 def encode_noise(codec: FmriCodecModel, windows: Windows, rows: Sequence[int], seed: int) -> list[EncodedWindow]:
     """White noise in the shape of each of these windows, encoded."""
     rng = np.random.default_rng(seed)
@@ -124,9 +123,8 @@ def encode_noise(codec: FmriCodecModel, windows: Windows, rows: Sequence[int], s
     for row in rows:
         item = windows.item(row)
         noise = {**item, "signal": rng.standard_normal(item["signal"].shape).astype(np.float32)}
-        batch = {name: value.to(codec.device) for name, value in collate_signals([noise]).items()}
-        codes = codec.encode(*(batch[name] for name in ("fmri_values", "roi_coordinates", "fmri_mask")))
-        found.append(EncodedWindow(codes[0].cpu().numpy(), codec.scan_features(codes)[0].cpu().numpy()))
+        encoded = encode_items(codec, [noise])
+        found.append(EncodedWindow(encoded.codes[0], encoded.features[0]))
     return found
 
 
@@ -152,10 +150,8 @@ def reconstruction_results(codec: FmriCodecModel, scans: EvaluationScans, rows: 
     guesses: dict[str, list] = {}
     for place in places.tolist():
         item, subject = scans.windows.item(place), str(scans.subjects[scans.of_window[place]])
-        codes = torch.from_numpy(scans.encoded[place].codes).long()[None].to(codec.device)
-        coordinates = torch.tensor(item["coordinates"], dtype=torch.float32)[None].to(codec.device)
         signals.setdefault(subject, []).append(item["signal"])
-        guesses.setdefault(subject, []).append(codec.decode(codes, coordinates)[0].T.cpu().numpy())
+        guesses.setdefault(subject, []).append(decoded(codec, item, scans.encoded[place].codes))
     found = [
         {
             "r_squared": r_squared(signals[one], guesses[one]),
@@ -164,13 +160,11 @@ def reconstruction_results(codec: FmriCodecModel, scans: EvaluationScans, rows: 
         for one in signals
     ]
     used = np.concatenate([scans.encoded[place].codes.ravel() for place in places])
-    shares = np.bincount(used[used >= 0]) / (used >= 0).sum()
-    shares = shares[shares > 0]
     results: dict[str, Any] = {
         "bits_per_patch": config.tokens_per_patch * config.num_quantizers * float(np.log2(config.codebook_size)),
         "codebook_size": config.codebook_size,
-        "codebook_used": len(shares),
-        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+        "codebook_used": len(np.unique(used)),
+        "perplexity": codebook_results([used[:, None]], config.codebook_size)["perplexity"][0],
     }
     for name in ("r_squared", "fc_correlation"):
         values = np.array([np.nan if one[name] is None else one[name] for one in found])
