@@ -13,6 +13,7 @@ from fmrilm import ScanReader
 from fmrilm.processors import FmriLMProcessor
 from fmrilm.training.cli import main as cli
 from fmrilm.training.cli.read import QUESTIONS
+from fmrilm.training.report.scan_figures import _four
 from fmrilm.training.report.scan_report import (
     forecast_last_patch,
     network_nll,
@@ -105,6 +106,12 @@ def test_the_last_patch_is_forecast_from_the_frames_before(reader: ScanReader, s
     wanted = reader.model.forecast(*before, seconds=length * 2.0)[0].mT
     np.testing.assert_allclose(expected, wanted, rtol=1e-4, atol=1e-5)
     assert forecast_last_patch(reader, {**scan, "signal": scan["signal"][: length + 1]}) is None
+
+
+def test_rois_are_shown_from_the_best_to_the_worst_of_those_there_are() -> None:
+    errors = np.full(40, np.nan)
+    errors[[30, 3, 20]] = 0.1, 0.2, 0.3
+    assert _four(errors) == [30, 30, 3, 3]
 
 
 def test_like_tokens_have_like_places(reader: ScanReader) -> None:

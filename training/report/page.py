@@ -22,8 +22,8 @@ INKS = {"light": "#2b3440", "dark": "#cfd7e1"}
 def write_page(path: Path, **content: Any) -> None:
     """
     Writes a page to `path` in one move, so that nobody ever opens half a page. content: `title`, `kicker`, `heading`,
-    `summary` (paragraphs), `verdict` {"text", "good"} or None, `tiles` (name, value, note), and `sections`, each
-    {"id", "title", "blocks"}; a block is {"text"}, {"head", "rows", "label"}, {"figure"} (of `drawing`) or {"pairs"}.
+    `summary` (paragraphs), `verdict` {"text", "good"} or None, `tiles` (name, value, note), and `sections` (id, title,
+    blocks); a block is {"text"}, {"head", "rows", "label"}, {"figure"} (of `drawing`) or {"pairs"}.
     All but figures is text, which the template escapes.
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

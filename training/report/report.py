@@ -23,11 +23,11 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
     shown: Any = table(results)
     shown = shown[(shown["variant"] != "uncalibrated") & shown["value"].notna()]
     sections = [
-        _section("results", "Does it read the scan?", _results(shown)),
-        _section("answers", "Answers", _answers(descriptors.get("answers"))),
-        _section("descriptions", "Descriptions in free text", _descriptions(descriptors.get("descriptions"))),
-        _section("codec", "What the codec keeps", _facts(results.get("codec"))),
-        _section("run", "The run", _run(results.get("run"))),
+        ("results", "Does it read the scan?", _results(shown)),
+        ("answers", "Answers", _answers(descriptors.get("answers"))),
+        ("descriptions", "Descriptions in free text", _descriptions(descriptors.get("descriptions"))),
+        ("codec", "What the codec keeps", _facts(results.get("codec"))),
+        ("run", "The run", _run(results.get("run"))),
     ]
     data, overall = results["data"], (descriptors.get("families") or {}).get("all")
     verdict = None
@@ -57,12 +57,8 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
         ],
         verdict=verdict,
         tiles=tiles,
-        sections=[section for section in sections if section["blocks"]],
+        sections=[section for section in sections if section[-1]],
     )
-
-
-def _section(key: str, title: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"id": key, "title": title, "blocks": blocks}
 
 
 def _interval(bounds: Any) -> str:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from fmrilm.processors.descriptors.networks import NETWORKS
 
@@ -72,6 +73,20 @@ def network_name(network: str) -> str:
     return NETWORKS.get(network, network)
 
 
+def _heat_map(
+    axes: Axes, values: np.ndarray, cmap: str, limits: tuple[float, float], extent: tuple[float, float, float, float]
+) -> AxesImage:
+    """Values [rows, columns] as colours, from the lower to the upper limit."""
+    low, high = limits
+    return axes.imshow(values, cmap, vmin=low, vmax=high, aspect="auto", interpolation="none", extent=extent)
+
+
+def _four(errors: np.ndarray) -> list[int]:
+    """ROIs at 5, 35, 65 and 95 % down the list, the least error first, of those that have one."""
+    ranked = np.argsort(errors)[: max(int(np.isfinite(errors).sum()), 1)]
+    return [int(ranked[int(share * (len(ranked) - 1))]) for share in (0.05, 0.35, 0.65, 0.95)]
+
+
 def carpet(view: ScanView, only_signal: bool = False) -> str:
     """Every ROI over time, by network: the signal, and beside it the reconstruction."""
     names = ("signal",) if only_signal else ("signal", "reconstruction from codes")
@@ -82,15 +97,7 @@ def carpet(view: ScanView, only_signal: bool = False) -> str:
         limit = np.nanpercentile(np.abs(shown[0]), 98)
         panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for axes, values, title in zip(panels, shown, names, strict=False):
-            image = axes.imshow(
-                values.T,
-                cmap="RdBu_r",
-                vmin=-limit,
-                vmax=limit,
-                aspect="auto",
-                interpolation="none",
-                extent=(0, view.seconds, len(order), 0),
-            )
+            image = _heat_map(axes, values.T, "RdBu_r", (-limit, limit), (0, view.seconds, len(order), 0))
             _mark_networks(view, axes, axes.axhline)
             axes.set(title=title, xlabel="time (s)")
         panels[0].set_ylabel("ROIs, by network")
@@ -109,8 +116,7 @@ def carpet(view: ScanView, only_signal: bool = False) -> str:
 def traces(view: ScanView) -> str:
     """Four ROIs over time, chosen by rule and not by hand: from nearly the best kept to nearly the worst."""
     cross = view.roi_correlations
-    ranked = np.argsort(-cross)  # NaN last
-    chosen = [int(ranked[int(share * (len(cross) - 1))]) for share in (0.05, 0.35, 0.65, 0.95)]
+    chosen = _four(-cross)
 
     def draw(figure: Figure) -> None:
         clock = np.arange(len(view.signal)) * view.repetition_time
@@ -165,9 +171,7 @@ def forecast(view: ScanView, samples: np.ndarray, expected: np.ndarray) -> str:
     frames = len(expected)
     before, after = view.signal[:-frames], view.signal[-frames:]
     errors = np.square(expected - after).mean(0) / np.square(after - before.mean(0)).mean(0)
-    ranked = np.argsort(errors)  # NaN last
-    known = int(np.isfinite(errors).sum())
-    chosen = [int(ranked[int(share * max(known - 1, 0))]) for share in (0.05, 0.35, 0.65, 0.95)]
+    chosen = _four(errors)
     low, high = np.quantile(samples, (0.1, 0.9), axis=0)
 
     def draw(figure: Figure) -> None:
@@ -215,17 +219,9 @@ def token_map(title: str, panels: dict[str, np.ndarray], seconds: float, label: 
     def draw(figure: Figure) -> None:
         axes_of = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, values) in zip(axes_of, panels.items(), strict=True):
-            signed = bool((values < 0).any())
             limit = float(np.abs(values).max()) or 1.0
-            image = axes.imshow(
-                values.T,
-                cmap="PuOr" if signed else "viridis_r",
-                vmin=-limit if signed else 0,
-                vmax=limit,
-                aspect="auto",
-                interpolation="none",
-                extent=(0, seconds, tokens - 0.5, -0.5),
-            )
+            colours, lowest = ("PuOr", -limit) if (values < 0).any() else ("viridis_r", 0)
+            image = _heat_map(axes, values.T, colours, (lowest, limit), (0, seconds, tokens - 0.5, -0.5))
             axes.set_title(name, loc="left")
             axes.set(ylabel="token of the patch", yticks=range(0, tokens, -(-tokens // 8)))
             figure.colorbar(image, ax=axes, label=label, pad=0.01)

@@ -97,7 +97,7 @@ def write_scan_report(
             ("FC kept by the codes", as_number(view.connectivity_similarity), "correlation over pairs of ROIs"),
             ("Next-code NLL", as_number(_mean(nll)), "nats a code, mean over patches"),
         ],
-        sections=[{"id": key, "title": name, "blocks": blocks} for key, name, blocks in sections],
+        sections=sections,
     )
 
 
