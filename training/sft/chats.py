@@ -61,8 +61,7 @@ def task_turn(task: Task, label: Label, rng: np.random.Generator) -> Turn:
 
 def person_turn(labels: Sequence[tuple[Task, Label]], rng: np.random.Generator) -> Turn:
     """Open-ended: a request, and all that the labels say of the person."""
-    statements = [task.statement(label) for task, label in labels]
-    answer = " ".join(f"{statement[0].upper()}{statement[1:]}." for statement in statements)
+    answer = " ".join(covariate(task, label) for task, label in labels)
     return Turn(REQUESTS[rng.integers(len(REQUESTS))], answer, tuple(labels))
 
 
@@ -218,13 +217,12 @@ class ScanChats:
     def _covariates(self, row: int, turns: Sequence[Turn]) -> list[str]:
         """Sentences of labels that are not asked for and give no answer away."""
         asked = {task.column for turn in turns for task, _ in turn.labels}
-        known = [(task, label) for task, label in self.labels[row] if label is not None and task.column not in asked]
-        texts = [covariate(task, label) for task, label in known]
+        texts = [covariate(task, label) for task, label in self.labels[row] if task.column not in asked]
         return [text for text in texts if not tells(text, turns)]
 
 
 def covariate(task: Task, label: Label) -> str:
-    """A label as what a chat says before its question."""
+    """A label as a sentence."""
     statement = task.statement(label)
     return f"{statement[0].upper()}{statement[1:]}."
 

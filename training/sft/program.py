@@ -1,7 +1,6 @@
 """
 Stage 3 as a program: instruction tuning of a joint model on questions about scans, with TRL's SFTTrainer.
 
-# LoRA, on top of a model of stage 2 (or going on with the adapter in a folder)
 ```bash
 accelerate launch -m fmrilm.training.sft.program \\
     --config training/configs/demo/sft.yaml \\
@@ -13,39 +12,9 @@ accelerate launch -m fmrilm.training.sft.program \\
     --output_dir runs/sft
 ```
 
-# A new adapter after merging the one in a folder
-```bash
-accelerate launch -m fmrilm.training.sft.program \\
-    --config training/configs/demo/sft.yaml \\
-    --model_name_or_path runs/alignment/adapter \\
-    --merge_adapter \\
-    --data data/corpus \\
-    --use_peft \\
-    --output_dir runs/sft
-```
-
-# Questions about labels alone, of packaged tasks or a YAML file of your own
-```bash
-accelerate launch -m fmrilm.training.sft.program \\
-    --config training/configs/demo/sft.yaml \\
-    --model_name_or_path runs/alignment/model \\
-    --data data/prepared \\
-    --tasks sex age_group mytask.yaml \\
-    --use_peft \\
-    --output_dir runs/sft
-```
-
-# Full tuning
-```bash
-accelerate launch -m fmrilm.training.sft.program \\
-    --config training/configs/demo/sft.yaml \\
-    --model_name_or_path runs/alignment/model \\
-    --data data/corpus \\
-    --use_peft false \\
-    --learning_rate 2.0e-5 \\
-    --output_dir runs/sft
-```
-
+This is LoRA on top of a model of stage 2, or going on with the adapter in a folder; `docs/training.md` has the options
+of a new adapter on a merged one, of full tuning and of QLoRA. `--tasks sex age_group mytask.yaml` asks about labels:
+packaged tasks, or YAML files of your own.
 `OUTPUT_DIR/model` is the tuned model and its processor. The same command goes on from the last whole checkpoint.
 """
 
