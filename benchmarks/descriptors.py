@@ -8,10 +8,12 @@ speed needs the `benchmark` extra (bctpy); throughput takes a Dask cluster along
 """
 
 import argparse
+import gc
 import importlib.util
 import os
 import statistics
 import time
+import timeit
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -80,12 +82,7 @@ def simulated_scans(count: int, frames: int = FRAMES) -> np.ndarray:
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
     """Median over repeats, after one run that does not count."""
     function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return 1000 * statistics.median(timeit.repeat(function, gc.enable, repeat=repeats, number=1))
 
 
 def speed(repeats: int) -> list[dict]:

@@ -12,6 +12,7 @@ scans of training subjects, and see the same contexts of at most 160 frames, fro
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,9 @@ class Windows:
     def __init__(self, scans: Scans, every: int = 1):
         parts, self.scan = [], []
         for row in range(len(scans)):
-            signal, there = torch.from_numpy(np.nan_to_num(scans.signal(row))), scans.atlas(row).coordinates
-            found = contexts(signal, torch.tensor(there, dtype=torch.float32), CONTEXT, LEADS)
+            found = contexts(torch.from_numpy(np.nan_to_num(scans.signal(row))), CONTEXT, LEADS)
             if found is not None:
-                parts.append([each[::every] for each in found[:3]])
+                parts.append([each[::every] for each in found])
                 self.scan += [row] * len(parts[-1][0])
         values, lengths, future = (torch.cat(each) for each in zip(*parts, strict=True))
         self.values, self.lengths, self.future = values.numpy(), lengths.numpy(), future.numpy()
@@ -282,15 +282,16 @@ def signal_rows(found: dict[str, np.ndarray]) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("signal",))
+def run(description: str, parts: dict[str, Callable[[Path, Path, int], None]]) -> None:
+    """The part that the command line names, of the folders and so many folds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=tuple(parts))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--folds", type=int, default=5)
     args = parser.parse_args()
-    signal(args.data, args.work, args.folds)
+    parts[args.what](args.data, args.work, args.folds)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, {"signal": signal})

@@ -8,14 +8,13 @@ The folders are those of `benchmarks/forecast.py`. "This model" is how frequent 
 its language model's state adds nothing before it is trained, so none is needed. The codec is the fold's throughout.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from forecast import BOOTSTRAPS, CONTEXT, OURS, folds_of, write
+from forecast import BOOTSTRAPS, CONTEXT, OURS, folds_of, run, write
 from sklearn.metrics import roc_auc_score
 
 from fmrilm import FmriCodecModel
@@ -272,38 +271,25 @@ def surprise_rows(found: dict[tuple, list], splices: np.ndarray) -> list[dict]:
     """AUC of the surprise of changed scans against real ones, by scan and by patch; how often splices are found."""
     rows = []
     for (change, what), parts in found.items():
-        row = {
-            "surprise_of": what,
-            "scans": change,
-            "count": len(parts),
-            "mean": np.mean([np.nanmean(each) for each in parts]),
-        }
-        for name, size in (("auc_scan", -1), ("auc_patch", 16 if what == "frames" else 1)):
-            both = (
-                np.concatenate([np.nanmean(each.reshape(-1, len(each) if size < 0 else size), 1) for each in one])
+        mean = np.mean([np.nanmean(each) for each in parts])
+        row = {"surprise_of": what, "scans": change, "count": len(parts), "mean": mean}
+        patch = 16 if what == "frames" else 1
+        for name, size in (("auc_scan", len(parts[0])), ("auc_patch", patch)) if change != "real" else ():
+            real, changed = (
+                np.concatenate([np.nanmean(each.reshape(-1, size), 1) for each in one])
                 for one in (found["real", what], parts)
             )
-            real, changed = both
-            if change != "real":
-                row[name] = roc_auc_score(
-                    np.repeat([0, 1], [len(real), len(changed)]), np.concatenate([real, changed])
-                )
+            labels = np.repeat([0, 1], [len(real), len(changed)])
+            row[name] = roc_auc_score(labels, np.concatenate([real, changed]))
         rows.append(row)
-    shares = splices.mean(0)
-    splice = {
-        "surprise_of": "frames",
-        "scans": "spliced",
-        "count": len(splices),
-        "found": shares[0],
-        "by_chance": shares[1],
-    }
-    return [*rows, splice]
+    splice = {"surprise_of": "frames", "scans": "spliced", "count": len(splices)}
+    return [*rows, splice | dict(zip(("found", "by_chance"), splices.mean(0), strict=True))]
 
 
 @torch.no_grad()
-def cost(data: Path, work: Path) -> None:
-    """Seconds of forecasts of 32 s from one scan of CONTEXT frames."""
-    codec, _, scans = next(folds_of(data, work, 1))
+def cost(data: Path, work: Path, folds: int) -> None:
+    """Seconds of forecasts of 32 s from one scan of CONTEXT frames, by the first fold's codec."""
+    codec, _, scans = next(folds_of(data, work, folds))
     dynamics = FmriLMDynamics(codec.config)
     coordinates = present(scans, 0)[1]
     values, rows = torch.randn(1, len(coordinates), CONTEXT), []
@@ -318,18 +304,5 @@ def cost(data: Path, work: Path) -> None:
     write("cost", rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("codes", "surprise", "cost"))
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--folds", type=int, default=5)
-    args = parser.parse_args()
-    if args.what == "cost":
-        cost(args.data, args.work)
-    else:
-        {"codes": codes, "surprise": surprise}[args.what](args.data, args.work, args.folds)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, {"codes": codes, "surprise": surprise, "cost": cost})

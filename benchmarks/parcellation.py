@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -131,7 +131,7 @@ def row(what: str, ours: list[float], peer: list[float]) -> dict[str, str | int]
 def compare(name: str, scan: Path, labels: Path, repeats: int, folder: Path, inflated: bool) -> list[dict]:
     """Rows on time, memory and agreement for one scan; with `inflated` also against inflating alone."""
     files = [str(scan), str(labels)]
-    inflaters = ["zlib", *(["isal"] if "isal" in versions() else [])] if inflated else []
+    inflaters = ["zlib", "isal"] if inflated else []
     works = [["ours", *files], ["nilearn", *files], *(["inflate", str(scan), module] for module in inflaters)]
     found, series = in_turns(works, repeats, folder)
     columns = {key: [[run[key] for run in runs] for runs in found] for key in found[0][0]}
@@ -145,17 +145,6 @@ def compare(name: str, scan: Path, labels: Path, repeats: int, folder: Path, inf
     largest = float((np.abs(series[0] - series[1]) / scale).max())
     agreement = {"what": f"{name}: largest relative difference", "ours": f"{largest:.2g}", "n": 1}
     return [*rows, agreement]
-
-
-def versions() -> str:
-    names = ["fmri-lm", "numpy", "scipy", "nibabel", "nilearn", "isal"]
-    found = [f"python {platform.python_version()}"]
-    for name in names:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 def main() -> None:
@@ -191,7 +180,9 @@ def main() -> None:
 
     from fmrilm.training.data.shards import write_whole
 
-    write_whole(arguments.out, pd.DataFrame(rows).assign(versions=versions()).to_csv(index=False))
+    packages = ("fmri-lm", "numpy", "scipy", "nibabel", "nilearn", "isal")
+    versions = ", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+    write_whole(arguments.out, pd.DataFrame(rows).assign(versions=versions).to_csv(index=False))
 
 
 if __name__ == "__main__":

@@ -60,11 +60,12 @@ def fit_dynamics(
     moments = torch.zeros(folds, len(PRIOR_FRAMES), 3 * leads, 3 * leads, dtype=torch.float64)
     seen = torch.zeros(folds, dtype=torch.float64)
     for row, fold in zip(rows, fold_of, strict=True):
-        found = contexts(*present(scans, row), context, leads)
+        signal, coordinates = present(scans, row)
+        found = contexts(signal, context, leads)
         if found is None:
             continue
-        values, lengths, future, coordinates = (each.to(codec.device) for each in found)
-        functions = codec.spatial_basis(coordinates[None])
+        values, lengths, future = (each.to(codec.device) for each in found)
+        functions = codec.spatial_basis(coordinates[None].to(codec.device))
         prior = ((sums.sum(0) - sums[fold]) / (counts.sum() - counts[fold])).float().to(codec.device)
         coefficients = codec.spatial_basis.coefficients(functions, values[:, None], None)[:, 0]
         own = dynamics.lag_covariances(coefficients)
@@ -139,13 +140,11 @@ def usable(scans: "Scans", repetition_time: float) -> np.ndarray:
     return fast if len(fast) else rows
 
 
-def contexts(
-    signal: torch.Tensor, coordinates: torch.Tensor, context: int, leads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+def contexts(signal: torch.Tensor, context: int, leads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """
     Of a scan [time, rois], its frames before each forecast [n, rois, context], ending together, without their mean and
-    zero where there are none; their number [n]; the frames that follow, of the same zero [n, rois, leads]; and the
-    coordinates. None if the scan is too short.
+    zero where there are none; their number [n]; and the frames that follow, of the same zero [n, rois, leads]. None if
+    the scan is too short.
     """
     stops = torch.arange(min(FIRST * leads, len(signal) - leads), len(signal) - leads + 1, STEP)
     if len(signal) < 2 * leads:
@@ -157,7 +156,7 @@ def contexts(
         before = signal[stop - length : stop]
         values[row, :, context - length :] = (before - before.mean(0)).T
         future[row] = (signal[stop : stop + leads] - before.mean(0)).T
-    return values, lengths, future, coordinates
+    return values, lengths, future
 
 
 def least_squares(moments: torch.Tensor, leads: int) -> torch.Tensor:
