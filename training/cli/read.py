@@ -4,8 +4,9 @@ import csv
 import gc
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,9 +53,7 @@ def ask(
     """Ask about a scan. With choices, each of them gets its probability."""
     options = {"tr": tr, "atlas": atlas, "label_image": label_image}
     if choices is None and not as_json:
-        with _reader(model, device) as (reader, _):
-            pieces = _begun(reader.ask(scan, question, stream=True, **options))
-        return _print_pieces(pieces)
+        return _print_stream(model, device, lambda reader: reader.ask(scan, question, stream=True, **options))
     with _reader(model, device) as (reader, seconds):
         allowed = None if choices is None else [choice.strip() for choice in choices.split(",")]
         found = reader.ask(scan, question, allowed, **options)
@@ -78,9 +77,7 @@ def describe_scan(
     """Describe a scan in free text."""
     options = {"tr": tr, "atlas": atlas, "label_image": label_image}
     if not as_json:
-        with _reader(model, device) as (reader, _):
-            pieces = _begun(reader.describe(scan, stream=True, **options))
-        return _print_pieces(pieces)
+        return _print_stream(model, device, lambda reader: reader.describe(scan, stream=True, **options))
     with _reader(model, device) as (reader, seconds):
         found = reader.ask(scan, "Describe this scan.", **options)
     print_json({"scan": str(scan), "description": found.pop("answer"), **found, "seconds": seconds})
@@ -191,13 +188,11 @@ def _what_was_read(found: dict[str, Any]) -> str:
     return f"read: {seconds}, {window['frames']} frames in {windows}, {rois}"
 
 
-def _begun(pieces: Iterator[str]) -> Iterator[str]:
-    """The same pieces, the first of them waited for."""
-    first = next(pieces, "")
-    return (piece for part in ([first], pieces) for piece in part)
-
-
-def _print_pieces(pieces: Iterator[str]) -> None:
-    for piece in pieces:
+def _print_stream(model: str, device: str | None, answer: "Callable[[ScanReader], Iterator[str]]") -> None:
+    """An answer in free text as it grows; the sign of life stays until its first piece."""
+    with _reader(model, device) as (reader, _):
+        pieces = answer(reader)
+        first = next(pieces, "")
+    for piece in chain([first], pieces):
         typer.echo(piece, nl=False)
     typer.echo()
