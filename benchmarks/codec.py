@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 import yaml
 from ask import busy_seconds
+from people import write_splits
 from scipy.fft import dct, idct
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, StratifiedKFold
@@ -39,6 +40,7 @@ from fmrilm.training.codec.program import main as train_codec
 from fmrilm.training.codec.text_embeddings import TextEmbeddings
 from fmrilm.training.data.dataset import Scans, cut_windows, encode_items, load_scans
 from fmrilm.training.data.shards import write_whole
+from fmrilm.training.data.splits import Split
 from fmrilm.training.program import fit_cohort
 from fmrilm.training.ridge import Ridge, cross_fitted_ridge
 
@@ -406,13 +408,7 @@ def losses(folder: Path, folds: int, updates: int) -> None:
     texts = TextEmbeddings(*load_text_encoder())
     with tempfile.TemporaryDirectory() as scratch:
         for fold, (learned, held_out) in split(scans, folds):
-            splits = Path(scratch, "splits.csv")
-            names = [
-                (scans.table["subject"].iloc[row], part)
-                for part, of in (("train", learned), ("test", held_out))
-                for row in of
-            ]
-            pd.DataFrame(names, columns=["subject", "split"]).to_csv(splits, index=False)
+            splits = write_splits(Path(scratch, "splits.csv"), [scans], [Split(learned, held_out)])
             training, test = scans.select(learned), scans.select(held_out)
             cohort = fit_cohort(training, WINDOW, WINDOW)
             windows = [cut_windows(part, WINDOW, WINDOW) for part in (training, test)]
