@@ -4,7 +4,7 @@ import ctypes
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -68,6 +68,12 @@ class ScanArguments(SplitArguments):
     code_cache: str | None = field(
         default=None, metadata={"help": "Folder of the scans' codes, for several runs; by default OUTPUT_DIR/codes."}
     )
+
+
+def check_weights(weights: Sequence[float], kinds: int) -> None:
+    """ValueError if `row_weights` are not a share of each kind of rows."""
+    if len(weights) != kinds or min(weights) < 0 or abs(sum(weights) - 1) > 1e-8:
+        raise ValueError(f"expected row_weights of {kinds} shares whose sum is 1, got {weights}")
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..program import AlignmentTrainingArguments, ScanArguments
+from ..program import AlignmentTrainingArguments, ScanArguments, check_weights
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class AlignmentArguments(ScanArguments):
             "alone, and of plain text."
         },
     )
+
+    def __post_init__(self) -> None:
+        check_weights(self.row_weights, 4)
 
 
 def main(command_line: list[str] | None = None) -> Path:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..program import FmriLMSFTConfig, ScanArguments, TaskArguments
+from ..program import FmriLMSFTConfig, ScanArguments, TaskArguments, check_weights
 
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ class SftArguments(TaskArguments, ScanArguments):
     description_share: float = field(
         default=0.0, metadata={"help": "Of the chats about labels that begin with the scan's description in a corpus."}
     )
+
+    def __post_init__(self) -> None:
+        check_weights(self.row_weights, 3)
 
 
 def main(command_line: list[str] | None = None) -> Path:
