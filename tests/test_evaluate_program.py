@@ -134,6 +134,9 @@ def test_several_tasks_and_descriptors_in_one_report(cohort, saved, tasks, tmp_p
     shown = {(e.dataset_config, e.metric_type): e.metric_value for e in entries}
     found = entry_of(results, GROUP, "tuned", FULL, "")["metrics"]["right"]["roc_auc"]
     assert shown["made_up_group, tuned, full", "roc_auc"] == round(found["value"], 4)
+    add_to_card(card, {**results, "data": {**results["data"], "dataset": "another"}})
+    both = [(e.dataset_name, e.dataset_config, e.metric_type) for e in ModelCard.load(card).data.eval_results]
+    assert len(set(both)) == len(both) == 2 * len(names)
 
 
 def test_single_answers_are_shown_under_pseudonyms(cohort, saved, tmp_path) -> None:

@@ -142,10 +142,12 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
     if (folder / "README.md").exists():
         facts: Any = ModelCard.load(folder / "README.md").data
         results = facts.eval_results or []
-        found["results"] = {
-            f"{result.dataset_config or result.dataset_name}, {result.metric_name}": result.metric_value
-            for result in results
-        }
+        several = len({result.dataset_name for result in results}) > 1
+        found["results"] = {}
+        for result in results:
+            names = [result.dataset_config or result.dataset_name, result.metric_name]
+            names += [result.dataset_name] if several and result.dataset_config else []
+            found["results"][", ".join(names)] = result.metric_value
     # of a codec, which has no card
     figures = {name: written[name] for name in ("r_squared", "fc_correlation") if name in written}
     if figures:

@@ -80,9 +80,9 @@ def eval_results(results: dict) -> list[EvalResult]:
         EvalResult(
             task_type=PIPELINE_TAG,
             task_name="questions about a scan",
-            dataset_type="held-out-subjects",
+            # the Hub merges entries that differ in the task's or the dataset's name alone
+            dataset_type="-".join(["held-out-subjects", *([data["dataset"]] if "dataset" in data else [])]),
             dataset_name=f"{data['dataset']}, {subjects}" if "dataset" in data else subjects,
-            # the Hub merges entries that differ in the task's name alone
             dataset_config=", ".join(
                 str(part) for part in (row.task, row.condition, row.shots, row.variant) if part not in ("", 0)
             ),
@@ -101,8 +101,8 @@ def add_to_card(card_path: Path, results: dict) -> None:
     facts: Any = card.data
     facts.model_name = facts.model_name or card_path.parent.name
     new = eval_results(results)
-    keys = {(entry.dataset_name, entry.dataset_config) for entry in new}
-    kept = [entry for entry in facts.eval_results or [] if (entry.dataset_name, entry.dataset_config) not in keys]
+    keys = {(entry.dataset_type, entry.dataset_config) for entry in new}
+    kept = [entry for entry in facts.eval_results or [] if (entry.dataset_type, entry.dataset_config) not in keys]
     facts.eval_results = kept + new
     write_whole(card_path, str(card))
 
