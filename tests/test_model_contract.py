@@ -88,7 +88,7 @@ def test_tied_weights_are_one_tensor_through_copies_casts_and_training(backbone:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_token_embeddings_are_resized_up_and_down_with_their_head(backbone: str, tied: bool, tiny_model) -> None:
+def test_token_embeddings_are_resized_with_their_head(backbone: str, tied: bool, tiny_model, tmp_path) -> None:
     model = tiny_model(backbone, tied)
     before, size = answer(model), model.config.text_config.vocab_size
     model.resize_token_embeddings(size + 1, pad_to_multiple_of=64)
@@ -99,7 +99,14 @@ def test_token_embeddings_are_resized_up_and_down_with_their_head(backbone: str,
     assert model(**inputs_of(model)).loss.isfinite()
     model.resize_token_embeddings(size)
     assert torch.allclose(answer(model), before, atol=1e-5)
-    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    model.resize_token_embeddings(size + 5, mean_resizing=False)
+    assert model.config.text_config.vocab_size == size + 5 == answer(model).shape[-1]
+    assert torch.allclose(answer(model)[..., :size], before, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = FmriLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(answer(loaded), answer(model))
+    for resized in (model, loaded):
+        assert (resized.get_output_embeddings().weight is resized.get_input_embeddings().weight) == tied
 
 
 def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor | None]:
@@ -124,8 +131,9 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(built) -> Non
     assert not checkpointed.is_activation_checkpointing
 
 
-def test_every_trainable_parameter_is_trained(built) -> None:
-    for name, gradient in gradients(built).items():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_trainable_parameter_is_trained(dtype: torch.dtype, built) -> None:
+    for name, gradient in gradients(built.to(dtype)).items():
         assert gradient is not None and gradient.isfinite().all(), name
         # softmax does not see what is added to all keys alike
         assert name.endswith("k_proj.bias") or gradient.abs().max() > 0, name
@@ -246,8 +254,3 @@ def test_casts_keep_a_working_model_and_every_code_and_score(dtype: torch.dtype,
 def is_exact(name: str, is_joint: bool) -> bool:
     """What stays in float32: codes, scores and forecasts are others in half precision."""
     return not is_joint or name.startswith(("model.codec.", "model.summary.readout.", "model.dynamics."))
-
-
-def test_training_runs_in_half_precision(built) -> None:
-    for name, gradient in gradients(built.to(torch.bfloat16)).items():
-        assert gradient is not None and gradient.isfinite().all(), name
