@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
+from test_training import ARGUMENTS
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -19,17 +20,7 @@ from fmrilm.training.trainer import AlignmentTrainer, FmriLMSFTTrainer
 from scan_rows import LONG, SHORT, Model, ids
 
 
-OPTIONS = {
-    "max_steps": 6,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-}
+OPTIONS = {**ARGUMENTS, "per_device_train_batch_size": 2, "logging_steps": 1, "remove_unused_columns": False}
 SFT = {"activation_checkpointing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
 
 
@@ -44,12 +35,18 @@ def rows(model: Model, last: str = "yes", **columns) -> Dataset:
     return Dataset.from_list(found * 2)
 
 
-def trainer(of: type[Trainer], model: Model, processor, output: Path, data: Dataset, **changes) -> Trainer:
-    config = SFTConfig if issubclass(of, SFTTrainer) else TrainingArguments
-    values = {**OPTIONS, "remove_unused_columns": False, **(SFT if issubclass(of, SFTTrainer) else {}), **changes}
-    collator = RowCollator(processor.tokenizer.pad_token_id)
-    tools = {"processing_class": processor.tokenizer}
-    return of(model=model, args=config(str(output), **values), train_dataset=data, data_collator=collator, **tools)
+def trainer(
+    of: type[Trainer], model: Model, processor, output: Path, data: Dataset, own: bool = True, **changes
+) -> Trainer:
+    """With our collator or its own."""
+    config, fixed = (SFTConfig, SFT) if issubclass(of, SFTTrainer) else (TrainingArguments, {})
+    return of(
+        model=model,
+        args=config(str(output), **{**OPTIONS, **fixed, **changes}),
+        train_dataset=data,
+        data_collator=RowCollator(processor.tokenizer.pad_token_id) if own else None,
+        processing_class=processor.tokenizer,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*chunked_nll:FutureWarning")
@@ -88,27 +85,11 @@ def test_positions_kept_are_those_of_states_logits_and_losses(llama: Model, proc
         assert torch.allclose(llama.model(**inputs, logits_to_keep=keep).last_hidden_state, expected, atol=1e-6)
 
 
-def test_a_chat_cut_by_max_length_is_refused_and_not_read_wrongly(llama: Model, processor, tmp_path) -> None:
-    data = rows(llama, last="")
-    cut = data.map(lambda row: {"input_ids": row["input_ids"][:-2], "labels": row["labels"][:-2]})
-    with pytest.raises(ValueError, match=r"summary tokens for the scans, got"):
-        trainer(SFTTrainer, llama, processor, tmp_path, cut).train()
-    cut = data.map(lambda row: {"input_ids": row["input_ids"][:-6], "labels": row["labels"][:-6]})
-    with pytest.raises(ValueError, match=r"fMRI placeholder tokens for the scans, got"):
-        trainer(SFTTrainer, llama, processor, tmp_path, cut).train()
-
-
 # --- what a plain SFTTrainer itself does to rows
 
 
-def prepared(model: Model, processor, output: Path, data: Dataset, own: bool = True, **changes) -> SFTTrainer:
-    """An SFTTrainer that prepares the rows, with our collator or its own."""
-    collator = RowCollator(processor.tokenizer.pad_token_id) if own else None
-    config = SFTConfig(
-        str(output), **{**OPTIONS, "remove_unused_columns": False, "activation_checkpointing": False, **changes}
-    )
-    tools = {"processing_class": processor.tokenizer, "data_collator": collator}
-    return SFTTrainer(model=model, args=config, train_dataset=data, **tools)
+def prepared(model: Model, processor, output: Path, data: Dataset, own: bool = True, **changes) -> Trainer:
+    return trainer(SFTTrainer, model, processor, output, data, own, dataset_kwargs=None, **changes)
 
 
 def answered_between(model: Model) -> Dataset:
@@ -123,23 +104,32 @@ def answered_between(model: Model) -> Dataset:
 def test_max_length_in_an_answer_trains_on_what_is_left_of_it(llama: Model, processor, tmp_path) -> None:
     data = answered_between(llama)
     length = len(data[0]["input_ids"])
-    cut = prepared(llama, processor, tmp_path, data, max_length=length - 1).train_dataset
+    trainer = prepared(llama, processor, tmp_path, data, max_length=length - 1)
+    cut = trainer.train_dataset
     assert cut[0] == {**data[0], "input_ids": data[0]["input_ids"][:-1], "labels": data[0]["labels"][:-1]}
     losses = [llama(**RowCollator(0)(list(rows)[:2])).text_loss for rows in (data, cut)]
-    trainer = prepared(llama, processor, tmp_path, data, max_length=length - 1, max_steps=1)
     trainer.train()
     assert losses[0] != losses[1] and trainer.state.log_history[0]["loss"] > 0
 
 
-@pytest.mark.parametrize("left_out", [4, 6, 13])
-@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
-def test_max_length_shorter_than_a_chat_whose_scan_is_last_is_refused(
-    left_out: int, mode: str, llama: Model, processor, tmp_path
+@pytest.mark.parametrize(
+    ("mode", "left_out", "tokens"),
+    [
+        ("keep_start", 4, "summary"),
+        ("keep_start", 6, "summary"),
+        ("keep_start", 13, "fMRI placeholder"),
+        ("keep_end", 4, "fMRI placeholder"),
+        ("keep_end", 6, "fMRI placeholder"),
+        ("keep_end", 13, "fMRI placeholder"),
+    ],
+)
+def test_max_length_that_cuts_a_scan_is_refused(
+    mode: str, left_out: int, tokens: str, llama: Model, processor, tmp_path
 ) -> None:
     data = answered_between(llama)
     length = len(data[0]["input_ids"]) - left_out
     trainer = prepared(llama, processor, tmp_path, data, max_length=length, truncation_mode=mode)
-    with pytest.raises(ValueError, match=r"expected \d+ (fMRI placeholder|summary) tokens for the scans, got"):
+    with pytest.raises(ValueError, match=rf"expected \d+ {tokens} tokens for the scans, got"):
         trainer.train()
 
 
@@ -147,11 +137,7 @@ def test_max_length_shorter_than_a_chat_whose_scan_is_last_is_refused(
     ("own", "strategy", "reason"),
     [
         (True, "bfd", "custom data collator is not supported"),
-        (
-            True,
-            "wrapped",
-            "expected rows with input_ids, labels, codes and scores, got none of codes, scores: packing",
-        ),
+        (True, "wrapped", "input_ids, labels, codes and scores, got none of codes, scores: packing"),
         (False, "bfd", "expected 0 fMRI placeholder tokens for the scans, got"),
         (False, "bfd_split", "expected 0 fMRI placeholder tokens for the scans, got"),
         (False, "wrapped", "expected 0 fMRI placeholder tokens for the scans, got"),
@@ -168,9 +154,8 @@ def test_packing_by_a_plain_sft_trainer_is_refused(
 def test_text_alone_may_be_packed(llama: Model, processor, tmp_path) -> None:
     row = ids(llama, "some words")[0].tolist()
     data = Dataset.from_list([{"input_ids": row, "labels": row}] * 8)
-    trainer = prepared(
-        llama, processor, tmp_path, data, False, packing=True, packing_strategy="wrapped", max_length=16
-    )
+    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 16}
+    trainer = prepared(llama, processor, tmp_path, data, False, **options)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] > trainer.state.log_history[5]["loss"]
 
