@@ -19,6 +19,7 @@ from helpers import random_examples, window_of
 
 TASKS = [load_task(name) for name in ("sex", "age", "age_group")]
 NAMES = ["motion", *(name for task in TASKS for name in score_names(task))]
+LEVELLED = [*CORE_NAMES[:6], "motion"]
 
 
 def examples_of(windows: int = 200, noise: float = 1.0):
@@ -44,6 +45,19 @@ def fitted(examples, tasks=TASKS) -> list[Reading]:
 
 def text_of(row: dict, place: int) -> str:
     return row["messages"][place]["content"][-1]["text"]
+
+
+@pytest.fixture
+def levelled():
+    """Examples with random scores of `LEVELLED`."""
+    scores = np.random.default_rng(0).standard_normal((60, len(LEVELLED))).astype(np.float32)
+    return dataclasses.replace(random_examples(60), scores=scores)
+
+
+def level(row: dict, name: str, levelled) -> str:
+    """By the terciles of all scores."""
+    column = LEVELLED.index(name)
+    return LEVELS[int((row["scores"][0][column] > np.quantile(levelled.scores[:, column], (1 / 3, 2 / 3))).sum())]
 
 
 def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
@@ -82,30 +96,19 @@ def test_rows_hold_their_window_or_its_first_patch_and_its_other_scores() -> Non
         assert 1 <= given[ages] / examples.scores[donor, ages] <= 3
 
 
-def test_level_of_a_descriptor_is_the_tercile_of_its_score() -> None:
-    examples = random_examples(60)
-    names = [*CORE_NAMES[:6], "motion"]
-    scores = np.random.default_rng(0).standard_normal((60, len(names))).astype(np.float32)
-    examples = dataclasses.replace(examples, scores=scores)
-    rows = reading_rows(examples, names, [], 60, 2, seed=0, descriptors=5).to_list()
-    terciles = np.quantile(scores, (1 / 3, 2 / 3), axis=0)
-    for row in rows:
+def test_level_of_a_descriptor_is_the_tercile_of_its_score(levelled) -> None:
+    for row in reading_rows(levelled, LEVELLED, [], 60, 2, seed=0, descriptors=5).to_list():
         asked = [text_of(row, place) for place in range(0, len(row["messages"]), 2)]
         assert len(set(asked)) == 5
         for place, text in enumerate(asked):
-            (column,) = (at for at, name in enumerate(CORE_NAMES[:6]) if PHRASES[name] in text)
-            level = int((row["scores"][0][column] > terciles[:, column]).sum())
-            assert parse(text_of(row, 2 * place + 1)) == [(CORE_NAMES[column], LEVELS[level], None)]
+            (name,) = (name for name in CORE_NAMES[:6] if PHRASES[name] in text)
+            assert parse(text_of(row, 2 * place + 1)) == [(name, level(row, name, levelled), None)]
 
 
-def test_descriptors_that_are_not_asked_about_are_widened_together() -> None:
-    examples = random_examples(60)
-    names = [*CORE_NAMES[:6], "motion"]
-    scores = np.random.default_rng(0).standard_normal((60, len(names))).astype(np.float32)
-    examples = dataclasses.replace(examples, scores=scores)
+def test_descriptors_that_are_not_asked_about_are_widened_together(levelled) -> None:
     factors = []
-    for row in reading_rows(examples, names, [], 60, 2, seed=0, descriptors=2).to_list():
-        ratio = np.array(row["scores"][0]) / scores[window_of(row["codes"][0])]
+    for row in reading_rows(levelled, LEVELLED, [], 60, 2, seed=0, descriptors=2).to_list():
+        ratio = np.array(row["scores"][0]) / levelled.scores[window_of(row["codes"][0])]
         assert ratio[-1] == 1 and (np.abs(ratio - 1) < 1e-6).sum() == 3
         others = ratio[np.abs(ratio - 1) > 1e-6]
         assert np.ptp(others) < 1e-5
@@ -113,24 +116,17 @@ def test_descriptors_that_are_not_asked_about_are_widened_together() -> None:
     assert min(factors) >= 1 and 1.8 < np.mean(factors) < 2.2 and max(factors) <= 3
 
 
-def test_descriptions_state_the_terciles_of_the_scores_in_place_of_questions() -> None:
-    examples = random_examples(60)
-    names = [*CORE_NAMES[:6], "motion"]
-    scores = np.random.default_rng(0).standard_normal((60, len(names))).astype(np.float32)
-    examples = dataclasses.replace(examples, scores=scores)
+def test_descriptions_state_the_terciles_of_the_scores_in_place_of_questions(levelled) -> None:
     mix = {"descriptors": 2, "described_share": 0.5, "statements": 4}
-    rows = reading_rows(examples, names, [], 60, 2, seed=0, **mix).to_list()
+    rows = reading_rows(levelled, LEVELLED, [], 60, 2, seed=0, **mix).to_list()
     described = [row for row in rows if text_of(row, 0) in REQUESTS]
     assert 15 < len(described) < 45
     assert all(len(row["messages"]) == 2 for row in described)
     assert all(len(row["messages"]) == 4 for row in rows if row not in described)
-    terciles = np.quantile(scores, (1 / 3, 2 / 3), axis=0)
     for row in described:
         stated = parse(text_of(row, 1))
         assert len({statement.descriptor for statement in stated}) == 4
-        for name, level, _ in stated:
-            column = names.index(name)
-            assert level == LEVELS[int((row["scores"][0][column] > terciles[:, column]).sum())]
+        assert all(said == level(row, name, levelled) for name, said, _ in stated)
 
 
 def test_numbers_are_the_expected_ones_within_the_range() -> None:
