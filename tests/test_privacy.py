@@ -14,7 +14,6 @@ import pytest
 from safetensors import safe_open
 
 from fmrilm import load
-from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
@@ -22,7 +21,7 @@ from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.hub.model_card import fill_card
 from fmrilm.training.report.scan_report import write_scan_report
-from helpers import atlas, noise
+from helpers import noise, write_study
 from program_runs import run
 
 
@@ -32,7 +31,7 @@ PEOPLE, ROIS, FRAMES = 6, 24, 60
 WITH_IDS = (".parquet", "failures.csv")
 
 
-def write_scans(folder: Path, of: Atlas) -> Path:
+def write_scans(folder: Path) -> Path:
     """Scans whose names, places and headers tell everything, a broken one among them, and their manifest."""
     folder.mkdir(parents=True)
     with open(folder / f"{DATE}.csv", "w", newline="") as handle:
@@ -56,13 +55,9 @@ def write_scans(folder: Path, of: Atlas) -> Path:
 
 def run_chain(inputs: Path, outputs: Path) -> None:
     """From files to a trained model and its card."""
-    of = atlas("net", ROIS)
-    manifest = write_scans(inputs / DATE, of)
-    table = inputs / "net.tsv"
-    lines = ["index\tname\themisphere\tnetwork\tx\ty\tz"]
-    pairs = zip(of.rois, of.networks, strict=True)
-    lines += [f"{label}\t{roi}\tL\t{network}\t{label}\t0\t0" for label, (roi, network) in enumerate(pairs, 1)]
-    table.write_text("\n".join(lines))
+    manifest = write_scans(inputs / DATE)
+    # for the table of its atlas
+    table = write_study(inputs, subjects=0, rois=ROIS).with_name("net.tsv")
     labels = inputs / f"{HEADER}.nii"
     nib.save(nib.Nifti1Image(np.arange(1, ROIS + 1, dtype=np.int16)[:, None, None], np.eye(4)), labels)
     done = prepare(find_scans(manifest), outputs / "prepared", str(table), Preparation(label_image=labels))
@@ -121,8 +116,7 @@ def test_the_chain_left_every_kind_of_output(outputs: Path) -> None:
     assert {"prepared/README.md", "prepared/failures.csv", "prepared/ledger.jsonl", "corpus/README.md"} <= names
     assert {"codec/checkpoint-1/trainer_state.json", "codec/model/model.safetensors"} <= names
     assert {"alignment/checkpoint-2/model.safetensors", "model/README.md", "model/cohort.json"} <= names
-    assert "report.html" in names
-    assert any(name.startswith("alignment/codes/") for name in names)
+    assert "report.html" in names and any(name.startswith("alignment/codes/") for name in names)
     assert "loss" in (outputs / "said.log").read_text()
 
 

@@ -49,8 +49,7 @@ def count(inputs, processor) -> list[int]:
 
 def test_adding_the_tokens_again_adds_nothing(tiny_tokenizer) -> None:
     before = len(tiny_tokenizer)
-    assert add_fmri_tokens(tiny_tokenizer) == 4
-    assert add_fmri_tokens(tiny_tokenizer) == 0
+    assert (add_fmri_tokens(tiny_tokenizer), add_fmri_tokens(tiny_tokenizer)) == (4, 0)
     assert len(tiny_tokenizer) == before + 4
     assert len(tiny_tokenizer(BLOCK, add_special_tokens=False)["input_ids"]) == 3
     # tokens that were special stay special
@@ -79,8 +78,7 @@ def test_forms_of_a_placeholder_are_equal(processor, signal, placeholder: str) -
 def test_scans_are_taken_in_order_over_all_texts(processor) -> None:
     scans = [bold(frames, seed) for seed, frames in enumerate(TOKENS)]
     inputs = processor([f"{BLOCK}{BLOCK} a", f"b {BLOCK} c {BLOCK}"], scans, tr=2.0)
-    frames = list(TOKENS)
-    assert count(inputs, processor) == [TOKENS[frames[0]] + TOKENS[frames[1]], TOKENS[frames[2]] + TOKENS[frames[3]]]
+    assert count(inputs, processor) == [4 + 6, 8 + 8]
     assert processor.feature_extractor.num_patches(inputs["fmri_mask"]) == [n // 2 for n in TOKENS.values()]
 
 
@@ -147,8 +145,7 @@ def test_chat_equals_text_and_scans(processor) -> None:
     text = processor.apply_chat_template(conversation, tokenize=False)
     direct = processor(text, [bold(8), bold(10, 1)], tr=2.0)
     assert list(inputs) == list(direct) == KEYS
-    for key in KEYS:
-        assert torch.equal(inputs[key], direct[key])
+    torch.testing.assert_close(dict(inputs), dict(direct), rtol=0, atol=0)
 
 
 def test_conversation_is_left_as_it_was(processor, signal) -> None:
@@ -184,13 +181,6 @@ def test_chats_in_a_batch_are_what_they_are_alone(
             assert not batch["fmri_mask"][scan, :, time:].any()
             scan += 1
     assert scan == len(batch.get("fmri_values", []))
-
-
-def test_assistant_mask_holds_answers_and_their_end(processor) -> None:
-    conversation = [*chat(bold(8)), *chat(bold(10, 1), answer="no, older")]
-    inputs = processor.apply_chat_template(conversation, return_assistant_tokens_mask=True)
-    spoken = inputs["input_ids"][inputs["assistant_masks"].bool()]
-    assert processor.decode(spoken) == "yes<|im_end|>no, older<|im_end|>"
 
 
 def test_cached_codes_bring_tokens_but_no_values(processor, signal) -> None:
@@ -241,8 +231,7 @@ def test_lists_and_ids_alone_can_be_asked_for(processor, signal) -> None:
 
 
 def test_options_may_come_as_pipelines_pass_them(processor, signal) -> None:
-    block = {"type": "fmri", "fmri": signal}
-    conversation = [{"role": "user", "content": [block]}]
+    conversation = [{"role": "user", "content": [{"type": "fmri", "fmri": signal}]}]
     inputs = processor.apply_chat_template(conversation, processor_kwargs={"tr": 2.0, "window": "full"})
     assert count(inputs, processor) == [10]
 
@@ -272,17 +261,25 @@ def plain_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
 
 
-@pytest.mark.parametrize("kind", ["its own template", "an end of text alone", "nothing"])
-def test_answer_ends_with_a_token_of_tokenizers_without_chatml(kind: str, extractor, signal) -> None:
+@pytest.mark.parametrize(
+    ("kind", "end"),
+    [
+        ("ChatML", "<|im_end|>"),
+        ("its own template", "<|eot_id|>"),
+        ("an end of text alone", "<|endoftext|>"),
+        ("nothing", "<|im_end|>"),
+    ],
+)
+def test_answer_ends_with_a_token_that_the_tokenizer_has(kind: str, end: str, extractor, signal) -> None:
     tokenizer = plain_tokenizer(**({} if kind == "nothing" else {"eos_token": "<|endoftext|>"}))
+    if kind == "ChatML":
+        tokenizer = build_tiny_tokenizer()
     if kind == "its own template":
         tokenizer.add_special_tokens({"bos_token": "<|begin_of_text|>", "extra_special_tokens": ["<|eot_id|>"]})
         tokenizer.chat_template = LLAMA
     processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2, summary_tokens=4)
-    end = {"its own template": "<|eot_id|>", "nothing": "<|im_end|>"}.get(kind, "<|endoftext|>")
-    assert processor.eos_token_ids == list(
-        dict.fromkeys([tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id])
-    )
+    ends = [tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id]
+    assert processor.eos_token_ids == list(dict.fromkeys(ends))
     text = processor.apply_chat_template(chat(signal), tokenize=False)
     assert f"{FMRI_START}{FMRI_PAD * 8}{AFTER}Is it connected?{end}" in text
     if kind == "its own template":
@@ -339,11 +336,6 @@ def test_sentences_that_are_new_come_as_they_are_generated() -> None:
     assert list(without_repeats(pieces)) == ["It ", "is ", "low.", " It is high. No"]
 
 
-def test_choices_are_plain_ids(processor) -> None:
-    ids = processor.encode_choices(["younger", "older"])
-    assert processor.batch_decode(ids) == ["younger", "older"]
-
-
 def test_levels_of_a_named_descriptor_are_encoded_as_sentences(processor) -> None:
     processor.level_words = ["low", "high"]
     ((_, before_a_level), _) = add_name_tokens(processor.tokenizer, ["coupling of networks", "coupling"])
@@ -375,14 +367,13 @@ def test_names_are_text_for_users_and_survive_saving(processor, tmp_path) -> Non
     processor.level_words = ["low", "high"]
     processor.save_pretrained(tmp_path)
     restored = FmriLMProcessor.from_pretrained(tmp_path)
-    chat = [{"role": "user", "content": [{"type": "text", "text": "Is the coupling of networks high?"}]}]
+    chat = [{"role": "user", "content": "Is the coupling of networks high?"}]
     ids = [each.apply_chat_template(chat)["input_ids"] for each in (processor, restored)]
     assert torch.equal(*ids) and restored.level_words == ["low", "high"]
     named = restored.tokenizer.convert_tokens_to_ids(" coupling of networks")
     assert (ids[0] == named).sum() == 1
-    assert restored.decode_answers([restored.tokenizer(" coupling of networks is")["input_ids"]])[0].strip() == (
-        "coupling of networks is"
-    )
+    said = restored.tokenizer(" coupling of networks is")["input_ids"]
+    assert restored.decode_answers([said])[0].strip() == "coupling of networks is"
 
 
 @pytest.mark.parametrize(
@@ -411,6 +402,4 @@ def test_processor_survives_saving(processor, signal, tmp_path) -> None:
     assert set(again.tokenizer.all_special_tokens) == set(processor.tokenizer.all_special_tokens)
     expected = processor.apply_chat_template(chat(signal), return_assistant_tokens_mask=True)
     inputs = again.apply_chat_template(chat(signal), return_assistant_tokens_mask=True)
-    assert list(inputs) == list(expected)
-    for key in expected:
-        assert torch.equal(inputs[key], expected[key])
+    torch.testing.assert_close(dict(inputs), dict(expected), rtol=0, atol=0)

@@ -28,12 +28,7 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_fmrilm.FmriLMForConditionalGeneration",
 }
-EXTRACTOR_FILES = {
-    "atlases_fmrilm.py",
-    "cleaning_fmrilm.py",
-    "feature_extraction_fmrilm.py",
-    "scan_io_fmrilm.py",
-}
+EXTRACTOR_FILES = {"atlases_fmrilm.py", "cleaning_fmrilm.py", "feature_extraction_fmrilm.py", "scan_io_fmrilm.py"}
 CODEC_FILES = {"configuration_fmrilm.py", "modeling_fmricodec.py"}
 MODEL_FILES = {*CODEC_FILES, "modeling_fmrilm.py", "pipeline_fmrilm.py"}
 PROCESSOR_FILES = {*EXTRACTOR_FILES, "processing_fmrilm.py"}
@@ -160,20 +155,17 @@ def test_saved_folders_open_without_the_package(
         [{"role": "user", "content": [{"type": "fmri", "fmri": tmp_path / "scan.nii.gz"}]}]
     )
     scan = processor.feature_extractor(signal, tr=0.72, atlas="tiny")
-    for expected, found in (
-        (inputs, results["inputs"]),
-        (volume, results["volume"]),
-        (scan, results["scan"]),
-    ):
-        assert list(expected) == list(found)
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
     with torch.no_grad():
-        logits = model(**inputs).logits
-        assert torch.equal(results["AutoModelForMultimodalLM"], logits)
-        assert torch.equal(results["AutoModelForCausalLM"], logits)
-        assert torch.equal(results["AutoModel"], model.model(**inputs).last_hidden_state)
-        assert torch.equal(results["generated"], model.generate(**inputs, max_new_tokens=4, do_sample=False))
-        assert torch.equal(results["codes"], codec.encode(**scan))
+        expected = {
+            "inputs": dict(inputs),
+            "volume": dict(volume),
+            "scan": dict(scan),
+            **dict.fromkeys(("AutoModelForMultimodalLM", "AutoModelForCausalLM"), model(**inputs).logits),
+            "AutoModel": model.model(**inputs).last_hidden_state,
+            "generated": model.generate(**inputs, **arguments["options"]),
+            "codes": codec.encode(**scan),
+        }
+    torch.testing.assert_close({name: results[name] for name in expected}, expected, rtol=0, atol=0)
     heads = ["FmriLMForConditionalGeneration"] * 2
     assert results["classes"] == ["FmriLMConfig", *heads, "FmriLMModel", "FmriCodecConfig", "FmriCodecModel"]
     pipe = pipeline("fmri-text-to-text", model=model, processor=processor)
@@ -191,13 +183,9 @@ def test_saved_folders_open_without_the_package(
     assert all(saved[0][name] == saved[1][name] for name in ("auto_map", "custom_pipelines"))
 
 
-def test_folder_names_all_its_auto_classes_and_holds_their_code(tiny_model, processor, tmp_path: Path) -> None:
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
+def test_processor_names_its_auto_classes_and_holds_their_code(processor, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
-    assert auto_map(tmp_path) == AUTO_CLASSES
-    assert code_files(tmp_path) == MODEL_FILES | PROCESSOR_FILES
-    assert len(code_files(tmp_path)) <= 12
+    assert code_files(tmp_path) == PROCESSOR_FILES
     saved = json.loads((tmp_path / "processor_config.json").read_text())
     assert saved["auto_map"]["AutoProcessor"] == "processing_fmrilm.FmriLMProcessor"
     nested = saved["feature_extractor"]["auto_map"]
@@ -206,11 +194,12 @@ def test_folder_names_all_its_auto_classes_and_holds_their_code(tiny_model, proc
 
 def test_every_way_of_saving_names_all_auto_classes(tiny_model, tmp_path: Path) -> None:
     model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     Trainer(model=model, args=args).save_model(str(tmp_path / "trainer"))
     FmriLMModel.from_pretrained(tmp_path / "trainer").save_pretrained(tmp_path / "base")
     add_lora(model, 2).merge_and_unload().save_pretrained(tmp_path / "merged")
-    for name in ("trainer", "base", "merged"):
+    for name in ("model", "trainer", "base", "merged"):
         assert auto_map(tmp_path / name) == AUTO_CLASSES
         assert code_files(tmp_path / name) == MODEL_FILES
 
