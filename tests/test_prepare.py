@@ -1,6 +1,5 @@
 """Scans in files become a dataset: what is written, what is not, and what a kill or a broken file leaves."""
 
-import csv
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.cleaning_fmrilm import Cleaning, clean
@@ -57,6 +56,17 @@ def study(folder: Path, subjects: int) -> Path:
 
 def run(manifest: Path, output: Path, atlas: Path | str, **options) -> Outcome:
     return prepare(find_scans(manifest), output, str(atlas), options.pop("preparation", Preparation()), **options)
+
+
+def command(*arguments: object, status: int = 0) -> Result:
+    result = CliRunner().invoke(app, ["prepare", *map(str, arguments)])
+    assert result.exit_code == status, result.output
+    return result
+
+
+def failures_of(output: Path) -> dict[str, str]:
+    """Reasons by subject."""
+    return pd.read_csv(output / "failures.csv", index_col="subject", dtype=str)["reason"].to_dict()
 
 
 def rows_of(output: Path, name: str = "five") -> list[dict]:
@@ -103,10 +113,8 @@ def test_real_scans_of_two_atlases_become_two_configs(tmp_path) -> None:
         np.testing.assert_array_equal(prepared.signal(row), expected)
         assert prepared.atlas(row) == atlas
         assert prepared.table.loc[row, ["subject", "session"]].tolist() == [scan.subject, scan.session]
-        config = load_dataset(
-            str(tmp_path / "out"), scan.atlas, split="train", cache_dir=str(tmp_path / "cache")
-        ).with_format("numpy")
-        np.testing.assert_array_equal(config[0]["signal"], scan.signal)
+        [config] = load_dataset(str(tmp_path / "out"), scan.atlas, split="train", cache_dir=str(tmp_path / "cache"))
+        np.testing.assert_array_equal(config["signal"], scan.signal)
 
 
 def test_dead_rois_are_missing_and_counted(table, tmp_path) -> None:
@@ -115,13 +123,13 @@ def test_dead_rois_are_missing_and_counted(table, tmp_path) -> None:
         # as PCP, C-PAC and AFNI write a ROI outside of the field of view
         np.save(manifest.parent / f"{number}.npy", np.where(np.isin(np.arange(ROIS), dead), 0, bold(number)))
     assert run(manifest, tmp_path / "out", table) == Outcome(3, 0, 1)
-    assert "2 of the 5 ROIs of 'five' are missing" in (tmp_path / "out" / "failures.csv").read_text()
+    assert "2 of the 5 ROIs of 'five' are missing" in failures_of(tmp_path / "out")["s2"]
     rows = {row["subject"]: row for row in rows_of(tmp_path / "out")}
     assert {subject: row["missing_rois"] for subject, row in rows.items()} == {"s0": 1, "s1": 0, "s3": 1}
     np.testing.assert_array_equal(np.isnan(np.array(rows["s0"]["signal"])).all(0), np.arange(ROIS) == 2)
     # with the option, nothing is lost, then and when it is read
-    arguments = ["prepare", str(manifest), str(tmp_path / "half"), "--atlas", str(table), "--max-missing-rois", "0.5"]
-    assert "4 scans prepared" in CliRunner().invoke(app, arguments).output
+    result = command(manifest, tmp_path / "half", "--atlas", table, "--max-missing-rois", 0.5)
+    assert "4 scans prepared" in result.output
     scans = load_scans(tmp_path / "half", FmriLMFeatureExtractor())
     assert scans.table["missing_rois"].tolist() == [1, 0, 2, 1]
     np.testing.assert_array_equal(np.isnan(scans.signal(2)).all(0), [False, True, False, True, False])
@@ -145,9 +153,7 @@ def test_abide_as_nilearn_leaves_it_is_prepared(tmp_path) -> None:
     np.savetxt(folder / "NYU_0050952_rois_cc200.1D", series, delimiter="\t", header=header, comments="")
     phenotypes = tmp_path / "ABIDE_pcp" / "Phenotypic_V1_0b_preprocessed1.csv"
     phenotypes.write_text(",SITE_ID,FILE_ID,DX_GROUP,SEX\n1,NYU,NYU_0050952,2,1\n")
-    arguments = ["prepare", str(folder), str(tmp_path / "out"), "--labels", str(phenotypes)]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
+    command(folder, tmp_path / "out", "--labels", phenotypes)
     [row] = rows_of(tmp_path / "out", "cc200")
     known = {"subject": "NYU_0050952", "site": "NYU", "tr": 2.0, "missing_rois": 1, "DX_GROUP": 2, "SEX": 1}
     assert {name: row[name] for name in known} == known
@@ -182,10 +188,9 @@ def test_fmriprep_folder_is_cleaned_by_strategy(table, tmp_path) -> None:
     labels = tmp_path / "participants.tsv"
     labels.write_text("participant_id\tage\tsex\nsub-01\t33\tf\n")
     parcels = label_image(tmp_path / "labels.nii.gz")
-    arguments = ["prepare", str(tmp_path / "derivatives"), str(tmp_path / "out"), "--atlas", str(table)]
-    arguments += ["--label-image", str(parcels), "--labels", str(labels), "--confounds", "simple"]
-    result = CliRunner().invoke(app, [*arguments, "--high-pass", "0.01", "--low-pass", "0.1"])
-    assert result.exit_code == 0, result.output
+    files = ["--atlas", table, "--label-image", parcels, "--labels", labels]
+    cleaning = ["--confounds", "simple", "--high-pass", 0.01, "--low-pass", 0.1]
+    command(tmp_path / "derivatives", tmp_path / "out", *files, *cleaning)
     [row] = rows_of(tmp_path / "out")
     assert (row["subject"], row["task"], row["age"], row["sex"], row["tr"]) == ("01", "rest", 33, "f", 2.0)
     columns = [name for name in confounds if name not in ("framewise_displacement", "std_dvars", "cosine00")]
@@ -218,9 +223,8 @@ def test_run_without_confounds_is_named(table, tmp_path) -> None:
     next((tmp_path / "in" / "sub-02").rglob("*.tsv")).unlink()
     preparation = Preparation(label_image=label_image(tmp_path / "labels.nii.gz"), confounds="simple")
     assert run(tmp_path / "in", tmp_path / "out", table, preparation=preparation) == Outcome(1, 0, 1)
-    with open(tmp_path / "out" / "failures.csv", newline="") as handle:
-        [failure] = csv.DictReader(handle)
-    assert failure["subject"] == "02" and "the run's file *_desc-confounds_timeseries.tsv" in failure["reason"]
+    failures = failures_of(tmp_path / "out")
+    assert list(failures) == ["02"] and "the run's file *_desc-confounds_timeseries.tsv" in failures["02"]
 
 
 def test_moving_frames_are_marked_and_interpolated(table, tmp_path) -> None:
@@ -256,14 +260,14 @@ def test_broken_scans_are_recorded_and_the_rest_goes_on(table, tmp_path) -> None
     np.save(folder / "1.npy", bold(1)[:, :4])
     (folder / "2.npy").unlink()
     np.save(folder / "3.npy", np.full((FRAMES, ROIS), 7.0))
-    result = CliRunner().invoke(app, ["prepare", str(manifest), str(tmp_path / "out"), "--atlas", str(table)])
-    assert result.exit_code == 3 and "1 scans prepared, 0 done before, 4 failed" in result.output
-    with open(tmp_path / "out" / "failures.csv", newline="") as handle:
-        failures = {row["subject"]: row["reason"] for row in csv.DictReader(handle)}
+    result = command(manifest, tmp_path / "out", "--atlas", table, status=3)
+    assert "1 scans prepared, 0 done before, 4 failed" in result.output
+    failures = failures_of(tmp_path / "out")
     assert list(failures) == ["s0", "s1", "s2", "s3"]
     assert "4 ROIs instead of 5" in failures["s1"] and failures["s2"] == "no scan at <file>"
     assert failures["s3"].startswith("5 of the 5 ROIs of 'five' are missing, such as R0 (NaN or constant throughout)")
-    assert "secret" not in str(failures) and "0.npy" not in str(failures)
+    written = (tmp_path / "out" / "failures.csv").read_text()
+    assert "secret" not in written and "0.npy" not in written
     # mended, they are added
     for number in range(4):
         np.save(folder / f"{number}.npy", bold(number))
@@ -294,8 +298,7 @@ def test_wrong_number_of_confounds_is_told(table, tmp_path) -> None:
 )
 def test_unfit_call_is_refused(arguments: Callable, message: str, tmp_path) -> None:
     study(tmp_path, 1)
-    result = CliRunner().invoke(app, ["prepare", *map(str, arguments(tmp_path))])
-    assert result.exit_code == 1 and message in result.output
+    assert message in command(*arguments(tmp_path), status=1).output
     assert not (tmp_path / "out").exists()
 
 
@@ -420,7 +423,6 @@ def test_dask_cluster_gives_what_one_process_gives(table, tmp_path) -> None:
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0", local_directory=str(tmp_path)
     ) as cluster:
-        arguments = ["prepare", str(manifest), str(tmp_path / "two"), "--atlas", str(table), "--backend", "dask"]
-        result = CliRunner().invoke(app, [*arguments, "--scheduler", cluster.scheduler_address])
-    assert result.exit_code == 0, result.output
+        address = cluster.scheduler_address
+        command(manifest, tmp_path / "two", "--atlas", table, "--backend", "dask", "--scheduler", address)
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
