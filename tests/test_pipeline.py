@@ -58,20 +58,15 @@ def test_choices_get_probabilities(pipe: Pipeline, scans: list[dict]) -> None:
 
 
 def test_calibrated_questions_get_calibrated_probabilities(pipe: Pipeline, scans: list[dict]) -> None:
-    plain = pipe(scans, QUESTION, choices=CHOICES)
+    def of_others() -> list[dict]:
+        others = ((QUESTION, CHOICES[:2]), ("Another?", CHOICES))
+        return [pipe(scans[0], question, choices=choices) for question, choices in others]
+
+    plain, plain_others = pipe(scans, QUESTION, choices=CHOICES), of_others()
     biases = {"no": 1.0, "maybe so": 0.0, "yes": -2.0}
     pipe.model.config.calibrations = [{"questions": ["Other?", QUESTION], "slope": 0.5, "biases": biases}]
-    try:
-        found = pipe(scans, QUESTION, choices=CHOICES)
-        for other in ({"choices": CHOICES[:2]}, {"question": "Another?", "choices": CHOICES}):
-            question = other.pop("question", QUESTION)
-            again = pipe(scans[0], question, **other)["probabilities"]
-            pipe.model.config.calibrations, kept = None, pipe.model.config.calibrations
-            assert again == pipe(scans[0], question, **other)["probabilities"]
-            pipe.model.config.calibrations = kept
-    finally:
-        pipe.model.config.calibrations = None
-    for before, after in zip(plain, found, strict=True):
+    assert of_others() == plain_others
+    for before, after in zip(plain, pipe(scans, QUESTION, choices=CHOICES), strict=True):
         wanted = np.array([before["probabilities"][one] ** 0.5 * np.exp(biases[one]) for one in CHOICES])
         assert np.allclose(list(after["probabilities"].values()), wanted / wanted.sum(), rtol=1e-3)
         assert after["answer"] == CHOICES[int(wanted.argmax())]

@@ -60,11 +60,10 @@ def test_features_of_a_small_block_count_more_where_that_predicts_better(monkeyp
     subjects = np.array([f"s{row % 20}" for row in range(60)])
     fitted = ridge.cross_fitted_ridge(inputs, targets, subjects, blocks=(40, 2))
     scaled = (inputs - inputs.mean(0)) / inputs.std(0)
-    of_blocks = Ridge(30.0 * 60 / 1000).fit(scaled / np.sqrt([*[80] * 40, *[4] * 2]), targets[:, 0])
-    alike = Ridge(30.0 * 60 / 1000).fit(scaled / np.sqrt(42), targets[:, 1])
-    found = fitted.predict(inputs)
-    assert np.allclose(found[:, 0], of_blocks.predict(scaled / np.sqrt([*[80] * 40, *[4] * 2])))
-    assert np.allclose(found[:, 1], alike.predict(scaled / np.sqrt(42)))
+    for target, sizes in enumerate(([*[80] * 40, *[4] * 2], 42)):
+        weighted = scaled / np.sqrt(sizes)
+        expected = Ridge(30.0 * 60 / 1000).fit(weighted, targets[:, target]).predict(weighted)
+        assert np.allclose(fitted.predict(inputs)[:, target], expected)
 
 
 @given(st.integers(0, 9), st.integers(2, 12), st.floats(-100, 100), st.integers(0, 5))
@@ -183,18 +182,20 @@ def test_scores_of_other_tokens_than_there_are_are_refused(llama, places) -> Non
         FmriLMConfig.from_dict(given)
 
 
+def word_embedding(model, processor, text: str) -> torch.Tensor:
+    """The mean of the embeddings of a word's tokens."""
+    tokens = processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+    return model.get_input_embeddings().weight[tokens].mean(0)
+
+
 def test_scores_of_a_task_are_its_answer_in_words(llama, processor) -> None:
     """The higher the score, the nearer the token is to the word of the answer; the words around it stay."""
     sex = load_task("sex")
     bias, weights, places = answer_embeddings(llama, processor, [sex], [f"sex={sex.choice_words[1]}"])
     ids = processor.tokenizer("The sex is", add_special_tokens=False)["input_ids"]
-    words = llama.get_input_embeddings().weight
-    assert torch.equal(bias[: len(ids)], words[ids])
+    assert torch.equal(bias[: len(ids)], llama.get_input_embeddings().weight[ids])
     assert places == [len(ids)]
-    first, second = (
-        words[processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0)
-        for word in sex.choice_words
-    )
+    first, second = (word_embedding(llama, processor, word) for word in sex.choice_words)
     assert torch.allclose(bias[len(ids)], (first + second) / 2, atol=1e-5)
     assert torch.allclose(weights[0], second - first, atol=1e-5)
 
@@ -202,14 +203,10 @@ def test_scores_of_a_task_are_its_answer_in_words(llama, processor) -> None:
 def test_summary_tokens_of_a_descriptor_are_its_name_and_its_level(llama, processor) -> None:
     names = torch.tensor([5, 9, 7])
     bias, weights = descriptor_embeddings(llama, processor, names)
-    words = llama.get_input_embeddings().weight
-
-    def mean_of(text: str) -> torch.Tensor:
-        return words[processor.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]].mean(0)
-
-    change = mean_of("high") - mean_of("low")
-    assert torch.allclose(weights, change.expand(3, -1), atol=1e-5)
-    assert torch.allclose(bias[::2], words[names]) and torch.allclose(bias[1::2], mean_of("typical").expand(3, -1))
+    low, typical, high = (word_embedding(llama, processor, level) for level in ("low", "typical", "high"))
+    assert torch.allclose(weights, (high - low).expand(3, -1), atol=1e-5)
+    assert torch.allclose(bias[::2], llama.get_input_embeddings().weight[names])
+    assert torch.allclose(bias[1::2], typical.expand(3, -1))
 
 
 def test_names_are_tokens_of_text_and_of_the_summary(llama, processor) -> None:

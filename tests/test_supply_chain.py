@@ -35,8 +35,6 @@ CALLS = {
 }
 # loaders that make text and plain values alone
 SAFE_LOADERS = {"yaml.BaseLoader", "yaml.SafeLoader"}
-# what must be said with a call, and what must not
-DEMANDED = {"torch.load": ("weights_only", True)}
 FORBIDDEN = {"shell": True, "allow_pickle": True, "trust_remote_code": True}
 
 
@@ -55,8 +53,8 @@ def dangers(code: str) -> Iterator[str]:
         given = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
         if name in BUILTINS | CALLS and not SAFE_LOADERS & {ast.unparse(argument) for argument in node.args}:
             yield f"{where}: {name}"
-        if name in DEMANDED and given.get(DEMANDED[name][0]) is not DEMANDED[name][1]:
-            yield f"{where}: {name} without {DEMANDED[name][0]}={DEMANDED[name][1]}"
+        if name == "torch.load" and given.get("weights_only") is not True:
+            yield f"{where}: {name} without weights_only=True"
         yield from (f"{where}: {key}={value}" for key, value in FORBIDDEN.items() if given.get(key) is value)
 
 
@@ -100,13 +98,9 @@ def requirements() -> list[Requirement]:
     return [Requirement(text) for text in [*project["dependencies"], *(text for extra in extras for text in extra)]]
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return dict(line.split("==") for line in lines)
-
-
 def test_every_dependency_is_bounded_and_its_pin_within_the_bounds() -> None:
-    versions = {canonicalize_name(name): version for name, version in pins().items()}
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+    versions = {canonicalize_name(name): version for name, version in pins.items()}
     for requirement in requirements():
         if requirement.name == "fmri-lm":
             continue

@@ -74,9 +74,23 @@ def test_people_without_a_label_have_no_answer() -> None:
         SEX.answer(None)
 
 
-def test_people_whose_label_is_left_out_are_not_asked() -> None:
-    labels = labels_of(load_task("ad"), people(ad=["CN", "MCI", "AD", None, float("nan"), ""]))
-    assert labels == ["CN", None, "AD", None, None, None]
+@pytest.mark.parametrize(
+    ("name", "columns", "labels"),
+    [
+        # answers that the task leaves out, and none
+        ("ad", {"ad": ["CN", "MCI", "AD", None, float("nan"), ""]}, ["CN", None, "AD", None, None, None]),
+        # the column has another name in each dataset, and two names where tables are joined
+        ("asd", {"DX_GROUP": [1, 2, None]}, ["1", "2", None]),
+        ("asd", {"DX_GROUP": [1.0, float("nan")], "diagnosis": [None, "control"]}, ["1", "control"]),
+        # of subjects, of their sessions, of scans
+        ("sex", {"subject": list("pqp"), "session": list("112"), "sex": ["F", "M", None]}, ["F", "M", None]),
+        ("age", {"subject": list("ppp"), "session": list("122"), "age": [30, 32, 32]}, [30, 32, 32]),
+        ("state", {"subject": list("pp"), "session": list("11"), "condition": ["rest", "movie_sitcom"]},
+         ["rest", "movie_sitcom"]),
+    ],
+)  # fmt: skip
+def test_labels_are_those_of_the_rows(name: str, columns: dict[str, list], labels: list) -> None:
+    assert labels_of(load_task(name), people(**columns)) == labels
 
 
 @pytest.mark.parametrize("kind", ["int64", "float32", "float64"])
@@ -190,6 +204,17 @@ def test_words_that_yaml_reads_as_truth_values_stay_words(tmp_path: Path) -> Non
     ("task", "rows", "message"),
     [
         (SEX, people(gender=["F", "M"]), "no column 'sex' among subject, session, gender"),
+        (load_task("asd"), people(autism=["yes", "no"]), "no column 'asd' among subject, session, autism"),
+        (
+            SEX,
+            people(subject=list("pqp"), session=list("112"), sex=["F", "F", "M"]),
+            "one label for each subject, got 'F' in row 0, 'M' in row 2",
+        ),
+        (
+            AGE,
+            people(subject=list("ppp"), session=list("122"), age=[30, 32, 33]),
+            "one label for each session of a subject, got 32.0 in row 1, 33.0 in row 2",
+        ),
         (SEX, people(sex=["F", "f", "female"]), "at least two classes, got only 'female' in rows 0, 1, 2$"),
         (SEX, people(sex=[None, None]), "at least two classes, got no label in 2 rows"),
         (SEX, people(sex=["F", "M", "x", "x"]), "expected one of F, female, 2, M, male, 1, got 'x' in rows 2, 3$"),
@@ -205,34 +230,3 @@ def test_words_that_yaml_reads_as_truth_values_stay_words(tmp_path: Path) -> Non
 def test_labels_that_cannot_be_asked_for_are_refused(task: Task, rows: list[dict], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         labels_of(task, rows)
-
-
-def test_sessions_of_a_subject_have_one_label() -> None:
-    rows = people(subject=["p", "q", "p"], session=["1", "1", "2"], sex=["F", "F", "M"])
-    with pytest.raises(ValueError, match="one label for each subject, got 'F' in row 0, 'M' in row 2"):
-        labels_of(SEX, rows)
-    rows[2]["sex"] = None
-    rows[1]["sex"] = "M"
-    assert labels_of(SEX, rows) == ["F", "M", None]
-
-
-def test_age_may_differ_between_sessions_but_not_within_one() -> None:
-    rows = people(subject=["p", "p", "p"], session=["1", "2", "2"], age=[30, 32, 32])
-    assert labels_of(AGE, rows) == [30, 32, 32]
-    rows[2]["age"] = 33
-    with pytest.raises(ValueError, match="one label for each session of a subject, got 32.0 in row 1, 33.0 in row 2"):
-        labels_of(AGE, rows)
-
-
-def test_column_may_have_another_name_in_each_dataset() -> None:
-    asd = load_task("asd")
-    assert labels_of(asd, people(DX_GROUP=[1, 2, None])) == ["1", "2", None]
-    # as tables of two datasets are joined
-    assert labels_of(asd, people(DX_GROUP=[1.0, float("nan")], diagnosis=[None, "control"])) == ["1", "control"]
-    with pytest.raises(ValueError, match="no column 'asd' among subject, session, autism"):
-        labels_of(asd, people(autism=["yes", "no"]))
-
-
-def test_state_may_differ_between_scans_of_a_session() -> None:
-    rows = people(subject=["p", "p"], session=["1", "1"], condition=["rest", "movie_sitcom"])
-    assert labels_of(load_task("state"), rows) == ["rest", "movie_sitcom"]
