@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from trl import SFTTrainer
 
 from fmrilm import FmriLMForConditionalGeneration
@@ -32,7 +32,6 @@ ARGUMENTS = {
     "use_cpu": True,
     "bf16": False,
 }
-CONFIGS = {Trainer: TrainingArguments, AlignmentTrainer: AlignmentTrainingArguments}
 # as the language model reads scans: the head of the next codes has no part in TRL's loss
 FITTED = ("model.codec.", "model.summary.readout.", "model.dynamics.")
 
@@ -44,13 +43,12 @@ def mixed_rows(rows: int = 8) -> Dataset:
 
 
 def build(of: type[Trainer], model, processor, output: Path, rows: Dataset | None = None, **changes) -> Trainer:
-    config = CONFIGS.get(of, FmriLMSFTConfig)
-    plain = {"remove_unused_columns": False} if of is Trainer else {}
-    if config is FmriLMSFTConfig:
-        plain = {"activation_checkpointing": False}
+    config, fixed = AlignmentTrainingArguments, {}
+    if issubclass(of, SFTTrainer):
+        config, fixed = FmriLMSFTConfig, {"activation_checkpointing": False}
     return of(
         model=model,
-        args=config(str(output), **{**ARGUMENTS, **plain, **changes}),
+        args=config(str(output), **{**ARGUMENTS, **fixed, **changes}),
         train_dataset=encode_dataset(chats() if rows is None else rows, processor),
         data_collator=RowCollator(processor.tokenizer.pad_token_id),
         processing_class=processor,
