@@ -106,6 +106,12 @@ def read(page: Page, path: Path, tr: float = 0) -> str:
     return status.inner_text()
 
 
+def assert_shown(page: Page, probabilities: dict[str, float]) -> None:
+    shown = page.locator("#probabilities").inner_text()
+    for choice, probability in probabilities.items():
+        assert int(re.search(rf"{choice}\s+(\d+)%", shown)[1]) == pytest.approx(100 * probability, abs=1)
+
+
 def uploads(temporary: Path) -> list[Path]:
     """The files that the Space keeps."""
     return [path for path in temporary.rglob("*") if path.is_file() and path.name != "log"]
@@ -132,10 +138,7 @@ def test_a_scan_is_uploaded_asked_about_and_deleted(
     assert uploads(running[1]) == []
     ask(page, QUESTION)
     expected = load(model_folder).ask(str(path), QUESTION, ["low", "typical", "high"], tr=2.0, atlas="tiny")
-    shown = page.locator("#probabilities").inner_text()
-    for choice, probability in expected["probabilities"].items():
-        found = re.search(rf"{choice}\s+(\d+)%", shown)
-        assert int(found[1]) == pytest.approx(100 * probability, abs=1)
+    assert_shown(page, expected["probabilities"])
     assert page.locator("#chat").get_by_text(expected["answer"], exact=True).count() == 1
     scan = read_scan(load(model_folder), path, 2.0, "tiny")
     other = load(model_folder).ask(space.with_shuffled_rois(scan), QUESTION, ["low", "typical", "high"])
@@ -210,7 +213,7 @@ def own_atlas(folder: Path, labels: int = ROIS) -> tuple[Path, Path]:
 
 
 def volume(path: Path, tr: float) -> Path:
-    """A scan in the planes of `own_atlas`, with that TR in its header."""
+    """A scan in the planes of `own_atlas`, with that TR in its header; the model's atlas has labels there, too."""
     values = np.broadcast_to(array().T, (4, 4, ROIS, 24))
     image = nibabel.Nifti1Image(values, np.diag([4.0, 4, 4, 1]))
     image.header.set_zooms((4, 4, 4, tr))
@@ -236,9 +239,7 @@ def test_table_label_image_and_sidecar_of_the_visitor_are_used_and_deleted(
     ask(page, QUESTION)
     atlas = Atlas.from_image(labels, table)
     expected = load(model_folder).ask(path, QUESTION, ["low", "typical", "high"], tr=2.0, atlas=atlas)
-    shown = page.locator("#probabilities").inner_text()
-    for choice, probability in expected["probabilities"].items():
-        assert int(re.search(rf"{choice}\s+(\d+)%", shown)[1]) == pytest.approx(100 * probability, abs=1)
+    assert_shown(page, expected["probabilities"])
     # nothing of them is left for the next scan
     np.save(tmp_path / "next.npy", array())
     assert "repetition time is not known" in read(page, tmp_path / "next.npy")
@@ -312,11 +313,7 @@ def test_files_that_nobody_uploaded_stay_where_they_are(running: tuple[str, Path
 @needs_browser
 def test_nothing_is_left_of_a_session(browser: Browser, running: tuple[str, Path], tmp_path: Path) -> None:
     address, temporary = running
-    path = tmp_path / f"{MARKER}.nii.gz"
-    volumes = np.random.default_rng(0).normal(1000, 10, (4, 4, 4, 24)).astype(np.float32)
-    image = nibabel.Nifti1Image(volumes, np.diag([4.0, 4, 4, 1]))
-    image.header.set_zooms((4, 4, 4, 2.0))
-    nibabel.save(image, path)
+    path = volume(tmp_path / f"{MARKER}.nii.gz", 2.0)
     page = open_page(browser, address)
     assert read(page, path).startswith("Read: 24 frames of 6 ROIs, 2 s apart.")
     upload(page, path)
