@@ -137,7 +137,11 @@ def test_max_length_that_cuts_a_scan_is_refused(
     ("own", "strategy", "reason"),
     [
         (True, "bfd", "custom data collator is not supported"),
-        (True, "wrapped", "input_ids, labels, codes and scores, got none of codes, scores: packing"),
+        (
+            True,
+            "wrapped",
+            "expected rows with input_ids, labels, codes and scores, got none of codes, scores: packing",
+        ),
         (False, "bfd", "expected 0 fMRI placeholder tokens for the scans, got"),
         (False, "bfd_split", "expected 0 fMRI placeholder tokens for the scans, got"),
         (False, "wrapped", "expected 0 fMRI placeholder tokens for the scans, got"),
