@@ -788,19 +788,6 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
                     totals[:, place] += of_part[:, part.index(tuple(choice[:-1])), steps, rest].sum(-1)
         return totals
 
-    def score_rows(self, inputs: dict[str, Any], choices: Sequence[list[list[int]]]) -> torch.Tensor:
-        """`score_choices` of a batch in which each row is about one scan and has as many choices of its own."""
-        rows_of: dict[str, list[int]] = {}
-        for row, each in enumerate(choices):
-            rows_of.setdefault(str(each), []).append(row)
-        if len(rows_of) == 1:
-            return self.score_choices(inputs, choices[0])
-        scores = torch.empty(len(choices), len(choices[0]), device=self.device)
-        for rows in rows_of.values():
-            part = {name: value[rows] for name, value in inputs.items() if value is not None}
-            scores[rows] = self.score_choices(part, choices[rows[0]])
-        return scores
-
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,

@@ -298,8 +298,8 @@ class FmriOriginalProcessor(ProcessorMixin):
             )
         return torch.tensor(signal.T, dtype=torch.float32)
 
-    def encode_choices(self, choices: list[str]) -> list[list[int]]:
-        """Token ids of each allowed answer, without special tokens."""
+    def encode_choices(self, choices: Sequence[str], question: str | None = None) -> list[list[int]]:
+        """Token ids of each allowed answer, without special tokens; the same to any question."""
         return [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence, Sized
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
@@ -18,6 +19,26 @@ CUSTOM_PIPELINES = {
     }
 }
 SCAN_OPTIONS = ("tr", "atlas", "label_image", "window")
+
+
+def score_rows(model: Any, inputs: dict[str, Any], choices: Sequence[list[list[int]]]) -> torch.Tensor:
+    """`score_choices` of a batch in which each row is about one scan and has as many choices of its own."""
+    rows_of: dict[str, list[int]] = {}
+    for row, each in enumerate(choices):
+        rows_of.setdefault(str(each), []).append(row)
+    if len(rows_of) == 1:
+        return model.score_choices(inputs, choices[0])
+    scores = torch.empty(len(choices), len(choices[0]), device=model.device)
+    for rows in rows_of.values():
+        part = {name: value[rows] for name, value in inputs.items() if value is not None}
+        scores[rows] = model.score_choices(part, choices[rows[0]])
+    return scores
+
+
+def likeliest(model: Any, scores: torch.Tensor, question: str, choices: Sequence[str]) -> dict[str, Any]:
+    """{"answer", "probabilities" by choice} of the answers' log-likelihoods [choices]."""
+    shares = model.answer_probabilities(scores, question, choices).cpu()
+    return {"answer": choices[shares.argmax()], "probabilities": dict(zip(choices, shares.tolist(), strict=True))}
 
 
 class FmriLMPipeline(Pipeline):
@@ -113,19 +134,12 @@ class FmriLMPipeline(Pipeline):
         self, batch: dict[str, Any], choices: list[str] | None = None, generate_kwargs: dict | None = None
     ) -> list[dict]:
         questions = batch.pop("questions")
+        processor: Any = self.processor
         if choices is not None:
-            processor: Any = self.processor
-            ids = [processor.encode_choices(choices, question) for question in questions]
-            scores = self.model.score_rows(batch, ids)
-            found = []
-            for row, question in zip(scores, questions, strict=True):
-                shares = self.model.answer_probabilities(row, question, choices).cpu()
-                probabilities = dict(zip(choices, shares.tolist(), strict=True))
-                found.append({"answer": choices[shares.argmax()], "probabilities": probabilities})
-            return found
+            scores = score_rows(self.model, batch, [processor.encode_choices(choices, each) for each in questions])
+            return [likeliest(self.model, row, each, choices) for row, each in zip(scores, questions, strict=True)]
         ids = self.model.generate(**batch, **self._prepare_generate_kwargs(generate_kwargs or {}))
         new = ids[:, batch["input_ids"].shape[1] :]
-        processor: Any = self.processor
         return [{"answer": text} for text in processor.decode_answers(new)]
 
     def postprocess(self, outputs: dict) -> dict:

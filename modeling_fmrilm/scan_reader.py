@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, TextIteratorStreamer
 
 from .configuration_fmrilm import FmriLMConfig
 from .modeling_fmrilm import FmriLMForConditionalGeneration
+from .pipeline_fmrilm import likeliest, score_rows
 from .processors.feature_extraction_fmrilm import FmriLMFeatureExtractor
 from .processors.processing_fmrilm import FmriLMProcessor, without_repeats
 
@@ -72,6 +74,23 @@ def load(
     if device is None:
         device = torch.accelerator.current_accelerator() or "cpu"
     return ScanReader(model.to(device).eval(), processor)
+
+
+def _each(column: str) -> Callable[[Callable], Callable]:
+    """Makes a method of one scan one of scans in any form, whose results a table gains as that column."""
+
+    def decorated(read: Callable) -> Callable:
+        @wraps(read)
+        def read_each(self: "ScanReader", scan: Any, *args: Any, **options: Any) -> Any:
+            found, listed = [], _listed(scan)
+            for index, one in enumerate(listed):
+                with torch.no_grad(), _named(listed, slice(index, index + 1)):
+                    found.append(read(self, one, *args, **options))
+            return _returned(scan, column, found)
+
+        return read_each
+
+    return decorated
 
 
 class ScanReader:
@@ -143,12 +162,11 @@ class ScanReader:
                 else:
                     counts = [len(read["codes"]) for read in reads]
                     of_windows = [each for each, count in zip(ids[part], counts, strict=True) for _ in range(count)]
-                    scores = self.model.score_rows(inputs, of_windows).log_softmax(-1).split(counts)
-                    answers = []
-                    for windows, text in zip(scores, questions[part], strict=True):
-                        shares = self.model.answer_probabilities(windows.mean(0), text, choices).cpu()
-                        probabilities = dict(zip(choices, shares.tolist(), strict=True))
-                        answers.append({"answer": choices[shares.argmax()], "probabilities": probabilities})
+                    scores = score_rows(self.model, inputs, of_windows).log_softmax(-1).split(counts)
+                    answers = [
+                        likeliest(self.model, windows.mean(0), text, choices)
+                        for windows, text in zip(scores, questions[part], strict=True)
+                    ]
                 found += [{**answer, **read["about"]} for answer, read in zip(answers, reads, strict=True)]
         if _is_table(scan):
             columns = {"answer": [one["answer"] for one in found]}
@@ -167,64 +185,50 @@ class ScanReader:
         texts = [found["answer"] for found in self.ask(_listed(scan), request, **options)]
         return _returned(scan, "description", texts)
 
+    @_each("embedding")
     def embed(self, scan: Any, **options: Any) -> Any:
         """
         float32 [hidden]: what the language model makes of a scan alone, the mean of its last states over the scan's
         tokens. A DataFrame gains `embedding`.
         """
+        codes = self._read(scan, **options)["codes"]
+        text = self.processor.scan_text(codes.shape[1])
+        ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = ids.to(self.model.device).expand(len(codes), -1)
+        states = self.model.model(input_ids=ids, fmri_codes=codes).last_hidden_state
+        return states[ids == self.processor.fmri_token_id].float().mean(0).cpu().numpy()
 
-        def embedding(scan: Any) -> np.ndarray:
-            codes = self._read(scan, **options)["codes"]
-            text = self.processor.scan_text(codes.shape[1])
-            ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            ids = ids.to(self.model.device).expand(len(codes), -1)
-            states = self.model.model(input_ids=ids, fmri_codes=codes).last_hidden_state
-            return states[ids == self.processor.fmri_token_id].float().mean(0).cpu().numpy()
-
-        return _each(embedding, scan, "embedding")
-
+    @_each("codes")
     def tokenize(self, scan: Any, **options: Any) -> Any:
         """Codes int64 [patches, tokens_per_patch, levels] of a scan. A DataFrame gains `codes`."""
         per_patch = self.model.config.codec_config.tokens_per_patch
+        return self._read(scan, single=True, **options)["codes"][0].unflatten(0, (-1, per_patch)).cpu().numpy()
 
-        def codes(scan: Any) -> np.ndarray:
-            return self._read(scan, single=True, **options)["codes"][0].unflatten(0, (-1, per_patch)).cpu().numpy()
-
-        return _each(codes, scan, "codes")
-
+    @_each("surprise")
     def surprise(self, scan: Any, **options: Any) -> Any:
         """
         Next-code NLL float32 [patches, levels] of a scan, in nats a code, mean over a patch's tokens. A DataFrame
         gains `surprise`.
         """
+        return self.model.surprise(self._read(scan, single=True, **options)["codes"])[0].cpu().numpy()
 
-        def surprise(scan: Any) -> np.ndarray:
-            return self.model.surprise(self._read(scan, single=True, **options)["codes"])[0].cpu().numpy()
-
-        return _each(surprise, scan, "surprise")
-
+    @_each("signal")
     def signal(self, scan: Any, **options: Any) -> Any:
         """
         What the model sees of a scan: float32 [time, rois], robust z-scores at the model's repetition time, NaN where
         a ROI is missing. A DataFrame gains `signal`.
         """
+        features = self._read(scan, single=True, **options)["features"]
+        return _time_first(features["fmri_values"], features["fmri_mask"])
 
-        def signal(scan: Any) -> np.ndarray:
-            features = self._read(scan, single=True, **options)["features"]
-            return _time_first(features["fmri_values"], features["fmri_mask"])
-
-        return _each(signal, scan, "signal")
-
+    @_each("reconstruction")
     def reconstruct(self, scan: Any, **options: Any) -> Any:
         """What the codec keeps of `signal`: float32 [time, rois] alike. A DataFrame gains `reconstruction`."""
+        read = self._read(scan, single=True, **options)
+        decoded = self.model.model.codec.decode(read["codes"], read["features"]["roi_coordinates"])
+        return _time_first(decoded, read["features"]["fmri_mask"])
 
-        def reconstruction(scan: Any) -> np.ndarray:
-            read = self._read(scan, single=True, **options)
-            decoded = self.model.model.codec.decode(read["codes"], read["features"]["roi_coordinates"])
-            return _time_first(decoded, read["features"]["fmri_mask"])
-
-        return _each(reconstruction, scan, "reconstruction")
-
+    @_each("forecast")
     def forecast(
         self,
         scan: Any,
@@ -238,20 +242,16 @@ class ScanReader:
         of `signal`, NaN where a ROI is missing. The model looks back over one window of its processor. With
         `num_samples`, [num_samples, frames, rois] sampled signals. A DataFrame gains `forecast`.
         """
-
-        def forecast(scan: Any) -> np.ndarray:
-            extractor = self.processor.feature_extractor
-            features = extractor([scan], window="full", **options).to(self.model.device)
-            frames = int(features["fmri_mask"].any(1).sum())
-            kept = slice(max(0, frames - extractor.window_length), frames)
-            values, mask = features["fmri_values"][..., kept], features["fmri_mask"][..., kept]
-            future = self.model.forecast(values, features["roi_coordinates"], mask, seconds, num_samples, temperature)
-            known = mask.any(-1, keepdim=True).expand(*mask.shape[:2], future.shape[-1])
-            if num_samples is None:
-                return _time_first(future, known)
-            return np.stack([_time_first(sample, known) for sample in future])
-
-        return _each(forecast, scan, "forecast")
+        extractor = self.processor.feature_extractor
+        features = extractor([scan], window="full", **options).to(self.model.device)
+        frames = int(features["fmri_mask"].any(1).sum())
+        kept = slice(max(0, frames - extractor.window_length), frames)
+        values, mask = features["fmri_values"][..., kept], features["fmri_mask"][..., kept]
+        future = self.model.forecast(values, features["roi_coordinates"], mask, seconds, num_samples, temperature)
+        known = mask.any(-1, keepdim=True).expand(*mask.shape[:2], future.shape[-1])
+        if num_samples is None:
+            return _time_first(future, known)
+        return np.stack([_time_first(sample, known) for sample in future])
 
     def _read(self, scan: Any, window: str | None = None, single: bool = False, **options: Any) -> dict[str, Any]:
         """
@@ -344,15 +344,6 @@ def _listed(scans: Any) -> list:
     known = [name for name in ("tr", "atlas") if name in scans]
     rows = scans[["path", *known]].astype(object).where(scans[["path", *known]].notna(), None)
     return [{"signal": path, **dict(zip(known, rest, strict=True))} for path, *rest in rows.itertuples(index=False)]
-
-
-def _each(read: Callable[[Any], np.ndarray], scans: Any, column: str) -> Any:
-    """What `read` gives of each scan, in the form in which the scans came."""
-    found, listed = [], _listed(scans)
-    for index, scan in enumerate(listed):
-        with torch.no_grad(), _named(listed, slice(index, index + 1)):
-            found.append(read(scan))
-    return _returned(scans, column, found)
 
 
 def _returned(scans: Any, column: str, found: list) -> Any:

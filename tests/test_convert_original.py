@@ -140,6 +140,8 @@ def test_converted_checkpoint_computes_the_documented_formulas(
     choices = processor.encode_choices([" Yes", " No"])
     scores = model.score_choices(batch, choices)
     assert torch.allclose(scores[:1], model.score_choices(inputs, choices), atol=1e-4)
+    found = pipe(scan, "Old?", tr=2.0, choices=[" Yes", " No"])["probabilities"]
+    assert list(found.values()) == pytest.approx(scores[0].softmax(-1).tolist(), abs=1e-4)
 
 
 OFFICIAL_END = (
