@@ -494,19 +494,22 @@ class FmriLMModel(FmriLMPreTrainedModel):
         return embeddings
 
     def inputs_embeds(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, **scans: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **scans: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The embeddings given, or those of input_ids and scans."""
+        """
+        The embeddings given, or those of input_ids and scans. ValueError if they take more positions than the language
+        model has.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
         if inputs_embeds is None:
-            return self.embed(cast(torch.Tensor, input_ids), **scans)
-        if any(value is not None for value in scans.values()):
+            inputs_embeds = self.embed(cast(torch.Tensor, input_ids), **scans)
+        elif any(value is not None for value in scans.values()):
             raise ValueError("expected inputs_embeds with the scans in them, got inputs_embeds and scans")
-        return inputs_embeds
-
-    def check_context(self, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> None:
-        """ValueError if scans and text take more positions than the language model has."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         length = inputs_embeds.shape[1] + (0 if past_key_values is None else int(past_key_values.get_seq_length()))
         if limit is not None and length > limit:
@@ -514,6 +517,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
                 f"expected at most {limit} positions, the language model's context, got {length}: cut the scan into "
                 "windows (the processor's window='sliding') or ask less at a time"
             )
+        return inputs_embeds
 
     @can_return_tuple
     def forward(
@@ -544,13 +548,13 @@ class FmriLMModel(FmriLMPreTrainedModel):
         inputs_embeds = self.inputs_embeds(
             input_ids,
             inputs_embeds,
+            past_key_values,
             fmri_values=fmri_values,
             roi_coordinates=roi_coordinates,
             fmri_mask=fmri_mask,
             fmri_codes=fmri_codes,
             fmri_scores=fmri_scores,
         )
-        self.check_context(inputs_embeds, past_key_values)
         outputs = self.causal_lm.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -601,12 +605,6 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         self.model.projector.output_norm.bias.copy_(words.mean(0))
         self.model.boundaries.weight.copy_(words.mean(0))
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         return self.model.causal_lm.get_output_embeddings()
 
@@ -644,13 +642,18 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         if labels is not None and fmri_codes is None and fmri_values is not None:
             fmri_codes = self.model.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
         predicts = labels is not None and fmri_codes is not None and input_ids is not None
-        scans = {"fmri_codes": fmri_codes, "fmri_scores": fmri_scores}
-        if fmri_codes is None:
-            scans = {"fmri_values": fmri_values, "roi_coordinates": roi_coordinates, "fmri_mask": fmri_mask}
-        embeddings = self.model.inputs_embeds(input_ids, inputs_embeds, **scans)
-        self.model.check_context(embeddings, past_key_values)
+        inputs_embeds = self.model.inputs_embeds(
+            input_ids,
+            inputs_embeds,
+            past_key_values,
+            fmri_values=fmri_values,
+            roi_coordinates=roi_coordinates,
+            fmri_mask=fmri_mask,
+            fmri_codes=fmri_codes,
+            fmri_scores=fmri_scores,
+        )
         outputs = self.model.causal_lm(
-            inputs_embeds=embeddings,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -791,18 +794,12 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
         **kwargs,
     ) -> dict:
-        # the library declares its mixin's methods for whole models alone
+        # the library declares its mixin's methods for whole models alone; it looks for inputs_embeds among ours
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         ids = inputs.get("input_ids")
         # scans stand in the prompt: where it is cached, or embedded, they are read already
@@ -827,24 +824,6 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         )
         return input_ids, {**kwargs, **scans}
 
-    def _scan_alone(self, fmri_codes: torch.Tensor) -> torch.Tensor:
-        """
-        The language model's states [scans, tokens, hidden] before each token of codes [scans, tokens, levels], read
-        without text: of the start embedding and of the tokens but the last.
-        """
-        valid = fmri_codes[..., 0] >= 0
-        places = (
-            torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % self.config.codec_config.tokens_per_patch
-        )
-        start = self.model.boundaries.weight[0]
-        tokens = self.model.projector(self.model.codec.embed_codes(fmri_codes), places.expand(valid.shape))
-        embeddings = torch.cat([start.expand(len(valid), 1, -1), tokens.to(start.dtype)], 1)[:, :-1]
-        return self.model(
-            inputs_embeds=embeddings.to(self.get_input_embeddings().get_parameter("weight").dtype),
-            attention_mask=F.pad(valid[:, :-1], (1, 0), value=True).long(),
-            use_cache=False,
-        ).last_hidden_state
-
     @torch.no_grad()
     def surprise(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """
@@ -855,8 +834,17 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         per_patch = self.config.codec_config.tokens_per_patch
         valid = fmri_codes[..., 0] >= 0
         places = (torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % per_patch).expand(valid.shape)
+        # the states before each token, without text: of the start embedding and of the tokens but the last
+        start = self.model.boundaries.weight[0]
+        tokens = self.model.projector(self.model.codec.embed_codes(fmri_codes), places)
+        embeddings = torch.cat([start.expand(len(valid), 1, -1), tokens.to(start.dtype)], 1)[:, :-1]
+        states = self.model(
+            inputs_embeds=embeddings.to(self.get_input_embeddings().get_parameter("weight").dtype),
+            attention_mask=F.pad(valid[:, :-1], (1, 0), value=True).long(),
+            use_cache=False,
+        ).last_hidden_state
         expected, codebooks = self.model.expected_vectors(fmri_codes), self.model.codec.codebooks()
-        logits = self.model.fmri_head(self._scan_alone(fmri_codes), places, expected, codebooks)
+        logits = self.model.fmri_head(states, places, expected, codebooks)
         losses = F.cross_entropy(logits.movedim(-1, 1), fmri_codes.clamp(min=0), reduction="none")
         losses = losses.masked_fill(~valid[..., None], float("nan"))
         losses[:, 0] = float("nan")

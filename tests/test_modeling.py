@@ -61,6 +61,14 @@ def test_scores_given_are_those_read_out_of_the_codes(model: Model) -> None:
     assert not torch.allclose(other[:, summary:], logits[:, summary:], atol=1e-3)
 
 
+def test_scores_given_beside_signals_count_with_labels_and_without(llama: Model) -> None:
+    scan = {"fmri_values": torch.randn(1, 5, 8), "roi_coordinates": 30 * torch.randn(1, 5, 3)}
+    row = ids(llama, "a", llama.model.get_fmri_codes(**scan)[0].tolist(), "b")
+    given = {**scan, "fmri_scores": torch.full((1, 2), 5.0)}
+    assert not torch.allclose(llama(row, **given).logits, llama(row, **scan).logits, atol=1e-3)
+    assert torch.equal(llama(row, **given, labels=row).logits, llama(row, **given).logits)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_mates_and_padding_change_nothing(model: Model, side: str) -> None:
     rows = [ids(model, "a", LONG, "some question"), ids(model, SHORT, "b", LONG, "c"), ids(model, "only text")]
