@@ -8,36 +8,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
-# small, base and large have the widths, depths and heads of the paper's encoders
+# width, layers of the encoder and of the decoder, and heads; small, base and large have those of the paper's encoders
 CODEC_SIZES = {
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "num_decoder_layers": 2,
-        "num_attention_heads": 4,
-    },
-    "small": {
-        "hidden_size": 384,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 12,
-        "num_decoder_layers": 12,
-        "num_attention_heads": 6,
-    },
-    "base": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_decoder_layers": 12,
-        "num_attention_heads": 12,
-    },
-    "large": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_decoder_layers": 24,
-        "num_attention_heads": 16,
-    },
+    "tiny": (128, 3, 2, 4),
+    "small": (384, 12, 12, 6),
+    "base": (768, 12, 12, 12),
+    "large": (1024, 24, 24, 16),
 }
 
 
@@ -124,7 +100,9 @@ class FmriCodecConfig(PreTrainedConfig):
         """A named size ("tiny", "small", "base", "large") with some values changed."""
         if size not in CODEC_SIZES:
             raise ValueError(f"expected a size out of {', '.join(CODEC_SIZES)}, got {size!r}")
-        return cls(**{**CODEC_SIZES[size], **changes})
+        width, encoder, decoder, heads = CODEC_SIZES[size]
+        widths = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
+        return cls(**{**widths, "num_hidden_layers": encoder, "num_decoder_layers": decoder, **changes})
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

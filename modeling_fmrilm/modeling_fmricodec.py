@@ -745,17 +745,8 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
 
     def decode(self, codes: torch.Tensor, roi_coordinates: torch.Tensor) -> torch.Tensor:
         """Signal [batch, rois, time] of codes [batch, tokens, levels] at any coordinates [batch, rois, 3] (MNI mm)."""
-        return self.decode_vectors(self.embed_codes(codes), roi_coordinates, codes[..., 0] >= 0)
-
-    def decode_vectors(
-        self, vectors: torch.Tensor, roi_coordinates: torch.Tensor, token_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        As `decode`, of vectors [batch, tokens, codebook_dim], which may lie between those of codes; token_mask bool
-        [batch, tokens]: tokens that hold data.
-        """
-        with maybe_autocast(vectors.device.type, enabled=False):
-            return self.spatial_basis(roi_coordinates) @ self._coefficients(vectors, token_mask)
+        with maybe_autocast(codes.device.type, enabled=False):
+            return self.spatial_basis(roi_coordinates) @ self.decode_coefficients(codes)
 
     def decode_coefficients(self, codes: torch.Tensor) -> torch.Tensor:
         """Coefficients [batch, basis functions, time] of codes [batch, tokens, levels]; zero on padding."""

@@ -89,7 +89,7 @@ class Parcels:
     @classmethod
     def from_volume(cls, label_image: Any) -> "Parcels":
         """From a 3D label image: a NIfTI file's path, a nibabel image, or the `Volumes` of one."""
-        if isinstance(label_image, Volumes) or hasattr(label_image, "stored"):
+        if hasattr(label_image, "stored"):
             volumes = label_image
         else:
             is_path = isinstance(label_image, (str, Path))
@@ -580,7 +580,7 @@ def _listed(values: Sequence[Any]) -> str:
     return f"{', '.join(map(str, values[:5]))}{f', ... ({len(values)})' if len(values) > 5 else ''}" or "none"
 
 
-def _relabelled(labels: np.ndarray, known: tuple[int, ...], start: int, below: np.ndarray | None = None) -> np.ndarray:
+def _relabelled(labels: np.ndarray, known: tuple[int, ...], start: int, below: np.ndarray | None) -> np.ndarray:
     """The known labels as start + 1, start + 2, ...; elsewhere what lies below, or 0."""
     numbers = np.zeros(max(int(labels.max()), *known) + 1, dtype=np.int32)
     numbers[list(known)] = start + 1 + np.arange(len(known))

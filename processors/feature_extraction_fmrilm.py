@@ -259,7 +259,20 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         Missing ROIs are NaN.
         """
         read = self.read_signal(scan, tr=tr, atlas=atlas, label_image=label_image)
-        return self._standardize(read), read.atlas
+        cleaned, kept = self.clean_signal(read)
+        frames = resampled_length(len(cleaned), read.tr, self.repetition_time)
+        if frames < self.patch_length:
+            raise ValueError(
+                f"scan too short: {len(cleaned)} frames at {read.tr} s make {frames} frames at {self.repetition_time} "
+                f"s ({len(cleaned) * read.tr:.1f} s); expected at least one patch of {self.patch_length} frames "
+                f"({self.patch_length * self.repetition_time:.1f} s)"
+            )
+        kept = kept[nearest_frames(len(cleaned), read.tr, self.repetition_time)]
+        cleaned = resample(cleaned, read.tr, self.repetition_time)
+        # also what was a drift and nothing else
+        constant = _is_constant(interquartile_range(cleaned[kept]), read.signal)
+        self._check_missing(read.missing | constant, read.atlas)
+        return robust_zscore(np.where(constant, np.nan, cleaned), self.clip, kept).astype(np.float32), read.atlas
 
     def read_signal(
         self, scan: Any, tr: float | None = None, atlas: str | Atlas | None = None, label_image: Any = None
@@ -379,22 +392,6 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         """Cleaned at its own repetition time, float64 [time, rois], and the frames that were kept, bool [time]."""
         settings = Cleaning.from_dict(self.cleaning)
         return clean(read.signal, read.tr, self.detrend_order, settings, read.confounds, read.censored)
-
-    def _standardize(self, read: MeasuredScan) -> np.ndarray:
-        cleaned, kept = self.clean_signal(read)
-        frames = resampled_length(len(cleaned), read.tr, self.repetition_time)
-        if frames < self.patch_length:
-            raise ValueError(
-                f"scan too short: {len(cleaned)} frames at {read.tr} s make {frames} frames at {self.repetition_time} "
-                f"s ({len(cleaned) * read.tr:.1f} s); expected at least one patch of {self.patch_length} frames "
-                f"({self.patch_length * self.repetition_time:.1f} s)"
-            )
-        kept = kept[nearest_frames(len(cleaned), read.tr, self.repetition_time)]
-        cleaned = resample(cleaned, read.tr, self.repetition_time)
-        # also what was a drift and nothing else
-        constant = _is_constant(interquartile_range(cleaned[kept]), read.signal)
-        self._check_missing(read.missing | constant, read.atlas)
-        return robust_zscore(np.where(constant, np.nan, cleaned), self.clip, kept).astype(np.float32)
 
     def _pad(self, items: list[tuple[np.ndarray, Atlas]]) -> dict[str, np.ndarray]:
         rois = max(len(atlas) for _, atlas in items)

@@ -296,8 +296,9 @@ class FmriLMProcessor(ProcessorMixin):
         texts = [self._render(item, add_generation_prompt, **options) for item in conversations]
         if not tokenize:
             return texts if batched else texts[0]
+        in_rows = batched or return_tensors is not None
         encoding = self.tokenizer(
-            texts if batched or return_tensors is not None else texts[0],
+            texts if in_rows else texts[0],
             # templates write those of their own
             add_special_tokens=False,
             return_offsets_mapping=return_assistant_tokens_mask,
@@ -305,13 +306,9 @@ class FmriLMProcessor(ProcessorMixin):
         )
         if return_assistant_tokens_mask:
             offsets = encoding.pop("offset_mapping")
-            masks = [
-                _mask(row, self._answers(item, text, **options))
-                for row, item, text in zip(
-                    offsets if batched or return_tensors is not None else [offsets], conversations, texts, strict=True
-                )
-            ]
-            encoding["assistant_masks"] = masks if batched or return_tensors is not None else masks[0]
+            rows = zip(offsets if in_rows else [offsets], conversations, texts, strict=True)
+            masks = [_mask(row, self._answers(item, text, **options)) for row, item, text in rows]
+            encoding["assistant_masks"] = masks if in_rows else masks[0]
             encoding.convert_to_tensors(return_tensors)
         inputs = self._join(encoding, features, sum(block["tokens"] for block in blocks))
         return inputs if return_dict else inputs["input_ids"]

@@ -260,7 +260,7 @@ def test_folder_that_exists_and_cohort_of_another_atlas_are_refused(scans: Path,
     with pytest.raises(ValueError, match="no training subject left: 6 of 6 subjects are test subjects"):
         describe_dataset(everyone, tmp_path / "corpus", SETTINGS)
     other = replace(source, atlases={"net": atlas("net", 9)})
-    with pytest.raises(ValueError, match="was fitted on scans of"):
+    with pytest.raises(ValueError, match="expected a scan of the atlas"):
         describe_dataset(other, tmp_path / "corpus", SETTINGS, Cohort.load(corpus / "cohort"))
 
 

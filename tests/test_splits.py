@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmrilm.training.data.splits import (
-    Split,
     SplitArguments,
-    check_disjoint,
     held_out_subjects,
     k_fold,
     k_shot,
@@ -147,13 +145,6 @@ def test_k_shots_are_k_subjects_of_each_class_with_all_their_rows() -> None:
     np.testing.assert_array_equal(np.unique(labels[rows], return_counts=True)[1], [8, 8, 8])
     with pytest.raises(ValueError, match="at least 11 training subjects of class 0, got 10"):
         k_shot(subjects, labels, 11, seed=1)
-
-
-def test_a_subject_in_two_parts_is_refused_with_its_rows() -> None:
-    subjects = ["a", "b", "b", "c"]
-    check_disjoint(subjects, Split(np.array([0, 1, 2]), np.array([3])))
-    with pytest.raises(ValueError, match="1 in both: one has row 1 in the training and row 2 in the test part"):
-        check_disjoint(subjects, Split(np.array([0, 1]), np.array([2, 3])))
 
 
 def test_impossible_splits_are_refused() -> None:

@@ -94,10 +94,14 @@ class Cohort:
 
     def describe(self, signal: np.ndarray, atlas: Atlas, repetition_time: float | None = None) -> np.ndarray:
         """The cohort's descriptors [..., names] of signal [..., time, rois] of one of the cohort's atlases."""
+        self.check_atlas(atlas)
+        return describe(signal, atlas, self.measures, repetition_time, self.references)
+
+    def check_atlas(self, atlas: Atlas) -> None:
+        """ValueError for an atlas that the cohort's scans are not of."""
         if self.atlases.get(atlas.name) != atlas.checksum:
             known = ", ".join(f"{name!r} ({checksum})" for name, checksum in self.atlases.items())
             raise ValueError(f"cohort {self.name!r}: expected a scan of the atlas {known}, got one of {atlas}")
-        return describe(signal, atlas, self.measures, repetition_time, self.references)
 
     def z_scores(self, descriptors: np.ndarray) -> np.ndarray:
         """Distances [..., names] from the cohort's mean in units of its standard deviation."""

@@ -7,7 +7,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import shortest_path
 from sknetwork.clustering import Louvain, get_modularity
 
-from .networks import correlation
+from .networks import correlation, network_series
 
 
 # share of all possible edges that the thresholded graph keeps: the strongest
@@ -21,8 +21,7 @@ def strength(standardized: np.ndarray, members: np.ndarray) -> np.ndarray:
     rois, time = members.shape[0], standardized.shape[-2]
     total = standardized.sum(-1, keepdims=True)
     per_roi = ((standardized * total).sum(-2) / time - 1) / (rois - 1)
-    counts = members.sum(0)
-    return per_roi @ members / np.where(counts > 0, counts, np.nan)
+    return network_series(per_roi, members)
 
 
 def graph_metrics(standardized: np.ndarray) -> np.ndarray:

@@ -102,9 +102,7 @@ def _with_global(values: np.ndarray) -> np.ndarray:
 
 
 def _falff(parts: Parts) -> np.ndarray:
-    counts = parts.members.sum(0)
-    per_roi = falff(detrend(parts.standardized), parts.repetition_time)
-    return _with_global(per_roi @ parts.members / np.where(counts > 0, counts, np.nan))
+    return _with_global(network_series(falff(detrend(parts.standardized), parts.repetition_time), parts.members))
 
 
 def _gradient_means(parts: Parts) -> np.ndarray:

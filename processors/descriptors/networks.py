@@ -42,10 +42,13 @@ def standardize(signal: np.ndarray) -> np.ndarray:
     return (signal - signal.mean(-2, keepdims=True)) / std
 
 
-def network_series(standardized: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Mean series [..., time, networks] over each network's ROIs; NaN for a network the atlas does not have."""
+def network_series(values: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """
+    Mean [..., networks], such as [..., time, networks], of values [..., rois] over each network's ROIs; NaN for a
+    network the atlas does not have.
+    """
     counts = members.sum(0)
-    return standardized @ members / np.where(counts > 0, counts, np.nan)
+    return values @ members / np.where(counts > 0, counts, np.nan)
 
 
 def correlation(standardized: np.ndarray) -> np.ndarray:

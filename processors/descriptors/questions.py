@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 
 import numpy as np
 
@@ -114,12 +115,6 @@ class Questioner:
         margin = float(self.to_terciles[row, column].min())
         return level, Question("level", text, LEVELS, level, margin, (name,), (row,))
 
-    def _above(self, row: int, column: int) -> tuple[str, Question]:
-        return self._beyond("above", row, column)
-
-    def _below(self, row: int, column: int) -> tuple[str, Question]:
-        return self._beyond("below", row, column)
-
     def _beyond(self, kind: str, row: int, column: int) -> tuple[str, Question]:
         """Whether a value lies in the upper or lower tercile."""
         name, level = self.names[column], LEVELS[self.levels[row, column]]
@@ -128,6 +123,8 @@ class Questioner:
         margin = float(self.to_terciles[row, column, side])
         text = f"Is the {PHRASES[name]} {kind} typical?"
         return answer, Question(kind, text, ("yes", "no"), answer, margin, (name,), (row,))
+
+    _above, _below = partialmethod(_beyond, "above"), partialmethod(_beyond, "below")
 
     def _which(self, row: int, column: int) -> tuple[str, Question] | None:
         """Of two or three networks the one with the highest z-score: by raw values it would be the same in all."""

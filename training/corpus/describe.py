@@ -55,7 +55,8 @@ def describe_dataset(
         raise ValueError(f"{output} exists: expected a new folder")
     splits = subject_splits(source, settings.split)
     if cohort is not None:
-        _check_cohort(cohort, source.atlases)
+        for atlas in source.atlases.values():
+            cohort.check_atlas(atlas)
     shards = plan_shards(source, splits, settings.shard_size)
     work = output.with_name(f"{output.name}.partial")
     known = {"split": settings.split.describe(), "scans": source.fingerprint, "cohort": cohort and cohort.name}
@@ -221,15 +222,6 @@ def _begin(work: Path, settings: dict[str, Any]) -> None:
     if not path.exists() and work.exists() and any(work.iterdir()):
         raise ValueError(f"{work} holds something else: expected no such folder, or one that was begun before")
     keep_settings(path, settings)
-
-
-def _check_cohort(cohort: Cohort, atlases: dict[str, Atlas]) -> None:
-    for name, atlas in atlases.items():
-        if cohort.atlases.get(name) != atlas.checksum:
-            known = ", ".join(f"{name!r} ({checksum})" for name, checksum in cohort.atlases.items())
-            raise ValueError(
-                f"cohort {cohort.name!r} was fitted on scans of {known}: expected one of {name!r} ({atlas.checksum})"
-            )
 
 
 def _rejection_rate(corpus: Path, shards: Sequence[Shard]) -> float:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -185,17 +185,6 @@ class Window:
     scan: int
     start: int
     length: int
-
-
-class Items(Protocol):
-    """What can be encoded: items {"signal": [time, rois], "coordinates": [rois, 3]} that depend on their index."""
-
-    def __len__(self) -> int: ...
-
-    def item(self, index: int) -> dict[str, Any]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
 
 
 class Windows(Sequence[Window]):
@@ -386,7 +375,7 @@ class Encoded:
     known: dict[str, np.ndarray]
 
 
-def encode_windows(codec: FmriCodecModel, windows: Items, cache: Path) -> Encoded:
+def encode_windows(codec: FmriCodecModel, windows: Windows | MixedWindows, cache: Path) -> Encoded:
     """
     Codes of windows and their scan features, computed once, on an accelerator if there is one: kept in `cache` under a
     name that changes with the codec's weights and the windows, shard by shard, so that a run that was stopped goes on.

@@ -1,6 +1,5 @@
 """Scans from files to a dataset in Parquet shards, in parallel, resumable; the row schema of `load_dataset`."""
 
-import csv
 import hashlib
 import json
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from datasets import Array2D, Features, List, Value
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ from fmrilm.processors.atlases_fmrilm import fitting_atlases
 
 from .card import scans_card
 from .parallel import run_parallel
-from .scan_sources import ScanSource
+from .scan_sources import IDS, ScanSource
 from .shards import ATLASES, ShardStore, write_atlases, write_whole
 
 
@@ -185,14 +185,8 @@ def _write_failures(output: Path, failures: Sequence[tuple[ScanSource, str]]) ->
     if not failures:
         path.unlink(missing_ok=True)
         return
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as handle:
-            writer = csv.writer(handle)
-            writer.writerow(["subject", "session", "task", "run", "reason"])
-            writer.writerows([*scan.ids, reason] for scan, reason in failures)
-
-    write_whole(path, write)
+    rows = pd.DataFrame([(*scan.ids, reason) for scan, reason in failures], columns=[*IDS[:4], "reason"])
+    write_whole(path, lambda temporary: rows.to_csv(temporary, index=False, lineterminator="\r\n"))
 
 
 def _load_atlases(scans: Sequence[ScanSource], default: str | None, label_image: Path | None) -> list[Atlas]:
@@ -237,7 +231,7 @@ def _key(scan: ScanSource, atlas: Atlas) -> str:
 
 
 def _identity(scan: ScanSource) -> dict[str, str | None]:
-    return {name: getattr(scan, name) for name in ("subject", "session", "task", "run", "site")}
+    return {name: getattr(scan, name) for name in IDS}
 
 
 def _label_types(scans: Sequence[ScanSource]) -> dict[str, str]:
@@ -251,14 +245,13 @@ def _label_types(scans: Sequence[ScanSource]) -> dict[str, str]:
 
 def row_features(atlas: Atlas, label_types: Mapping[str, str]) -> Features:
     """Columns of the prepared scans of an atlas."""
-    strings = ("atlas", "subject", "session", "task", "run", "site")
     return Features(
         {
             "signal": Array2D((None, len(atlas)), "float32"),
             "tr": Value("float64"),
             "censored": List(Value("bool")),
             "missing_rois": Value("int32"),
-            **{name: Value("string") for name in strings},
+            **{name: Value("string") for name in ("atlas", *IDS)},
             **{name: Value(kind) for name, kind in label_types.items()},
         }
     )

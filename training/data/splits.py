@@ -152,10 +152,10 @@ def k_fold(subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None, fold
     names, classes = _by_subject(subjects, labels)
     if not 2 <= folds <= len(names):
         raise ValueError(f"expected between 2 folds and one for each of the {len(names)} subjects, got {folds}")
-    stratified = classes is not None and _fewest(classes) >= folds
+    stratified = classes is not None and np.unique(classes, return_counts=True)[1].min() >= folds
     splitter = (StratifiedKFold if stratified else KFold)(folds, shuffle=True, random_state=seed)
-    for training, test in splitter.split(names, classes if stratified else None):
-        yield _split(subjects, names[training], names[test])
+    for parts in splitter.split(names, classes if stratified else None):
+        yield Split(*(np.flatnonzero(np.isin(subjects, names[part])) for part in parts))
 
 
 def k_shot(subjects: Sequence[str] | np.ndarray, labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
@@ -171,23 +171,6 @@ def k_shot(subjects: Sequence[str] | np.ndarray, labels: np.ndarray, shots: int,
     return np.flatnonzero(np.isin(subjects, chosen))
 
 
-def check_disjoint(subjects: Sequence[str] | np.ndarray, split: Split) -> None:
-    """ValueError naming rows of a subject that is in both parts."""
-    names = np.asarray(subjects)
-    both, training, test = np.intersect1d(names[split.training], names[split.test], return_indices=True)
-    if len(both):
-        raise ValueError(
-            f"expected each subject in one part of a split, got {len(both)} in both: one has row "
-            f"{split.training[training[0]]} in the training and row {split.test[test[0]]} in the test part"
-        )
-
-
-def _split(subjects: Sequence[str] | np.ndarray, training: np.ndarray, test: np.ndarray) -> Split:
-    split = Split(*(np.flatnonzero(np.isin(subjects, names)) for names in (training, test)))
-    check_disjoint(subjects, split)
-    return split
-
-
 def _by_subject(
     subjects: Sequence[str] | np.ndarray, labels: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -201,7 +184,3 @@ def _by_subject(
         other = first[whose[row]]
         raise ValueError(f"expected one label for each subject, got different ones in rows {other} and {row}")
     return names, classes
-
-
-def _fewest(classes: np.ndarray) -> int:
-    return int(np.unique(classes, return_counts=True)[1].min())
