@@ -160,6 +160,4 @@ class CorpusWriter:
 
     @cached_property
     def _language_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        if self.settings.rewrite is None:
-            raise ValueError("expected settings with a language model that rewrites, got none")
-        return load_language_model(self.settings.rewrite)
+        return load_language_model(str(self.settings.rewrite))

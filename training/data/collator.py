@@ -1,5 +1,6 @@
 """Batches for the language model: rows with cached codes in, masked labels out."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from datasets import Dataset, Features, List, Value
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from fmrilm.processors import FMRI_END, FMRI_PAD, FMRI_START, FMRI_SUMMARY, FmriLMProcessor
+from fmrilm.processors import FmriLMProcessor
 
 
 IGNORED = -100
@@ -102,18 +103,13 @@ def _chats(rows: Sequence[dict], processor: FmriLMProcessor) -> list[tuple[torch
 
 
 def _plain(row: dict, processor: FmriLMProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    tokenizer = processor.tokenizer
-    if row["codes"]:
-        if len(row["codes"]) != 1:
-            raise ValueError(f"expected one scan in a row without a chat, got {len(row['codes'])}")
-        start, pad, summary, end = tokenizer.convert_tokens_to_ids([FMRI_START, FMRI_PAD, FMRI_SUMMARY, FMRI_END])
-        count = len(row["codes"][0])
-        ids = torch.tensor([start, *[pad] * count, *[summary] * processor.summary_tokens, end])
-        return ids, torch.full_like(ids, IGNORED)
-    if not row["text"]:
+    if len(row["codes"]) > 1:
+        raise ValueError(f"expected one scan in a row without a chat, got {len(row['codes'])}")
+    text = processor.scan_text(len(row["codes"][0])) if row["codes"] else row["text"]
+    if not text:
         raise ValueError("expected a chat, a scan or text in every row, got a row without any")
-    ids = torch.tensor(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
-    return ids, ids
+    ids = torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids, torch.full_like(ids, IGNORED) if row["codes"] else ids
 
 
 def _padded(rows: Sequence[torch.Tensor], fill: int, missing: int) -> torch.Tensor:
@@ -129,18 +125,11 @@ def pad_codes(codes: Sequence[np.ndarray]) -> torch.Tensor:
 
 def with_token_counts(messages: Sequence[dict], codes: Sequence[np.ndarray]) -> list[dict]:
     """The chat with each fMRI block told how many tokens it takes; ValueError if blocks and codes do not pair up."""
-    counts = [len(scan) for scan in codes]
-    chat, used = [], 0
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [dict(block) for block in content]
-            for block in content:
-                if block["type"] == "fmri":
-                    if used < len(counts):
-                        block["tokens"] = counts[used]
-                    used += 1
-        chat.append({"role": message["role"], "content": content})
-    if used != len(counts):
-        raise ValueError(f"expected one fmri block for each of the {len(counts)} scans, got {used}")
+    chat = [{"role": message["role"], "content": copy.deepcopy(message["content"])} for message in messages]
+    listed = [block for message in chat if not isinstance(message["content"], str) for block in message["content"]]
+    blocks = [block for block in listed if block["type"] == "fmri"]
+    if len(blocks) != len(codes):
+        raise ValueError(f"expected one fmri block for each of the {len(codes)} scans, got {len(blocks)}")
+    for block, scan in zip(blocks, codes, strict=True):
+        block["tokens"] = len(scan)
     return chat
