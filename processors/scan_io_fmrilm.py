@@ -101,7 +101,8 @@ class Volumes:
         with opened(self.source, self.name) as stream:
             stream.seek(self.offset)
             for _ in range(frames):
-                _fill(stream, target)
+                if (found := stream.readinto(target)) < len(target):
+                    raise EOFError(f"{len(target) - found} bytes of a volume of {len(target)} are missing")
                 yield volume
             # compressed data end with their checksum
             stream.read(1)
@@ -357,16 +358,6 @@ def opened(source: Any, name: str) -> Iterator[io.BufferedIOBase]:
             yield inflated(file, "rb") if compressed else file
         except DAMAGE as error:
             raise ValueError(f"{name}: the file is damaged or cut short: {error}") from error
-
-
-def _fill(stream: io.BufferedIOBase, target: memoryview) -> None:
-    """Read as many bytes as the target holds."""
-    done = 0
-    while done < len(target):
-        found = stream.readinto(target[done:])
-        if not found:
-            raise EOFError(f"{len(target) - done} bytes of a volume of {len(target)} are missing")
-        done += found
 
 
 # --- limits: how much a file from outside may hold, checked before anything of it is kept in memory

@@ -290,9 +290,6 @@ class StandIn:
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __new__(cls, *args: Any, **kwargs: Any):
-        return super().__new__(cls)
-
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             self.__dict__.update(state)
