@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -236,17 +237,18 @@ class FmriCodecTransformer(nn.Module):
         return self.output_proj(states.mean(2) if self.pooled else states)
 
 
-def kept_in_float32(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`fn` of a module's `_apply`, moving its tensors to other devices and never to another floating type."""
+class KeptInFloat32(nn.Module):
+    """Follows the model it is a part of to other devices, and never to another floating type."""
 
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        other = fn(tensor)
-        if other.dtype == torch.float32 or not other.is_floating_point():
-            return other
-        # not what was rounded on the way
-        return tensor.to(other.device).float()
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            other = fn(tensor)
+            if other.dtype == torch.float32 or not other.is_floating_point():
+                return other
+            # not what was rounded on the way
+            return tensor.to(other.device).float()
 
-    return moved
+        return super()._apply(moved, recurse)
 
 
 def sum_of_codes(codebooks: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -641,7 +643,7 @@ class FmriCodecOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class FmriCodecPreTrainedModel(PreTrainedModel):
+class FmriCodecPreTrainedModel(KeptInFloat32, PreTrainedModel):
     config: FmriCodecConfig
     base_model_prefix = "codec"
     main_input_name = "fmri_values"
@@ -667,10 +669,6 @@ class FmriCodecPreTrainedModel(PreTrainedModel):
         if requested_attention not in (None, "eager", "sdpa"):
             requested_attention = "sdpa"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FmriCodecPreTrainedModel":
-        """Follows the model it is a part of to other devices, but stays in float32."""
-        return super()._apply(kept_in_float32(fn), recurse)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

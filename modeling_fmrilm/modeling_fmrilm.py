@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import ModelOutput, can_return_tuple, maybe_autocast
 
 from .configuration_fmrilm import FmriCodecConfig, FmriLMConfig
-from .modeling_fmricodec import FmriCodecModel, FmriSpatialBasis, kept_in_float32
+from .modeling_fmricodec import FmriCodecModel, FmriSpatialBasis, KeptInFloat32
 from .pipeline_fmrilm import CUSTOM_PIPELINES
 
 
@@ -84,15 +84,12 @@ class FmriLMProjector(nn.Module):
         return self.output_norm(self.output_proj(F.gelu(states)))
 
 
-class FmriLMReadout(nn.Linear):
+class FmriLMReadout(KeptInFloat32, nn.Linear):
     """A linear map that stays in float32, under autocast, too: scores in half precision are other scores."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         with maybe_autocast(features.device.type, enabled=False):
             return super().forward(features.to(self.weight.dtype))
-
-    def _apply(self, fn, recurse: bool = True) -> Self:
-        return super()._apply(kept_in_float32(fn), recurse)
 
 
 class FmriLMScoreEmbeddings(nn.Module):
@@ -155,7 +152,7 @@ class FmriLMHead(nn.Module):
         return logits.float() + self.frequencies[places].float() + torch.einsum("...d,lcd->...lc", expected, codebooks)
 
 
-class FmriLMDynamics(nn.Module):
+class FmriLMDynamics(KeptInFloat32):
     """
     How the signal goes on, in closed form. The coefficients of the spatial basis follow a vector autoregression over
     `VAR_FRAMES` frames. Its lag covariances are those of the scan and those of training subjects, which count as
@@ -192,9 +189,6 @@ class FmriLMDynamics(nn.Module):
         init.zeros_(self.weights)
         init.copy_(self.errors, torch.eye(len(self.errors)))
         init.zeros_(self.token_gains)
-
-    def _apply(self, fn, recurse: bool = True) -> Self:
-        return super()._apply(kept_in_float32(fn), recurse)
 
     def lag_covariances(self, coefficients: torch.Tensor) -> torch.Tensor:
         """[batch, lags, K, K], of trace one at lag 0, of centred coefficients [batch, K, time], zero on padding."""

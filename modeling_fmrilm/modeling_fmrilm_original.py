@@ -234,7 +234,11 @@ class FmriOriginalProcessor(ProcessorMixin):
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        return super().save_pretrained(save_directory) + self.feature_extractor.save_parcels(save_directory)
+        files = super().save_pretrained(save_directory) + self.feature_extractor.save_parcels(save_directory)
+        if push_to_hub:
+            # the base class would upload before the parcels are there
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
 
     @property
     def model_input_names(self) -> list[str]:

@@ -140,6 +140,10 @@ def test_converted_checkpoint_computes_the_documented_formulas(
     choices = processor.encode_choices([" Yes", " No"])
     scores = model.score_choices(batch, choices)
     assert torch.allclose(scores[:1], model.score_choices(inputs, choices), atol=1e-4)
+    pushed: list[str] = []
+    processor.push_to_hub = pushed.append
+    processor.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/converted")
+    assert pushed == ["me/converted"]
     found = pipe(scan, "Old?", tr=2.0, choices=[" Yes", " No"])["probabilities"]
     assert list(found.values()) == pytest.approx(scores[0].softmax(-1).tolist(), abs=1e-4)
 
