@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from huggingface_hub import DatasetCardData
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from fmrilm.processors.descriptors.gradients import fit_references
 from fmrilm.processors.descriptors.measures import FAMILIES, describe, descriptor_names
 from fmrilm.processors.descriptors.questions import Questioner
 
-from ..data.card import corpus_card
+from ..data.card import CORPUS, card_config, card_row
 from ..data.parallel import run_parallel
 from ..data.shards import keep_settings, write_arrays, write_atlases, write_whole
 from ..data.splits import SplitArguments, split_rows
@@ -246,11 +247,26 @@ def _card(
         written = [scan for scan in shard.scans if scan not in outcome.left_out]
         members.setdefault((shard.config, shard.split), []).extend(source.table["subject"].iloc[written])
         files.setdefault(shard.config, []).append(corpus / shard.file)
-    rewriting = ""
+    configs = []
+    for config, paths in files.items():
+        parts = [{"split": split, "path": f"{config}/{split}-*.parquet"} for of, split in members if of == config]
+        configs.append(card_config(config, parts, paths))
+    left_out, rewriting = len(outcome.left_out), ""
     if outcome.rejection_rate is not None:
         rewriting = (
             f"Rewritten by {settings.rewrite} where its text has the same facts (`rewritten`, by paragraph); "
             f"{outcome.rejection_rate:.0%} of its texts did not and were refused."
         )
-    families = list(dict.fromkeys(FAMILIES[measure] for measure in cohort.measures))
-    return corpus_card(source.name, cohort, fitted, members, files, families, len(outcome.left_out), rewriting)
+    return CORPUS.format(
+        metadata=DatasetCardData(tags=["fmri", "neuroimaging"], configs=configs).to_yaml(),
+        source=source.name,
+        cohort=cohort.name,
+        subjects=cohort.subjects,
+        scans=cohort.windows,
+        fitted=" and was fitted on the training split alone" if fitted else "",
+        rows="\n".join(card_row(*key, len(of), len(set(of))) for key, of in members.items()),
+        families=", ".join(dict.fromkeys(FAMILIES[measure] for measure in cohort.measures)),
+        left_out=f"Left out, because they could not be read as signals: {left_out} scans. " if left_out else "",
+        rewriting=rewriting,
+        first=configs[0]["config_name"],
+    )

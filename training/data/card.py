@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData
 
 from fmrilm.processors import Atlas
-from fmrilm.processors.descriptors.cohort import Cohort
 
 from .shards import content_version
 
@@ -90,8 +89,8 @@ def scans_card(
         minutes = (table["censored"].map(len) * table["tr"]).sum() / 60
         sessions = len(table[["subject", "session"]].drop_duplicates())
         counts = [name, len(atlas), len(table), table["subject"].nunique(), sessions, times, f"{minutes:.0f}"]
-        rows.append(_row(*counts))
-        configs.append(_config(name, f"{name}/*.parquet", shards))
+        rows.append(card_row(*counts))
+        configs.append(card_config(name, f"{name}/*.parquet", shards))
     cleaned = any(settings[name] is not None for name in ("confounds", "high_pass", "low_pass"))
     shown = [f"{name} {value}" for name, value in settings.items() if name != "labels" and value is not None]
     return SCANS.format(
@@ -105,43 +104,11 @@ def scans_card(
     )
 
 
-def corpus_card(
-    source: str,
-    cohort: Cohort,
-    fitted: bool,
-    subjects: Mapping[tuple[str, str], Sequence[str]],
-    shards: Mapping[str, Sequence[Path]],
-    families: Sequence[str],
-    left_out: int,
-    rewriting: str,
-) -> str:
-    """
-    fitted: whether the cohort is that of the training split. subjects: of each scan, by configuration and split.
-    shards: files of each configuration.
-    """
-    configs = []
-    for config, files in shards.items():
-        splits = [split for of, split in subjects if of == config]
-        parts = [{"split": split, "path": f"{config}/{split}-*.parquet"} for split in splits]
-        configs.append(_config(config, parts, files))
-    return CORPUS.format(
-        metadata=DatasetCardData(tags=["fmri", "neuroimaging"], configs=configs).to_yaml(),
-        source=source,
-        cohort=cohort.name,
-        subjects=cohort.subjects,
-        scans=cohort.windows,
-        fitted=" and was fitted on the training split alone" if fitted else "",
-        rows="\n".join(_row(*key, len(of), len(set(of))) for key, of in subjects.items()),
-        families=", ".join(families),
-        left_out=f"Left out, because they could not be read as signals: {left_out} scans. " if left_out else "",
-        rewriting=rewriting,
-        first=configs[0]["config_name"],
-    )
-
-
-def _config(name: str, data_files: Any, shards: Sequence[Path]) -> dict[str, Any]:
+def card_config(name: str, data_files: Any, shards: Sequence[Path]) -> dict[str, Any]:
+    """Metadata of a configuration, whose version changes with its files' content."""
     return {"config_name": name, "data_files": data_files, "description": f"content {content_version(shards)}"}
 
 
-def _row(*cells: Any) -> str:
+def card_row(*cells: Any) -> str:
+    """A line of a table."""
     return "| " + " | ".join(map(str, cells)) + " |"
