@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -349,13 +350,10 @@ class FmriLMProcessor(ProcessorMixin):
         named = self._named_in(question) if question and set(choices) <= set(self.level_words) else None
         texts = choices if named is None else [f"The{named} is {choice}." for choice in choices]
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        for i, short in enumerate(ids):
-            for j, long in enumerate(ids):
-                # the shorter one would always win: its probability contains the longer one's
-                if i != j and long[: len(short)] == short:
-                    raise ValueError(
-                        f"the tokens of choice {choices[i]!r} begin those of {choices[j]!r}: {short} and {long}"
-                    )
+        for (choice, short), (other, long) in permutations(zip(choices, ids, strict=True), 2):
+            # the shorter one would always win: its probability contains the longer one's
+            if long[: len(short)] == short:
+                raise ValueError(f"the tokens of choice {choice!r} begin those of {other!r}: {short} and {long}")
         return ids
 
     def _named_in(self, question: str) -> str | None:

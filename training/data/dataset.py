@@ -82,7 +82,7 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
     if not listed:
         raise ValueError("expected a folder that `fmrilm prepare` or `fmrilm describe` wrote, got none")
     signals: dict[str, list[Dataset]] = {}
-    tables, atlases, offsets = [], {}, {}
+    tables, atlases = [], {}
     for number, folder in enumerate(map(Path, listed)):
         for atlas, shards in _shards(folder, extractor):
             if atlases.setdefault(atlas.name, atlas).checksum != atlas.checksum:
@@ -93,9 +93,6 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
             signals.setdefault(atlas.name, []).append(_standardised(rows, atlas, extractor))
             known = [name for name in rows.column_names if name not in SIGNAL_COLUMNS]
             table = pd.DataFrame(rows.select_columns(known).to_list())
-            first = offsets.get(atlas.name, 0)
-            table["row"] = np.arange(first, first + len(rows))
-            offsets[atlas.name] = first + len(rows)
             table["frames"] = signals[atlas.name][-1]["frames"][:]
             table["atlas"] = atlas.name
             # each corpus numbers its scans
@@ -106,6 +103,8 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
     parts = {name: part[0] if len(part) == 1 else concatenate_datasets(part) for name, part in signals.items()}
     table = pd.concat(tables, ignore_index=True)
     table["subject"] = table["subject"].astype(str)
+    # the parts of an atlas come in the order of their tables
+    table["row"] = table.groupby("atlas").cumcount()
     return Scans(parts, table, atlases, extractor.patch_length)
 
 

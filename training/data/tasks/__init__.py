@@ -29,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import permutations
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -95,11 +96,10 @@ class Task:
     def _check_choices(self, words: list[str]) -> None:
         if len(words) < 2:
             raise ValueError(f"task {self.name!r}: expected at least two choices, got {words}")
-        for word in words:
-            for other in words:
-                # the likelihood of the longer one would be part of that of the shorter one
-                if word != other and other.casefold().startswith(word.casefold()):
-                    raise ValueError(f"task {self.name!r}: choice {word!r} is a prefix of choice {other!r}")
+        for word, other in permutations(words, 2):
+            # the likelihood of the longer one would be part of that of the shorter one
+            if other.casefold().startswith(word.casefold()):
+                raise ValueError(f"task {self.name!r}: choice {word!r} is a prefix of choice {other!r}")
         if self.cuts is not None and (len(self.cuts) != len(words) - 1 or list(self.cuts) != sorted(set(self.cuts))):
             raise ValueError(
                 f"task {self.name!r}: expected {len(words) - 1} rising cuts between {len(words)} choices, "
