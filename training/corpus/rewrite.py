@@ -20,6 +20,8 @@ Rewritten text: The control network shows a somewhat reduced signal amplitude, w
 
 Text: {text}
 Rewritten text:"""
+# texts that are rewritten at a time
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,12 @@ def rewrite(
     texts: Sequence[str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 8,
     temperature: float = 0.7,
     seed: int = 0,
-    prompt: str = PROMPT,
 ) -> list[Rewrite]:
     """
-    One rewrite of each text, which consists of statements with z-scores. prompt: instructions with a place for the
-    text. temperature: of sampling; 0 takes the likeliest token.
+    One rewrite of each text, which consists of statements with z-scores. temperature: of sampling; 0 takes the
+    likeliest token.
     """
     statements = [_statements(text) for text in texts]
     torch.manual_seed(seed)
@@ -53,9 +53,9 @@ def rewrite(
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     rewrites: dict[int, Rewrite] = {}
     with tqdm(total=len(texts), desc="rewrites", unit="text") as progress:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            answers = _answers([texts[row] for row in rows], prompt, model, tokenizer, temperature)
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            answers = _answers([texts[row] for row in rows], model, tokenizer, temperature)
             for row, answer in zip(rows, answers, strict=True):
                 problems = differences(statements[row], answer)
                 rewrites[row] = Rewrite(texts[row] if problems else answer, answer, problems)
@@ -72,13 +72,9 @@ def _statements(text: str) -> list[Statement]:
 
 @torch.no_grad()
 def _answers(
-    texts: Sequence[str],
-    prompt: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    temperature: float,
+    texts: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float
 ) -> list[str]:
-    prompts: Any = [prompt.format(text=text) for text in texts]
+    prompts: Any = [PROMPT.format(text=text) for text in texts]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is not None:
