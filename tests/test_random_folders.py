@@ -198,7 +198,8 @@ def test_every_file_of_a_folder_is_prepared_or_named(
         if sidecar is not None:
             write_sidecar(folder / f"{name}.json", sidecar)
         known = ending not in (".mat", ".h5", "")
-        expected.add((name if known else f"{name}{ending}", None, None, None))
+        # a name of BIDS
+        expected.add((name.removeprefix("sub-") if known else f"{name}{ending}", None, None, None))
     assert accounted(folder, prepared) == expected
 
 

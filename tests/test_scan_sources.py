@@ -36,10 +36,12 @@ def test_manifest_is_read_as_it_is_written(tmp_path) -> None:
     assert find_scans(tabs) == [first, second, third]
 
 
-def test_paths_hold_in_other_processes(tmp_path, monkeypatch) -> None:
-    write(tmp_path / "study" / "m.csv", "path,subject\na.npy,1\n")
+def test_paths_start_at_the_manifest_and_hold_in_other_processes(tmp_path, monkeypatch) -> None:
+    write(tmp_path / "study" / "m.csv", "path,subject,atlas\na.npy,1,net.tsv\nb.npy,2,cc200\n")
     monkeypatch.chdir(tmp_path)
-    assert find_scans(Path("study/m.csv"))[0].path == tmp_path / "study" / "a.npy"
+    first, second = find_scans(Path("study/m.csv"))
+    assert first.path == tmp_path / "study" / "a.npy" and first.atlas == str(tmp_path / "study" / "net.tsv")
+    assert second.atlas == "cc200"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,8 @@ def test_paths_hold_in_other_processes(tmp_path, monkeypatch) -> None:
         ("path,age\na.npy,3\n", "expected columns path and subject, got path, age: no subject"),
         ("path,subject\n", "at least one row, got 1 lines"),
         ("path,subject\na.npy\n", "line 2: expected 2 cells, got 1"),
-        ("path,subject\n,01\n", "line 2: expected a path and a subject"),
+        ("path,subject\n,01\n", "line 2: expected a path and a subject, got '' and '01'"),
+        ("path,subject\na.npy,NA\n", "line 2: expected a path and a subject, got 'a.npy' and 'NA'"),
         ("path,subject,age,age\na,b,1,2\n", "different names of columns"),
         ("path,subject,tr\na.npy,01,2s\n", "line 2: expected tr in seconds, got '2s'"),
         ("path,subject,signal\na.npy,01,2\n", "cannot be named 'signal'"),
@@ -101,6 +104,54 @@ def test_names_of_files_in_a_folder_are_subjects(tmp_path) -> None:
     )
 
 
+BIDS_NAMES = {
+    "sub-01_ses-a_task-rest_run-1.npy": ("01", "a", "rest", "1"),
+    "sub-01_ses-a_task-rest_run-2.npy": ("01", "a", "rest", "2"),
+    "sub-02_ses-a_task-rest.npy": ("02", "a", "rest", None),
+    "sub-03.npy": ("03", None, None, None),
+}
+SERIES = "space-MNI_seg-Schaefer100_stat-mean_timeseries"
+
+
+def ids_in(folder: Path, names: dict[str, tuple]) -> list[tuple]:
+    for name in names:
+        write(folder / name)
+    found = {scan.path.name: scan.ids for scan in find_scans(folder)}
+    return [found[name] for name in names]
+
+
+def test_bids_names_in_a_folder_say_subject_session_task_and_run(tmp_path) -> None:
+    """Two runs of one subject as two subjects would be held out apart."""
+    assert ids_in(tmp_path, BIDS_NAMES) == list(BIDS_NAMES.values())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        # what all names share tells nothing apart
+        {f"sub-01_{SERIES}.tsv": ("01", None, None, None), f"sub-02_{SERIES}.tsv": ("02", None, None, None)},
+        {"sub-01_acq-AP_run-1.npy": ("01", None, None, "acq-AP_run-1"), "sub-01.npy": ("01", None, None, None)},
+        {"sub-01_rest.npy": ("01", None, None, "suffix-rest"), "sub-01_movie.npy": ("01", None, None, "suffix-movie")},
+        # no labels of BIDS: not one subject NYU
+        {"sub-NYU_001.npy": ("sub-NYU_001", None, None, None), "sub-NYU_002.npy": ("sub-NYU_002", None, None, None)},
+    ],
+)
+def test_what_differs_between_bids_names_tells_runs_apart(names: dict[str, tuple], tmp_path) -> None:
+    assert ids_in(tmp_path, names) == list(names.values())
+
+
+def test_names_that_are_taken_for_subjects_although_they_look_like_bids_are_warned_of(tmp_path, caplog) -> None:
+    ids_in(tmp_path, {"sub-01_run1.npy": (), "sub-01_run2.npy": ()})
+    assert "2 names, the first one 'sub-01_run1', are not of BIDS" in caplog.text
+
+
+def test_tables_of_series_in_the_folders_of_subjects_are_found(tmp_path) -> None:
+    for name in (f"sub-01_ses-a_{SERIES}.tsv", f"sub-02_ses-a_{SERIES}.tsv", "sub-01_desc-confounds_timeseries.tsv"):
+        write(tmp_path / name[:6] / "func" / name)
+    write(tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
+    assert [scan.ids for scan in find_scans(tmp_path)] == [("01", "a", None, None), ("02", "a", None, None)]
+
+
 PHENOTYPES = """\
 ,Unnamed: 0,SUB_ID,X,subject,SITE_ID,FILE_ID,DX_GROUP,AGE_AT_SCAN,SEX,FIQ,qc_notes_rater_2
 1,1,50002,1,50002,PITT,no_filename,1,16.77,1,103,
@@ -123,6 +174,9 @@ def test_folder_that_fetch_abide_pcp_leaves_is_a_source(tmp_path) -> None:
     assert scans[0].labels == {"DX_GROUP": 2, "AGE_AT_SCAN": 19.09, "SEX": 2, "FIQ": 124}
     assert scans[2].labels == {"DX_GROUP": 1, "AGE_AT_SCAN": 24.45, "SEX": 1, "FIQ": None}
     assert find_scans(folder / "cpac")[0].labels == {}
+    other = write(folder / "cpac" / "nofilt_noglobal" / "Pitt_0050003_rois_aal.1D")
+    assert len(find_scans(folder)) == 4 and find_scans(folder, atlas="cc200") == scans
+    assert [scan.path for scan in find_scans(folder, atlas="aal")] == [other]
     write(folder / "cpac" / "filt_global" / "Pitt_0050003_rois_cc200.1D")
     with pytest.raises(ValueError, match="'Pitt_0050003' has series in cpac/filt_global and cpac/nofilt_noglobal"):
         find_scans(folder)
@@ -279,13 +333,44 @@ def test_labels_are_joined_by_session(tmp_path) -> None:
         ("name,age\n1,30\n", "expected a column subject, participant_id or FILE_ID, got name, age"),
         ("subject,age\n1,30\n1,31\n", "label 'age' differs between rows of subject '1': 30 and 31"),
         ("subject,path\n1,30\n", "cannot be named 'path'"),
-        ("subject,age\nA,30\n", "none of its subjects has a scan; it starts with 'A', the scans with 'sub-1'"),
+        ("subject,age\nA,30\n", "none of its subjects has a scan; it starts with 'A'; of the scans, .*'sub-1'$"),
+        ("subject,age\n01,30\n", "none of its subjects has a scan; .*differ in leading zeros"),
+        ("subject,session,age\n1,z,30\n", "none of its subjects has a scan; .*session x: labels are by session"),
         ("subject,site\n1,../x\n", "expected a site without slashes"),
     ],
 )
 def test_unfit_labels_are_refused(text: str, message: str, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
         find_scans(three(tmp_path), write(tmp_path / "l.csv", text))
+
+
+def test_scans_without_a_row_of_labels_are_warned_of(tmp_path, caplog) -> None:
+    find_scans(three(tmp_path), write(tmp_path / "partly.csv", "subject,age\n1,30\n02,40\n"))
+    assert "partly.csv has no row for 1 of 3 scans" in caplog.text and "leading zeros" in caplog.text
+
+
+TABLE = "subject,sex,score\n1,f,1.5\n2,NA,NaN\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TABLE.replace(".", "@").replace(",", ";").replace("@", ","),
+        TABLE.replace(",", "\t"),
+        TABLE.replace(",", " , ").replace("subject", "Subject"),
+        TABLE.replace("subject", "subject_id").replace("\n", ",\n"),
+        TABLE.replace("subject", "Participant_ID").replace("NaN", "n/a") + "\n , ,\n",
+    ],
+)
+def test_tables_as_spreadsheets_and_r_write_them_are_read_alike(text: str, tmp_path) -> None:
+    scans = find_scans(three(tmp_path), write(tmp_path / "l.csv", text))
+    assert [scan.labels for scan in scans] == [{"sex": "f", "score": 1.5}] * 2 + [{"sex": None, "score": None}]
+
+
+def test_table_of_another_encoding_is_refused(tmp_path) -> None:
+    (tmp_path / "l.csv").write_text("subject,sex\n1,männlich\n", encoding="latin-1")
+    with pytest.raises(ValueError, match="save it as UTF-8"):
+        find_scans(three(tmp_path), tmp_path / "l.csv")
 
 
 def test_missing_table_of_labels_is_named(tmp_path) -> None:

@@ -84,7 +84,7 @@ def prepare(
     from ..data.scan_sources import find_scans
 
     outcome = run(
-        find_scans(source, labels, space),
+        find_scans(source, labels, space, atlas),
         output,
         atlas,
         Preparation(tr, label_image and label_image.absolute(), confounds, high_pass, low_pass, max_missing_rois),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fmrilm.processors.scan_io_fmrilm import FORMATS, check_text_size, hemispheres
+from fmrilm.processors.scan_io_fmrilm import FORMATS, check_text_size, hemispheres, warn_once
 
 
 MANIFEST_COLUMNS = ("path", "subject", "session", "task", "run", "site", "tr", "atlas", "confounds")
@@ -19,7 +19,10 @@ IDS = ("subject", "session", "task", "run", "site")
 ROW_COLUMNS = ("signal", "censored", "missing_rois", "descriptors", "description", "messages")
 # ids are written to the output: nothing in them may be a path or break a line
 ID = re.compile(r"[^\s\x00-\x1f/\\.][^\x00-\x1f/\\]*")
-MISSING = ("", "n/a")
+# in any case
+MISSING = ("", "n/a", "na", "nan")
+# other names of the columns that say whose a row is, in any case
+ALIASES = {"participant_id": "subject", "subject_id": "subject", "session_id": "session"}
 # of a name in a derivatives folder: all others tell runs apart
 KNOWN_ENTITIES = ("sub", "ses", "task", "run", "space", "res", "den", "cohort", "desc", "hemi", "suffix", "extension")
 # beside the scans of a folder
@@ -69,7 +72,9 @@ class ScanSource:
         return self.subject, self.session, self.task, self.run
 
 
-def find_scans(source: Path, labels: Path | None = None, space: str = "MNI*") -> list[ScanSource]:
+def find_scans(
+    source: Path, labels: Path | None = None, space: str = "MNI*", atlas: str | None = None
+) -> list[ScanSource]:
     """
     All scans of a manifest or folder, with their labels.
 
@@ -79,13 +84,14 @@ def find_scans(source: Path, labels: Path | None = None, space: str = "MNI*") ->
         labels: table with a column `subject` (or `participant_id`, `FILE_ID`), perhaps `session`, and labels; by
             default the table of phenotypes of the Preprocessed Connectomes Project, where the folder holds it.
         space: pattern of the template space to take of a derivatives folder.
+        atlas: whose series to take of a folder of the Preprocessed Connectomes Project that holds several.
     """
     # other processes, on other machines too, start elsewhere
     source = source.absolute()
     if source.is_file():
         scans = read_manifest(source)
     elif source.is_dir():
-        scans = find_derivatives(source, space) or find_pcp(source) or find_files(source)
+        scans = find_derivatives(source, space) or find_pcp(source, atlas) or find_files(source)
         phenotypes = sorted(source.rglob(PCP_TABLE))
         labels = phenotypes[0] if labels is None and phenotypes else labels
     else:
@@ -109,14 +115,19 @@ def read_manifest(path: Path) -> list[ScanSource]:
     labels = _typed_labels(path, rows, [column for column in header if column not in MANIFEST_COLUMNS])
     scans = []
     for number, (row, values) in enumerate(zip(rows, labels, strict=True), start=2):
-        cells = {column: None if row.get(column, "") in MISSING else row[column] for column in MANIFEST_COLUMNS}
+        cells = {column: None if _is_missing(row.get(column, "")) else row[column] for column in MANIFEST_COLUMNS}
         if cells["path"] is None or cells["subject"] is None:
-            raise ValueError(f"{path.name}, line {number}: expected a path and a subject, got an empty cell")
+            got = f"{row['path']!r} and {row['subject']!r}"
+            raise ValueError(f"{path.name}, line {number}: expected a path and a subject, got {got}")
         try:
             tr = None if cells["tr"] is None else float(cells["tr"])
         except ValueError as error:
             raise ValueError(f"{path.name}, line {number}: expected tr in seconds, got {cells['tr']!r}") from error
-        files = {name: path.parent / cell for name in ("path", "confounds") if (cell := cells[name]) is not None}
+        files: dict[str, Path | str] = {
+            name: path.parent / cell for name in ("path", "confounds") if (cell := cells[name]) is not None
+        }
+        if cells["atlas"] is not None and cells["atlas"].endswith((".tsv", ".csv")):
+            files["atlas"] = str(path.parent / cells["atlas"])
         scans.append(ScanSource(**{**cells, **files, "tr": tr, "labels": values}))
     return scans
 
@@ -158,10 +169,7 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
             nameless.append(ScanSource(path, path.name, problem=problem))
             continue
         template = entities.get("space", "native")
-        distinct = [f"{key}-{value}" for key, value in entities.items() if key not in KNOWN_ENTITIES]
-        if distinct and "run" in entities:
-            distinct.append(f"run-{entities['run']}")
-        run = "_".join(distinct) or entities.get("run")
+        run = _run(entities, [key for key in entities if key not in KNOWN_ENTITIES])
         # the other entities of its grid: resolution or density
         grid = "_".join([template, *(f"{key}-{entities[key]}" for key in ("res", "den", "cohort") if key in entities)])
         ids = (entities["sub"], entities.get("ses"), entities.get("task"), run)
@@ -203,10 +211,18 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
     )
 
 
-def find_pcp(folder: Path) -> list[ScanSource]:
+def _run(entities: dict[str, str], others: Sequence[str]) -> str | None:
+    """What tells apart the scans of a session and task: the entity `run`, and the others named."""
+    parts = [f"{key}-{entities[key]}" for key in others if key in entities]
+    if parts and "run" in entities:
+        parts.append(f"run-{entities['run']}")
+    return "_".join(parts) or entities.get("run")
+
+
+def find_pcp(folder: Path, wanted: str | None = None) -> list[ScanSource]:
     """
     The series of ROIs that `nilearn.datasets.fetch_abide_pcp` leaves; of the site's repetition time. Files beside them
-    of subjects without a series have a problem.
+    of subjects without a series have a problem. wanted: the atlas, if there are series of it.
     """
     found: dict[tuple[str, str], Path] = {}
     for path in sorted(folder.rglob("*_rois_*.1D")):
@@ -216,6 +232,9 @@ def find_pcp(folder: Path) -> list[ScanSource]:
         if (before := found.setdefault((subject, atlas), path)) != path:
             places = " and ".join(str(one.parent.relative_to(folder)) for one in (before, path))
             raise ValueError(f"subject {subject!r} has series in {places}: expected the folder of one of them")
+    subjects = tuple(f"{subject}_" for subject, _ in found)
+    if any(atlas == wanted for _, atlas in found):
+        found = {(subject, atlas): path for (subject, atlas), path in found.items() if atlas == wanted}
     times = {subject: [tr for site, tr in PCP_TRS.items() if subject.startswith(f"{site}_")] for subject, _ in found}
     return [
         ScanSource(path, subject, tr=times[subject][0] if times[subject] else None, atlas=atlas)
@@ -228,14 +247,15 @@ def find_pcp(folder: Path) -> list[ScanSource]:
         if path.is_file()
         and path.suffix != ".csv"
         and not NO_SCANS.fullmatch(path.name)
-        and not path.name.startswith(tuple(f"{subject}_" for subject, _ in found))
+        and not path.name.startswith(subjects)
     ]
 
 
 def find_files(folder: Path) -> list[ScanSource]:
     """
-    Every file of a folder; its name without the ending is the subject's id. Of other endings, it has a problem, and so
-    has a folder in it that holds scans.
+    Every file of a folder; without any, the tables of series in the folders of its subjects, as XCP-D leaves them. A
+    name of BIDS says subject, session, task and run; of another name, all but the ending is the subject's id. Files of
+    other endings have a problem, and so have folders that hold scans.
     """
     scans, right = [], set()
     for path in sorted(folder.iterdir()):
@@ -258,19 +278,54 @@ def find_files(folder: Path) -> list[ScanSource]:
                 # said when it is read
                 pass
         scans.append(ScanSource(path, subject=path.name[: -len(ending)]))
-    return scans if any(scan.problem is None for scan in scans) else []
+    if any(scan.problem is None for scan in scans):
+        return _named_by_bids(scans)
+    series = sorted(path for path in folder.rglob("sub-*_timeseries.[ct]sv") if "_desc-confounds_" not in path.name)
+    return _named_by_bids([ScanSource(path, subject=path.stem) for path in series])
+
+
+def _named_by_bids(scans: Sequence[ScanSource]) -> list[ScanSource]:
+    """
+    Scans whose subject is the name of a file so far: where that is of BIDS, its ids. What `find_derivatives` makes a
+    part of `run`, and suffixes, are so here where they are not the same in all names.
+    """
+    names: dict[Path, dict[str, str]] = {}
+    own = []
+    for scan in scans:
+        if scan.problem is not None or not scan.subject.startswith("sub-"):
+            continue
+        # BIDS asks for a suffix, which many leave out
+        whole = re.fullmatch(r".*_[A-Za-z]+", scan.subject) is not None
+        entities = parse_bids_name(f"{scan.subject}.x" if whole else f"{scan.subject}_none.x")
+        if entities is None or not entities["suffix"].isalpha():
+            own.append(scan.subject)
+            continue
+        names[scan.path] = {**entities, "suffix": entities["suffix"] if whole else ""}
+    if own:
+        warn_once(
+            f"{len(own)} names, the first one {own[0]!r}, are not of BIDS (sub-LABEL_ses-LABEL_task-LABEL_run-LABEL): "
+            "each is taken for a subject of its own; list several scans of one subject in a manifest"
+        )
+    keys = dict.fromkeys(key for entities in names.values() for key in entities)
+    differ = [key for key in keys if len({entities.get(key) for entities in names.values()}) > 1]
+    others = [key for key in differ if key == "suffix" or key not in KNOWN_ENTITIES]
+    return [
+        replace(scan, subject=of["sub"], session=of.get("ses"), task=of.get("task"), run=_run(of, others))
+        if (of := names.get(scan.path)) is not None
+        else scan
+        for scan in scans
+    ]
 
 
 def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     """
     Labels of a table given to scans by subject, or by subject and session where the table has sessions. The prefixes
-    `sub-` and `ses-` do not count. A column `site` fills in missing sites. Scans without a row get empty labels.
+    `sub-` and `ses-` do not count. A column `site` fills in missing sites. Scans without a row get empty labels, and
+    are warned of.
     """
     rows = _read_rows(path)
     if "FILE_ID" in rows[0]:
         rows = _phenotypes(rows)
-    aliases = {"participant_id": "subject", "session_id": "session"}
-    rows = [{aliases.get(column, column): cell for column, cell in row.items()} for row in rows]
     header = list(rows[0])
     if "subject" not in header:
         raise ValueError(f"{path.name}: expected a column subject, participant_id or FILE_ID, got {', '.join(header)}")
@@ -281,23 +336,33 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
         raise ValueError(f"{path.name}: the labels {', '.join(twice)} stand in the manifest, too")
     by_session = "session" in header
     keys = [(_bare(row["subject"]), _bare(row["session"]) if by_session else None) for row in rows]
-    sites = [None if row.get("site", "") in MISSING else row["site"] for row in rows]
+    sites = [None if _is_missing(row.get("site", "")) else row["site"] for row in rows]
     values = _typed_labels(path, rows, names)
     _check_agreement((key, {**labels, "site": site}) for key, labels, site in zip(keys, values, sites, strict=True))
     table = dict(zip(keys, zip(values, sites, strict=True), strict=True))
     empty = (dict.fromkeys(names), None)
 
-    joined, matches = [], 0
+    joined, without = [], []
     for scan in scans:
         key = (_bare(scan.subject), _bare(scan.session or "") if by_session else None)
-        matches += key in table
+        if key not in table:
+            without.append(scan)
         labels, site = table.get(key, empty)
         joined.append(replace(scan, labels={**scan.labels, **labels}, site=scan.site or site))
-    if not matches:
-        raise ValueError(
-            f"{path.name}: none of its subjects has a scan; it starts with {rows[0]['subject']!r}, the scans with "
-            f"{scans[0].subject!r}"
-        )
+    if without:
+        subjects = {subject for subject, _ in table}
+        hint = ""
+        if by_session and _bare(without[0].subject) in subjects:
+            hint = f", session {without[0].session}: labels are by session where the table has sessions"
+        elif {_bare(scan.subject).lstrip("0") for scan in without} & {subject.lstrip("0") for subject in subjects}:
+            hint = ": subjects differ in leading zeros, which spreadsheets drop from numbers"
+        first = f"the first one is subject {without[0].subject!r}{hint}"
+        if len(without) == len(scans):
+            raise ValueError(
+                f"{path.name}: none of its subjects has a scan; it starts with {rows[0]['subject']!r}; of the scans, "
+                + first
+            )
+        warn_once(f"{path.name} has no row for {len(without)} of {len(scans)} scans, which get no labels; {first}")
     _check_ids(joined)
     return joined
 
@@ -316,26 +381,45 @@ def _bare(name: str) -> str:
     return re.sub(r"^(sub|ses)-", "", name)
 
 
+def _is_missing(cell: str) -> bool:
+    return cell.casefold() in MISSING
+
+
 def _read_rows(path: Path) -> list[dict[str, str]]:
+    """
+    Cells by column of a table, separated by what separates its header: tabs, semicolons (then with decimal commas) or
+    commas. Columns with another name of the subject or session get that name.
+    """
     if not path.is_file():
         raise ValueError(f"no table at {path}")
     check_text_size(path)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with open(path, newline="", encoding="utf-8-sig") as handle:
-            lines = [line for line in csv.reader(handle, delimiter=delimiter) if line]
+            delimiter = max("\t;,", key=handle.readline().count)
+            handle.seek(0)
+            lines = [line for line in csv.reader(handle, delimiter=delimiter) if any(map(str.strip, line))]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: not a readable table: {error}") from error
+        hint = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"{path.name}: not a readable table: {error}{hint}") from error
     if len(lines) < 2:
         raise ValueError(f"{path.name}: expected a header and at least one row, got {len(lines)} lines")
+    if all(len(line) == len(lines[0]) and not line[-1].strip() for line in lines):
+        lines = [line[:-1] for line in lines]
     # pandas leaves the name of an index empty
     header = [cell.strip() or ("index" if not number else "") for number, cell in enumerate(lines[0])]
+    for number, column in enumerate(header):
+        known = ALIASES.get(column.casefold(), column.casefold())
+        if known in ("path", "subject", "session") and known not in header:
+            header[number] = known
     if len(set(header)) < len(header) or "" in header:
         raise ValueError(f"{path.name}: expected different names of columns, got {', '.join(header)}")
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):
             raise ValueError(f"{path.name}, line {number}: expected {len(header)} cells, got {len(line)}")
-    return [dict(zip(header, (cell.strip() for cell in line), strict=True)) for line in lines[1:]]
+    rows = [[cell.strip() for cell in line] for line in lines[1:]]
+    if delimiter == ";":
+        rows = [[re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", cell) for cell in row] for row in rows]
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def _typed_labels(path: Path, rows: Sequence[dict[str, str]], names: Sequence[str]) -> list[dict[str, Label]]:
@@ -344,11 +428,11 @@ def _typed_labels(path: Path, rows: Sequence[dict[str, str]], names: Sequence[st
         raise ValueError(f"{path.name}: a label cannot be named {reserved[0]!r}")
     columns = {}
     for name in names:
-        cells = [row[name] for row in rows if row[name] not in MISSING]
+        cells = [row[name] for row in rows if not _is_missing(row[name])]
         kind = next((kind for kind in (int, float) if all(_is_written(kind, cell) for cell in cells)), str)
         columns[name] = kind if cells else str
     return [
-        {name: None if row[name] in MISSING else kind(row[name]) for name, kind in columns.items()} for row in rows
+        {name: None if _is_missing(row[name]) else kind(row[name]) for name, kind in columns.items()} for row in rows
     ]
 
 
