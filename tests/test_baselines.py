@@ -1,5 +1,7 @@
 """Baselines are fitted on training subjects alone, and equal those of the libraries."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,8 +10,10 @@ from sklearn.covariance import ShrunkCovariance
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
+from fmrilm.training.data.tasks import load_task
 from fmrilm.training.evaluation import baselines
 from fmrilm.training.evaluation.baselines import (
+    Baselines,
     correlations,
     covariates,
     fisher_z,
@@ -18,6 +22,7 @@ from fmrilm.training.evaluation.baselines import (
     shuffle_subjects,
     tangent,
 )
+from fmrilm.training.evaluation.scans import Labelled
 from helpers import joined, labelled_atlas, scans_of
 
 
@@ -87,11 +92,56 @@ def test_scans_of_several_atlases_are_compared_by_the_networks_they_share() -> N
 
 def test_covariates_leave_out_the_label_and_use_the_training_mean() -> None:
     table = pd.DataFrame({"site": list("xyxy"), "age": [10.0, 20, np.nan, 90], "sex": list("FMFM"), "other": range(4)})
-    found = covariates(table, np.arange(3), without="sex")
+    found = covariates(table, np.arange(3), without=["sex"])
     # zeros, two sites, age
     assert found.shape == (4, 4)
     np.testing.assert_allclose(found[:, 3], [-1, 1, 0, 15])
-    assert covariates(table[["other"]], np.arange(3), "other").shape == (4, 1)
+    assert covariates(table[["other"]], np.arange(3), ["other"]).shape == (4, 1)
+
+
+ABIDE = pd.DataFrame(
+    {"SITE_ID": list("xyxy"), "SEX": list("FMFM"), "AGE_AT_SCAN": [10.0, 20, 30, 90], "func_mean_fd": [0.1, 0.2, 0, 1]}
+)
+
+
+@pytest.mark.parametrize(
+    ("without", "left"),
+    [
+        ("DX_GROUP", ["SITE_ID", "SEX", "AGE_AT_SCAN", "func_mean_fd"]),
+        # names of one covariate exclude each other
+        ("SEX", ["SITE_ID", "AGE_AT_SCAN", "func_mean_fd"]),
+        ("gender", ["SITE_ID", "AGE_AT_SCAN", "func_mean_fd"]),
+        ("age", ["SITE_ID", "SEX", "func_mean_fd"]),
+        ("mean_fd", ["SITE_ID", "SEX", "AGE_AT_SCAN"]),
+        ("site", ["SEX", "AGE_AT_SCAN", "func_mean_fd"]),
+    ],
+)
+def test_covariates_are_found_and_left_out_by_any_of_their_names(without: str, left: list[str]) -> None:
+    plain = {"SITE_ID": "site", "SEX": "sex", "AGE_AT_SCAN": "age", "func_mean_fd": "mean_fd"}
+    expected = covariates(ABIDE[left].rename(columns=plain), np.arange(3), [])
+    assert expected.shape[1] == 1 + len(left) + len({"SITE_ID", "SEX"} & set(left))
+    np.testing.assert_array_equal(covariates(ABIDE, np.arange(3), [without]), expected)
+
+
+def test_a_covariate_is_one_column_however_many_of_its_names_are_there() -> None:
+    alone, training = covariates(ABIDE, np.arange(3), []), np.arange(3)
+    # the first name goes before the others, unless it is empty
+    more = ABIDE.assign(site=list("uuvw"), Gender=list("FFFM"), age=None, mean_framewise_displacement=0.5)
+    found = covariates(more, training, [])
+    np.testing.assert_array_equal(found[:, 4:], alone[:, 3:])
+    np.testing.assert_array_equal(found[:, 1:4], pd.get_dummies(more["site"]))
+    # a label of another name than its task's first one
+    assert covariates(more, training, ["age", "AGE_AT_SCAN"]).shape[1] == found.shape[1] - 1
+
+
+def test_covariates_do_not_hold_a_label_that_stands_under_another_name_of_the_task() -> None:
+    ages, rows = np.array([10.0, 90, 30, 20]), np.arange(4)
+    scans = scans_of(signals(4), labelled_atlas(), SEX=[1, 2, 1, 2], AGE_AT_SCAN=ages)
+    task = replace(load_task("age"), column="years")
+    assert task.other_columns == ("AGE_AT_SCAN",)
+    found = Baselines(scans, {}).answers("covariates", Labelled.read(task, scans), rows, rows, rows)["values"]
+    features = covariates(scans.table[["SEX"]], rows, [])
+    np.testing.assert_allclose(found, ridge_values(features @ features.T, rows, rows, ages, scans.table["subject"]))
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.01])

@@ -34,7 +34,13 @@ SHRINKAGE = 0.3
 # of the geometric mean, by the norm of its gradient over the number of its cells
 MEAN_TOLERANCE = 1e-6
 MEAN_ITERATIONS = 10
-COVARIATES = ("site", "sex", "age", "mean_fd")
+# names that the column of a covariate may have in any case, the first one that is there counts
+COVARIATES = {
+    "site": ("site", "site_id"),
+    "sex": ("sex", "gender"),
+    "age": ("age", "age_at_scan"),
+    "mean_fd": ("mean_fd", "func_mean_fd", "mean_framewise_displacement"),
+}
 BASELINES = ("majority", "covariates", "fc_ridge", "tangent_ridge", "codes_ridge")
 
 
@@ -62,16 +68,16 @@ class Baselines:
             if not choices:
                 return {"values": np.full(len(test), truth.mean())}
             return {"probabilities": np.tile(np.bincount(truth, minlength=choices) / len(truth), (len(test), 1))}
-        gram = self._gram(name, fold, labelled.task.column)
+        gram = self._gram(name, fold, (labelled.task.column, *labelled.task.other_columns))
         if not choices:
             return {"values": ridge_values(gram, training, test, truth, self.subjects[training])}
         return {"probabilities": ridge_probabilities(gram, training, test, truth, self.subjects[training], choices)}
 
-    def _gram(self, name: str, fold: np.ndarray, column: str) -> np.ndarray:
-        key = (name, fold.tobytes(), column if name == "covariates" else "")
+    def _gram(self, name: str, fold: np.ndarray, label: tuple[str, ...]) -> np.ndarray:
+        key = (name, fold.tobytes(), label if name == "covariates" else ())
         if key not in self._grams:
             if name == "covariates":
-                features = covariates(self.scans.table, fold, column)
+                features = covariates(self.scans.table, fold, label)
             elif name == "fc_ridge":
                 features = fisher_z(self._correlations, fold)
             elif name == "tangent_ridge":
@@ -168,22 +174,31 @@ def _fill(matrix: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return filled
 
 
-def covariates(table: Any, training: np.ndarray, without: str) -> np.ndarray:
+def covariates(table: Any, training: np.ndarray, without: Sequence[str]) -> np.ndarray:
     """
-    Features [rows, columns] of those of `COVARIATES` that are in the table, but for the column `without`: numbers
-    standardised by the training rows, others as one column for each value. A column of zeros comes first.
+    Features [rows, columns] of those of `COVARIATES` that are in the table, but for one with a name in `without`, the
+    label's: numbers standardised by the training rows, others as one column for each value. Zeros come first.
     """
+    left_out = {name.casefold() for name in without}
     columns = [np.zeros((len(table), 1))]
-    for name in COVARIATES:
-        if name not in table or name == without or table[name].isna().all():
-            continue
-        numbers = np.asarray(pd.to_numeric(table[name], errors="coerce"), float)
-        if np.isnan(numbers).all():
-            columns.append(pd.get_dummies(table[name]).to_numpy(float))
-            continue
-        mean, std = np.nanmean(numbers[training]), np.nanstd(numbers[training])
-        columns.append(np.nan_to_num((numbers - mean) / (std if std > 0 else 1))[:, None])
+    for names in COVARIATES.values():
+        if left_out.isdisjoint(names) and (name := _column(table, names)) is not None:
+            columns.append(_features(table[name], training))
     return np.concatenate(columns, axis=1)
+
+
+def _column(table: Any, names: Sequence[str]) -> str | None:
+    """The first column by one of these names, in any case, that has a value in some row."""
+    there = [column for name in names for column in table if column.casefold() == name]
+    return next((column for column in there if table[column].notna().any()), None)
+
+
+def _features(values: Any, training: np.ndarray) -> np.ndarray:
+    numbers = np.asarray(pd.to_numeric(values, errors="coerce"), float)
+    if np.isnan(numbers).all():
+        return pd.get_dummies(values).to_numpy(float)
+    mean, std = np.nanmean(numbers[training]), np.nanstd(numbers[training])
+    return np.nan_to_num((numbers - mean) / (std if std > 0 else 1))[:, None]
 
 
 def standardized(features: np.ndarray, training: np.ndarray) -> np.ndarray:
