@@ -134,6 +134,17 @@ def test_a_covariate_is_one_column_however_many_of_its_names_are_there() -> None
     assert covariates(more, training, ["age", "AGE_AT_SCAN"]).shape[1] == found.shape[1] - 1
 
 
+@pytest.mark.parametrize("sites", [list("0123"), [0, 1, 2, 3], [0.0, 1, 2, np.nan], [1, 2, "1b", None]])
+def test_sites_and_sexes_are_categories_also_where_they_are_written_as_numbers(sites: list) -> None:
+    table = pd.DataFrame({"site": sites, "sex": [1, 2, 1, 2], "age": list("1234"), "mean_fd": [0.0, 1, 2, 3]})
+    found, known = covariates(table, np.arange(4), []), table["site"].notna().sum()
+    # zeros, one column for each site and each sex, two numbers
+    assert found.shape == (4, 1 + known + 2 + 2)
+    np.testing.assert_array_equal(found[:, 1 : known + 1], np.eye(4)[:, :known])
+    np.testing.assert_array_equal(found[:, known + 1 : -2], [[1, 0], [0, 1]] * 2)
+    np.testing.assert_allclose(found[:, -2], found[:, -1])
+
+
 def test_covariates_do_not_hold_a_label_that_stands_under_another_name_of_the_task() -> None:
     ages, rows = np.array([10.0, 90, 30, 20]), np.arange(4)
     scans = scans_of(signals(4), labelled_atlas(), SEX=[1, 2, 1, 2], AGE_AT_SCAN=ages)

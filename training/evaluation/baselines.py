@@ -41,6 +41,7 @@ COVARIATES = {
     "age": ("age", "age_at_scan"),
     "mean_fd": ("mean_fd", "func_mean_fd", "mean_framewise_displacement"),
 }
+CATEGORIES = ("site", "sex")
 BASELINES = ("majority", "covariates", "fc_ridge", "tangent_ridge", "codes_ridge")
 
 
@@ -177,13 +178,20 @@ def _fill(matrix: np.ndarray, mean: np.ndarray) -> np.ndarray:
 def covariates(table: Any, training: np.ndarray, without: Sequence[str]) -> np.ndarray:
     """
     Features [rows, columns] of those of `COVARIATES` that are in the table, but for one with a name in `without`, the
-    label's: numbers standardised by the training rows, others as one column for each value. Zeros come first.
+    label's: site, sex and what holds no number as one column for each value, others standardised by the training rows.
+    A column of zeros comes first.
     """
     left_out = {name.casefold() for name in without}
     columns = [np.zeros((len(table), 1))]
-    for names in COVARIATES.values():
-        if left_out.isdisjoint(names) and (name := _column(table, names)) is not None:
-            columns.append(_features(table[name], training))
+    for covariate, names in COVARIATES.items():
+        if not left_out.isdisjoint(names) or (name := _column(table, names)) is None:
+            continue
+        numbers = np.asarray(pd.to_numeric(table[name], errors="coerce"), float)
+        if covariate in CATEGORIES or np.isnan(numbers).all():
+            columns.append(pd.get_dummies(table[name]).to_numpy(float))
+            continue
+        mean, std = np.nanmean(numbers[training]), np.nanstd(numbers[training])
+        columns.append(np.nan_to_num((numbers - mean) / (std if std > 0 else 1))[:, None])
     return np.concatenate(columns, axis=1)
 
 
@@ -191,14 +199,6 @@ def _column(table: Any, names: Sequence[str]) -> str | None:
     """The first column by one of these names, in any case, that has a value in some row."""
     there = [column for name in names for column in table if column.casefold() == name]
     return next((column for column in there if table[column].notna().any()), None)
-
-
-def _features(values: Any, training: np.ndarray) -> np.ndarray:
-    numbers = np.asarray(pd.to_numeric(values, errors="coerce"), float)
-    if np.isnan(numbers).all():
-        return pd.get_dummies(values).to_numpy(float)
-    mean, std = np.nanmean(numbers[training]), np.nanstd(numbers[training])
-    return np.nan_to_num((numbers - mean) / (std if std > 0 else 1))[:, None]
 
 
 def standardized(features: np.ndarray, training: np.ndarray) -> np.ndarray:
