@@ -54,15 +54,34 @@ def test_scans_are_split_by_subject_and_by_the_hash() -> None:
 TABLE = pd.DataFrame({"subject": ["a", "b", "b", "c", "d"], "site": ["X", "X", "Y", "Y", None]})
 
 
-def splits_file(folder: Path, text: str) -> SplitArguments:
-    (folder / "splits.csv").write_text(text)
-    return SplitArguments(splits=str(folder / "splits.csv"))
+def splits_file(folder: Path, text: str, name: str = "splits.csv") -> SplitArguments:
+    (folder / name).write_text(text)
+    return SplitArguments(splits=str(folder / name))
 
 
 def test_split_file_goes_before_the_rule(tmp_path: Path) -> None:
     training, test = split_rows(TABLE, splits_file(tmp_path, "subject,split\nb,test\na,train\na,train\nd,train\n"))
     # c is in neither
     assert training.tolist() == [0, 4] and test.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("splits.csv", "split , subject\n test,sub-b\ntrain , a\ntrain,d\n"),
+        ("splits.csv", "\ufeffsubject,split\na,train\nb,test\nd,train\n,\n , \n\n"),
+        ("splits.tsv", "subject\tsex\tsplit\nsub-a\tF\ttrain\na\tF\ttrain\nb\t\ttest\nd\tM\ttrain\n\t\t\n"),
+    ],
+)
+def test_split_file_is_read_like_a_table_of_labels(name: str, text: str, tmp_path: Path) -> None:
+    training, test = split_rows(TABLE, splits_file(tmp_path, text, name))
+    assert training.tolist() == [0, 4] and test.tolist() == [1, 2]
+
+
+def test_split_file_takes_subjects_of_scans_with_the_prefix_and_without(tmp_path: Path) -> None:
+    table = pd.DataFrame({"subject": ["sub-1", "1", "sub-2", "3"]})
+    training, test = split_rows(table, splits_file(tmp_path, "subject,split\n1,test\n2,train\nsub-3,train\n"))
+    assert training.tolist() == [2, 3] and test.tolist() == [0, 1]
 
 
 def test_left_out_value_takes_all_scans_of_its_subjects() -> None:
@@ -75,9 +94,19 @@ def test_left_out_value_takes_all_scans_of_its_subjects() -> None:
     [
         ("subject,split\na,train\nx,test\n", "splits.csv: expected subjects that have scans, got without: x"),
         ("subject,split\na,train\na,test\n", "splits.csv: expected each subject in one split, got in both: a"),
-        ("subject,split\na,training\n", "splits.csv: expected the splits train and test, got 'training'"),
+        ("subject,split\nsub-a,train\na,test\n", "expected each subject in one split, got in both: a"),
+        ("subject,split\nsub-a,train\nsub-x,test\n", "expected subjects that have scans, got without: sub-x"),
+        ("subject,split\na,train\n,test\n", "expected subjects that have scans, got without: an empty cell"),
+        (
+            "subject,split\na,train\nb,val\nc,test\nd,dev\n",
+            "splits.csv: expected train or test as the split of a subject .those without a row are not used., "
+            "got 'dev', 'val' of b, d",
+        ),
+        ("subject,split\na,train\nb,\n", "expected train or test as the split .*got '' of b"),
+        ("subject,split\na,train,x\n", "splits.csv, line 2: expected 2 cells, got 3"),
         ("subject,fold\na,1\n", "splits.csv: expected the columns subject and split, got subject, fold"),
-        ("", "splits.csv: not a readable table of splits"),
+        ("", "splits.csv: expected a header and at least one row, got 0 lines"),
+        ("subject,split\n,\n", "expected subjects to learn from, got 4 subjects, none in training"),
         ("subject,split\na,test\n", "expected subjects to learn from, got 4 subjects, none in training"),
     ],
 )
@@ -93,7 +122,7 @@ def test_unfit_split_file_is_refused(text: str, message: str, tmp_path: Path) ->
         (SplitArguments(leave_out="scanner=1"), "COLUMN=VALUE of a column out of subject, site, got 'scanner=1'"),
         (SplitArguments(leave_out="site"), "COLUMN=VALUE"),
         (SplitArguments(splits="x.csv", leave_out="site=X"), "expected splits or leave_out, got both"),
-        (SplitArguments(splits="none.csv"), "none.csv: not a readable table of splits"),
+        (SplitArguments(splits="none.csv"), "no table at none.csv"),
     ],
 )
 def test_unfit_splits_are_refused(args: SplitArguments, message: str) -> None:

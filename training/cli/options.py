@@ -24,7 +24,7 @@ HeldOutShare = Annotated[
     float, typer.Option(help="Share of the subjects that are held out, by a hash of their names.")
 ]
 Splits = Annotated[
-    str | None, typer.Option(metavar="FILE", help="CSV of subject and split (train, test), in place of the hash.")
+    str | None, typer.Option(metavar="FILE", help="Table of subject and split (train, test), in place of the hash.")
 ]
 LeaveOut = Annotated[
     str | None, typer.Option(metavar="COLUMN=VALUE", help="Hold out the subjects with this value instead of the hash.")

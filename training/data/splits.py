@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from sklearn.model_selection import KFold, StratifiedKFold
+
+from .scan_sources import _bare, _read_rows
 
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class SplitArguments:
     )
     splits: str | None = field(
         default=None,
-        metadata={"help": "Table (.csv) with the columns subject and split (train or test), in place of the hash."},
+        metadata={
+            "help": "Table (.csv, .tsv) with the columns subject and split (train or test), in place of the hash."
+        },
     )
     leave_out: str | None = field(
         default=None, metadata={"help": "COLUMN=VALUE: hold out the subjects with this value, in place of the hash."}
@@ -93,23 +96,33 @@ def split_rows(table: Any, args: SplitArguments) -> tuple[np.ndarray, np.ndarray
 
 def read_splits(path: Path, known: set[str]) -> dict[str, str]:
     """
-    Split of each subject of a table with the columns subject and split; subjects without a row are in neither.
-    ValueError for another split than train and test, a subject in two, and one that no scan is of.
+    Split of each subject of a table with the columns subject and split, read like a table of labels: the prefix `sub-`
+    does not count. Subjects without a row are in neither. ValueError for another split than train and test, a subject
+    in two, and one that no scan is of.
     """
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        rows = _read_rows(path)
+    except OSError as error:
         raise ValueError(f"{path.name}: not a readable table of splits: {error}") from error
-    if not {"subject", "split"} <= set(rows):
-        raise ValueError(f"{path.name}: expected the columns subject and split, got {', '.join(rows)}")
-    if others := sorted(set(rows["split"]) - set(SPLITS)):
-        raise ValueError(f"{path.name}: expected the splits train and test, got {others[0]!r}")
-    rows: Any = rows[["subject", "split"]].drop_duplicates()
-    if twice := sorted(rows.loc[rows["subject"].duplicated(), "subject"]):
+    if not {"subject", "split"} <= set(rows[0]):
+        raise ValueError(f"{path.name}: expected the columns subject and split, got {', '.join(rows[0])}")
+    # spreadsheets leave lines of empty cells
+    rows = [row for row in rows if any(row.values())]
+    if others := sorted({row["split"] for row in rows} - set(SPLITS)):
+        of = [row["subject"] for row in rows if row["split"] in others]
+        raise ValueError(
+            f"{path.name}: expected train or test as the split of a subject (those without a row are not used), "
+            f"got {_listed([repr(other) for other in others])} of {_listed(of)}"
+        )
+    splits: dict[str, str] = {}
+    for row in rows:
+        splits.setdefault(_bare(row["subject"]), row["split"])
+    if twice := sorted({row["subject"] for row in rows if splits[_bare(row["subject"])] != row["split"]}):
         raise ValueError(f"{path.name}: expected each subject in one split, got in both: {_listed(twice)}")
-    if unknown := sorted(set(rows["subject"]) - known):
+    scanned = {_bare(subject) for subject in known}
+    if unknown := sorted({row["subject"] or "an empty cell" for row in rows if _bare(row["subject"]) not in scanned}):
         raise ValueError(f"{path.name}: expected subjects that have scans, got without: {_listed(unknown)}")
-    return dict(zip(rows["subject"], rows["split"], strict=True))
+    return {subject: splits[_bare(subject)] for subject in known if _bare(subject) in splits}
 
 
 def _listed(names: Sequence[str]) -> str:
