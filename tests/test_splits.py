@@ -19,7 +19,7 @@ from fmrilm.training.data.splits import (
 from helpers import noise_scans
 
 
-HELD_OUT_OF_30 = ["sub-12", "sub-13", "sub-15", "sub-28", "sub-29", "sub-4", "sub-5", "sub-6", "sub-9"]
+HELD_OUT_OF_30 = ["sub-0", "sub-10", "sub-12", "sub-13", "sub-2", "sub-20", "sub-23", "sub-7"]
 SUBJECTS = st.sets(st.text(min_size=1), max_size=30)
 
 
@@ -41,6 +41,19 @@ def test_as_many_are_held_out_as_asked_for_and_always_the_same() -> None:
     assert sorted(held_out_subjects(subjects[:30])) == HELD_OUT_OF_30
     with pytest.raises(ValueError, match="share of held-out subjects from 0 to below 1, got 1.0"):
         held_out_subjects(subjects, 1.0)
+
+
+def test_the_same_are_held_out_with_the_prefix_of_bids_and_without() -> None:
+    bare = [f"{number:03d}" for number in range(200)]
+    held_out = held_out_subjects(bare)
+    assert 20 < len(held_out) < 60
+    assert held_out_subjects(f"sub-{name}" for name in bare) == {f"sub-{name}" for name in held_out}
+    # of the open data, which all results on them were reported for
+    open_data = (
+        "100206 100307 101309 102311 102816 211619 213522 377451 131217 NAP_001 NAP_002 NAP_007 NAP_009 NAP_013"
+    )
+    held_out = held_out_subjects([*open_data.split(), "sub-010188"])
+    assert held_out == {"100307", "213522", "377451", "NAP_009", "NAP_013"}
 
 
 def test_scans_are_split_by_subject_and_by_the_hash() -> None:

@@ -63,8 +63,8 @@ def held_out_subjects(subjects: Iterable[str], share: float = HELD_OUT_SHARE) ->
 
 
 def _place(subject: str) -> float:
-    """Uniform from 0 to below 1."""
-    digest = hashlib.sha256(f"{SALT} {subject}".encode()).digest()
+    """Uniform from 0 to below 1; the same with the prefix `sub-`, which fMRIPrep's folders lose, and without."""
+    digest = hashlib.sha256(f"{SALT} {subject.removeprefix('sub-')}".encode()).digest()
     return int.from_bytes(digest[:4]) / 2**32
 
 
