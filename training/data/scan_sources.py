@@ -108,7 +108,7 @@ def read_manifest(path: Path) -> list[ScanSource]:
     One scan per row: columns path and subject; perhaps session, task, run, site, tr (s), atlas, confounds; all others
     are labels. Relative paths start at the manifest's folder.
     """
-    rows = _read_rows(path)
+    rows = read_rows(path)
     header = list(rows[0])
     if missing := [column for column in ("path", "subject") if column not in header]:
         raise ValueError(f"{path.name}: expected columns path and subject, got {', '.join(header)}: no {missing[0]}")
@@ -323,7 +323,7 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     `sub-` and `ses-` do not count. A column `site` fills in missing sites. Scans without a row get empty labels, and
     are warned of.
     """
-    rows = _read_rows(path)
+    rows = read_rows(path)
     if "FILE_ID" in rows[0]:
         rows = _phenotypes(rows)
     header = list(rows[0])
@@ -335,7 +335,7 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     if twice := sorted(set(names) & {name for scan in scans for name in scan.labels}):
         raise ValueError(f"{path.name}: the labels {', '.join(twice)} stand in the manifest, too")
     by_session = "session" in header
-    keys = [(_bare(row["subject"]), _bare(row["session"]) if by_session else None) for row in rows]
+    keys = [(bare_id(row["subject"]), bare_id(row["session"]) if by_session else None) for row in rows]
     sites = [None if _is_missing(row.get("site", "")) else row["site"] for row in rows]
     values = _typed_labels(path, rows, names)
     _check_agreement((key, {**labels, "site": site}) for key, labels, site in zip(keys, values, sites, strict=True))
@@ -344,7 +344,7 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
 
     joined, without = [], []
     for scan in scans:
-        key = (_bare(scan.subject), _bare(scan.session or "") if by_session else None)
+        key = (bare_id(scan.subject), bare_id(scan.session or "") if by_session else None)
         if key not in table:
             without.append(scan)
         labels, site = table.get(key, empty)
@@ -352,9 +352,9 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     if without:
         subjects = {subject for subject, _ in table}
         hint = ""
-        if by_session and _bare(without[0].subject) in subjects:
+        if by_session and bare_id(without[0].subject) in subjects:
             hint = f", session {without[0].session}: labels are by session where the table has sessions"
-        elif {_bare(scan.subject).lstrip("0") for scan in without} & {subject.lstrip("0") for subject in subjects}:
+        elif {bare_id(scan.subject).lstrip("0") for scan in without} & {subject.lstrip("0") for subject in subjects}:
             hint = ": subjects differ in leading zeros, which spreadsheets drop from numbers"
         first = f"the first one is subject {without[0].subject!r}{hint}"
         if len(without) == len(scans):
@@ -377,7 +377,8 @@ def _phenotypes(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-def _bare(name: str) -> str:
+def bare_id(name: str) -> str:
+    """A subject or session without the prefix that some write before it."""
     return re.sub(r"^(sub|ses)-", "", name)
 
 
@@ -385,7 +386,7 @@ def _is_missing(cell: str) -> bool:
     return cell.casefold() in MISSING
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     """
     Cells by column of a table, separated by what separates its header: tabs, semicolons (then with decimal commas) or
     commas. Columns with another name of the subject or session get that name.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from .scan_sources import _bare, _read_rows
+from .scan_sources import bare_id, read_rows
 
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def read_splits(path: Path, known: set[str]) -> dict[str, str]:
     in two, and one that no scan is of.
     """
     try:
-        rows = _read_rows(path)
+        rows = read_rows(path)
     except OSError as error:
         raise ValueError(f"{path.name}: not a readable table of splits: {error}") from error
     if not {"subject", "split"} <= set(rows[0]):
@@ -116,13 +116,15 @@ def read_splits(path: Path, known: set[str]) -> dict[str, str]:
         )
     splits: dict[str, str] = {}
     for row in rows:
-        splits.setdefault(_bare(row["subject"]), row["split"])
-    if twice := sorted({row["subject"] for row in rows if splits[_bare(row["subject"])] != row["split"]}):
+        splits.setdefault(bare_id(row["subject"]), row["split"])
+    if twice := sorted({row["subject"] for row in rows if splits[bare_id(row["subject"])] != row["split"]}):
         raise ValueError(f"{path.name}: expected each subject in one split, got in both: {_listed(twice)}")
-    scanned = {_bare(subject) for subject in known}
-    if unknown := sorted({row["subject"] or "an empty cell" for row in rows if _bare(row["subject"]) not in scanned}):
+    scanned = {bare_id(subject) for subject in known}
+    if unknown := sorted(
+        {row["subject"] or "an empty cell" for row in rows if bare_id(row["subject"]) not in scanned}
+    ):
         raise ValueError(f"{path.name}: expected subjects that have scans, got without: {_listed(unknown)}")
-    return {subject: splits[_bare(subject)] for subject in known if _bare(subject) in splits}
+    return {subject: splits[bare_id(subject)] for subject in known if bare_id(subject) in splits}
 
 
 def _listed(names: Sequence[str]) -> str:
