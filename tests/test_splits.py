@@ -119,7 +119,7 @@ def test_left_out_value_takes_all_scans_of_its_subjects() -> None:
         ("subject,split\na,train,x\n", "splits.csv, line 2: expected 2 cells, got 3"),
         ("subject,fold\na,1\n", "splits.csv: expected the columns subject and split, got subject, fold"),
         ("", "splits.csv: expected a header and at least one row, got 0 lines"),
-        ("subject,split\n,\n", "expected subjects to learn from, got 4 subjects, none in training"),
+        ("subject,split\n,\n", "expected a header and at least one row, got 1 lines"),
         ("subject,split\na,test\n", "expected subjects to learn from, got 4 subjects, none in training"),
     ],
 )

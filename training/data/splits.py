@@ -106,8 +106,6 @@ def read_splits(path: Path, known: set[str]) -> dict[str, str]:
         raise ValueError(f"{path.name}: not a readable table of splits: {error}") from error
     if not {"subject", "split"} <= set(rows[0]):
         raise ValueError(f"{path.name}: expected the columns subject and split, got {', '.join(rows[0])}")
-    # spreadsheets leave lines of empty cells
-    rows = [row for row in rows if any(row.values())]
     if others := sorted({row["split"] for row in rows} - set(SPLITS)):
         of = [row["subject"] for row in rows if row["split"] in others]
         raise ValueError(
