@@ -33,6 +33,8 @@ WINDOWS = ("first", "sliding", "full")
 TR_RANGE = (0.1, 10.0)
 # relative to the largest value of a ROI: below it, what varies is float32 rounding
 CONSTANT_BELOW = 1e-6
+# columns of a table that count its frames; an index that pandas writes has no name
+FRAME_COLUMNS = ("", "Unnamed: 0", "index", "frame", "time")
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +201,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         bring "confounds" (array [time, confounds], table or its path), which are regressed out, and "censored" (bool
         [time]), frames to do without: they are interpolated and left out of every estimate. They stay True in
         `fmri_mask`, where holes would shift patches. A ROI whose series is NaN or constant throughout, such as one
-        outside of a volume's field of view, is missing: it is masked.
+        outside of a volume's field of view, or that a table with names lacks, is missing: it is masked.
 
         Args:
             tr: repetition time of the scans in seconds; goes before the one in a file's sidecar or header.
@@ -382,11 +384,11 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         if missing.all() or missing.mean() > self.max_missing_rois:
             first = atlas.rois[int(np.flatnonzero(missing)[0])]
             raise ValueError(
-                f"{missing.sum()} of the {len(atlas)} ROIs of {atlas.name!r} are missing, such as {first} (NaN or "
-                f"constant throughout); expected at most {self.max_missing_rois:.0%} (max_missing_rois)"
+                f"{missing.sum()} of the {len(atlas)} ROIs of {atlas.name!r} are missing, such as {first} (absent, "
+                f"NaN or constant throughout); expected at most {self.max_missing_rois:.0%} (max_missing_rois)"
             )
         if missing.any():
-            warn_once(f"scans lack ROIs of {atlas.name!r} (NaN or constant throughout): they are masked")
+            warn_once(f"scans lack ROIs of {atlas.name!r} (absent, NaN or constant throughout): they are masked")
 
     def clean_signal(self, read: MeasuredScan) -> tuple[np.ndarray, np.ndarray]:
         """Cleaned at its own repetition time, float64 [time, rois], and the frames that were kept, bool [time]."""
@@ -440,7 +442,10 @@ def _as_float_array(scan: Any) -> np.ndarray:
 
 
 def _select_columns(table: Any, atlas: Atlas) -> np.ndarray:
-    """Columns of a table in the atlas' order, found by name or label; those that are not in the atlas are left out."""
+    """
+    Columns of a table in the atlas' order, found by name or label. Those that are not in the atlas are left out; ROIs
+    that a table of ROIs of this atlas lacks are NaN.
+    """
     position = {name: i for i, name in enumerate(table.rois)}
     if len(position) < len(table.rois):
         raise ValueError(f"{table.name}: expected {len(table.rois)} different column names, got {len(position)}")
@@ -454,13 +459,16 @@ def _select_columns(table: Any, atlas: Atlas) -> np.ndarray:
             warn_once(f"tables whose columns have numbers that are no labels of {atlas.name!r} are taken in its order")
             return table.values
     if missing := [name for name in names if name not in position]:
-        unknown = [name for name in table.rois if name not in set(names)]
-        raise ValueError(
-            f"{table.name}: {len(missing)} of the {len(atlas)} ROIs of {atlas.name!r} are not among the "
-            f"{len(table.rois)} columns: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; columns that "
-            f"the atlas does not have: {', '.join(unknown[:5]) or 'none'}{', ...' if len(unknown) > 5 else ''}"
-        )
-    return table.values[:, [position[name] for name in names]]
+        unknown = [name for name in table.rois if name not in {*names, *FRAME_COLUMNS}]
+        if unknown or len(missing) == len(names):
+            raise ValueError(
+                f"{table.name}: {len(missing)} of the {len(atlas)} ROIs of {atlas.name!r} are not among the "
+                f"{len(table.rois)} columns: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; columns "
+                f"that the atlas does not have: {', '.join(unknown[:5]) or 'none'}"
+                f"{', ...' if len(unknown) > 5 else ''}"
+            )
+    absent = np.full(len(table.values), np.nan, table.values.dtype)
+    return np.stack([table.values[:, position[name]] if name in position else absent for name in names], axis=1)
 
 
 def _is_constant(spread: np.ndarray, signal: np.ndarray) -> np.ndarray:

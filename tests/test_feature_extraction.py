@@ -259,7 +259,7 @@ def test_dead_rois_of_arrays_and_tables_are_masked_up_to_a_share(
         torch.testing.assert_close(out["fmri_values"][0], whole["fmri_values"][0] * there[:, None])
         assert out["windows"][0]["missing_rois"] == ["tiny_2"]
     # once for a folder
-    assert caplog.messages[1:] == ["scans lack ROIs of 'tiny' (NaN or constant throughout): they are masked"]
+    assert caplog.messages[1:] == ["scans lack ROIs of 'tiny' (absent, NaN or constant throughout): they are masked"]
     scan[:, 4] = dead
     with pytest.raises(ValueError, match="2 of the 5 ROIs of 'tiny' are missing, such as tiny_2.*at most 20%"):
         extractor(scan, tr=2.0)
@@ -352,9 +352,33 @@ def test_unfit_scan_is_refused(extractor, scan: Callable, arguments: dict, messa
         extractor(scan(), **arguments)
 
 
-def test_table_without_all_rois_is_refused(extractor, tiny_atlas, tmp_path) -> None:
+@pytest.mark.parametrize("first", [[], [""], ["time"]])
+def test_rois_that_a_table_lacks_are_missing_up_to_a_share(
+    extractor, tiny_atlas, signal, first: list[str], tmp_path, caplog
+) -> None:
+    scan_io_fmrilm.warn_once.cache_clear()
+
+    def table(rois: list[int]) -> str:
+        values = np.hstack([np.arange(20)[:, None][:, : len(first)], signal[:, rois]])
+        header = ",".join([*first, *(tiny_atlas.rois[roi] for roi in rois)])
+        np.savetxt(tmp_path / "a.csv", values, delimiter=",", header=header, comments="")
+        return str(tmp_path / "a.csv")
+
+    holed = signal.copy()
+    holed[:, 1] = np.nan
+    expected = extractor(holed, tr=2.0)
+    out = extractor(table([4, 0, 3, 2]), tr=2.0, return_windows=True)
+    for name in extractor.model_input_names:
+        torch.testing.assert_close(out[name], expected[name])
+    assert out["windows"][0]["missing_rois"] == ["tiny_1"]
+    assert "scans lack ROIs of 'tiny'" in caplog.text
+    with pytest.raises(ValueError, match="2 of the 5 ROIs of 'tiny' are missing, such as tiny_1.*at most 20%"):
+        extractor(table([4, 0, 3]), tr=2.0)
+
+
+def test_table_with_other_columns_than_rois_is_refused(extractor, tiny_atlas, tmp_path) -> None:
     for columns, message in (
-        (tiny_atlas.rois[:4], "1 of the 5 ROIs of 'tiny' are not among the 4 columns: tiny_4; .*: none"),
+        (["time"], "5 of the 5 ROIs of 'tiny' are not among the 1 columns: tiny_0, .*: none"),
         ([*tiny_atlas.rois[:4], "other"], "tiny_4; columns that the atlas does not have: other"),
         ([*tiny_atlas.rois, "tiny_0"], "expected 6 different column names, got 5"),
     ):

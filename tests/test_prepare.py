@@ -265,7 +265,9 @@ def test_broken_scans_are_recorded_and_the_rest_goes_on(table, tmp_path) -> None
     failures = failures_of(tmp_path / "out")
     assert list(failures) == ["s0", "s1", "s2", "s3"]
     assert "4 ROIs instead of 5" in failures["s1"] and failures["s2"] == "no scan at <file>"
-    assert failures["s3"].startswith("5 of the 5 ROIs of 'five' are missing, such as R0 (NaN or constant throughout)")
+    assert failures["s3"].startswith(
+        "5 of the 5 ROIs of 'five' are missing, such as R0 (absent, NaN or constant throughout)"
+    )
     written = (tmp_path / "out" / "failures.csv").read_text()
     assert "secret" not in written and "0.npy" not in written
     # mended, they are added
