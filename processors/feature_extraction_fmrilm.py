@@ -1,7 +1,7 @@
 """FmriLMFeatureExtractor: scans in any usual form -> z-scored, windowed, padded tensors with ROI coordinates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         return_tensors: str | None = "pt",
         return_windows: bool = False,
     ) -> BatchFeature:
-        """Prepare one scan or a list of scans.
+        """Prepare one scan, a list of scans, or a batch of rows of a dataset (`dataset[:2]`, a dict of columns).
 
         A scan is a path, a nibabel image, a value of `datasets.Nifti`, an array or tensor [time, rois], or a dict
         with "signal" (one of these, or a pair of paths: left and right hemisphere), "tr" and "atlas". A dict may
@@ -220,6 +220,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         window = self.window if window is None else window
         window_stride = self.window_stride if window_stride is None else window_stride
         _check_window(window, window_stride)
+        if _is_batch(scans):
+            scans = _rows(scans)
         scans = list(scans) if isinstance(scans, (list, tuple)) else [scans]
         if not scans:
             raise ValueError("expected at least one scan, got an empty list")
@@ -281,7 +283,13 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
     ) -> MeasuredScan:
         """One scan as it was measured, parcellated but not cleaned; missing ROIs are NaN."""
         confounds, censored = None, None
-        while isinstance(scan, dict) and not is_scan_file(scan):
+        # rows that `map` hands out are no dicts
+        while isinstance(scan, Mapping) and not is_scan_file(scan):
+            if _is_batch(scan):
+                raise ValueError(
+                    f"expected one scan, got a batch of rows: a dict with the columns {', '.join(map(str, scan))}; "
+                    "give a list of rows, or the batch to the feature extractor"
+                )
             if scan.get("signal") is None:
                 raise ValueError(f"a scan given as dict needs 'signal', got keys {sorted(scan)}")
             tr = _agree("tr", tr, scan.get("tr"))
@@ -408,6 +416,28 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         return {"fmri_values": values, "roi_coordinates": coordinates, "fmri_mask": mask}
 
 
+def _is_column(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim > 0
+
+
+def _is_batch(scan: Any) -> bool:
+    """Whether it is a batch of rows as a dict of columns: where one scan has a TR, an atlas, a signal, it has many."""
+    if not isinstance(scan, Mapping):
+        return False
+    signals: Any = scan.get("signal")
+    first = signals[0] if _is_column(signals) and len(signals) else None
+    given_by_row = _is_column(scan.get("tr")) or _is_column(scan.get("atlas"))
+    return given_by_row or isinstance(first, dict) or np.ndim(first) == 2
+
+
+def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    sizes = {name: len(column) if _is_column(column) else None for name, column in batch.items()}
+    (size, *others) = set(sizes.values())
+    if others or size is None:
+        raise ValueError(f"expected a batch of rows with columns of one length, got {sizes}")
+    return [{name: column[row] for name, column in batch.items()} for row in range(size)]
+
+
 def _agree(what: str, argument: Any, own: Any) -> Any:
     """The value that is given, once or twice alike; a scan's own value and the call's must not contradict."""
     if argument is None or own is None:
@@ -429,7 +459,8 @@ def _check_tr(tr: float | None, what: str = "tr") -> float:
     if not TR_RANGE[0] < tr < TR_RANGE[1]:
         hint = "; milliseconds?" if tr >= TR_RANGE[1] else ""
         raise ValueError(f"{what} must be in {TR_RANGE} seconds, got {tr:g}{hint}")
-    return tr
+    # a tensor of a dataset's row
+    return float(tr)
 
 
 def _as_float_array(scan: Any) -> np.ndarray:

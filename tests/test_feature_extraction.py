@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import resample_poly
@@ -182,6 +183,29 @@ def test_every_form_of_a_scan_gives_the_same(extractor, signal, tiny_atlas, tmp_
     for form in forms:
         assert torch.equal(extractor(form, tr=2.0, atlas=tiny_atlas)["fmri_values"], expected)
     np.testing.assert_array_equal(extractor(signal, tr=2.0, return_tensors="np")["fmri_values"], expected.numpy())
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_batch_of_rows_is_a_list_of_scans(extractor, form: str | None) -> None:
+    scans = [{"signal": bold(frames, seed=frames).tolist(), "tr": 2.0, "atlas": "tiny"} for frames in (20, 20, 13)]
+    rows = Dataset.from_list([{**scan, "subject": "01"} for scan in scans]).with_format(form)
+    for part in (slice(2), slice(3)):
+        expected = extractor(scans[part])["fmri_values"]
+        assert torch.equal(extractor(rows[part])["fmri_values"], expected)
+        signals = rows.select_columns("signal")[part]
+        assert torch.equal(extractor(signals, tr=2.0, atlas="tiny")["fmri_values"], expected)
+    batched = rows.map(lambda batch: extractor(batch, return_tensors="np"), batched=True, remove_columns=["signal"])
+    alone = rows.map(lambda row: {"values": extractor(row, return_tensors="np")["fmri_values"][0]})
+    assert np.array_equal(batched.with_format("numpy")[:]["fmri_values"], expected)
+    assert np.array_equal(alone.with_format("numpy")[0]["values"], expected[0])
+
+
+def test_batch_of_rows_in_place_of_one_scan_is_refused(extractor) -> None:
+    batch = {"signal": [bold(20).tolist()] * 2, "tr": [2.0, 2.0]}
+    with pytest.raises(ValueError, match="expected one scan, got a batch of rows: a dict with the columns signal, tr"):
+        extractor([batch])
+    with pytest.raises(ValueError, match="columns of one length, got {'signal': 2, 'tr': 2, 'atlas': None}"):
+        extractor({**batch, "atlas": "tiny"})
 
 
 def test_volume_is_parcellated_with_the_labels_of_the_atlas(extractor, tiny_atlas, signal, tmp_path) -> None:
