@@ -1,11 +1,11 @@
 """pipeline("fmri-text-to-text"): a scan and a question to an answer, or to the probabilities of allowed answers."""
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
@@ -41,6 +41,25 @@ def likeliest(model: Any, scores: torch.Tensor, question: str, choices: Sequence
     return {"answer": choices[shares.argmax()], "probabilities": dict(zip(choices, shares.tolist(), strict=True))}
 
 
+def is_many(fmri: Any) -> bool:
+    """Whether it is a dataset, a generator or another collection of scans, and not one scan in itself."""
+    one = isinstance(fmri, str | bytes | Mapping) or hasattr(fmri, "__array__")
+    return isinstance(fmri, Dataset) or isinstance(fmri, Iterable) and not one
+
+
+class AskedScans(Dataset):
+    """Items {"fmri", "question"} of scans that have a length and an index, made when they are needed."""
+
+    def __init__(self, scans: Any, questions: Sequence[str]):
+        self.scans, self.questions = scans, questions
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"fmri": self.scans[index], "question": self.questions[index]}
+
+
 class FmriLMPipeline(Pipeline):
     """
     Answers questions about scans:
@@ -48,6 +67,7 @@ class FmriLMPipeline(Pipeline):
         pipe = pipeline("fmri-text-to-text", model=folder, trust_remote_code=True)
         pipe("scan.nii.gz", "Describe the scan.", label_image="atlas.nii.gz")
         pipe(scans, "Is it older than 40?", choices=["yes", "no"], batch_size=4)
+        for answer in pipe(dataset, "Is it older than 40?", choices=["yes", "no"]): ...
 
     A scan is whatever the processor takes: a path, an image, an array [time, rois] or a dict {"signal", "tr",
     "atlas"}. Batches give what single scans give.
@@ -76,27 +96,36 @@ class FmriLMPipeline(Pipeline):
     def __call__(self, fmri: Any, question: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
         """
         Args:
-            fmri: one scan or a list; or, without `question`, items {"fmri": scan, "question": text}: one, a list, a
-                dataset or a generator.
+            fmri: one scan, or many: a list, a dataset whose rows are scans, or a generator; or, without `question`,
+                items {"fmri": scan, "question": text} in these forms.
             question: one for all scans, or a list of as many.
             choices: allowed answers. With them the answer is the likeliest one.
             tr, atlas, label_image, window: of the scans, as the processor takes them; one window is read, the
                 first unless given.
-            batch_size, num_workers: of the loop over a list.
+            batch_size, num_workers: of the loop over many scans.
             kwargs: options of `generate`.
 
         Returns:
             {"answer": text} or, with choices, {"answer": choice, "probabilities": {choice: probability}}; a list of
             these for a list, an iterator for a dataset or a generator.
         """
+        listed = isinstance(fmri, list | tuple)
+        many = listed or is_many(fmri)
         if question is None:
-            return super().__call__(fmri, **kwargs)
-        if not isinstance(fmri, list | tuple):
+            # the base class knows datasets of torch and generators
+            known = not many or isinstance(fmri, list | tuple | Dataset)
+            return super().__call__(fmri if known else (item for item in fmri), **kwargs)
+        if not many:
             return super().__call__({"fmri": fmri, "question": question}, **kwargs)
+        if not (isinstance(fmri, Sized) and hasattr(fmri, "__getitem__")):
+            if not isinstance(question, str):
+                raise ValueError(f"expected one question for scans of unknown number, got {question}")
+            return super().__call__(({"fmri": scan, "question": question} for scan in fmri), **kwargs)
         questions = [question] * len(fmri) if isinstance(question, str) else list(question)
-        if not fmri or len(questions) != len(fmri):
+        if not len(fmri) or len(questions) != len(fmri):
             raise ValueError(f"expected as many questions as scans, got {len(questions)} for {len(fmri)} scans")
-        return super().__call__([{"fmri": f, "question": q} for f, q in zip(fmri, questions, strict=True)], **kwargs)
+        items = AskedScans(fmri, questions)
+        return super().__call__([items[row] for row in range(len(items))] if listed else items, **kwargs)
 
     def get_iterator(
         self,
@@ -109,6 +138,9 @@ class FmriLMPipeline(Pipeline):
     ) -> Iterator[dict]:
         # the library's own batches know no scans of differing sizes: the processor pads them
         dataset = (PipelineDataset if isinstance(inputs, Sized) else PipelineIterator)(inputs, self.preprocess, {})
+        if not isinstance(inputs, Sized):
+            # each worker would go through all of them
+            num_workers = min(num_workers, 1)
         collate = partial(self.collate, **preprocess_params)
         for batch in DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate):
             answers: Any = self.forward(batch, **forward_params)

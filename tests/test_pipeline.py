@@ -1,6 +1,6 @@
 """Pipelines: answers and probabilities, alike in batches and alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_atlas
+from datasets import Dataset
 from transformers import Pipeline, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from fmrilm import FmriLMFeatureExtractor, FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
@@ -86,6 +88,28 @@ def test_batches_equal_single_scans(pipe: Pipeline, scans: list[dict], batch_siz
         assert np.allclose(list(one.values()), list(other["probabilities"].values()), rtol=1e-3)
 
 
+def test_datasets_and_generators_are_answered_as_lists_are_when_asked_for(pipe: Pipeline, scans: list[dict]) -> None:
+    rows = Dataset.from_list([{**scan, "signal": scan["signal"].tolist()} for scan in scans])
+    expected = pipe(scans, QUESTION, **GREEDY)
+    forms = [rows, KeyDataset([{"scan": scan} for scan in scans], "scan"), iter(scans), (scan for scan in scans)]
+    forms += [rows.to_iterable_dataset(), dict(enumerate(scans)).values()]
+    for form in forms:
+        found = pipe(form, QUESTION, **GREEDY, batch_size=2)
+        assert isinstance(found, Iterator) and list(found) == expected
+    assert list(pipe((scan for scan in scans), QUESTION, **GREEDY, num_workers=2)) == expected
+    questions = [QUESTION, "Why?", "Who?"]
+    assert list(pipe(rows, questions, **GREEDY)) == pipe(scans, questions, **GREEDY)
+    items = Dataset.from_list([{"fmri": row, "question": QUESTION} for row in rows])
+    assert list(pipe(items, **GREEDY)) == expected
+    found = list(pipe(rows, QUESTION, choices=CHOICES, batch_size=2))
+    assert [one["answer"] for one in found] == [one["answer"] for one in pipe(scans, QUESTION, choices=CHOICES)]
+    # the second one is not read before it is wanted
+    lazy = pipe((scan for scan in (scans[0], None)), QUESTION, **GREEDY)
+    assert next(lazy) == expected[0]
+    with pytest.raises(ValueError):
+        next(lazy)
+
+
 def test_callers_at_once_get_the_answers_of_single_ones(pipe: Pipeline, scans: list[dict]) -> None:
     def answers(scan: dict) -> list[dict]:
         return [pipe(scan, QUESTION, **GREEDY), pipe(scan, QUESTION, choices=CHOICES)]
@@ -109,6 +133,10 @@ def test_unfit_calls_are_refused(pipe: Pipeline, scans: list[dict]) -> None:
         pipe(scans, ["Why?"] * 2)
     with pytest.raises(ValueError, match="as many questions as scans, got 0 for 0 scans"):
         pipe([], [])
+    with pytest.raises(ValueError, match=r"one question for scans of unknown number, got \['Why\?'\]"):
+        pipe(iter(scans), ["Why?"])
+    with pytest.raises(ValueError, match="expected one scan, got a batch of rows"):
+        pipe({"signal": [scans[0]["signal"]] * 2, "tr": [2.0] * 2}, QUESTION)
     with pytest.raises(ValueError, match="got dict without a question"):
         pipe(scans[0])
     with pytest.raises(ValueError, match="beside choices, got max_new_tokens"):
