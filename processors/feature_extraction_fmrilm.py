@@ -31,6 +31,8 @@ HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "subfolder", "token", "
 WINDOWS = ("first", "sliding", "full")
 # plausible repetition times, s: what lies outside is another unit or nothing at all
 TR_RANGE = (0.1, 10.0)
+# how the calls of this package and its commands take it
+GIVE_TR = "give it in seconds (tr=..., or --tr)"
 # relative to the largest value of a ROI: below it, what varies is float32 rounding
 CONSTANT_BELOW = 1e-6
 # columns of a table that count its frames; an index that pandas writes has no name
@@ -329,7 +331,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         except ValueError as error:
             if known is not atlas or not isinstance(atlas, str):
                 raise
-            raise ValueError(f"{error} This feature extractor knows: {_sized(self.atlases)}") from error
+            message = str(error).rstrip(".")
+            raise ValueError(f"{message}. This feature extractor knows: {_sized(self.atlases)}") from error
 
     def _only_atlas(self, scan: Any, on_grid: bool) -> dict[str, Any]:
         """The known atlas of a scan that comes without one."""
@@ -345,8 +348,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
             rois = np.shape(getattr(scan, "values", scan))[-1:]
             what, fitting = "that fit the scan", [atlas for atlas in self.atlases if (len(atlas["rois"]),) == rois]
         raise ValueError(
-            f"which atlas are the scan's ROIs from? Give atlas=...; known: {_sized(self.atlases)}; {what}: "
-            f"{_sized(fitting)}; well-known ones that fit: {', '.join(fitting_atlases(scan)) or 'none'}"
+            f"which atlas are the scan's ROIs from? Give it (atlas=..., or --atlas); known: {_sized(self.atlases)}; "
+            f"{what}: {_sized(fitting)}; well-known ones that fit: {', '.join(fitting_atlases(scan)) or 'none'}"
         )
 
     def _lies_in(self, atlas: dict[str, Any], scan: Any) -> bool:
@@ -368,7 +371,8 @@ class FmriLMFeatureExtractor(FeatureExtractionMixin):
         if parcels is None:
             raise ValueError(
                 f"{file.name}: volumes and surfaces need parcels, and atlas {atlas.name!r} has none: use "
-                f"Atlas.load({atlas.name!r}, parcels=True) or Atlas.from_image(...), or give label_image; known with "
+                f"Atlas.load({atlas.name!r}, parcels=True) or Atlas.from_image(...), or give a label image "
+                f"(label_image=..., or --label-image); known with "
                 f"parcels: {_sized([known for known in self.atlases if known.get('parcels_checksum')])}"
             )
         return parcellate(file, parcels, atlas.labels)
@@ -455,7 +459,7 @@ def _agree(what: str, argument: Any, own: Any) -> Any:
 
 def _check_tr(tr: float | None, what: str = "tr") -> float:
     if tr is None:
-        raise ValueError("the scan's repetition time is not known: give tr=... in seconds")
+        raise ValueError(f"the scan's repetition time is not known: {GIVE_TR}")
     if not TR_RANGE[0] < tr < TR_RANGE[1]:
         hint = "; milliseconds?" if tr >= TR_RANGE[1] else ""
         raise ValueError(f"{what} must be in {TR_RANGE} seconds, got {tr:g}{hint}")
@@ -514,7 +518,7 @@ def _file_tr(file: Any, tr: float | None) -> float:
             found = f"no usable one ({file.tr:g} s)" if file.tr else "none"
             raise ValueError(
                 f"{file.name}: the scan's repetition time is not known: its header has {found}, and no sidecar "
-                "(.json) with RepetitionTime is beside it; give tr=... in seconds"
+                f"(.json) with RepetitionTime is beside it; {GIVE_TR}"
             )
         return _check_tr(file.tr, f"{file.tr_from}: RepetitionTime")
     if file.tr is not None and abs(tr - file.tr) > 1e-3:

@@ -345,6 +345,8 @@ class FmriLMProcessor(ProcessorMixin):
         """
         if len(choices) < 2:
             raise ValueError(f"expected at least 2 choices, got {len(choices)}: {choices}")
+        if not all(choice.strip() for choice in choices):
+            raise ValueError(f"expected choices that are not empty, got {choices}")
         if len(set(choices)) < len(choices):
             raise ValueError(f"expected {len(choices)} different choices, got {choices}")
         named = self._named_in(question) if question and set(choices) <= set(self.level_words) else None

@@ -48,6 +48,8 @@ MAX_VOLUME_BYTES = 2**31
 MAX_TEXT_BYTES = 2**28
 # both hemispheres and a volume of half a millimetre take a third of this
 MAX_ARCHIVE_BYTES = 2**30
+# cells of a table without a value
+MISSING = ("", "n/a")
 # seconds per unit of time, by the code in the header's xyzt_units; code 0: no unit given, and seconds are the rule
 TIME_UNITS = {0: 1.0, 8: 1.0, 16: 1e-3, 24: 1e-6}
 CIFTI_INTENTS = range(3000, 3100)
@@ -527,9 +529,14 @@ def read_table(path: Path) -> tuple[tuple[str, ...] | None, np.ndarray]:
     for number, row in rows:
         if len(row) != columns:
             raise ValueError(f"{path.name}, line {number}: expected {columns} cells, got {len(row)}")
+    if header is not None and all(row[0].strip() not in MISSING and not _is_number(row[0]) for _, row in rows):
+        raise ValueError(
+            f"{path.name}: expected numbers below the header, got names down the first column, such as "
+            f"{rows[0][1][0].strip()!r}: transposed? Rows are frames, columns are ROIs"
+        )
     try:
         # cells left empty and "n/a" are missing values
-        values = [[np.nan if cell.strip() in ("", "n/a") else float(cell) for cell in row] for _, row in rows]
+        values = [[np.nan if cell.strip() in MISSING else float(cell) for cell in row] for _, row in rows]
     except ValueError as error:
         raise ValueError(f"{path.name}: expected numbers below the header: {error}") from error
     return None if header is None else tuple(cell.strip() for cell in header), np.array(values)

@@ -87,9 +87,18 @@ def test_bad_input_is_one_line_and_a_hint(model_folder: Path, scan_file: Path) -
     assert (failed.exit_code, failed.stdout) == (1, "")
     error, hint = failed.stderr.splitlines()
     assert error.startswith("error: scan.npy: the scan's repetition time is not known")
+    assert error.endswith("give it in seconds (tr=..., or --tr)")
     assert hint.startswith("hint: ") and "ask --help` describes" in hint and "--debug ask" in hint
     with pytest.raises(ValueError, match="repetition time is not known"):
         raise run("--debug", "ask", scan_file, QUESTION, "--model", model_folder).exception
+
+
+def test_empty_questions_and_choices_are_refused(model_folder: Path, scan_file: Path) -> None:
+    refused = run("ask", scan_file, " ")
+    assert refused.exit_code == 2 and "expected a question about the scan" in refused.stderr
+    failed = run("ask", scan_file, QUESTION, "--choices", "low,,high", "--model", model_folder, *WORDS)
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith("error: expected choices that are not empty, got ['low', '', 'high']")
 
 
 def test_unforeseen_failures_and_missing_packages_are_one_line_too(scan_file: Path, monkeypatch) -> None:

@@ -349,7 +349,7 @@ def with_value(value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     "scan, arguments, message",
     [
-        (lambda: bold(20), {}, "repetition time is not known"),
+        (lambda: bold(20), {}, r"repetition time is not known: give it in seconds \(tr=..., or --tr\)"),
         (lambda: bold(20), {"tr": 2000}, "got 2000; milliseconds?"),
         (lambda: bold(20), {"tr": 0}, "tr must be in .* seconds, got 0$"),
         (lambda: bold(20), {"tr": float("nan")}, "tr must be in"),
@@ -359,6 +359,7 @@ def with_value(value: float) -> np.ndarray:
         (lambda: bold(20)[:0], {"tr": 2.0}, "no frames"),
         (lambda: bold(20).astype(str), {"tr": 2.0}, "real numbers"),
         (lambda: bold(20), {"tr": 2.0, "atlas": "aal"}, r"no atlas 'aal'; packaged: .*knows: tiny \(5 ROIs\)"),
+        (lambda: bold(20), {"tr": 2.0, "atlas": "x.tsv"}, r"no table of an atlas at x.tsv. This .* knows: tiny"),
         (lambda: bold(20), {"tr": 2.0, "window": "last"}, "window must be one of.*'last'"),
         (lambda: bold(20), {"tr": 2.0, "window_stride": 0}, "at least 1 frame, got 0"),
         (lambda: with_value(np.nan), {"tr": 2.0}, r"2 of 100 values.*'tiny_2' \(column 2\)"),
@@ -416,7 +417,7 @@ def test_atlas_must_be_named_when_several_or_none_are_known() -> None:
         fitting = "a5" if atlases else "none"
         with pytest.raises(ValueError, match=f"which atlas.*{known}.*that fit the scan: {fitting}"):
             FmriLMFeatureExtractor(atlases=atlases)(bold(20), tr=2.0)
-    with pytest.raises(ValueError, match="that fit the scan: none; well-known ones that fit: cc200$"):
+    with pytest.raises(ValueError, match=r"atlas=..., or --atlas.*scan: none; well-known ones that fit: cc200$"):
         FmriLMFeatureExtractor(atlases=ATLASES)(bold(20, 200), tr=2.0)
     out = FmriLMFeatureExtractor()(bold(20), tr=2.0, atlas=ATLASES[2])
     assert out["fmri_values"].shape == (1, 5, 32)

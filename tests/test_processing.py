@@ -382,7 +382,8 @@ def test_names_are_text_for_users_and_survive_saving(processor, tmp_path) -> Non
         (["yes"], "at least 2 choices, got 1"),
         (["yes", "no", "yes"], "different choices"),
         (["a", "a b"], "'a' begin those of 'a b'"),
-        (["a", ""], "'' begin those of 'a'"),
+        (["low", "", "high"], "not empty, got \\['low', '', 'high'\\]"),
+        (["", " ", ""], "not empty"),
     ],
 )
 def test_ambiguous_choices_are_refused(processor, choices: list[str], message: str) -> None:

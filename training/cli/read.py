@@ -51,6 +51,8 @@ def ask(
     as_json: AsJson = False,
 ) -> None:
     """Ask about a scan. With choices, each of them gets its probability."""
+    if not question.strip():
+        raise typer.BadParameter("expected a question about the scan, got an empty one")
     options = {"tr": tr, "atlas": atlas, "label_image": label_image}
     if choices is None and not as_json:
         return _print_stream(model, device, lambda reader: reader.ask(scan, question, stream=True, **options))
