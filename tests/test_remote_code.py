@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import build_tiny_atlas
 from transformers import AutoFeatureExtractor, Trainer, TrainingArguments, pipeline
 
 from fmrilm import FmriLMModel
@@ -66,7 +67,14 @@ volume = processor.apply_chat_template(
     [{"role": "user", "content": [{"type": "fmri", "fmri": arguments["volume"]}]}]
 )
 scan = extractor(signal, tr=chat[0]["content"][0]["tr"], atlas=chat[0]["content"][0]["atlas"])
-results = {"inputs": dict(inputs), "volume": dict(volume), "scan": dict(scan), "classes": [type(config).__name__]}
+# the code brings no tables of other atlases: they are given
+others = [extractor(signal, tr=0.72, atlas=atlas) for atlas in (arguments["atlas"], arguments["table"])]
+try:
+    extractor(signal, tr=0.72, atlas="aal2-94")
+except ValueError as error:
+    unknown = str(error)
+results = {"others": [dict(each) for each in others], "unknown": unknown}
+results |= {"inputs": dict(inputs), "volume": dict(volume), "scan": dict(scan), "classes": [type(config).__name__]}
 with torch.no_grad():
     for auto in (AutoModelForMultimodalLM, AutoModelForCausalLM):
         model = auto.from_pretrained(folder, **trust)
@@ -124,7 +132,15 @@ def test_saved_folders_open_without_the_package(
     nib.save(image, tmp_path / "scan.nii.gz")
     block = {"type": "fmri", "tr": 0.72, "atlas": "tiny"}
     chat = [{"role": "user", "content": [block, {"type": "text", "text": "Is it connected?"}]}]
+    other = build_tiny_atlas(5, "other")
+    lines = [
+        "\t".join(map(str, row))
+        for row in zip(other.labels, other.rois, other.networks, *other.coordinates.T, strict=True)
+    ]
+    (tmp_path / "other.tsv").write_text("\n".join(["index\tname\tnetwork\tx\ty\tz", *lines]))
     arguments = {
+        "atlas": other.to_dict(),
+        "table": str(tmp_path / "other.tsv"),
         "site": str(site),
         "threads": torch.get_num_threads(),
         "folder": str(folder),
@@ -157,6 +173,7 @@ def test_saved_folders_open_without_the_package(
     scan = processor.feature_extractor(signal, tr=0.72, atlas="tiny")
     with torch.no_grad():
         expected = {
+            "others": [dict(processor.feature_extractor(signal, tr=0.72, atlas=other))] * 2,
             "inputs": dict(inputs),
             "volume": dict(volume),
             "scan": dict(scan),
@@ -166,6 +183,8 @@ def test_saved_folders_open_without_the_package(
             "codes": codec.encode(**scan),
         }
     torch.testing.assert_close({name: results[name] for name in expected}, expected, rtol=0, atol=0)
+    assert "no atlas 'aal2-94'; packaged: none (code of a checkpoint)" in results["unknown"]
+    assert results["unknown"].endswith("This feature extractor knows: tiny (5 ROIs)")
     heads = ["FmriLMForConditionalGeneration"] * 2
     assert results["classes"] == ["FmriLMConfig", *heads, "FmriLMModel", "FmriCodecConfig", "FmriCodecModel"]
     pipe = pipeline("fmri-text-to-text", model=model, processor=processor)
