@@ -136,7 +136,7 @@ def test_info_describes_a_model_folder(model_folder: Path, tmp_path: Path) -> No
     assert found["atlases"] == {"tiny": "5 ROIs"}
     assert "  tiny                      5 ROIs" in run("info", model_folder).stdout.splitlines()
     failed = run("info", tmp_path)
-    assert failed.exit_code == 1 and "expected the config.json of a codec or a model" in failed.stderr
+    assert failed.exit_code == 1 and "got none; there is one in its folder model/" in failed.stderr
 
 
 def test_info_names_stages_data_and_figures(model_folder: Path, make_codec, extractor) -> None:

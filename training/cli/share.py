@@ -115,8 +115,9 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
         "fmrilm_original": "3 (converted from an official checkpoint)",
     }
     if config.get("model_type") not in kinds:
-        kind = config.get("model_type")
-        raise ValueError(f"expected the config.json of a codec or a model in {folder}, got {kind!r}")
+        hint = "; there is one in its folder model/" if (folder / "model" / "config.json").exists() else ""
+        got = f"one of type {config['model_type']!r}" if "model_type" in config else "none"
+        raise ValueError(f"expected the config.json of a codec or a model in {folder}, got {got}{hint}")
 
     from huggingface_hub import ModelCard
 

@@ -149,7 +149,8 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     examples, r_squared = fit_scores(joint, examples, names, targets, training_args.seed)
     refitted = not torch.equal(before, joint.model.summary.readout.weight)
     for one, value in zip(names, r_squared, strict=True):
-        if one not in cohort.names:
+        # without a value: an answer that no subject has
+        if one not in cohort.names and np.isfinite(value):
             print(f"score {one}: R2 {value:.2f} on subjects left out of each fold")
     if held_out is not None:
         held_out = read_scores(joint, held_out)
