@@ -109,15 +109,15 @@ class FmriLMPipeline(Pipeline):
             {"answer": text} or, with choices, {"answer": choice, "probabilities": {choice: probability}}; a list of
             these for a list, an iterator for a dataset or a generator.
         """
-        listed = isinstance(fmri, list | tuple)
+        listed, indexed = isinstance(fmri, list | tuple), isinstance(fmri, Sized) and hasattr(fmri, "__getitem__")
         many = listed or is_many(fmri)
         if question is None:
             # the base class knows datasets of torch and generators
-            known = not many or isinstance(fmri, list | tuple | Dataset)
+            known = not many or listed or isinstance(fmri, Dataset)
             return super().__call__(fmri if known else (item for item in fmri), **kwargs)
         if not many:
             return super().__call__({"fmri": fmri, "question": question}, **kwargs)
-        if not (isinstance(fmri, Sized) and hasattr(fmri, "__getitem__")):
+        if not indexed:
             if not isinstance(question, str):
                 raise ValueError(f"expected one question for scans of unknown number, got {question}")
             return super().__call__(({"fmri": scan, "question": question} for scan in fmri), **kwargs)

@@ -429,7 +429,7 @@ def _is_batch(scan: Any) -> bool:
     if not isinstance(scan, Mapping):
         return False
     signals: Any = scan.get("signal")
-    first = signals[0] if _is_column(signals) and len(signals) else None
+    first: Any = signals[0] if _is_column(signals) and len(signals) else None
     given_by_row = _is_column(scan.get("tr")) or _is_column(scan.get("atlas"))
     return given_by_row or isinstance(first, dict) or np.ndim(first) == 2
 

@@ -144,7 +144,7 @@ class ScanChats:
         # held-out subjects may all have one
         labels = [labels_of(task, examples.rows, least=0) for task in tasks]
         self.labels = [
-            [(task, values[row]) for task, values in zip(tasks, labels, strict=True) if values[row] is not None]
+            [(task, label) for task, of in zip(tasks, labels, strict=True) if (label := of[row]) is not None]
             for row in range(len(examples))
         ]
         self.places = defaultdict(list)
