@@ -109,7 +109,7 @@ class FmriLMPipeline(Pipeline):
             {"answer": text} or, with choices, {"answer": choice, "probabilities": {choice: probability}}; a list of
             these for a list, an iterator for a dataset or a generator.
         """
-        listed, indexed = isinstance(fmri, list | tuple), isinstance(fmri, Sized) and hasattr(fmri, "__getitem__")
+        listed, indexed = isinstance(fmri, list | tuple), hasattr(fmri, "__len__") and hasattr(fmri, "__getitem__")
         many = listed or is_many(fmri)
         if question is None:
             # the base class knows datasets of torch and generators
