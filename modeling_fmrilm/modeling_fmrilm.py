@@ -492,17 +492,17 @@ class FmriLMModel(FmriLMPreTrainedModel):
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         past_key_values: Cache | None,
-        **scans: torch.Tensor | None,
+        *scans: torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        The embeddings given, or those of input_ids and scans. ValueError if they take more positions than the language
-        model has.
+        The embeddings given, or those of input_ids and scans, in the order of `embed`. ValueError if they take more
+        positions than the language model has.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds, got both or neither")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(cast(torch.Tensor, input_ids), **scans)
-        elif any(value is not None for value in scans.values()):
+            inputs_embeds = self.embed(cast(torch.Tensor, input_ids), *scans)
+        elif any(value is not None for value in scans):
             raise ValueError("expected inputs_embeds with the scans in them, got inputs_embeds and scans")
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         length = inputs_embeds.shape[1] + (0 if past_key_values is None else int(past_key_values.get_seq_length()))
@@ -539,16 +539,8 @@ class FmriLMModel(FmriLMPreTrainedModel):
             logits_to_keep: the positions whose last states are returned: so many last ones (all, if 0), int64
                 [positions], or bool [batch, length], whose states make one row [1, positions, hidden].
         """
-        inputs_embeds = self.inputs_embeds(
-            input_ids,
-            inputs_embeds,
-            past_key_values,
-            fmri_values=fmri_values,
-            roi_coordinates=roi_coordinates,
-            fmri_mask=fmri_mask,
-            fmri_codes=fmri_codes,
-            fmri_scores=fmri_scores,
-        )
+        scans = fmri_values, roi_coordinates, fmri_mask, fmri_codes, fmri_scores
+        inputs_embeds = self.inputs_embeds(input_ids, inputs_embeds, past_key_values, *scans)
         outputs = self.causal_lm.base_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -636,16 +628,8 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         if labels is not None and fmri_codes is None and fmri_values is not None:
             fmri_codes = self.model.get_fmri_codes(fmri_values, roi_coordinates, fmri_mask)
         predicts = labels is not None and fmri_codes is not None and input_ids is not None
-        inputs_embeds = self.model.inputs_embeds(
-            input_ids,
-            inputs_embeds,
-            past_key_values,
-            fmri_values=fmri_values,
-            roi_coordinates=roi_coordinates,
-            fmri_mask=fmri_mask,
-            fmri_codes=fmri_codes,
-            fmri_scores=fmri_scores,
-        )
+        scans = fmri_values, roi_coordinates, fmri_mask, fmri_codes, fmri_scores
+        inputs_embeds = self.model.inputs_embeds(input_ids, inputs_embeds, past_key_values, *scans)
         outputs = self.model.causal_lm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
