@@ -114,7 +114,8 @@ def assert_shown(page: Page, probabilities: dict[str, float]) -> None:
 
 def uploads(temporary: Path) -> list[Path]:
     """The files that the Space keeps."""
-    return [path for path in temporary.rglob("*") if path.is_file() and path.name != "log"]
+    # Path.rglob raises where the Space deletes a folder meanwhile, os.walk passes over it
+    return [Path(folder, name) for folder, _, names in os.walk(temporary) for name in names if name != "log"]
 
 
 def wait_until_gone(temporary: Path, name: str) -> None:
