@@ -43,8 +43,10 @@ def by_condition(table: pd.DataFrame) -> pd.DataFrame:
 
 def by_split(table: pd.DataFrame, metrics: Sequence[str] = MAIN_METRICS) -> pd.DataFrame:
     """
-    A row for each task, metric and condition, a column for each split: value (low to high). Numbers are the expected
-    ones where the answers are groups; where the answers are numbers, expected ones stand beside those that were given.
+    A row for each task, metric and condition, a column for each split: value (low to high) of all its test subjects
+    together; where its folds have results of their own, another one for their mean (lowest to highest). Numbers are
+    the expected ones where the answers are groups; where the answers are numbers, expected ones stand beside those
+    that were given.
     """
     kept = (table["comparison"] == "right") | ((table["comparison"] == "shuffled") & table["condition"].isin(MODELS))
     expected = (table["variant"] == "expected value") & (table["metric"] == "pearson_r")
@@ -53,7 +55,11 @@ def by_split(table: pd.DataFrame, metrics: Sequence[str] = MAIN_METRICS) -> pd.D
     both = expected & (table["task"] + table["condition"]).isin(given["task"] + given["condition"])
     table = table.assign(condition=table["condition"].mask(both, table["condition"] + ", expected value"))
     index = ["task", "metric", "condition", "shots", "comparison"]
-    table = table[kept & ~table["split"].str.contains(", fold ")].drop_duplicates([*index, "split"])
+    table = table[kept].drop_duplicates([*index, "split"])
+    in_fold = table["split"].str.contains(", fold ")
+    of_folds = table[in_fold].assign(split=table["split"].str.replace(r", fold \d+$", ", mean of folds", regex=True))
+    means = of_folds.groupby([*index, "split"])["value"].agg(value="mean", low="min", high="max").reset_index()
+    table = pd.concat([table[~in_fold], means])
     order = list(dict.fromkeys(table[index].itertuples(index=False, name=None))), list(dict.fromkeys(table["split"]))
     cells = table.assign(cell=with_bounds(table["value"], table["low"], table["high"]))
     return cells.pivot(index=index, columns="split", values="cell").loc[order].reset_index()
