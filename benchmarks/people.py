@@ -7,6 +7,9 @@ What a model trained by the release recipe reads of subjects, beside baselines, 
     python benchmarks/people.py reading prepared-abide         # what their answers depend on: people_reading.csv
     python benchmarks/people.py release prepared-abide prepared-song --tasks asd,sex,age,age_group,state
                                                                # one model for both: people_joint.csv
+    python benchmarks/people.py release prepared-abide --new asd --shots 0,10,50 --no-descriptors
+                                                               # tuned on few subjects of each class for a task that
+                                                               # the model was not trained on: people_new.csv
 
 An argument is a folder that `fmrilm prepare` wrote. Folds are stratified by site and the first task's answers; in
 "leave one site out", each site is tested once. Tables hold figures over all subjects, and no single answer.
@@ -128,6 +131,8 @@ def release(
     folds: int = 5,
     seeds: Seeds = 1,
     shots: Annotated[str, typer.Option(help="Also tuned on so many subjects of each class, by comma.")] = "0",
+    resamples: Annotated[int, typer.Option(help="Of the subjects that are tuned on.")] = 10,
+    new: Annotated[str, typer.Option(help="Of the tasks, by comma, those that are not trained.")] = "",
     descriptors: Annotated[bool, typer.Option(help="Questions about descriptors, too.")] = True,
     leave_one_site_out: bool = False,
     first: Annotated[int | None, typer.Option(help="Only the first folds of each seed, so many.")] = None,
@@ -142,19 +147,24 @@ def release(
     asked, tables = read_tasks(tasks), []
     columns = given_columns(tasks)
     counts = tuple(int(count) for count in shots.split(","))
-    settings = EvaluationSettings(shots=counts, questions_per_family=questions, described=described)
+    settings = EvaluationSettings(
+        shots=counts, resamples=resamples, questions_per_family=questions, described=described
+    )
     if any(counts):
         settings = replace(settings, conditions=(*settings.conditions, "tuned"))
     folders = [load_scans(folder, FmriLMFeatureExtractor()) for folder in data]
     for task in asked:
         if (count := sum(task in labelled_tasks(scans, asked) for scans in folders)) != 1:
             raise ValueError(f"task {task.name!r}: expected its labels in one of the folders, got them in {count}")
+    learned = [task.name for task in asked if task.name not in new.split(",")]
     known = [[Labelled.read(task, scans) for task in labelled_tasks(scans, asked)] for scans in folders]
     wanted = [
         all_splits(scans, [each.task for each in of_folder], folds, seeds)
         for scans, of_folder in zip(folders, known, strict=True)
     ]
-    suffix, runs = "release" if len(data) == 1 else "joint", []
+    if new:
+        known = [[each for each in of_folder if each.task.name not in learned] for of_folder in known]
+    suffix, runs = "new" if new else "release" if len(data) == 1 else "joint", []
     # one site is left out of one folder
     names = wanted[0] if len(data) == 1 else [f"{folds} folds, seed {seed}" for seed in range(seeds)]
     for name in names:
@@ -167,8 +177,8 @@ def release(
             model = train_release(
                 ReleaseArguments(
                     data=[str(each) for each in data],
-                    tasks=[task.name for task in asked],
-                    columns=columns,
+                    tasks=learned,
+                    columns=[column for column in columns if column.partition("=")[0] in learned],
                     output_dir=str(folder),
                     splits=str(write_splits(folder / "splits.csv", folders, of_fold)),
                 )

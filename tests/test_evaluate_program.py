@@ -252,7 +252,7 @@ def test_tuning_learns_the_answers_and_leaves_the_model_as_it_was(model, process
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scans, labels = [[encoded(model, 4, seed)] for seed in range(4)], ["a", "b", "a", "b"]
     subjects = [f"subject {row}" for row in range(4)]
-    tuned, own = tune(model, processor, GROUP, scans, labels, subjects, Tuning(40, 60, 4, 2e-2, rank), seed=0)
+    tuned, own = tune(model, processor, GROUP, scans, labels, subjects, Tuning(40, 4, 2e-2, rank), seed=0)
     windows, words = [windows[0] for windows in scans], [*GROUP.choice_words, "person", "scan", "default"]
     choices = [processor.encode_choices(words)]
     untuned, learned = (
@@ -261,6 +261,8 @@ def test_tuning_learns_the_answers_and_leaves_the_model_as_it_was(model, process
     )
     assert (untuned < 0.2).all() and (learned > 0.7).all()
     assert tuned.config.score_names == [*model.config.score_names, "made_up_group=the older"]
+    known = [each.config.calibration(GROUP.questions[0], GROUP.choice_words) for each in (model, tuned)]
+    assert known[0] is None and known[1]["slope"] > 0
     assert own.summary_tokens == tuned.config.num_summary_tokens > processor.summary_tokens
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

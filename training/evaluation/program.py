@@ -411,7 +411,7 @@ class _Run:
         if labelled.numbers is not None:
             # calibration to even shares would make answers likely that no subject has
             found["expected"] = own @ self._bin_means(labelled, split)
-        if condition.shots == 0 and reader[0].config.calibration(question, words) is not None:
+        if condition.name != "few-shot" and reader[0].config.calibration(question, words) is not None:
             return {**found, "probabilities": own}
         shares = np.full(labelled.choices, 1 / labelled.choices)
         if condition.shots != 0:

@@ -1,7 +1,9 @@
-"""A model learns one task from labelled scans: scores of the task in closed form, then LoRA on its questions."""
+"""
+A model learns one task from labelled scans, as in stage 3: scores of the task in closed form, LoRA on rows that teach
+to answer as scores say, and a calibration.
+"""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -20,18 +22,16 @@ from ..alignment.examples import Examples, fit_scores, score_targets
 from ..alignment.joint import add_lora, with_answers
 from ..data.collator import RowCollator, encode_dataset
 from ..data.tasks import Task
+from ..sft.calibration import task_calibrations
+from ..sft.readings import Reading, reading_rows
 from .ask import EncodedWindow
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """
-    steps: at most, and no more than `epochs` over the training scans take. rows_per_step: one scan and one question
-    each. rank: of LoRA; None tunes the whole language model.
-    """
+    """rows_per_step: one scan and one question each. rank: of LoRA; None tunes the whole language model."""
 
     steps: int = 60
-    epochs: int = 12
     rows_per_step: int = 8
     learning_rate: float = 1e-3
     rank: int | None = 8
@@ -49,27 +49,31 @@ def tune(
 ) -> tuple[FmriLMForConditionalGeneration, FmriLMProcessor]:
     """
     A tuned copy of the model, and of the processor with the summary tokens of the task. scans: windows of each
-    training scan; labels: cells of the task's column. Each scan is asked about as often as any other, about a window
-    and in a wording drawn anew each time.
+    training scan; labels: cells of the task's column. A model without scores learns the labels themselves: each scan
+    is asked about as often as any other, about a window and in a wording drawn anew each time.
     """
     from ..program import FmriLMSFTConfig
     from ..trainer import FmriLMSFTTrainer
 
     torch.manual_seed(seed)
-    steps = min(tuning.steps, tuning.epochs * math.ceil(len(scans) / tuning.rows_per_step))
-    processor = copy.deepcopy(processor)
+    processor, count = copy.deepcopy(processor), tuning.steps * tuning.rows_per_step
     tuned, examples = with_scores(model, processor, task, scans, labels, subjects, seed)
-    rows = task_rows(task, examples, steps * tuning.rows_per_step, seed)
+    if tuned.model.summary is None:
+        readings, rows = [], task_rows(task, examples, count, seed)
+    else:
+        names, per_patch = tuned.config.score_names, tuned.config.codec_config.tokens_per_patch
+        readings = [Reading.fit(task, examples, names)]
+        rows = reading_rows(examples, names, readings, count, per_patch, seed, descriptors=0)
     with TemporaryDirectory() as scratch:
         args = FmriLMSFTConfig(
             output_dir=scratch,
-            max_steps=steps,
+            max_steps=tuning.steps,
             per_device_train_batch_size=tuning.rows_per_step,
             learning_rate=tuning.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
             max_grad_norm=1.0,
-            logging_steps=max(steps // 10, 1),
+            logging_steps=max(tuning.steps // 10, 1),
             save_strategy="no",
             report_to="none",
             activation_checkpointing=False,
@@ -85,7 +89,10 @@ def tune(
         )
         trainer.train()
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    return (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).eval(), processor
+    trained = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).eval()
+    kept = [known for known in trained.config.calibrations or () if not set(task.questions) & set(known["questions"])]
+    trained.config.calibrations = kept + task_calibrations(trained, processor, examples, readings, seed)
+    return trained, processor
 
 
 def with_scores(

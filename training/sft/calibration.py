@@ -37,21 +37,35 @@ def fit_calibrations(
     that the scores it read predict (of a descriptor, to the tercile), by the least cross-entropy over training
     windows. No label is looked at here.
     """
-    rows = np.random.default_rng(seed).permutation(len(examples))[:WINDOWS]
-    windows = [EncodedWindow(np.asarray(examples.codes[row]), examples.features[row]) for row in rows]
-    seen = read_scores(model, replace(examples, features=examples.features[rows])).scores
-    found = of_descriptors(model, processor, windows, seen, Terciles.fit(examples, model.config.score_names), seed)
+    windows, seen = _windows(model, examples, seed)
+    terciles = Terciles.fit(examples, model.config.score_names)
+    found = of_descriptors(model, processor, windows, seen, terciles, seed)
+    return found + task_calibrations(model, processor, examples, readings, seed)
+
+
+def task_calibrations(
+    model: FmriLMForConditionalGeneration,
+    processor: FmriLMProcessor,
+    examples: Examples,
+    readings: Sequence[Reading],
+    seed: int,
+) -> list[dict]:
+    """Those of the tasks alone."""
     readings = [each for each in readings if each.task.choices is not None]
     if not readings:
-        return found
+        return []
+    windows, seen = _windows(model, examples, seed)
     asked = [each.task.questions[0] for each in readings]
     choices = [processor.encode_choices(list(each.task.choice_words)) for each in readings]
+    found = []
     for reading, scores in zip(readings, score_windows(model, processor, windows, asked, choices), strict=True):
         wanted, words = reading.probabilities(seen[:, reading.columns]), reading.task.choice_words
         slope, biases = fit(scores, wanted)
         # a slope and biases cannot mend answers that do not change with the scores
         pairs = [pair for pair in zip(scores.T, wanted.T, strict=True) if np.ptp(pair[1])]
-        ranks = [pd.Series(given).corr(pd.Series(due), method="spearman") for given, due in pairs]
+        ranks = [
+            pd.Series(given).corr(pd.Series(due), method="spearman") if np.ptp(given) else 0.0 for given, due in pairs
+        ]
         print(f"{reading.task.spoken}: answers follow the scores at a rank correlation of {np.mean(ranks):.2f}")
         found.append(
             {
@@ -61,6 +75,15 @@ def fit_calibrations(
             }
         )
     return found
+
+
+def _windows(
+    model: FmriLMForConditionalGeneration, examples: Examples, seed: int
+) -> tuple[list[EncodedWindow], np.ndarray]:
+    """Some of the examples' windows, and the scores [windows, score_names] that the model reads of them."""
+    rows = np.random.default_rng(seed).permutation(len(examples))[:WINDOWS]
+    windows = [EncodedWindow(np.asarray(examples.codes[row]), examples.features[row]) for row in rows]
+    return windows, read_scores(model, replace(examples, features=examples.features[rows])).scores
 
 
 def of_descriptors(
