@@ -52,7 +52,7 @@ def test_long_tables_are_shortened(script: dict) -> None:
     assert script["over_folds"](folds).to_dict("list") == {"coder": ["a", "b"], "r_squared": [0.2, pytest.approx(0.3)]}
     row = {"split": "5 folds, seed 0", "task": "sex", "condition": "zero-shot", "shots": "0", "variant": None}
     row |= {"comparison": "right", "metric": "roc_auc", "value": 0.7, "low": 0.6, "high": 0.8}
-    left_out = {"metric": "f1"}, {"variant": "uncalibrated"}, {"comparison": "minus shuffled"}, {"split": "x, fold 0"}
+    left_out = {"metric": "f1"}, {"variant": "uncalibrated"}, {"comparison": "minus shuffled"}
     of_numbers = {"variant": "expected value", "metric": "pearson_r"}
     more = {"split": "leave one site out"}, {"comparison": "shuffled"}, of_numbers, *left_out
     people = script["by_split"](pd.DataFrame([row, *(row | change for change in more)]))
@@ -62,6 +62,12 @@ def test_long_tables_are_shortened(script: dict) -> None:
         ["shuffled", "0.7 (0.6 to 0.8)", ""],
         ["right", "0.7 (0.6 to 0.8)", ""],
     ]
+    folds = [row, *(row | {"split": f"{row['split']}, fold {fold}", "value": fold / 10} for fold in range(3))]
+    of_folds = script["by_split"](pd.DataFrame(folds))
+    assert of_folds.iloc[:, -2:].to_dict("list") == {
+        "5 folds, seed 0": ["0.7 (0.6 to 0.8)"],
+        "5 folds, seed 0, mean of folds": ["0.1 (0 to 0.2)"],
+    }
     # of a task of numbers, those that were given and the expected ones
     both = [{"metric": "pearson_r"}, of_numbers]
     ages = script["by_split"](pd.DataFrame([row | {"task": "age"} | change for change in both]))
