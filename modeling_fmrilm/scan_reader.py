@@ -98,8 +98,8 @@ class ScanReader:
     Reads scans: `fmrilm.load(folder).ask("scan.nii.gz", "Is ... low, typical or high?", ["low", "typical", "high"])`.
 
     A scan is whatever the processor takes: a path, an image, an array [time, rois] or a dict {"signal", "tr",
-    "atlas"}. One scan gives one result, a list gives a list, and a pandas DataFrame with a column `path` (and, if it
-    has them, `tr` and `atlas`) gives that DataFrame with the results as further columns.
+    "atlas"}. One scan gives one result, a list or a `datasets.Dataset` gives a list, and a pandas DataFrame with a
+    column `path` (and, if it has them, `tr` and `atlas`) gives that DataFrame with the results as further columns.
 
     Every method also takes for all its scans `tr` (s), `atlas`, `label_image` and `window`: "first", "full" (the whole
     scan at once) or None. With None, probabilities and embeddings are means over all whole windows of a scan; what is
@@ -173,7 +173,7 @@ class ScanReader:
             for choice in choices or ():
                 columns[f"probability of {choice}"] = [one["probabilities"][choice] for one in found]
             return scan.assign(**columns)
-        return found if isinstance(scan, list) else found[0]
+        return found if _is_several(scan) else found[0]
 
     def describe(self, scan: Any, request: str = "Describe this scan.", stream: bool = False, **options: Any) -> Any:
         """
@@ -330,15 +330,24 @@ class ScanReader:
             raise errors[0]
 
 
+def _is_of(scans: Any, library: str, name: str) -> bool:
+    """Whether scans are of a library's class: not where nobody has imported it."""
+    module = sys.modules.get(library)
+    return module is not None and isinstance(scans, getattr(module, name, ()))
+
+
 def _is_table(scans: Any) -> bool:
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(scans, pandas.DataFrame)
+    return _is_of(scans, "pandas", "DataFrame")
+
+
+def _is_several(scans: Any) -> bool:
+    return isinstance(scans, list) or _is_of(scans, "datasets", "Dataset")
 
 
 def _listed(scans: Any) -> list:
-    """Scans one by one, from one scan, a list of them, or a table."""
+    """Scans one by one, from one scan, a list or dataset of them, or a table."""
     if not _is_table(scans):
-        return scans if isinstance(scans, list) else [scans]
+        return list(scans) if _is_several(scans) else [scans]
     if "path" not in scans:
         raise ValueError(f"expected a table of scans with a column 'path', got columns {list(scans)}")
     known = [name for name in ("tr", "atlas") if name in scans]
@@ -349,7 +358,7 @@ def _listed(scans: Any) -> list:
 def _returned(scans: Any, column: str, found: list) -> Any:
     if _is_table(scans):
         return scans.assign(**{column: found})
-    return found if isinstance(scans, list) else found[0]
+    return found if _is_several(scans) else found[0]
 
 
 @contextmanager

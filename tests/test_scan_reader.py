@@ -1,4 +1,4 @@
-"""fmrilm.load: answers, codes and signals are those of model and processor, for one scan, a list or a table."""
+"""fmrilm.load: answers, codes and signals are those of model and processor, for a scan, a list, dataset or table."""
 
 from itertools import islice
 from pathlib import Path
@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import build_tiny_atlas
+from datasets import Dataset
 
 import fmrilm
 from fmrilm import FmriLMFeatureExtractor, FmriLMProcessor, ScanReader
@@ -263,6 +264,13 @@ def test_table_gains_columns_and_keeps_its_own(reader: ScanReader, table: pd.Dat
     assert len(reader.forecast(table[["path"]], **OPTIONS)["forecast"].iloc[0]) == 16
     with pytest.raises(ValueError, match="a column 'path', got columns"):
         reader.ask(table.rename(columns={"path": "file"}), QUESTION)
+
+
+def test_dataset_is_read_like_a_list_of_its_rows(reader: ScanReader, scans: list[dict]) -> None:
+    rows = Dataset.from_list([{**scan, "signal": scan["signal"].tolist(), "sex": "F"} for scan in scans])
+    assert reader.ask(rows, QUESTION, CHOICES) == reader.ask(list(rows), QUESTION, CHOICES)
+    for found, expected in zip(reader.tokenize(rows), reader.tokenize(scans), strict=True):
+        assert np.array_equal(found, expected)
 
 
 def test_unfit_calls_are_refused(reader: ScanReader, scans: list[dict], signal: np.ndarray) -> None:
