@@ -374,6 +374,9 @@ def test_questions_come_with_what_the_card_says_was_measured(tmp_path: Path) -> 
     task = load_task("sex")
     assert offered[task.questions[0]] == (", ".join(task.choice_words), "ROC-AUC 0.75")
     assert offered["Describe this scan."] == ("", "")
+    found += [replace(one, dataset_name="elsewhere", metric_value=0.7) for one in found[-1:]]
+    offered = {text: measured for text, _, measured in space.offered_questions(found)}
+    assert offered[task.questions[0]] == f"ROC-AUC 0.75 ({found[0].dataset_name}), 0.70 (elsewhere)"
 
 
 def test_a_model_without_a_card_is_served_without_results(tmp_path: Path, caplog) -> None:

@@ -285,18 +285,22 @@ def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) 
 def offered_questions(results: Sequence[EvalResult]) -> list[tuple[str, str, str]]:
     """
     Questions to begin with, about descriptors and about labels that the results are about: each with its answers, by
-    comma where it does not name them, and with what the results say of such questions, "" where nothing is known.
+    comma where it does not name them, and with what the results say of such questions, by dataset where there are
+    several; "" where nothing is known.
     """
-    measured: dict[str, dict[str, EvalResult]] = {}
+    measured: dict[str, dict[str, list[EvalResult]]] = {}
     for result in results:
-        measured.setdefault(str(result.dataset_config).removesuffix(", zero-shot"), {})[result.metric_type] = result
+        asked = str(result.dataset_config).removesuffix(", zero-shot")
+        measured.setdefault(asked, {}).setdefault(result.metric_type, []).append(result)
 
     def quality(asked: str) -> str:
         known = measured.get(asked, {})
         metric = next((metric for metric in METRICS if metric in known), None)
         if metric is None:
             return ""
-        return f"{METRICS[metric]} {known[metric].metric_value:.2f}"
+        several = len(known[metric]) > 1
+        values = [f"{one.metric_value:.2f}{f' ({one.dataset_name})' * several}" for one in known[metric]]
+        return f"{METRICS[metric]} {', '.join(values)}"
 
     found = [(question(name), "", quality(f"descriptors, {family(name)}")) for name in DESCRIPTORS]
     for name in measured:
