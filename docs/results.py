@@ -201,21 +201,21 @@ SECTIONS = {
     ),
     "forecast_codes.csv": Section(
         "Next codes",
-        "Bits a token of held-out subjects, all levels of codecs that have 16, by number of training subjects, with "
-        "95 % intervals over subjects of the difference to the best other method: "
-        "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER`.",
+        "Bits a token of the held-out subjects of the first three of five folds, all levels, by number of training "
+        "subjects, with 95 % intervals over subjects of the difference to the best other method: "
+        "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER --folds 3`.",
     ),
     "forecast_code_levels.csv": Section(
         "Next codes by level",
         "The same in bits a code, with most training subjects: "
-        "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER`.",
+        "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER --folds 3`.",
     ),
     "forecast_surprise.csv": Section(
         "Surprise",
-        "Surprise of frames (nats a coefficient) and of next codes (bits a token, 16 levels), the AUC of randomised "
-        "scans and of their patches against real ones, and how often a splice of another subject's frames is found "
-        "within a patch: "
-        "`python benchmarks/next_codes.py surprise --data PREPARED --work FOLDER`.",
+        "Surprise of frames (nats a coefficient) and of next codes (bits a token), on held-out subjects of the "
+        "first three of five folds: the AUC of randomised scans and of their patches against real ones, and how often "
+        "a splice of another subject's frames is found within a patch: "
+        "`python benchmarks/next_codes.py surprise --data PREPARED --work FOLDER --folds 3`.",
     ),
     "forecast_cost.csv": Section(
         "Time of forecasts",
