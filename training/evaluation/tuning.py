@@ -22,7 +22,7 @@ from ..alignment.examples import Examples, fit_scores, score_targets
 from ..alignment.joint import add_lora, with_answers
 from ..data.collator import RowCollator, encode_dataset
 from ..data.tasks import Task
-from ..sft.calibration import task_calibrations
+from ..sft.calibration import fit_calibrations
 from ..sft.readings import Reading, reading_rows
 from .ask import EncodedWindow
 
@@ -91,7 +91,8 @@ def tune(
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     trained = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).eval()
     kept = [known for known in trained.config.calibrations or () if not set(task.questions) & set(known["questions"])]
-    trained.config.calibrations = kept + task_calibrations(trained, processor, examples, readings, seed)
+    found = fit_calibrations(trained, processor, examples, readings, seed, descriptors=False)
+    trained.config.calibrations = kept + found
     return trained, processor
 
 

@@ -30,34 +30,27 @@ def fit_calibrations(
     examples: Examples,
     readings: Sequence[Reading],
     seed: int,
+    descriptors: bool = True,
 ) -> list[dict]:
     """
-    `FmriLMConfig.calibrations` of the descriptors and of the readings' tasks that have choices. Rows that teach to
-    read have surer answers than scores are; slope and biases bring the model's log-probabilities to the probabilities
-    that the scores it read predict (of a descriptor, to the tercile), by the least cross-entropy over training
-    windows. No label is looked at here.
+    `FmriLMConfig.calibrations` of the readings' tasks that have choices and, if so wished, of the descriptors. Rows
+    that teach to read have surer answers than scores are; slope and biases bring the model's log-probabilities to the
+    probabilities that the scores it read predict (of a descriptor, to the tercile), by the least cross-entropy over
+    training windows. No label is looked at here.
     """
-    windows, seen = _windows(model, examples, seed)
-    terciles = Terciles.fit(examples, model.config.score_names)
-    found = of_descriptors(model, processor, windows, seen, terciles, seed)
-    return found + task_calibrations(model, processor, examples, readings, seed)
-
-
-def task_calibrations(
-    model: FmriLMForConditionalGeneration,
-    processor: FmriLMProcessor,
-    examples: Examples,
-    readings: Sequence[Reading],
-    seed: int,
-) -> list[dict]:
-    """Those of the tasks alone."""
     readings = [each for each in readings if each.task.choices is not None]
-    if not readings:
+    if not readings and not descriptors:
         return []
-    windows, seen = _windows(model, examples, seed)
+    rows = np.random.default_rng(seed).permutation(len(examples))[:WINDOWS]
+    windows = [EncodedWindow(np.asarray(examples.codes[row]), examples.features[row]) for row in rows]
+    seen, found = read_scores(model, replace(examples, features=examples.features[rows])).scores, []
+    if descriptors:
+        terciles = Terciles.fit(examples, model.config.score_names)
+        found += of_descriptors(model, processor, windows, seen, terciles, seed)
+    if not readings:
+        return found
     asked = [each.task.questions[0] for each in readings]
     choices = [processor.encode_choices(list(each.task.choice_words)) for each in readings]
-    found = []
     for reading, scores in zip(readings, score_windows(model, processor, windows, asked, choices), strict=True):
         wanted, words = reading.probabilities(seen[:, reading.columns]), reading.task.choice_words
         slope, biases = fit(scores, wanted)
@@ -75,15 +68,6 @@ def task_calibrations(
             }
         )
     return found
-
-
-def _windows(
-    model: FmriLMForConditionalGeneration, examples: Examples, seed: int
-) -> tuple[list[EncodedWindow], np.ndarray]:
-    """Some of the examples' windows, and the scores [windows, score_names] that the model reads of them."""
-    rows = np.random.default_rng(seed).permutation(len(examples))[:WINDOWS]
-    windows = [EncodedWindow(np.asarray(examples.codes[row]), examples.features[row]) for row in rows]
-    return windows, read_scores(model, replace(examples, features=examples.features[rows])).scores
 
 
 def of_descriptors(
