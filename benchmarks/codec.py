@@ -4,6 +4,7 @@ What the codec keeps of scans of held-out subjects, in which bits, and how fast.
     python benchmarks/codec.py labels --data FOLDER [--folds 5]     rate, distortion; autism, sex, age; identification
     python benchmarks/codec.py states --data FOLDER --state FOLDER  another atlas; cognitive states of 64 s windows
     python benchmarks/codec.py parcellations --data FOLDER [--folds 5]  half as many ROIs; use of the codes
+    python benchmarks/codec.py patches --data FOLDER [--folds 5]    patches of 4, 8 and 16 frames, equal bits a second
     python benchmarks/codec.py losses --data FOLDER [--folds 5]     training after the fit, and the contrastive loss
     python benchmarks/codec.py speed --data FOLDER                  encoding, summary, and the fit against subjects
 
@@ -22,8 +23,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from ask import busy_seconds
+from forecast import CONTEXT, PATCH, RECIPE, SHOWN, Windows, figures, fitted, measured, sampled, sums
+from next_codes import bits as code_bits
+from next_codes import by_expectation, by_frequency, codes_of, fitted_dynamics, unigram
 from people import write_splits
 from scipy.fft import dct, idct
 from sklearn.metrics import roc_auc_score
@@ -32,8 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor
 from fmrilm.modeling_fmricodec import FmriCodecSummary
+from fmrilm.modeling_fmrilm import FmriLMDynamics
+from fmrilm.training.alignment.dynamics import fit_dynamics
 from fmrilm.training.alignment.language_models import load_text_encoder
-from fmrilm.training.codec.fit import fit_codec, fit_summary, present
+from fmrilm.training.codec.fit import fit_summary, present
 from fmrilm.training.codec.metrics import codebook_results, fc_correlation, r_squared, retrieval_results
 from fmrilm.training.codec.program import describe
 from fmrilm.training.codec.program import main as train_codec
@@ -46,8 +51,9 @@ from fmrilm.training.ridge import Ridge, cross_fitted_ridge
 
 
 RESULTS = Path(__file__).parent / "results"
-RECIPE = Path(__file__).parents[1] / "training" / "configs" / "release" / "codec.yaml"
-PATCH, BOOTSTRAPS = 16, 1000
+BOOTSTRAPS = 1000
+# frames of a patch that are compared; they divide PATCH
+PATCHES = (4, 8, 16)
 # parts of all levels that decode on their own
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 # of timings
@@ -86,15 +92,6 @@ def whole(scans: Scans, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values [1, rois, time] of whole patches and coordinates [1, rois, 3]."""
     signal, coordinates = present(scans, index)
     return signal[: len(signal) // PATCH * PATCH].T[None], coordinates[None]
-
-
-def fitted(scans: Scans, seed: int = 0) -> FmriCodecModel:
-    torch.manual_seed(seed)
-    known = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-    names = ("patch_length", "tokens_per_patch", "num_quantizers", "codebook_size", "codebook_dim", "codebook_groups")
-    model = FmriCodecModel(FmriCodecConfig(**{name: known[name] for name in names})).eval()
-    fit_codec(model, scans, seed=seed)
-    return model
 
 
 def bits(config: FmriCodecConfig, levels: int) -> float:
@@ -398,6 +395,49 @@ def parcellations(folder: Path, folds: int) -> None:
         write("parcellations", rows)
 
 
+@torch.no_grad()
+def patches(folder: Path, folds: int) -> None:
+    """
+    What codecs of shorter patches keep of test subjects: signal, connectivity, labels by ridge regression; how many
+    bits of next codes what is expected of them saves, beside their frequencies; R2 of forecasts by lead.
+    """
+    scans, rows = load(folder), []
+    for fold, (learned, held_out) in split(scans, folds):
+        training, test = scans.select(learned), scans.select(held_out)
+        for patch in PATCHES:
+            model = fitted(training, patch)
+            codes = [model.encode(*whole(test, index)) for index in range(len(test))]
+            r2, fc = distortion(model, test, codes, model.config.num_quantizers)
+            row = {"fold": fold, "patch_length": patch, "r_squared": r2, "fc_correlation": fc}
+            predicted = label_ridge(model, training).predict(features_of(model, test))
+            for column, (name, truth) in enumerate(targets_of(test).items()):
+                row[name] = score(name, truth, predicted[:, column])
+            rows.append(row | next_codes(model, training, test) | forecasts(model, training, test))
+            write("patches", rows)
+
+
+def next_codes(model: FmriCodecModel, training: Scans, test: Scans) -> dict[str, float]:
+    """Bits a second of next codes by their frequencies, and the share that expected vectors save."""
+    (train, subjects), (held_out, _) = codes_of(model, training), codes_of(model, test)
+    dynamics = fitted_dynamics(model, training, train, subjects)
+    frequencies = unigram(train, 1.0, model.config.codebook_size)
+    expected = dynamics.expected_vectors(model, held_out.flatten(1, 2)).unflatten(1, held_out.shape[1:3])
+    alone = by_frequency(frequencies, held_out).sum(1).mean()
+    found = by_expectation(frequencies, expected * dynamics.token_gains, model.codebooks(), held_out)
+    tokens = model.config.tokens_per_patch / model.config.patch_length / model.config.repetition_time
+    saved = alone - code_bits(found, held_out).sum(1).mean()
+    return {"bits_per_second": float(alone * tokens), "share_saved": float(saved / alone)}
+
+
+def forecasts(model: FmriCodecModel, training: Scans, test: Scans) -> dict[str, float]:
+    """R2 of the expected signal of scans that were measured at the codec's repetition time, by lead."""
+    training, test = (measured(part, model.config.repetition_time) for part in (training, test))
+    dynamics, windows = FmriLMDynamics(model.config), Windows(test, every=2)
+    fit_dynamics(dynamics, model, training, CONTEXT, seed=0)
+    r_squared = figures(sums(*sampled(dynamics, model, test, windows), windows).sum(0))[0]
+    return {f"r_squared_{2 * lead}_s": float(value) for lead, value in zip(SHOWN, r_squared, strict=True)}
+
+
 def losses(folder: Path, folds: int, updates: int) -> None:
     """
     Codecs of the stage's program: as fitted, trained after that, and with a loss against a frozen language model.
@@ -483,7 +523,7 @@ def speed(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("labels", "states", "parcellations", "losses", "speed"))
+    parser.add_argument("what", choices=("labels", "states", "parcellations", "patches", "losses", "speed"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--state", type=Path)
     parser.add_argument("--folds", type=int, default=5)
@@ -495,6 +535,8 @@ def main() -> None:
         states(args.data, args.state)
     elif args.what == "parcellations":
         parcellations(args.data, args.folds)
+    elif args.what == "patches":
+        patches(args.data, args.folds)
     elif args.what == "losses":
         losses(args.data, args.folds, args.updates)
     else:

@@ -2,12 +2,14 @@
 How well the model foresees scans of held-out subjects, beside simple models. No scan leaves its folder.
 
     python benchmarks/forecast.py signal --data FOLDER --work FOLDER     R2 by lead, prediction intervals
+    python benchmarks/forecast.py others --data FOLDER                   of each site and atlas of other data
 
-The data folder is one that `fmrilm prepare` wrote, of one atlas. The work folder holds what `benchmarks/people.py
-release` made of it: fold*/splits.csv and fold*/codec/model. Scored are scans that were measured at the codec's
-repetition time, if there are any: interpolated frames hold a part of what follows. All methods are fitted on such
-scans of training subjects, and see the same contexts of at most 160 frames, from which their mean is removed, at every
-16th frame from the 80th on. Results: `benchmarks/results/forecast_*.csv`.
+The data folder is one that `fmrilm prepare` wrote; of one atlas, unless `others` splits it. The work folder holds
+what `benchmarks/people.py release` made of it: fold*/splits.csv and fold*/codec/model. In `others`, codecs are fitted
+by the release recipe in folds over subjects, and rows of sites and atlases that are not in the folder stay. Scored are
+scans that were measured at the codec's repetition time, if there are any: interpolated frames hold a part of what
+follows. All methods are fitted on such scans of training subjects, and see the same contexts of at most 160 frames,
+from which their mean is removed, at every 16th frame from the 80th on. Results: `benchmarks/results/forecast_*.csv`.
 """
 
 import argparse
@@ -19,19 +21,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from scipy.stats import norm
+from sklearn.model_selection import GroupKFold
 
-from fmrilm import FmriCodecModel, FmriLMFeatureExtractor
+from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMFeatureExtractor
 from fmrilm.modeling_fmrilm import FmriLMDynamics
 from fmrilm.training.alignment.dynamics import contexts, fit_dynamics
-from fmrilm.training.codec.fit import present
-from fmrilm.training.data.dataset import Scans
+from fmrilm.training.codec.fit import fit_codec, present
+from fmrilm.training.data.dataset import Scans, load_scans
 from fmrilm.training.data.shards import write_whole
 from fmrilm.training.data.splits import held_out_subjects
 from fmrilm.training.program import ScanArguments, read_scans
 
 
 RESULTS = Path(__file__).parent / "results"
+RECIPE = Path(__file__).parents[1] / "training" / "configs" / "release" / "codec.yaml"
+PATCH = 16
 CONTEXT, LEADS, BOOTSTRAPS, SAMPLES = 160, 16, 1000, 200
 # in frames of 2 s
 SHOWN = (1, 2, 3, 4, 8, 16)
@@ -47,11 +53,11 @@ def write(name: str, rows: list[dict]) -> None:
     print(table.to_string(index=False, float_format="%.4f"), flush=True)
 
 
-def folds_of(data: Path, work: Path, folds: int, all_scans: bool = False) -> Any:
+def folds_of(data: Path, work: Path | None, folds: int, all_scans: bool = False) -> Any:
     """Of each fold, the codec, training scans and test scans; those that were `measured`, or all."""
-    found = sorted(work.glob("fold*/splits.csv"))[:folds]
+    found = [] if work is None else sorted(work.glob("fold*/splits.csv"))[:folds]
     if not found:
-        raise ValueError(f"expected fold*/splits.csv in {work}, got none: run benchmarks/people.py release")
+        raise ValueError(f"expected --work with fold*/splits.csv, got {work}: run benchmarks/people.py release")
     for path in found:
         folder = path.parent / "codec" / "model"
         codec, extractor = (
@@ -66,6 +72,18 @@ def folds_of(data: Path, work: Path, folds: int, all_scans: bool = False) -> Any
 def measured(scans: Scans, repetition_time: float) -> Scans:
     rows = np.flatnonzero(scans.table["tr"].to_numpy(float) == repetition_time)
     return scans.select(rows) if len(rows) else scans
+
+
+def fitted(scans: Scans, patch: int = PATCH) -> FmriCodecModel:
+    """By the recipe, with patches of so many frames and as many tokens a second."""
+    torch.manual_seed(0)
+    known = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    names = ("tokens_per_patch", "num_quantizers", "codebook_size", "codebook_dim", "codebook_groups")
+    values = {name: known[name] for name in names}
+    values["tokens_per_patch"] = known["tokens_per_patch"] * patch // known["patch_length"]
+    model = FmriCodecModel(FmriCodecConfig(patch_length=patch, **values)).eval()
+    fit_codec(model, scans, seed=0)
+    return model
 
 
 class Windows:
@@ -242,19 +260,44 @@ def figures(total: np.ndarray) -> np.ndarray:
     return np.stack([1 - missed / truth, correlation, crps / count, inside / count])
 
 
-def signal(data: Path, work: Path, folds: int) -> None:
+def compared(codec: FmriCodecModel, training: Scans, scans: Scans) -> dict[str, np.ndarray]:
+    """`sums` of the test scans by each method."""
+    test, dynamics = Windows(scans, every=2), FmriLMDynamics(codec.config)
+    start = time.perf_counter()
+    fit_dynamics(dynamics, codec, training, CONTEXT, seed=0)
+    print(f"{len(training)} scans fitted in {time.perf_counter() - start:.0f} s", flush=True)
+    found = {OURS: sums(*sampled(dynamics, codec, scans, test), test)}
+    for name, (forecast, deviation) in baseline_forecasts(training, test).items():
+        found[name] = sums(forecast, *normal_scores(forecast, deviation, test.future), test)
+    return found
+
+
+def signal(data: Path, work: Path | None, folds: int) -> None:
     found: dict[str, list] = {}
-    for codec, training, scans in folds_of(data, work, folds):
-        test, dynamics = Windows(scans, every=2), FmriLMDynamics(codec.config)
-        start = time.perf_counter()
-        fit_dynamics(dynamics, codec, training, CONTEXT, seed=0)
-        print(f"{len(training)} scans fitted in {time.perf_counter() - start:.0f} s", flush=True)
-        found.setdefault(OURS, []).append(sums(*sampled(dynamics, codec, scans, test), test))
-        for name, (forecast, deviation) in baseline_forecasts(training, test).items():
-            scores = normal_scores(forecast, deviation, test.future)
-            found.setdefault(name, []).append(sums(forecast, *scores, test))
-        rows = signal_rows({name: np.concatenate(parts) for name, parts in found.items()})
-        write("signal", rows)
+    for fold in folds_of(data, work, folds):
+        for name, part in compared(*fold).items():
+            found.setdefault(name, []).append(part)
+        write("signal", signal_rows({name: np.concatenate(parts) for name, parts in found.items()}))
+
+
+def others(data: Path, work: Path | None, folds: int) -> None:
+    """Of each site and atlas with enough subjects."""
+    scans, path = load_scans(data, FmriLMFeatureExtractor()), RESULTS / "forecast_others.csv"
+    sites = scans.table["site"].fillna("") if "site" in scans.table else pd.Series("", range(len(scans)))
+    names = pd.Series([f"{site}, {scans.atlas(row).name}".removeprefix(", ") for row, site in enumerate(sites)])
+    for name, rows in names.groupby(names).indices.items():
+        some = scans.select(rows)
+        subjects = some.table["subject"]
+        if subjects.nunique() < folds:
+            continue
+        found: dict[str, list] = {}
+        for parts in GroupKFold(folds).split(rows, groups=subjects):
+            training, test = (measured(some.select(part), 2.0) for part in parts)
+            for method, part in compared(fitted(training), training, test).items():
+                found.setdefault(method, []).append(part)
+        new = signal_rows({method: np.concatenate(parts) for method, parts in found.items()})
+        known = pd.read_csv(path).to_dict("records") if path.exists() else []
+        write("others", [*(row for row in known if row["data"] != name), *({"data": name, **row} for row in new)])
 
 
 def signal_rows(found: dict[str, np.ndarray]) -> list[dict]:
@@ -282,16 +325,16 @@ def signal_rows(found: dict[str, np.ndarray]) -> list[dict]:
     return rows
 
 
-def run(description: str, parts: dict[str, Callable[[Path, Path, int], None]]) -> None:
+def run(description: str, parts: dict[str, Callable[[Path, Path | None, int], None]]) -> None:
     """The part that the command line names, of the folders and so many folds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=tuple(parts))
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--folds", type=int, default=5)
     args = parser.parse_args()
     parts[args.what](args.data, args.work, args.folds)
 
 
 if __name__ == "__main__":
-    run(__doc__, {"signal": signal})
+    run(__doc__, {"signal": signal, "others": others})

@@ -156,7 +156,7 @@ def bits_of(codec: FmriCodecModel, scans: Scans, test: Codes) -> dict[str, torch
     return found
 
 
-def codes(data: Path, work: Path, folds: int) -> None:
+def codes(data: Path, work: Path | None, folds: int) -> None:
     found: dict[tuple, list] = {}
     everyone: list[str] = []
     for codec, training, scans in folds_of(data, work, folds, all_scans=True):
@@ -235,7 +235,7 @@ class Fitted:
 
 
 @torch.no_grad()
-def surprise(data: Path, work: Path, folds: int) -> None:
+def surprise(data: Path, work: Path | None, folds: int) -> None:
     found: dict[tuple, list] = {}
     splices, rng = [], np.random.default_rng(0)
     for codec, training, scans in folds_of(data, work, folds):
@@ -287,7 +287,7 @@ def surprise_rows(found: dict[tuple, list], splices: np.ndarray) -> list[dict]:
 
 
 @torch.no_grad()
-def cost(data: Path, work: Path, folds: int) -> None:
+def cost(data: Path, work: Path | None, folds: int) -> None:
     """Seconds of forecasts of 32 s from one scan of CONTEXT frames, by the first fold's codec."""
     codec, _, scans = next(folds_of(data, work, folds))
     dynamics = FmriLMDynamics(codec.config)

@@ -1,10 +1,12 @@
-"""Writes results.md out of the CSV files in benchmarks/results: python docs/results.py"""
+"""Writes results.md, and its plots, out of the CSV files in benchmarks/results: python docs/results.py"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
 PAGE = Path(__file__).with_name("results.md")
@@ -20,11 +22,12 @@ Written by `python docs/results.py` from the CSV files in [`benchmarks/results/`
 
 @dataclass(frozen=True)
 class Section:
-    """What a file holds, in a sentence; shown: the part of its table that stands in the page."""
+    """What a file holds, in a sentence; shown: the part of its table in the page; plot: draws the table."""
 
     heading: str
     sentence: str
     shown: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table
+    plot: Callable[[pd.DataFrame, Axes], None] | None = None
 
 
 def with_bounds(values: pd.Series, low: pd.Series, high: pd.Series) -> list[str]:
@@ -89,10 +92,49 @@ def by_lead(table: pd.DataFrame) -> pd.DataFrame:
     return wide.rename(columns=lambda seconds: f"{seconds} s").reset_index()
 
 
+def others_by_lead(table: pd.DataFrame) -> pd.DataFrame:
+    """R2 of each data's methods as `by_lead`, and of how many subjects."""
+    parts = []
+    for data, part in table.groupby("data", sort=False):
+        rows = by_lead(part)
+        rows = rows[rows["figure"].str.startswith("r_squared")]
+        parts.append(rows.assign(data=data, subjects=part["subjects"].iloc[0]))
+    every = pd.concat(parts)
+    return every[["data", "subjects", *every.columns.drop(["data", "subjects"])]]
+
+
 def by_family(table: pd.DataFrame) -> pd.DataFrame:
     """Medians over the descriptors of each family, and how many there are."""
     groups = table.drop(columns=["descriptor", "scans"]).groupby("family", sort=False)
     return groups.median().reset_index().assign(descriptors=groups.size().to_numpy())
+
+
+def plot_rate(table: pd.DataFrame, axes: Axes) -> None:
+    for coder, part in over_folds(table).groupby("coder", sort=False):
+        part = part.sort_values("bits")
+        for column, style in (("r_squared", "o-"), ("fc_correlation", "s--")):
+            axes.plot(part["bits"], part[column], style, label=f"{coder}, {column}")
+    axes.set(xscale="log", xlabel="bits a patch of 32 s", ylabel="R2, correlation of connectivity")
+
+
+def plot_leads(table: pd.DataFrame, axes: Axes) -> None:
+    for method, part in table.groupby("method", sort=False):
+        if method != "persistence":
+            axes.plot(part["seconds"], part["r_squared"], "o-", label=method)
+    axes.set(xscale="log", xlabel="lead, s", ylabel="R2")
+    axes.set_xticks(seconds := sorted(set(table["seconds"])), list(map(str, seconds)))
+    axes.minorticks_off()
+
+
+def plot_scaling(table: pd.DataFrame, axes: Axes) -> None:
+    """Bits that each method saves beside frequencies of as many subjects."""
+    alone = table[table["method"] == "unigram"].set_index("training_subjects")["bits_per_token"]
+    for method, part in table[table["method"] != "unigram"].groupby("method", sort=False):
+        saved = part["training_subjects"].map(alone) - part["bits_per_token"]
+        axes.plot(part["training_subjects"], saved, "o-", label=method)
+    axes.set(xscale="log", xlabel="training subjects", ylabel="bits a token less than frequencies")
+    axes.set_xticks(counts := list(alone.index), list(map(str, counts)))
+    axes.minorticks_off()
 
 
 SECTIONS = {
@@ -143,6 +185,7 @@ SECTIONS = {
         "R2 of the decoded signal and correlation of its connectivity by bits of a patch, means over folds: "
         "`python benchmarks/codec.py labels --data FOLDER`.",
         over_folds,
+        plot_rate,
     ),
     "codec_labels.csv": Section(
         "Codec: labels",
@@ -178,6 +221,13 @@ SECTIONS = {
         "The condition of windows of 64 s by ridge regression, over folds of subjects: "
         "`python benchmarks/codec.py states --data FOLDER --state FOLDER`.",
     ),
+    "codec_patches.csv": Section(
+        "Codec: patches of 8, 16 and 32 seconds",
+        "Codecs of shorter patches, in as many tokens and bits a second, means over folds: what is kept of test "
+        "subjects, labels by ridge regression, bits a second of next codes by their frequencies and the share that "
+        "expected vectors save, R2 of forecasts by lead: `python benchmarks/codec.py patches --data FOLDER`.",
+        over_folds,
+    ),
     "codec_losses.csv": Section(
         "Codec: training and contrastive loss",
         "Codecs of 16 levels as fitted, trained after that, and with a loss against a frozen language model, means "
@@ -198,12 +248,21 @@ SECTIONS = {
         "95 % intervals over subjects of the difference to the best baseline: "
         "`python benchmarks/forecast.py signal --data PREPARED --work FOLDER`.",
         by_lead,
+        plot_leads,
+    ),
+    "forecast_others.csv": Section(
+        "Forecasts of the signal: other data",
+        "R2 by lead on held-out subjects of other sites and atlases, five folds, by codecs and dynamics fitted there, "
+        "with 95 % intervals over subjects of the difference to the best baseline: "
+        "`python benchmarks/forecast.py others --data PREPARED`.",
+        others_by_lead,
     ),
     "forecast_codes.csv": Section(
         "Next codes",
         "Bits a token of the held-out subjects of the first three of five folds, all levels, by number of training "
         "subjects, with 95 % intervals over subjects of the difference to the best other method: "
         "`python benchmarks/next_codes.py codes --data PREPARED --work FOLDER --folds 3`.",
+        plot=plot_scaling,
     ),
     "forecast_code_levels.csv": Section(
         "Next codes by level",
@@ -220,6 +279,11 @@ SECTIONS = {
     "forecast_cost.csv": Section(
         "Time of forecasts",
         "Seconds on one core: `python benchmarks/next_codes.py cost --data PREPARED --work FOLDER`.",
+    ),
+    "overhead.csv": Section(
+        "Cost beside the backbone",
+        "Seconds of the processor and peak memory of the joint model with a scan of ten patches and of its backbone "
+        "with text of equal length, one thread: `python benchmarks/overhead.py MODEL`.",
     ),
     "language.csv": Section(
         "Language kept",
@@ -303,8 +367,22 @@ def page(results: Path) -> str:
             lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
             source = f"[`{name}`](../benchmarks/results/{name})"
             parts.append(f"## {section.heading}\n\n{section.sentence} Table: {source}.\n\n{lines}\n")
+            if section.plot:
+                parts.append(f"![{section.heading}](images/{Path(name).stem}.png)\n")
     return "\n".join(parts)
+
+
+def draw(results: Path, images: Path) -> None:
+    """The plots of the tables that have one."""
+    for name, section in SECTIONS.items():
+        if section.plot and (results / name).exists():
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            axes = figure.subplots()
+            section.plot(pd.read_csv(results / name), axes)
+            axes.legend(fontsize="small")
+            figure.savefig(images / f"{Path(name).stem}.png", dpi=100, metadata={"Software": None})
 
 
 if __name__ == "__main__":
     PAGE.write_text(page(RESULTS), encoding="utf-8")
+    draw(RESULTS, PAGE.with_name("images"))
