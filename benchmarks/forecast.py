@@ -215,9 +215,9 @@ def baseline_forecasts(training: Scans, test: Windows) -> dict[str, tuple[np.nda
 
 @torch.no_grad()
 def sampled(
-    dynamics: FmriLMDynamics, codec: FmriCodecModel, scans: Scans, test: Windows
+    dynamics: FmriLMDynamics, codec: FmriCodecModel, scans: Scans, test: Windows, count: int = SAMPLES
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Our forecasts, their CRPS, and whether the truth is in the 80 % interval, [n, rois, LEADS]."""
+    """Our forecasts, their CRPS by samples, and whether the truth is in the 80 % interval, [n, rois, LEADS]."""
     forecast, crps, inside = (np.zeros_like(test.future) for _ in range(3))
     generator = torch.Generator().manual_seed(0)
     for scan in np.unique(test.scan):
@@ -226,8 +226,8 @@ def sampled(
         mask = torch.arange(CONTEXT) >= CONTEXT - torch.from_numpy(test.lengths[rows])[:, None]
         functions = codec.spatial_basis(present(scans, scan)[1]).expand(len(rows), -1, -1)
         inputs = values, mask[:, None].expand_as(values), functions, LEADS
-        samples = dynamics(*inputs, num_samples=SAMPLES, generator=generator).sort(1).values
-        rank = (2 * torch.arange(1, SAMPLES + 1) - SAMPLES - 1)[:, None, None] / (SAMPLES * (SAMPLES - 1))
+        samples = dynamics(*inputs, num_samples=count, generator=generator).sort(1).values
+        rank = (2 * torch.arange(1, count + 1) - count - 1)[:, None, None] / (count * (count - 1))
         own = (samples - truth[:, None]).abs().mean(1) - (rank * samples).sum(1)
         low, high = samples.quantile(torch.tensor([0.1, 0.9]), dim=1)
         place = np.ix_(rows, there)

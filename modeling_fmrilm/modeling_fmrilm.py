@@ -406,7 +406,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
         self.projector = FmriLMProjector(config)
         self.summary = FmriLMSummary(config) if config.score_names else None
         # start and end embeddings: apart from the vocabulary, so that they can be trained where that is frozen
-        self.boundaries = nn.Embedding(2, config.text_config.hidden_size)
+        self.start_end_embeddings = nn.Embedding(2, config.text_config.hidden_size)
         self.fmri_head = FmriLMHead(config)
         self.dynamics = FmriLMDynamics(self.codec.config)
         self.post_init()
@@ -465,7 +465,7 @@ class FmriLMModel(FmriLMPreTrainedModel):
         """Embeddings [batch, length, hidden] of text and of the scans in it; arguments as in `forward`."""
         config, embeddings = self.config, self.get_input_embeddings()(input_ids)
         for token, embedding in zip(
-            (config.fmri_start_token_id, config.fmri_end_token_id), self.boundaries.weight, strict=True
+            (config.fmri_start_token_id, config.fmri_end_token_id), self.start_end_embeddings.weight, strict=True
         ):
             embeddings = torch.where((input_ids == token)[..., None], embedding.to(embeddings.dtype), embeddings)
         if fmri_codes is None and fmri_values is not None:
@@ -589,7 +589,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         # latent tokens begin as the mean word, and move apart by learning
         self.model.projector.output_norm.weight.fill_(LATENT_TOKEN_SPREAD * size)
         self.model.projector.output_norm.bias.copy_(words.mean(0))
-        self.model.boundaries.weight.copy_(words.mean(0))
+        self.model.start_end_embeddings.weight.copy_(words.mean(0))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.causal_lm.get_output_embeddings()
@@ -813,7 +813,7 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         valid = fmri_codes[..., 0] >= 0
         places = (torch.arange(fmri_codes.shape[1], device=fmri_codes.device) % per_patch).expand(valid.shape)
         # the states before each token, without text: of the start embedding and of the tokens but the last
-        start = self.model.boundaries.weight[0]
+        start = self.model.start_end_embeddings.weight[0]
         tokens = self.model.projector(self.model.codec.embed_codes(fmri_codes), places)
         embeddings = torch.cat([start.expand(len(valid), 1, -1), tokens.to(start.dtype)], 1)[:, :-1]
         states = self.model(

@@ -18,7 +18,7 @@ def test_joining_keeps_the_pretrained_weights(tied: bool, tiny_model, make_langu
     assert torch.allclose(joint(inputs).logits[..., :count], old(inputs).logits, atol=1e-6)
     embeddings = joint.get_input_embeddings().weight
     assert torch.allclose(embeddings[count : count + 4], embeddings[:count].mean(0).expand(4, -1), atol=1e-6)
-    assert torch.allclose(joint.model.boundaries.weight, embeddings.mean(0).expand(2, -1), atol=1e-6)
+    assert torch.allclose(joint.model.start_end_embeddings.weight, embeddings.mean(0).expand(2, -1), atol=1e-6)
 
 
 def test_codes_become_embeddings_by_their_vectors_and_their_place_in_the_patch(llama: Model) -> None:
@@ -30,13 +30,13 @@ def test_codes_become_embeddings_by_their_vectors_and_their_place_in_the_patch(l
     assert torch.allclose(features[1], llama.model.get_fmri_features(codes([LONG[0], LONG[1]]))[1], atol=1e-6)
 
 
-def test_embeddings_hold_text_boundaries_tokens_and_scores_in_their_places(llama: Model) -> None:
+def test_embeddings_hold_text_ends_tokens_and_scores_in_their_places(llama: Model) -> None:
     scores = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
     embeddings = llama.model.embed(
         ids(llama, "a", SHORT, "b", SHORT), fmri_codes=codes(SHORT, SHORT), fmri_scores=scores
     )
     words = llama.get_input_embeddings()(ids(llama, "a", "b"))[0]
-    start, end = llama.model.boundaries.weight
+    start, end = llama.model.start_end_embeddings.weight
     tokens, summaries = llama.model.get_fmri_features(codes(SHORT)), llama.model.summary(scores)
     expected = []
     for word, summary in zip(words, summaries, strict=True):

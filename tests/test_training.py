@@ -81,7 +81,7 @@ def test_lora_trains_attention_mlps_and_what_a_scan_passes_through(
     whole = {
         f"projector.modules_to_save.default.{name}" for name, _ in tiny_model().model.projector.named_parameters()
     }
-    whole |= {"boundaries.modules_to_save.default.weight"}
+    whole |= {"start_end_embeddings.modules_to_save.default.weight"}
     whole |= {f"summary.embeddings.modules_to_save.default.{name}" for name in ("weight", "bias")}
     layer = "causal_lm.model.layers.{}.{}.lora_{}.default.weight"
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")

@@ -220,7 +220,7 @@ def quantization(model_args: ModelConfig) -> "BitsAndBytesConfig | None":
         raise ValueError("expected use_peft with load_in_4bit or load_in_8bit: stored like that, weights do not learn")
     config: Any = get_quantization_config(model_args)
     # what a scan passes through is small, and is trained whole
-    config.llm_int8_skip_modules = ["codec", "projector", "summary", "boundaries", "fmri_head", "lm_head"]
+    config.llm_int8_skip_modules = ["codec", "projector", "summary", "start_end_embeddings", "fmri_head", "lm_head"]
     return config
 
 

@@ -35,7 +35,7 @@ LEAST_SHARED = 0.05
 # how far a name with "is" behind it is from the name alone, as a share of its size
 AWAY = 0.5
 # what a scan enters and leaves through, trained whole beside an adapter
-SCAN_MODULES = ("projector", "summary.embeddings", "boundaries")
+SCAN_MODULES = ("projector", "summary.embeddings", "start_end_embeddings")
 
 
 @torch.no_grad()
