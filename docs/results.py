@@ -161,7 +161,7 @@ SECTIONS = {
         "Labels and states by one model: two datasets, two atlases",
         "The same by models of the release recipe that learned from ABIDE (CC200) and SONG (Schaefer-200) at once, "
         "with the state of each of SONG's recordings: `python benchmarks/people.py release PREPARED PREPARED --tasks "
-        "asd,sex,age,age_group,state`. Trained while a score moved its answer's embedding half as far as it does now.",
+        "asd,sex,age,age_group,state`.",
         lambda table: by_split(table, (*MAIN_METRICS, "accuracy")),
     ),
     "people_descriptors.csv": Section(
@@ -175,8 +175,7 @@ SECTIONS = {
         "Labels of subjects: what an answer depends on",
         "Rank correlation, over test subjects, of such models' log-odds with the score of the label that they "
         "read, and ROC-AUC of both: about a scan's first window as it is; with the codes of another subject beside "
-        "its own scores; and with all scores but this one at their mean. Means over the first three folds, trained "
-        "while a score moved its answer's embedding half as far as it does now: "
+        "its own scores; and with all scores but this one at their mean. Means over the folds: "
         "`python benchmarks/people.py reading PREPARED`.",
         over_folds,
     ),
