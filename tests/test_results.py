@@ -1,5 +1,6 @@
 """Pages of results and scaling are what their scripts make, and the demo's table is what its runs hold."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def results(seed: int) -> dict:
 
 def test_page_is_what_the_script_makes(script: dict) -> None:
     assert script["page"](RESULTS) == script["PAGE"].read_text(encoding="utf-8"), "run: python docs/results.py"
+
+
+def test_plots_in_the_page_are_drawn(script: dict, tmp_path: Path) -> None:
+    script["draw"](RESULTS, tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn and drawn == set(re.findall(r"\(images/([^)]+)\)", script["PAGE"].read_text(encoding="utf-8")))
+    assert all((ROOT / "docs" / "images" / name).exists() for name in drawn)
 
 
 def test_scaling_is_what_its_script_makes() -> None:
