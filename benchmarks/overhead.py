@@ -5,7 +5,7 @@ What the joint model costs beside its backbone on text of equal length: seconds 
 
 A prompt with a scan of ten patches, whose codes and scores are known, and as many words. Training steps are those of
 LoRA of rank 8; the joint model's also predicts next codes. Both take turns in one thread; ratios are of medians.
-Memory is that of a process of its own, which takes one training step. Writes results/overhead.csv.
+Memory is that of processes of their own, which take one training step. Writes results/overhead.csv.
 """
 
 import gc
@@ -31,7 +31,7 @@ from fmrilm.training.program import give_memory_back
 
 
 RESULTS = Path(__file__).parent / "results"
-PATCHES, ANSWER, NEW_TOKENS, RANK = 10, 32, 32, 8
+PATCHES, ANSWER, NEW_TOKENS, RANK, PROCESSES = 10, 32, 32, 8, 5
 JOINT, BACKBONE = "joint model", "backbone"
 
 
@@ -122,7 +122,11 @@ def main(
     trained = {which: partial(train, with_lora(one, which).train(), inputs) for which, (one, inputs) in loaded.items()}
     rows.append(("training step, seconds", timed(trained, repeats)))
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {which: pool.apply(peak_memory, (model, which)) for which in loaded}
+        # how much of a file's memory counts differs from run to run
+        memory = {
+            which: statistics.median(pool.apply(peak_memory, (model, which)) for _ in range(PROCESSES))
+            for which in loaded
+        }
     rows.append(("peak memory of a training step, GB", memory))
     table = pd.DataFrame([{"what": what, **of, "ratio": of[JOINT] / of[BACKBONE]} for what, of in rows])
     write_whole(results / "overhead.csv", table.to_csv(index=False, float_format="%.4f"))
