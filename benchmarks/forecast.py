@@ -292,7 +292,7 @@ def others(data: Path, work: Path | None, folds: int) -> None:
             continue
         found: dict[str, list] = {}
         for parts in GroupKFold(folds).split(rows, groups=subjects):
-            training, test = (measured(some.select(part), 2.0) for part in parts)
+            training, test = (measured(some.select(part), FmriCodecConfig().repetition_time) for part in parts)
             for method, part in compared(fitted(training), training, test).items():
                 found.setdefault(method, []).append(part)
         new = signal_rows({method: np.concatenate(parts) for method, parts in found.items()})
