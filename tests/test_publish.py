@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
@@ -90,6 +91,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: torch.save({"a": 1}, f / "notes.txt", _use_new_zipfile_serialization=False),
         "notes.txt: expected no pickle",
     ),
+    "a pickle named as weights": (
+        lambda f: torch.save({"a": 1}, f / "model.safetensors", _use_new_zipfile_serialization=False),
+        "model.safetensors: expected no pickle",
+    ),
     "a pickle in an archive": (lambda f: torch.save({"a": 1}, f / "notes.dat"), "notes.dat: expected no pickle"),
     "a pickle in an array": (
         lambda f: np.save(f / "codes.npy", np.array([{}], dtype=object), allow_pickle=True),
@@ -150,6 +155,15 @@ def test_adapter_without_a_base_on_the_hub_is_refused(base: str | None, adapter:
     reason = "which only this machine has" if base == "runs/base" else "expected the Hub id of the base model"
     with pytest.raises(ValueError, match=reason):
         push(adapter, "me/adapter")
+
+
+def test_weights_whose_header_begins_like_a_pickle_are_taken(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    weights, size = load_file(path), 0
+    while path.read_bytes()[:1] != b"\x80":
+        size += 8
+        save_file(weights, path, {"format": "pt" + " " * size})
+    assert not list(find_problems(adapter))
 
 
 def test_adapter_without_weights_is_refused(adapter: Path) -> None:

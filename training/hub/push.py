@@ -138,13 +138,14 @@ def _is_pickle(path: Path) -> bool:
     if path.suffix in PICKLE_SUFFIXES:
         return True
     with open(path, "rb") as handle:
-        start = handle.read(2)
-        if start[:1] == b"\x80":
+        start = handle.read(8)
+        # as a number: the length of a safetensors file's header, which may begin like a pickle, and is in the file
+        if start[:1] == b"\x80" and int.from_bytes(start, "little") > path.stat().st_size:
             return True
         handle.seek(0)
         if path.suffix == ".npy":
             return _holds_objects(handle)
-    if start == b"PK" and zipfile.is_zipfile(path):
+    if start[:2] == b"PK" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return any(
                 name.endswith(PICKLE_SUFFIXES) or name.endswith(".npy") and _holds_objects(archive.open(name))
