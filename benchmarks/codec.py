@@ -432,6 +432,7 @@ def next_codes(model: FmriCodecModel, training: Scans, test: Scans) -> dict[str,
 def forecasts(model: FmriCodecModel, training: Scans, test: Scans) -> dict[str, float]:
     """R2 of the expected signal of scans that were measured at the codec's repetition time, by lead."""
     training, test = (measured(part, model.config.repetition_time) for part in (training, test))
+    # those of next codes also learn from faster scans: as in `forecast.py`, these do not
     dynamics, windows = FmriLMDynamics(model.config), Windows(test, every=2)
     fit_dynamics(dynamics, model, training, CONTEXT, seed=0)
     # the expected signal alone counts
