@@ -61,7 +61,7 @@ REPEATS, MATRIX = 50, 1024
 # frames, windows that are described, and statements of a description
 WINDOW, DESCRIBED, STATEMENTS = 160, 400, 8
 # Options of the stage's program. Half of the recipe's levels, which train in half the time; the transformers are tiny.
-LEVELS = ["--num_quantizers", "16"]
+LEVELS = ["--num_quantizers", "16", "--num_scan_levels", "0"]
 TRAINED = ["--size", "tiny", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--save_strategy", "no"]
 LOSSES = {
     "fitted": [],
@@ -95,7 +95,7 @@ def whole(scans: Scans, index: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def bits(config: FmriCodecConfig, levels: int) -> float:
-    """Of a patch."""
+    """Of a patch, in so many levels."""
     return config.tokens_per_patch * levels * float(np.log2(config.codebook_size))
 
 
@@ -192,7 +192,7 @@ def labels(folder: Path, folds: int) -> None:
         tested.append(test)
         learned, held_out = scans.select(training), scans.select(test)
         start = time.perf_counter()
-        model = fitted(learned)
+        model = fitted(learned, scan_levels=True)
         print(f"fold {fold}: fitted in {time.perf_counter() - start:.0f} s", flush=True)
         codes = [model.encode(*whole(scans, index)) for index in range(len(scans))]
         config = model.config
@@ -206,18 +206,24 @@ def labels(folder: Path, folds: int) -> None:
             spent, r2, fc = coder.code(held_out, step)
             rate.append({"fold": fold, "coder": "transform", "bits": spent, "r_squared": r2, "fc_correlation": fc})
         features = {"FC, raw": raw, "tangent, raw": raw_tangent(signals, training)}
+        apart = config.num_scan_numbers
+        numbers = torch.stack([model.scan_features(row)[0, -apart:] for row in codes]).numpy()
+        once = f"{bits(config, config.num_scan_levels):.0f} bits a scan"
+        features[f"codes of whole scans, {once}"] = numbers
         for levels in (all_levels // 8, all_levels // 2, all_levels):
             if levels < all_levels:
                 # a prefix of the levels decodes to other covariances: its own mean
                 refit(model, learned, levels)
             else:
                 fit_summary(model, learned, np.random.default_rng(0))
-            rows = [model.scan_features(row[..., :levels])[0] for row in codes]
-            features[f"codes, {bits(config, levels):.0f} bits"] = torch.stack(rows).numpy()
+            rows = torch.stack([model.scan_features(row[..., :levels])[0, :-apart] for row in codes]).numpy()
+            name = f"codes, {bits(config, levels):.0f} bits"
+            features |= {name: rows, f"{name} and {once}": np.concatenate([rows, numbers], 1)}
         for name, values in features.items():
             found = predictions.setdefault(name, np.full(stacked.shape, np.nan))
-            blocks = config.scan_feature_blocks if name.startswith("codes") else None
-            ridge = cross_fitted_ridge(values[training], stacked[training], subjects[training], 0, blocks)
+            blocks = config.scan_feature_blocks if name.startswith("codes, ") else None
+            added = apart if name.endswith(f"and {once}") else 0
+            ridge = cross_fitted_ridge(values[training], stacked[training], subjects[training], 0, blocks, added)
             found[test] = ridge.predict(values[test])
         identified.append({"fold": fold, **identification(model, held_out)})
         write("rate", rate)

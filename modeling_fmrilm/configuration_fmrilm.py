@@ -15,6 +15,8 @@ CODEC_SIZES = {
     "base": (768, 12, 12, 12),
     "large": (1024, 24, 24, 16),
 }
+# values of the numbers that make up a code of the scan as a whole
+SCAN_CODE_VALUES = (8, 8, 8)
 
 
 class FmriCodecConfig(PreTrainedConfig):
@@ -30,6 +32,8 @@ class FmriCodecConfig(PreTrainedConfig):
         codebook_size, codebook_dim: codes of a level and their dimension; of "fsq" they follow from `fsq_levels`.
         codebook_groups: parts of a token's vector that the levels of "vq" take turns over.
         fsq_levels: number of values that each dimension of "fsq" is rounded to.
+        num_scan_levels: further levels, which hold codes of the scan as a whole, the same in every patch (0: none).
+        num_scan_rois: ROIs of the atlas whose scans have such codes.
         repetition_time: seconds between two frames of the input.
         num_basis_functions: functions of MNI coordinates that a frame is the sum of.
         num_networks: networks of ROIs whose mean series are compared in the scan features.
@@ -57,6 +61,8 @@ class FmriCodecConfig(PreTrainedConfig):
     codebook_dim: int = 128
     codebook_groups: int = 4
     fsq_levels: list[int] | None = None
+    num_scan_levels: int = 0
+    num_scan_rois: int = 0
     repetition_time: float | int = 2.0
     num_basis_functions: int = 64
     num_networks: int = 8
@@ -81,8 +87,9 @@ class FmriCodecConfig(PreTrainedConfig):
     @property
     def scan_feature_blocks(self) -> tuple[int, int]:
         """
-        Numbers that describe a scan as a whole: of the basis coefficients, the summary (a covariance's triangle) and
-        each one's autocorrelation; of the networks' mean series, covariance and autocorrelation.
+        Numbers that are computed from what a scan's patches decode to: of the basis coefficients, the summary (a
+        covariance's triangle) and each one's autocorrelation; of the networks' mean series, covariance and
+        autocorrelation.
         """
         basis, networks = self.num_basis_functions, self.num_networks
         return self.num_summary_features + basis, networks * (networks + 1) // 2 + networks
@@ -92,8 +99,13 @@ class FmriCodecConfig(PreTrainedConfig):
         return self.num_basis_functions * (self.num_basis_functions + 1) // 2
 
     @property
+    def num_scan_numbers(self) -> int:
+        """Numbers that the codes of the scan as a whole hold; they come last among the scan features."""
+        return self.tokens_per_patch * self.num_scan_levels * len(SCAN_CODE_VALUES)
+
+    @property
     def num_scan_features(self) -> int:
-        return sum(self.scan_feature_blocks)
+        return sum(self.scan_feature_blocks) + self.num_scan_numbers
 
     @classmethod
     def from_size(cls, size: str, **changes) -> "FmriCodecConfig":
@@ -117,6 +129,11 @@ class FmriCodecConfig(PreTrainedConfig):
                 raise ValueError(f"expected at least 2 levels in each dimension, got fsq_levels={self.fsq_levels}")
             self.codebook_size, self.codebook_dim = math.prod(self.fsq_levels), len(self.fsq_levels)
             self.codebook_groups = 1
+        if bool(self.num_scan_levels) != bool(self.num_scan_rois):
+            raise ValueError(
+                f"expected num_scan_levels and num_scan_rois, or neither, got {self.num_scan_levels} and "
+                f"{self.num_scan_rois}"
+            )
         if not 1 <= self.codebook_groups <= self.num_quantizers or self.codebook_dim % self.codebook_groups:
             raise ValueError(
                 "expected codebook_groups that divide codebook_dim and are no more than the levels, got "

@@ -1,7 +1,7 @@
 """The codec: fMRI to discrete tokens and back (stage 1, the paper's neural tokenizer)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput, maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_fmrilm import FmriCodecConfig
+from .configuration_fmrilm import SCAN_CODE_VALUES, FmriCodecConfig
 
 
 # MNI coordinates are divided by this many mm before the Fourier features: it spans the brain once
@@ -27,6 +27,10 @@ BASIS_WIDTH = 256
 KMEANS_ITERATIONS = 10
 # distances that are held at once while vectors look for their codes
 DISTANCES = 2**24
+# ROIs of two atlases whose centres are at most so many mm apart are the same
+SAME_ROI = 4.0
+# weight of the identity in correlations between ROIs, which there are more of than frames
+CORRELATION_SHRINKAGE = 0.3
 # SigLIP starts at the odds of a random pair being a match: this is the logarithm of those in a batch of 20
 INITIAL_BIAS = -3.0
 INITIAL_SCALE = 10.0
@@ -407,11 +411,12 @@ class ResidualFiniteScalarQuantizer(nn.Module):
 
     values: torch.Tensor
 
-    def __init__(self, config: FmriCodecConfig):
+    def __init__(self, fsq_levels: Sequence[int], num_quantizers: int):
         super().__init__()
-        self.num_quantizers, self.codebook_size = config.num_quantizers, config.codebook_size
+        self.fsq_levels, self.num_quantizers = tuple(fsq_levels), num_quantizers
+        self.codebook_size = math.prod(fsq_levels)
         # a tensor, so that it is where the model is
-        self.register_buffer("values", torch.tensor(config.fsq_levels))
+        self.register_buffer("values", torch.tensor(fsq_levels))
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Codes int64 [..., levels] of the vectors z [..., len(fsq_levels)]."""
@@ -474,6 +479,15 @@ class MatrixLogarithm(torch.autograd.Function):
         return vectors @ (slopes * (vectors.mT @ gradient @ vectors)) @ vectors.mT
 
 
+def triangle(matrices: torch.Tensor) -> torch.Tensor:
+    """
+    Lower triangles [..., n * (n + 1) / 2] of symmetric matrices [..., n, n], the diagonal divided by sqrt(2): a value
+    off the diagonal stands twice in a matrix.
+    """
+    row, column = torch.tril_indices(*matrices.shape[-2:], device=matrices.device)
+    return matrices[..., row, column] * torch.where(row == column, 0.5**0.5, 1.0)
+
+
 class FmriCodecSummary(nn.Module):
     """
     What the regions of a scan do together, from its decoded basis coefficients: their covariance, with what ROIs leave
@@ -502,6 +516,7 @@ class FmriCodecSummary(nn.Module):
         self.register_buffer("posterior_covariance", torch.zeros(size, size))
         # weight of the mean in a covariance: the logarithm of one from few frames is finite
         self.register_buffer("shrinkage", torch.tensor(0.3))
+        # of all scan features, those of the codes of the scan as a whole included
         self.register_buffer("feature_mean", torch.zeros(config.num_scan_features))
         self.register_buffer("feature_std", torch.ones(config.num_scan_features))
 
@@ -514,14 +529,14 @@ class FmriCodecSummary(nn.Module):
         init.ones_(self.feature_std)
 
     @staticmethod
-    def centred(series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-        """Series [batch, n, time] without their mean over frames with data (bool [batch, time]), zero elsewhere."""
-        mask = frame_mask[:, None].to(series.dtype)
+    def centred(series: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Series [batch, n, time] without their mean over frames with data (bool, of that shape), zero elsewhere."""
+        mask = mask.to(series.dtype)
         return (series - (series * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
 
     def covariance(self, series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
         """[batch, n, n] of series [batch, n, time]; frame_mask bool [batch, time]: frames with data."""
-        series = self.centred(series, frame_mask)
+        series = self.centred(series, frame_mask[:, None])
         return series @ series.mT / frame_mask.sum(-1).clamp(min=1)[:, None, None]
 
     def tangent(self, covariance: torch.Tensor) -> torch.Tensor:
@@ -529,16 +544,15 @@ class FmriCodecSummary(nn.Module):
         identity = torch.eye(len(self.whitening), device=covariance.device, dtype=covariance.dtype)
         whitened = self.whitening @ (covariance + self.posterior_covariance) @ self.whitening
         matrices: torch.Tensor = MatrixLogarithm.apply((1 - self.shrinkage) * whitened + self.shrinkage * identity)  # pyright: ignore[reportAssignmentType]
-        row, column = torch.tril_indices(len(identity), len(identity), device=covariance.device)
-        return matrices[:, row, column] * torch.where(row == column, 0.5**0.5, 1.0)
+        return triangle(matrices)
 
     def autocorrelation(self, series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
         """Lag-1 autocorrelation [batch, n] of series [batch, n, time]; 0 of what is decoded to a constant."""
-        series = self.centred(series, frame_mask)
+        series = self.centred(series, frame_mask[:, None])
         return (series[..., 1:] * series[..., :-1]).sum(-1) / series.pow(2).sum(-1).clamp(min=1e-6)
 
     def forward(self, series: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-        """Scan features [batch, num_scan_features] of coefficients [batch, n, time]."""
+        """Scan features [batch, sum(scan_feature_blocks)] of coefficients [batch, n, time]."""
         covariance = self.covariance(series, frame_mask)
         between = self.network_basis @ covariance @ self.network_basis.T
         row, column = torch.tril_indices(len(between[0]), len(between[0]), device=series.device)
@@ -553,6 +567,98 @@ class FmriCodecSummary(nn.Module):
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """Scan features [batch, features] in standard deviations of training scans, scaled to squares of sum 1."""
         return (features - self.feature_mean) / (self.feature_std * math.sqrt(features.shape[-1]))
+
+
+class FmriScanQuantizer(nn.Module):
+    """
+    Codes of a scan as a whole, beside those of its patches (as Spark-TTS has global tokens beside those of frames,
+    Wang et al. 2025): the correlations between the ROIs of one atlas in tangent space, along principal components of
+    training scans, by finite scalar quantisation. They hold what smooth functions of coordinates do not tell apart, in
+    a few hundred bits a scan. A ROI that a scan lacks is what the others predict; a scan that has less than half of
+    the ROIs has no such codes.
+    """
+
+    coordinates: torch.Tensor
+    mean: torch.Tensor
+    whitening: torch.Tensor
+    components: torch.Tensor
+    offset: torch.Tensor
+
+    def __init__(self, config: FmriCodecConfig):
+        super().__init__()
+        rois, numbers = config.num_scan_rois, config.num_scan_numbers
+        self.levels = config.num_scan_levels
+        # far from any scan until they are fitted
+        self.register_buffer("coordinates", torch.full((rois, 3), math.inf))
+        # of training scans' shrunk correlations, and its inverse square root
+        self.register_buffer("mean", torch.eye(rois))
+        self.register_buffer("whitening", torch.eye(rois))
+        # numbers are components @ tangent vector - offset
+        self.register_buffer("components", torch.zeros(numbers, rois * (rois + 1) // 2))
+        self.register_buffer("offset", torch.zeros(numbers))
+        self.quantizer = ResidualFiniteScalarQuantizer(SCAN_CODE_VALUES, 1)
+
+    def init_weights(self) -> None:
+        init.constant_(self.coordinates, math.inf)
+        init.copy_(self.mean, torch.eye(len(self.mean)))
+        init.copy_(self.whitening, torch.eye(len(self.mean)))
+        init.zeros_(self.components)
+        init.zeros_(self.offset)
+
+    def correlations(
+        self, values: torch.Tensor, coordinates: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Shrunk correlations [batch, num_scan_rois, num_scan_rois] of scans (arguments as in `FmriCodecModel.encode`),
+        zero of ROIs that they lack; and which ones they have, bool [batch, num_scan_rois].
+        """
+        mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+        distance = (self.coordinates[:, None] - coordinates.float()[:, None]).norm(dim=-1)
+        nearest, index = distance.masked_fill(~mask.any(-1)[:, None], math.inf).min(-1)
+        index = index[..., None].expand(-1, -1, values.shape[-1])
+        known = mask.gather(1, index) & (nearest <= SAME_ROI)[..., None]
+        series = values.float().gather(1, index)
+        series = FmriCodecSummary.centred(series, known)
+        norm = series.norm(dim=-1, keepdim=True)
+        series = series / norm.clamp(min=1e-6)
+        identity = torch.eye(len(self.mean), device=values.device)
+        matrices = (1 - CORRELATION_SHRINKAGE) * series @ series.mT + CORRELATION_SHRINKAGE * identity
+        there = norm[..., 0] > 1e-6
+        return matrices * (there[:, None] & there[..., None]), there
+
+    def completed(self, correlations: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """`correlations` with what the regression on the other ROIs gives for those that a scan lacks."""
+        has = there.float()
+        lacks = 1 - has
+        known = self.mean * has[..., None] * has[:, None] + torch.diag_embed(lacks)
+        # [batch, ROIs that are there, ROIs that are not], zero elsewhere
+        slopes = torch.linalg.solve(known, self.mean * has[..., None] * lacks[:, None])
+        whole = torch.diag_embed(has) + slopes.mT
+        left_over = (self.mean - slopes.mT @ self.mean) * lacks[..., None] * lacks[:, None]
+        return whole @ correlations @ whole.mT + left_over
+
+    def tangent(self, correlations: torch.Tensor) -> torch.Tensor:
+        """[batch, num_scan_rois * (num_scan_rois + 1) / 2] of completed correlations."""
+        whitened = self.whitening @ correlations @ self.whitening
+        logarithms: torch.Tensor = MatrixLogarithm.apply(whitened)  # pyright: ignore[reportAssignmentType]
+        return triangle(logarithms)
+
+    def encode(self, values: torch.Tensor, coordinates: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Codes int64 [batch, tokens_per_patch, num_scan_levels], -1 of scans of other ROIs."""
+        correlations, there = self.correlations(values, coordinates, mask)
+        numbers = self.tangent(self.completed(correlations, there)) @ self.components.T - self.offset
+        codes = self.quantizer.encode(numbers.unflatten(-1, (-1, len(SCAN_CODE_VALUES))))[..., 0]
+        codes = codes.masked_fill(there.float().mean(-1, keepdim=True) < 0.5, -1)
+        return codes.unflatten(-1, (-1, self.levels))
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """
+        Numbers [batch, num_scan_numbers] of codes [batch, patches, tokens_per_patch, num_scan_levels], the mean over
+        patches that have them; zero, as of the average scan, where none has.
+        """
+        known = (codes >= 0).float()[..., None]
+        numbers = self.quantizer.codebooks[0][codes.clamp(min=0)] * known
+        return (numbers.sum(1) / known.sum(1).clamp(min=1)).flatten(1)
 
 
 def siglip_loss(
@@ -623,10 +729,10 @@ class FmriCodecAlignment(nn.Module):
 class FmriCodecOutput(ModelOutput):
     """
     loss: weighted sum of the parts below. reconstruction: [batch, rois, time]. codes: int64 [batch, tokens, levels],
-    -1 on padding. descriptors: [batch, descriptors], in the units the head was fitted to. scan_embeddings:
+    as `encode` gives them. descriptors: [batch, descriptors], in the units the head was fitted to. scan_embeddings:
     [batch, alignment_size], unit vectors to compare with the alignment head's embeddings of texts. codebook_usage:
-    share of each level's codebook that occurs in this batch [levels]; perplexity: exp of the entropy of its codes
-    [levels]. hidden_states: on request, input and outputs of the encoder's layers, [batch, tokens, hidden] each.
+    share of each patch level's codebook that occurs in this batch [num_quantizers]; perplexity: exp of the entropy of
+    its codes. hidden_states: on request, input and outputs of the encoder's layers, [batch, tokens, hidden] each.
     """
 
     loss: torch.Tensor | None = None
@@ -660,6 +766,7 @@ class FmriCodecPreTrainedModel(KeptInFloat32, PreTrainedModel):
         "synthesis",
         "patch_decoder",
         "tangent_summary",
+        "scan_quantizer",
         "descriptor_head",
         "alignment_head",
     ]
@@ -673,12 +780,15 @@ class FmriCodecPreTrainedModel(KeptInFloat32, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FmriSpatialBasis | ResidualVectorQuantizer | FmriCodecSummary | FmriCodecAlignment):
+        if isinstance(
+            module,
+            FmriSpatialBasis | ResidualVectorQuantizer | FmriCodecSummary | FmriScanQuantizer | FmriCodecAlignment,
+        ):
             module.init_weights()
         elif isinstance(module, FmriCodecTransformer):
             module.init_weights(self.config.initializer_range)
         elif isinstance(module, ResidualFiniteScalarQuantizer):
-            init.copy_(module.values, torch.tensor(self.config.fsq_levels))
+            init.copy_(module.values, torch.tensor(module.fsq_levels))
 
 
 class FmriCodecModel(FmriCodecPreTrainedModel):
@@ -687,7 +797,8 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
     `num_quantizers` codes. A patch's signal becomes coefficients of spatial basis functions, a linear map makes token
     vectors of them, residual quantisation makes codes; decoding is the way back. Transformers may add to both linear
     maps. Tokens are time-major: index = patch * tokens_per_patch + token of the patch. A code depends on its own and
-    earlier patches alone, so that predicting the next one is not looking it up. Everything is computed in float32.
+    earlier patches alone, so that predicting the next one is not looking it up; but for `num_scan_levels` further
+    levels, whose codes are of the scan as a whole and the same in every patch. Everything is computed in float32.
     """
 
     def __init__(self, config: FmriCodecConfig):
@@ -700,12 +811,15 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         if config.num_hidden_layers:
             self.patch_encoder = FmriCodecTransformer(config, config.num_hidden_layers, config.codebook_dim, False)
         self.quantizer = (
-            ResidualFiniteScalarQuantizer(config) if config.fsq_levels else ResidualVectorQuantizer(config)
+            ResidualFiniteScalarQuantizer(config.fsq_levels, config.num_quantizers)
+            if config.fsq_levels
+            else ResidualVectorQuantizer(config)
         )
         self.synthesis = nn.Linear(vectors, coefficients)
         if config.num_decoder_layers:
             self.patch_decoder = FmriCodecTransformer(config, config.num_decoder_layers, coefficients, True)
         self.tangent_summary = FmriCodecSummary(config)
+        self.scan_quantizer = FmriScanQuantizer(config) if config.num_scan_levels else None
         self.descriptor_head = (
             nn.Linear(config.num_scan_features, len(config.descriptor_names)) if config.descriptor_names else None
         )
@@ -721,21 +835,24 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         fmri_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Codes int64 [batch, tokens, levels] of fmri_values [batch, rois, time] (robust z-scores) at roi_coordinates
-        [batch, rois, 3] (MNI mm); -1 on patches without any data by fmri_mask bool [batch, rois, time] (False is
-        padding, or a ROI that is missing).
+        Codes int64 [batch, tokens, num_quantizers + num_scan_levels] of fmri_values [batch, rois, time] (robust
+        z-scores) at roi_coordinates [batch, rois, 3] (MNI mm); -1 on patches without any data by fmri_mask bool
+        [batch, rois, time] (False is padding, or a ROI that is missing).
         """
         with maybe_autocast(fmri_values.device.type, enabled=False):
             vectors, token_mask = self._vectors(fmri_values, roi_coordinates, fmri_mask)
-            return self.quantizer.encode(vectors).masked_fill(~token_mask[..., None], -1)
+            codes = self.quantizer.encode(vectors)
+            return self._with_scan_codes(codes, token_mask, fmri_values, roi_coordinates, fmri_mask)
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """
         Vectors float32 [..., codebook_dim] of codes [..., levels], of all levels or the first ones; zero on padding.
         """
-        if not 1 <= codes.shape[-1] <= self.config.num_quantizers:
-            raise ValueError(f"expected codes of 1 to {self.config.num_quantizers} levels, got {codes.shape[-1]}")
-        return sum_of_codes(self.quantizer.codebooks, codes.clamp(min=0)) * (codes[..., :1] >= 0)
+        own = self.config.num_quantizers
+        if codes.shape[-1] not in (*range(1, own + 1), own + self.config.num_scan_levels):
+            further = f" or {own + self.config.num_scan_levels}" if self.config.num_scan_levels else ""
+            raise ValueError(f"expected codes of 1 to {own}{further} levels, got {codes.shape[-1]}")
+        return sum_of_codes(self.quantizer.codebooks, codes[..., :own].clamp(min=0)) * (codes[..., :1] >= 0)
 
     def codebooks(self) -> torch.Tensor:
         """Vectors float32 [levels, codes, codebook_dim] of all codes."""
@@ -758,8 +875,11 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         return self.scan_features(codes)[:, : self.config.num_summary_features]
 
     def scan_features(self, codes: torch.Tensor) -> torch.Tensor:
-        """Float32 [batch, num_scan_features] of codes, `summarize` and what else [`FmriCodecSummary`] says."""
-        return self._features(self.decode_coefficients(codes), codes[..., 0] >= 0)
+        """
+        Float32 [batch, num_scan_features] of codes, `summarize` and what else [`FmriCodecSummary`] says, then the
+        numbers of the scan's own codes (see [`FmriScanQuantizer`]).
+        """
+        return self._features(self.decode_coefficients(codes), codes)
 
     def describe(self, codes: torch.Tensor) -> torch.Tensor:
         """Standardised descriptors float32 [batch, descriptors] of codes [batch, tokens, levels]."""
@@ -787,6 +907,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         with maybe_autocast(fmri_values.device.type, enabled=False):
             vectors, token_mask = self._vectors(fmri_values, roi_coordinates, fmri_mask)
             vectors, codes, commitment_loss = self.quantizer(vectors, token_mask)
+            all_codes = self._with_scan_codes(codes, token_mask, fmri_values, roi_coordinates, fmri_mask)
             coefficients = self._coefficients(vectors, token_mask)
             reconstruction = (self.spatial_basis(roi_coordinates) @ coefficients)[..., : fmri_values.shape[-1]]
             error = reconstruction - fmri_values
@@ -794,7 +915,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             loss = reconstruction_loss + self.config.commitment_weight * commitment_loss
             described = descriptor_loss = alignment_loss = scan_embeddings = None
             if self.descriptor_head is not None or self.alignment_head is not None:
-                features = self.tangent_summary.standardise(self._features(coefficients, token_mask))
+                features = self.tangent_summary.standardise(self._features(coefficients, all_codes))
             if self.descriptor_head is not None:
                 described = self.descriptor_head(features)
                 if descriptors is not None:
@@ -818,7 +939,7 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             descriptor_loss=descriptor_loss,
             alignment_loss=alignment_loss,
             reconstruction=reconstruction,
-            codes=codes.masked_fill(~token_mask[..., None], -1),
+            codes=all_codes,
             descriptors=described,
             scan_embeddings=scan_embeddings,
             codebook_usage=(counts > 0).float().mean(-1),
@@ -871,11 +992,32 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
             coefficients = coefficients * patch_mask[..., None]
             return coefficients.unflatten(-1, (-1, frames)).transpose(1, 2).flatten(-2)
 
-    def _features(self, coefficients: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-        """As `scan_features`, of coefficients [batch, basis functions, time]."""
-        frame_mask = token_mask[:, :: self.config.tokens_per_patch].repeat_interleave(self.config.patch_length, dim=1)
+    def _with_scan_codes(
+        self,
+        codes: torch.Tensor,
+        token_mask: torch.Tensor,
+        fmri_values: torch.Tensor,
+        roi_coordinates: torch.Tensor,
+        fmri_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Codes of patches with those of the scan as a whole behind them, -1 on padding."""
+        if self.scan_quantizer is not None:
+            own = self.scan_quantizer.encode(fmri_values, roi_coordinates, fmri_mask)
+            codes = torch.cat([codes, own.repeat(1, codes.shape[1] // own.shape[1], 1)], -1)
+        return codes.masked_fill(~token_mask[..., None], -1)
+
+    def _features(self, coefficients: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """As `scan_features`, of coefficients [batch, basis functions, time] that codes decode to."""
+        tokens = self.config.tokens_per_patch
+        frame_mask = (codes[:, ::tokens, 0] >= 0).repeat_interleave(self.config.patch_length, dim=1)
         with maybe_autocast(coefficients.device.type, enabled=False):
-            return self.tangent_summary(coefficients, frame_mask)
+            features = self.tangent_summary(coefficients, frame_mask)
+            if self.scan_quantizer is None:
+                return features
+            own = codes.unflatten(1, (-1, tokens))[..., self.config.num_quantizers :]
+            if not own.shape[-1]:
+                return F.pad(features, (0, self.config.num_scan_numbers))
+            return torch.cat([features, self.scan_quantizer.decode(own)], -1)
 
 
 # every save ships the code, so that a downloaded folder loads where this package is not installed

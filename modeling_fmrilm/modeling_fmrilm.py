@@ -675,11 +675,11 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         self, hidden: torch.Tensor, input_ids: torch.Tensor, fmri_codes: torch.Tensor
     ) -> torch.Tensor:
         """
-        Cross-entropy [predicted tokens, levels] of each token's codes given the state at the token before (paper
-        Eq. 5, token by token); the first token of a scan is not predicted. hidden: [batch, length, hidden];
-        fmri_codes: [scans, tokens, levels].
+        Cross-entropy [predicted tokens, num_quantizers] of each token's codes given the state at the token before
+        (paper Eq. 5, token by token); the first token of a scan is not predicted, nor are codes of the whole scan.
+        hidden: [batch, length, hidden]; fmri_codes: [scans, tokens, levels].
         """
-        following = fmri_codes[:, 1:]
+        following = fmri_codes[:, 1:, : self.config.codec_config.num_quantizers]
         predicted = following[..., 0] >= 0
         # the states are those of all valid tokens, scan after scan; a scan's last token has nothing to predict
         states = hidden[input_ids == self.config.fmri_token_id]
@@ -805,9 +805,9 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def surprise(self, fmri_codes: torch.Tensor) -> torch.Tensor:
         """
-        Next-code negative log-likelihood float32 [scans, patches, levels] of codes [scans, tokens, levels] given all
-        tokens before, in nats a code, mean over the tokens of a patch; NaN on padding. The first token of a scan is
-        not predicted and does not count.
+        Next-code negative log-likelihood float32 [scans, patches, num_quantizers] of codes [scans, tokens, levels]
+        given all tokens before, in nats a code, mean over the tokens of a patch; NaN on padding. The first token of a
+        scan is not predicted and does not count.
         """
         per_patch = self.config.codec_config.tokens_per_patch
         valid = fmri_codes[..., 0] >= 0
@@ -823,7 +823,8 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
         ).last_hidden_state
         expected, codebooks = self.model.expected_vectors(fmri_codes), self.model.codec.codebooks()
         logits = self.model.fmri_head(states, places, expected, codebooks)
-        losses = F.cross_entropy(logits.movedim(-1, 1), fmri_codes.clamp(min=0), reduction="none")
+        truth = fmri_codes[..., : self.config.codec_config.num_quantizers].clamp(min=0)
+        losses = F.cross_entropy(logits.movedim(-1, 1), truth, reduction="none")
         losses = losses.masked_fill(~valid[..., None], float("nan"))
         losses[:, 0] = float("nan")
         return losses.unflatten(1, (-1, per_patch)).nanmean(2)

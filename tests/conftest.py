@@ -128,13 +128,16 @@ def make_language_model() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture
-def joined(processor: FmriLMProcessor) -> Callable[[PreTrainedModel], FmriLMForConditionalGeneration]:
-    """Joins the tiny codec and a language model, whose vocabulary has room for the fMRI tokens or grows."""
+def joined(processor: FmriLMProcessor) -> Callable[..., FmriLMForConditionalGeneration]:
+    """
+    Joins the tiny codec, its configuration changed by arguments, and a language model, whose vocabulary has room for
+    the fMRI tokens or grows.
+    """
 
     from fmrilm.training.alignment.joint import join
 
-    def build(language_model: PreTrainedModel) -> FmriLMForConditionalGeneration:
-        model = join(build_tiny_codec(), language_model, processor, score_names=["age", "motion"])
+    def build(language_model: PreTrainedModel, **changes) -> FmriLMForConditionalGeneration:
+        model = join(build_tiny_codec(**changes), language_model, processor, score_names=["age", "motion"])
         # trained to something: at zero it could be left out of sums unseen
         for weight in (model.model.fmri_head.proj.weight, model.model.fmri_head.frequencies):
             torch.nn.init.normal_(weight, std=0.3)

@@ -104,6 +104,22 @@ def test_fit_of_the_grid_of_short_scans_and_of_few_vectors() -> None:
         fit_codec(make(codebook_dim=96), waves(range(2)), steps=2)
 
 
+def test_fit_of_codes_of_whole_scans_tells_subjects_apart() -> None:
+    model = make(num_scan_levels=2, num_scan_rois=ROIS)
+    fit_codec(model, waves(range(18), frames=2 * FRAMES), steps=2)
+    vectors = model.scan_quantizer.components
+    norms = vectors.norm(dim=1)
+    assert (norms > 0).all() and torch.allclose(
+        (vectors @ vectors.T) / norms / norms[:, None], torch.eye(24), atol=1e-3
+    )
+    # both halves of six others
+    items = cut_windows(waves(range(30, 36), frames=2 * FRAMES), FRAMES, FRAMES).items()
+    numbers = torch.cat([model.scan_features(model.encode(*inputs(item)))[:, -24:] for item in items])
+    assert (torch.cdist(numbers[::2], numbers[1::2]).argmin(1) == torch.arange(6)).all()
+    with pytest.raises(ValueError, match="at least 5 windows for codes of whole scans, got 3"):
+        fit_codec(model, waves(range(3)), steps=2)
+
+
 def test_rois_that_were_not_measured_are_decoded_from_the_others(fitted: FmriCodecModel) -> None:
     signal, places = inputs(items(range(40, 41))[0])
     guess = fitted.decode(fitted.encode(signal[:, :18], places[:, :18]), places[:, 18:])

@@ -25,7 +25,7 @@ def quantizer(started: bool = True, **changes) -> ResidualVectorQuantizer:
 
 
 def grid(values: list[int], levels: int = 1) -> ResidualFiniteScalarQuantizer:
-    return ResidualFiniteScalarQuantizer(FmriCodecConfig(quantizer="fsq", fsq_levels=values, num_quantizers=levels))
+    return ResidualFiniteScalarQuantizer(values, levels)
 
 
 def random_vectors(*shape: int, seed: int = 7) -> torch.Tensor:

@@ -66,6 +66,39 @@ def test_features_of_a_small_block_count_more_where_that_predicts_better(monkeyp
         assert np.allclose(fitted.predict(inputs)[:, target], expected)
 
 
+def test_predictions_of_features_apart_are_added_where_that_is_nearer() -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((300, 20))
+    subjects = np.array([f"s{row % 100}" for row in range(300)])
+    first, second = inputs[:, :12].sum(1), inputs[:, 12:].sum(1)
+    noise = 3 * rng.standard_normal((2, 300))
+    targets = np.stack([first, first + second + noise[0], noise[1], np.full(300, np.nan)], 1)
+    targets[:50, 1] = np.nan
+    fitted = ridge.cross_fitted_ridge(inputs, targets, subjects, apart=8)
+    alone = ridge.cross_fitted_ridge(inputs[:, :12], targets, subjects)
+    apart = ridge.cross_fitted_ridge(inputs[:, 12:], targets, subjects)
+    # what the first features say all of
+    assert np.allclose(fitted.weight[:12, 0], alone.weight[:, 0]) and not fitted.weight[12:, 0].any()
+    # both, in standard deviations of their predictions for subjects left out
+    known = np.isfinite(targets[:, 1])
+    assert np.array_equal(np.isfinite(fitted.out_of_fold[:, 1]), known)
+    total = sum(each.out_of_fold[known, 1] / each.out_of_fold[known, 1].std() for each in (alone, apart))
+    line = np.polyfit(total, targets[known, 1], 1)
+    assert np.allclose(fitted.out_of_fold[known, 1], np.polyval(line, total))
+    assert fitted.r_squared[1] > max(alone.r_squared[1], apart.r_squared[1])
+    new = rng.standard_normal((5, 20))
+    parts = [
+        each.predict(rows)[:, 1] / each.out_of_fold[known, 1].std()
+        for each, rows in ((alone, new[:, :12]), (apart, new[:, 12:]))
+    ]
+    assert np.allclose(fitted.predict(new)[:, 1], np.polyval(line, sum(parts)))
+    assert np.isnan(fitted.r_squared[3]) and np.isfinite(fitted.predict(new)).all()
+    # of features that say nothing, and of some that are always the same
+    inputs[:, 12:] = 1
+    still = ridge.cross_fitted_ridge(inputs, targets, subjects, apart=8)
+    assert np.allclose(still.predict(inputs), alone.predict(inputs[:, :12]))
+
+
 @given(st.integers(0, 9), st.integers(2, 12), st.floats(-100, 100), st.integers(0, 5))
 @settings(max_examples=30, deadline=None)
 def test_out_of_fold_prediction_knows_nothing_of_the_subject(

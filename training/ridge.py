@@ -29,7 +29,12 @@ class Ridge:
 
 
 def cross_fitted_ridge(
-    features: np.ndarray, targets: np.ndarray, subjects: np.ndarray, seed: int = 0, blocks: Sequence[int] | None = None
+    features: np.ndarray,
+    targets: np.ndarray,
+    subjects: np.ndarray,
+    seed: int = 0,
+    blocks: Sequence[int] | None = None,
+    apart: int = 0,
 ) -> Ridge:
     """
     Args:
@@ -41,6 +46,9 @@ def cross_fitted_ridge(
     The penalty of each target is the one of `PENALTIES` (of features whose squares sum to one on average) with the
     least out-of-fold error.
     """
+    if apart:
+        first = cross_fitted_ridge(features[:, :-apart], targets, subjects, seed, blocks)
+        return _stacked(first, cross_fitted_ridge(features[:, -apart:], targets, subjects, seed), targets)
     if len(set(subjects)) < 2:
         raise ValueError(f"expected at least 2 subjects to fit scores on, got {len(set(subjects))}")
     folds = subject_folds(subjects, seed)
@@ -80,14 +88,43 @@ def cross_fitted_ridge(
             solved = _solve(inputs[place][rows], y[:, best == choice], PENALTIES[penalty])
             weight[:, chosen] = solved * scales[place][:, None]
         bias[columns] = y.mean(0) - features[rows].mean(0) @ weight[:, columns]
-    predicted = np.isfinite(out_of_fold)
-    count = predicted.sum(0).clip(min=1)
+    return Ridge(weight, bias, out_of_fold, _r_squared(targets, out_of_fold))
+
+
+def _stacked(first: Ridge, second: Ridge, targets: np.ndarray) -> Ridge:
+    """
+    For each target, the first's predictions, or the sum of both in standard deviations if that is nearer out of fold,
+    on the scale of the target (stacked regression, Breiman 1996, with equal weights: those that out-of-fold
+    predictions ask for lean on the second, whose features were found in the same rows).
+    """
+    weight = np.concatenate([first.weight, np.zeros_like(second.weight)])
+    bias, out_of_fold = first.bias.copy(), first.out_of_fold.copy()
+    for column, y in enumerate(targets.T):
+        parts = [ridge.out_of_fold[:, column] for ridge in (first, second)]
+        known = np.isfinite(parts[0])
+        # predictions without any weight are the means of the other folds
+        if not all(ridge.weight[:, column].any() for ridge in (first, second)):
+            continue
+        shares = [1 / part[known].std() for part in parts]
+        total = parts[0] * shares[0] + parts[1] * shares[1]
+        slope, level = np.polyfit(total[known], y[known], 1)
+        if slope <= 0 or ((level + slope * total - y)[known] ** 2).sum() >= ((parts[0] - y)[known] ** 2).sum():
+            continue
+        shares = [slope * share for share in shares]
+        weight[:, column] = np.concatenate([first.weight[:, column] * shares[0], second.weight[:, column] * shares[1]])
+        bias[column] = level + first.bias[column] * shares[0] + second.bias[column] * shares[1]
+        out_of_fold[:, column] = level + slope * total
+    return Ridge(weight, bias, out_of_fold, _r_squared(targets, out_of_fold))
+
+
+def _r_squared(targets: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """[targets] of [rows, targets], over rows that are predicted."""
+    predicted = np.isfinite(predictions)
     values = np.where(predicted, targets, 0)
-    around_mean = np.where(predicted, values - values.sum(0) / count, 0)
+    around_mean = np.where(predicted, values - values.sum(0) / predicted.sum(0).clip(min=1), 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        missed = np.where(predicted, targets - out_of_fold, 0)
-        r_squared = 1 - (missed**2).sum(0) / (around_mean**2).sum(0)
-    return Ridge(weight, bias, out_of_fold, r_squared)
+        missed = np.where(predicted, targets - predictions, 0)
+        return 1 - (missed**2).sum(0) / (around_mean**2).sum(0)
 
 
 def _path(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -82,8 +82,10 @@ def fit_scores(
     summary = model.model.summary
     if summary is None:
         raise ValueError("expected a model with score_names, got one without")
-    blocks = model.config.codec_config.scan_feature_blocks
-    ridge = cross_fitted_ridge(examples.features, targets, examples.subjects, seed, blocks)
+    codec = model.config.codec_config
+    ridge = cross_fitted_ridge(
+        examples.features, targets, examples.subjects, seed, codec.scan_feature_blocks, codec.num_scan_numbers
+    )
     # a row without a target is predicted by all the others
     found = np.where(np.isfinite(ridge.out_of_fold), ridge.out_of_fold, ridge.predict(examples.features))
     mean, std = found.mean(0), found.std(0)
@@ -115,6 +117,6 @@ def fit_frequencies(model: FmriLMForConditionalGeneration, codes: Sequence[np.nd
     levels = np.arange(config.num_quantizers)
     for scan in codes:
         places = np.arange(len(scan)) % config.tokens_per_patch
-        flat = (places[:, None] * config.num_quantizers + levels) * config.codebook_size + scan
+        flat = (places[:, None] * config.num_quantizers + levels) * config.codebook_size + scan[:, : len(levels)]
         counts.view(-1).index_add_(0, torch.from_numpy(flat.ravel()).long(), torch.ones(flat.size))
     head.frequencies.copy_((counts / counts.sum(-1, keepdim=True)).log())

@@ -128,7 +128,8 @@ def describe_model(folder: Path) -> dict[str, dict[str, Any]]:
         found["model"] |= {"language model": text["model_type"], "scores": len(config.get("score_names") or [])}
     codec = config if config["model_type"] == "fmri_codec" else config.get("codec_config")
     if codec:
-        names = ("patch_length", "tokens_per_patch", "num_quantizers", "codebook_size", "repetition_time")
+        names = ("patch_length", "tokens_per_patch", "num_quantizers", "codebook_size", "num_scan_levels")
+        names += ("repetition_time",)
         found["codec"] = {name: codec.get(name) for name in names}
     extractor = processor.get("feature_extractor") or read("preprocessor_config.json")
     if extractor:

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.fft import dct
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from fmrilm.modeling_fmricodec import FmriCodecModel, FmriSpatialBasis, ResidualVectorQuantizer, sum_of_codes
+from fmrilm.modeling_fmricodec import (
+    FmriCodecModel,
+    FmriScanQuantizer,
+    FmriSpatialBasis,
+    ResidualVectorQuantizer,
+    sum_of_codes,
+)
 from fmrilm.processors.descriptors.networks import membership
 
 from ..ridge import cross_fitted_ridge
@@ -31,8 +38,11 @@ PATCHES, VECTORS = 8000, 60000
 PART = 8
 # standard deviation of a number at which "fsq" makes even use of its values
 FSQ_STD = 0.75
-# windows that the summary's mean is fitted to, iterations for it, variance added to coefficients in shares of the mean
+# windows that the summary and codes of whole scans are fitted to; iterations for the summary's mean, and variance
+# added in shares of the mean
 WINDOWS, ITERATIONS, FLOOR = 1000, 30, 1e-3
+# of the windows, one in so many tells how wide a component is where it was not fitted
+PARTS = 5
 
 
 def fit_codec(model: FmriCodecModel, scans: "Scans", steps: int = 400, seed: int = 0) -> float:
@@ -53,6 +63,8 @@ def fit_codec(model: FmriCodecModel, scans: "Scans", steps: int = 400, seed: int
     model.eval()
     fit_spatial_basis(model.spatial_basis, scans, steps, rng)
     kept = fit_transform(model, scans, rng)
+    if model.scan_quantizer is not None:
+        fit_scan_quantizer(model.scan_quantizer, scans, model.config.patch_length, rng)
     fit_summary(model, scans, rng)
     model.train(training)
     return kept
@@ -149,6 +161,48 @@ def fit_transform(model: FmriCodecModel, scans: "Scans", rng: np.random.Generato
 
 
 @torch.no_grad()
+def fit_scan_quantizer(
+    quantizer: FmriScanQuantizer, scans: "Scans", patch_length: int, rng: np.random.Generator
+) -> None:
+    """
+    Codes of scans as a whole, from windows of the atlas that most scans have: mean correlations, and the principal
+    components in the tangent space there, each as wide as it is in windows that components were not fitted to.
+    """
+    name = scans.main_atlas
+    own = scans.select(np.flatnonzero(scans.table["atlas"] == name))
+    quantizer.coordinates.copy_(torch.tensor(scans.atlases[name].coordinates, dtype=torch.float32))
+    found = [quantizer.correlations(*window, None) for window in windows_of(own, patch_length, rng)]
+    correlations, there = (torch.cat(part) for part in zip(*found, strict=True))
+    together = (there[:, None] & there[..., None]).sum(0)
+    # a ROI that no scan has is taken for one that correlates with none
+    mean = correlations.sum(0) / together.clamp(min=1) + (together.diagonal() == 0).float().diag()
+    # pairs that different scans have make no whole
+    mean = of_eigenvalues(mean.double(), lambda values: values.clamp(min=FLOOR))
+    quantizer.mean.copy_(mean)
+    quantizer.whitening.copy_(of_eigenvalues(mean, lambda values: values**-0.5))
+    if len(correlations) < PARTS:
+        raise ValueError(f"expected at least {PARTS} windows for codes of whole scans, got {len(correlations)}")
+    parts = zip(correlations.split(SCANS), there.split(SCANS), strict=True)
+    tangent = torch.cat([quantizer.tangent(quantizer.completed(*part)) for part in parts])
+    fifth = torch.from_numpy(rng.permutation(len(tangent))) % PARTS == 0
+    components = principal_components(tangent[~fifth], len(quantizer.components))
+    width = ((tangent[fifth] - tangent[~fifth].mean(0)) @ components.T).std(0)
+    components = principal_components(tangent, len(quantizer.components))
+    components = components * (FSQ_STD / width.nan_to_num(1).clamp(min=1e-6))[:, None]
+    quantizer.components.copy_(components)
+    quantizer.offset.copy_(components @ tangent.mean(0))
+
+
+def principal_components(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Unit vectors [count, features] of rows [n, features], the largest variance first; zero where there are none."""
+    rows = rows - rows.mean(0)
+    variances, vectors = torch.linalg.eigh((rows @ rows.T).double())
+    kept = variances.flip(0)[:count] > 1e-9 * variances.max()
+    components = F.normalize(vectors.flip(1)[:, :count].T[kept].float() @ rows, dim=-1)
+    return F.pad(components, (0, 0, 0, count - len(components)))
+
+
+@torch.no_grad()
 def fit_summary(model: FmriCodecModel, scans: "Scans", rng: np.random.Generator) -> None:
     """
     The summary's posterior covariance, the mean over windows; its training mean: the geometric mean of the windows'
@@ -211,7 +265,8 @@ def fit_descriptor_head(
     head, summary = model.descriptor_head, model.tangent_summary
     if head is None:
         raise ValueError("expected a codec with descriptor_names, got one without")
-    ridge = cross_fitted_ridge(features, targets, subjects, seed, model.config.scan_feature_blocks)
+    config = model.config
+    ridge = cross_fitted_ridge(features, targets, subjects, seed, config.scan_feature_blocks, config.num_scan_numbers)
     weight = torch.from_numpy(ridge.weight)
     scale = summary.feature_std.double() * np.sqrt(features.shape[1])
     head.weight.copy_((weight * scale.cpu()[:, None]).T)

@@ -48,7 +48,9 @@ def evaluate_codec(model: FmriCodecModel, items: Sequence[dict[str, Any]], level
         "r_squared": r_squared(signals, guesses),
         # undefined where a ROI is decoded to a constant
         "fc_correlation": float("nan") if correlation is None else correlation,
-        **codebook_results(encoded.codes, model.config.codebook_size),
+        **codebook_results(
+            [codes[:, : model.config.num_quantizers] for codes in encoded.codes], model.config.codebook_size
+        ),
     }
     if model.alignment_head is not None and "text_embedding" in items[0]:
         features = model.tangent_summary.standardise(torch.from_numpy(encoded.features).to(model.device))

@@ -56,6 +56,9 @@ class CodecArguments(SplitArguments):
         default=4, metadata={"help": "Parts of a token's vector that the levels take turns over."}
     )
     fsq_levels: list[int] | None = None
+    num_scan_levels: int = field(
+        default=0, metadata={"help": "Further levels, of codes of the scan as a whole; for hundreds of scans."}
+    )
     num_basis_functions: int = 64
     start_steps: int = field(default=400, metadata={"help": "Updates of the spatial basis in the fit."})
     max_rois: int | None = field(default=64, metadata={"help": "In training, ROIs drawn from each example."})
@@ -87,12 +90,15 @@ class DescribedItems(Dataset):
         return {**self.items[index], "text_embedding": self.embeddings[index]}
 
 
-def codec_config(args: CodecArguments, text_hidden_size: int | None = None) -> FmriCodecConfig:
-    names = ["patch_length", "tokens_per_patch", "num_quantizers", "quantizer", "num_basis_functions"]
+def codec_config(args: CodecArguments, scans: Scans, text_hidden_size: int | None = None) -> FmriCodecConfig:
+    names = ["patch_length", "tokens_per_patch", "num_quantizers", "quantizer", "num_scan_levels"]
+    names += ["num_basis_functions"]
     names += ["quantizer_dropout", "ema_decay", "commitment_weight", "descriptor_weight", "alignment_weight"]
     names += ["fsq_levels"] if args.quantizer == "fsq" else ["codebook_size", "codebook_dim", "codebook_groups"]
     values: dict[str, Any] = {name: getattr(args, name) for name in names}
     values |= {"descriptor_names": list(CORE_NAMES), "text_hidden_size": text_hidden_size}
+    if args.num_scan_levels:
+        values["num_scan_rois"] = len(scans.atlases[scans.main_atlas].rois)
     return FmriCodecConfig.from_size(args.size, **values) if args.size else FmriCodecConfig(**values)
 
 
@@ -143,7 +149,7 @@ def main(command_line: list[str] | None = None) -> None:
     texts = TextEmbeddings(*load_text_encoder(args.language_model)) if args.language_model else None
     # not in every model's configuration: some project their last hidden states
     width = None if texts is None else texts(["A scan."]).shape[1]
-    model = FmriCodecModel(codec_config(args, width)).eval()
+    model = FmriCodecModel(codec_config(args, training, width)).eval()
     kept = fit_codec(model, training, args.start_steps, seed)
     print(f"the fitted codes keep {kept:.2f} of the training scans' variance on the spatial basis")
     windows = cut_windows(held_out, args.window_length, args.window_length)

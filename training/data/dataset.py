@@ -64,6 +64,11 @@ class Scans:
         return self.atlases[self.table.at[scan, "atlas"]]
 
     @property
+    def main_atlas(self) -> str:
+        """Name of the atlas that most scans have."""
+        return self.table["atlas"].mode()[0]
+
+    @property
     def fingerprint(self) -> str:
         """Changes with the signals and with which scans these are."""
         digest = hashlib.sha256(json.dumps(self.table[["atlas", "row"]].to_numpy().tolist()).encode())

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from fmrilm.configuration_fmrilm import FmriCodecConfig
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
 from fmrilm.processors.descriptors.cohort import LEVELS, QUANTILES, Cohort
@@ -76,8 +77,7 @@ def ask_descriptors(
     training = np.flatnonzero(np.isin(scans.of_window, split.training))
     test = np.flatnonzero(np.isin(scans.of_window, split.test))
     majority = one_hot(most_frequent(labels[training]))
-    blocks = model.config.codec_config.scan_feature_blocks
-    ridge = one_hot(ridge_labels(scans, training, cohort.z_scores(descriptors)[training], blocks))
+    ridge = one_hot(ridge_labels(scans, training, cohort.z_scores(descriptors)[training], model.config.codec_config))
     subjects, groups = scans.subjects[scans.of_window], scans.groups[scans.of_window]
     parts = []
     for group in np.unique(groups[test]):
@@ -138,7 +138,7 @@ def one_hot(labels: np.ndarray) -> np.ndarray:
 
 
 def ridge_labels(
-    scans: EvaluationScans, training: np.ndarray, z_scores: np.ndarray, blocks: Sequence[int]
+    scans: EvaluationScans, training: np.ndarray, z_scores: np.ndarray, codec: FmriCodecConfig
 ) -> np.ndarray:
     """
     Tercile labels int [windows, descriptors] by ridge regression of the training windows' z-scores on the features of
@@ -146,7 +146,8 @@ def ridge_labels(
     """
     features = np.stack([window.features for window in scans.encoded])
     subjects = scans.subjects[scans.of_window[training]]
-    ridge = cross_fitted_ridge(features[training], z_scores, subjects, blocks=blocks)
+    blocks, apart = codec.scan_feature_blocks, codec.num_scan_numbers
+    ridge = cross_fitted_ridge(features[training], z_scores, subjects, blocks=blocks, apart=apart)
     found = np.where(np.isnan(ridge.out_of_fold), ridge.predict(features[training]), ridge.out_of_fold)
     lower, upper = np.quantile(found, QUANTILES, axis=0)
     predicted = ridge.predict(features)

@@ -48,7 +48,9 @@ def write_scan_report(
     ahead = forecast_last_patch(reader, scan)
     missing = int(np.isnan(view.signal).all(0).sum())
     frames, rois = scan["signal"].shape
-    patches, tokens, levels = view.codes.shape
+    codec = reader.model.config.codec_config
+    # what codes of the scan as a whole add to it is told by the scores
+    patches, tokens, levels = view.codes[..., : codec.num_quantizers].shape
     places = token_places(reader, view.codes)
     seconds = view.seconds / patches
     drawings = (carpet(view), traces(view), connectivity(view))
@@ -62,7 +64,7 @@ def write_scan_report(
                 {
                     "text": f"What the language model reads: {patches} patches of {seconds:.0f} s, {tokens} latent "
                     f"tokens each; a token has {levels} levels, one of "
-                    f"{reader.model.config.codec_config.codebook_size:,} codes each."
+                    f"{codec.codebook_size:,} codes each."
                 },
                 {
                     "figure": token_map(
@@ -93,7 +95,11 @@ def write_scan_report(
         verdict=None,
         tiles=[
             ("Read of the scan", f"{view.seconds:.0f} s", f"of {frames * scan['tr']:.0f} s measured"),
-            ("Codes", as_number(view.codes.size, ","), f"{tokens} tokens of {levels} levels in {patches} patches"),
+            (
+                "Codes",
+                as_number(patches * tokens * levels, ","),
+                f"{tokens} tokens of {levels} levels in {patches} patches",
+            ),
             ("FC kept by the codes", as_number(view.connectivity_similarity), "correlation over pairs of ROIs"),
             ("Next-code NLL", as_number(_mean(nll)), "nats a code, mean over patches"),
         ],
