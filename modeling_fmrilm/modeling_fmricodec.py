@@ -997,11 +997,11 @@ class FmriCodecModel(FmriCodecPreTrainedModel):
         codes: torch.Tensor,
         token_mask: torch.Tensor,
         fmri_values: torch.Tensor,
-        roi_coordinates: torch.Tensor,
+        roi_coordinates: torch.Tensor | None,
         fmri_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Codes of patches with those of the scan as a whole behind them, -1 on padding."""
-        if self.scan_quantizer is not None:
+        if self.scan_quantizer is not None and roi_coordinates is not None:
             own = self.scan_quantizer.encode(fmri_values, roi_coordinates, fmri_mask)
             codes = torch.cat([codes, own.repeat(1, codes.shape[1] // own.shape[1], 1)], -1)
         return codes.masked_fill(~token_mask[..., None], -1)

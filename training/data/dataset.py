@@ -66,7 +66,7 @@ class Scans:
     @property
     def main_atlas(self) -> str:
         """Name of the atlas that most scans have."""
-        return self.table["atlas"].mode()[0]
+        return str(self.table["atlas"].mode()[0])
 
     @property
     def fingerprint(self) -> str:

@@ -47,11 +47,11 @@ BASELINES = ("majority", "covariates", "fc_ridge", "tangent_ridge", "codes_ridge
 
 class Baselines:
     """
-    Answers of each baseline about scans. features: of other regressions by their name, float [scans, features], such
-    as "codes_ridge"; standardised by training rows.
+    Answers of each baseline about scans. features: of other regressions by their name, such as "codes_ridge", blocks
+    of float [scans, features] that weigh alike; standardised by training rows.
     """
 
-    def __init__(self, scans: "Scans", features: Mapping[str, Callable[[], np.ndarray]]):
+    def __init__(self, scans: "Scans", features: Mapping[str, Callable[[], Sequence[np.ndarray]]]):
         self.scans = scans
         self.features = features
         self.subjects = scans.table["subject"].astype(str).to_numpy()
@@ -78,14 +78,15 @@ class Baselines:
         key = (name, fold.tobytes(), label if name == "covariates" else ())
         if key not in self._grams:
             if name == "covariates":
-                features = covariates(self.scans.table, fold, label)
+                blocks = [covariates(self.scans.table, fold, label)]
             elif name == "fc_ridge":
-                features = fisher_z(self._correlations, fold)
+                blocks = [fisher_z(self._correlations, fold)]
             elif name == "tangent_ridge":
-                features = tangent(self._correlations, fold)
+                blocks = [tangent(self._correlations, fold)]
             else:
-                features = standardized(self.features[name](), fold)
-            self._grams[key] = features @ features.T
+                blocks = [standardized(block, fold) for block in self.features[name]()]
+            width = blocks[0].shape[1]
+            self._grams[key] = np.sum([width / block.shape[1] * (block @ block.T) for block in blocks], axis=0)
         return self._grams[key]
 
     @cached_property

@@ -13,8 +13,8 @@ from functools import partial
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
-from fmrilm.configuration_fmrilm import FmriCodecConfig
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
 from fmrilm.processors.descriptors.cohort import LEVELS, QUANTILES, Cohort
@@ -138,7 +138,7 @@ def one_hot(labels: np.ndarray) -> np.ndarray:
 
 
 def ridge_labels(
-    scans: EvaluationScans, training: np.ndarray, z_scores: np.ndarray, codec: FmriCodecConfig
+    scans: EvaluationScans, training: np.ndarray, z_scores: np.ndarray, codec: PreTrainedConfig
 ) -> np.ndarray:
     """
     Tercile labels int [windows, descriptors] by ridge regression of the training windows' z-scores on the features of

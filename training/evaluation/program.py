@@ -284,8 +284,13 @@ class _Run:
     work: Path
 
     def __post_init__(self) -> None:
-        features = {"codes_ridge": lambda: self.scans.features, "probe": self._embeddings}
+        features = {"codes_ridge": self._code_features, "probe": lambda: [self._embeddings()]}
         self.baselines = Baselines(self.scans.scans, features)
+
+    def _code_features(self) -> list[np.ndarray]:
+        """Of the codes of patches, and of those of the scan as a whole."""
+        blocks = np.split(self.scans.features, [sum(self.model.config.codec_config.scan_feature_blocks)], axis=1)
+        return [block for block in blocks if block.shape[1]]
 
     def descriptors(self, cohort: Cohort, show: bool) -> dict:
         settings, scans = self.settings, self.scans
