@@ -267,6 +267,24 @@ def test_tuning_learns_the_answers_and_leaves_the_model_as_it_was(model, process
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_tuning_in_closed_form_leaves_the_language_model_as_it_was(model, processor) -> None:
+    scans, labels = [[encoded(model, 4, seed)] for seed in range(6)], ["a", "b"] * 3
+    subjects = [f"subject {row}" for row in range(6)]
+    tuned, own = tune(model, processor, GROUP, scans, labels, subjects, Tuning(0), seed=0)
+    name = "made_up_group=the older"
+    assert tuned.config.score_names == [*model.config.score_names, name]
+    before, after = (dict(each.model.causal_lm.named_parameters()) for each in (model, tuned))
+    assert all(torch.equal(after[key], value) for key, value in before.items() if value.shape == after[key].shape)
+    assert tuned.config.calibration(GROUP.questions[0], GROUP.choice_words)["slope"] > 0
+    assert own.summary_tokens == tuned.config.num_summary_tokens
+    # a subject who is not among them is read, too
+    choices = [own.encode_choices(GROUP.choice_words)]
+    assert np.isfinite(score_windows(tuned, own, [encoded(model, 4, 9)], [GROUP.questions[0]], choices)[0]).all()
+    model.config.score_names, model.model.summary = [], None
+    with pytest.raises(ValueError, match="at least 1 step of tuning for a model without scores, got 0"):
+        tune(model, processor, GROUP, scans, labels, subjects, Tuning(0), seed=0)
+
+
 def test_every_scan_is_asked_about_before_any_again(model, processor) -> None:
     scans, labels = [[encoded(model, 4, seed)] for seed in range(3)], ["a", "b", "a"]
     _, examples = tuning.with_scores(model, copy.deepcopy(processor), GROUP, scans, labels, ["x", "y", "z"], seed=0)

@@ -190,7 +190,7 @@ def evaluate(
         ),
     ] = None,
     resamples: Annotated[int, typer.Option(min=1, help="Of so many subjects of each class.")] = 10,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of tuning, at most.")] = 60,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of tuning; 0: what is in closed form.")] = 60,
     rank: Annotated[int, typer.Option(min=0, help="Rank of LoRA; 0 tunes the whole language model.")] = 8,
     seed: Annotated[int, typer.Option(help="Of folds, resamples and tuning.")] = 0,
     card: Annotated[

@@ -29,7 +29,10 @@ from .ask import EncodedWindow
 
 @dataclass(frozen=True)
 class Tuning:
-    """rows_per_step: one scan and one question each. rank: of LoRA; None tunes the whole language model."""
+    """
+    steps: with 0, what is in closed form alone. rows_per_step: one scan and one question each. rank: of LoRA; None
+    tunes the whole language model.
+    """
 
     steps: int = 60
     rows_per_step: int = 8
@@ -50,20 +53,37 @@ def tune(
     """
     A tuned copy of the model, and of the processor with the summary tokens of the task. scans: windows of each
     training scan; labels: cells of the task's column. A model without scores learns the labels themselves: each scan
-    is asked about as often as any other, about a window and in a wording drawn anew each time.
+    is asked about as often as any other, about a window and in a wording drawn anew each time. ValueError without
+    steps for such a model.
     """
-    from ..program import FmriLMSFTConfig
-    from ..trainer import FmriLMSFTTrainer
-
     torch.manual_seed(seed)
     processor, count = copy.deepcopy(processor), tuning.steps * tuning.rows_per_step
     tuned, examples = with_scores(model, processor, task, scans, labels, subjects, seed)
-    if tuned.model.summary is None:
-        readings, rows = [], task_rows(task, examples, count, seed)
-    else:
-        names, per_patch = tuned.config.score_names, tuned.config.codec_config.tokens_per_patch
-        readings = [Reading.fit(task, examples, names)]
-        rows = reading_rows(examples, names, readings, count, per_patch, seed, descriptors=0)
+    names = tuned.config.score_names
+    if not (names or tuning.steps):
+        raise ValueError("expected at least 1 step of tuning for a model without scores, got 0")
+    readings = [Reading.fit(task, examples, names)] if names else []
+    if tuning.steps:
+        per_patch = tuned.config.codec_config.tokens_per_patch
+        rows = (
+            reading_rows(examples, names, readings, count, per_patch, seed, descriptors=0)
+            if names
+            else task_rows(task, examples, count, seed)
+        )
+        tuned = _on_rows(tuned, processor, rows, tuning, seed)
+    kept = [known for known in tuned.config.calibrations or () if not set(task.questions) & set(known["questions"])]
+    found = fit_calibrations(tuned, processor, examples, readings, seed, descriptors=False)
+    tuned.config.calibrations = kept + found
+    return tuned, processor
+
+
+def _on_rows(
+    model: FmriLMForConditionalGeneration, processor: FmriLMProcessor, rows: Dataset, tuning: Tuning, seed: int
+) -> FmriLMForConditionalGeneration:
+    """The model after training on rows, LoRA merged."""
+    from ..program import FmriLMSFTConfig
+    from ..trainer import FmriLMSFTTrainer
+
     with TemporaryDirectory() as scratch:
         args = FmriLMSFTConfig(
             output_dir=scratch,
@@ -81,7 +101,7 @@ def tune(
             seed=seed,
         )
         trainer = FmriLMSFTTrainer(
-            model=tuned.train() if tuning.rank is None else add_lora(tuned.train(), tuning.rank),
+            model=model.train() if tuning.rank is None else add_lora(model.train(), tuning.rank),
             args=args,
             train_dataset=encode_dataset(rows, processor),
             data_collator=RowCollator(processor.tokenizer.pad_token_id),
@@ -89,11 +109,7 @@ def tune(
         )
         trainer.train()
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    trained = (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).eval()
-    kept = [known for known in trained.config.calibrations or () if not set(task.questions) & set(known["questions"])]
-    found = fit_calibrations(trained, processor, examples, readings, seed, descriptors=False)
-    trained.config.calibrations = kept + found
-    return trained, processor
+    return (trained.merge_and_unload() if isinstance(trained, PeftModel) else trained).eval()
 
 
 def with_scores(
