@@ -75,7 +75,7 @@ def measured(scans: Scans, repetition_time: float) -> Scans:
 
 
 def fitted(scans: Scans, patch: int = PATCH, scan_levels: int = 0) -> FmriCodecModel:
-    """By the recipe, with patches of so many frames and as many tokens a second, and codes of whole scans in `scan_levels`."""
+    """By the recipe, with patches of so many frames and as many tokens a second; and levels of whole scans."""
     torch.manual_seed(0)
     known = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     names = ("tokens_per_patch", "num_quantizers", "codebook_size", "codebook_dim", "codebook_groups")
