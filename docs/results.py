@@ -190,8 +190,7 @@ SECTIONS = {
         "Codec: labels",
         "Labels of test subjects by ridge regression on scan features of the codes (of patches, of whole scans, or "
         "both) and on the signal's connectivity, with 95 % intervals over subjects of the difference to the signal's "
-        "tangent space. Another fit of the same codec, on another machine, read autism from 1,152 and 2,304 bits with "
-        ".782 and .791: "
+        "tangent space: "
         "`python benchmarks/codec.py labels --data FOLDER`.",
     ),
     "codec_identification.csv": Section(
