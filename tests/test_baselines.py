@@ -155,6 +155,22 @@ def test_covariates_do_not_hold_a_label_that_stands_under_another_name_of_the_ta
     np.testing.assert_allclose(found, ridge_values(features @ features.T, rows, rows, ages, scans.table["subject"]))
 
 
+def test_blocks_of_features_weigh_alike_however_many_they_hold() -> None:
+    rows, rng = np.arange(12), np.random.default_rng(0)
+    scans = scans_of(signals(12), labelled_atlas(), age=rng.uniform(10, 60, 12))
+    first, second = rng.standard_normal((12, 6)), rng.standard_normal((12, 2))
+    blocks = {
+        "once": [first, second],
+        "repeated": [first, np.tile(second, 5)],
+        "joined": [np.concatenate([first, second], 1)],
+    }
+    fitted = Baselines(scans, {name: lambda each=each: each for name, each in blocks.items()})
+    known = Labelled.read(load_task("age"), scans)
+    found = {name: fitted.answers(name, known, rows, rows[:8], rows[8:])["values"] for name in blocks}
+    np.testing.assert_allclose(found["once"], found["repeated"])
+    assert not np.allclose(found["once"], found["joined"])
+
+
 @pytest.mark.parametrize("penalty", [1.0, 0.01])
 def test_regression_in_the_gram_matrix_is_ridge(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "PENALTIES", np.array([penalty]))
