@@ -729,18 +729,25 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
             return scores
         # padding on the right would stand between a prompt and the answers
         order = new.argsort(dim=-1, stable=True)
-        ids, mask = ids.gather(-1, order), torch.cat([cached, new.gather(-1, order)], -1)
+        # what all answers begin with ("The sex is") runs with the prompt
+        shared = os.path.commonprefix([choice[:-1] for choice in choices])
+        begun = torch.tensor(shared, device=device, dtype=ids.dtype)
+        choices = [choice[len(shared) :] for choice in choices]
+        ids = torch.cat([ids.gather(-1, order), begun.expand(rows, -1)], -1)
+        mask = F.pad(torch.cat([cached, new.gather(-1, order)], -1), (0, len(shared)), value=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         outputs = self(
             ids,
             attention_mask=mask,
-            position_ids=positions[:, -length:],
+            position_ids=positions[:, -ids.shape[1] :],
             past_key_values=past,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1 + len(shared),
             **inputs,
         )
-        totals = outputs.logits[:, -1].float().log_softmax(-1)[:, [choice[0] for choice in choices]]
+        known = outputs.logits.float().log_softmax(-1)
+        totals = known[:, -1, [choice[0] for choice in choices]]
+        totals = totals + known[:, torch.arange(len(shared), device=device), begun].sum(-1, keepdim=True)
         # answers that differ in their last token alone, such as numbers, go on from the same tokens
         prefixes = list(dict.fromkeys(tuple(choice[:-1]) for choice in choices if len(choice) > 1))
         if not prefixes:

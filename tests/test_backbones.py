@@ -120,7 +120,8 @@ def test_choices_are_scored_as_by_uncached_runs(side: str, pair: tuple[PreTraine
     scores = model.score_choices({**pad(rows, side), "fmri_codes": codes(LONG, SHORT, LONG)}, choices)
     expected = [choice_scores(model, row, own, choices) for row, own in zip(rows, scans, strict=True)]
     assert torch.allclose(scores, torch.stack(expected), atol=1e-3)
-    # several questions about a scan that was read once
+    # several questions about a scan that was read once, whose answers begin alike
+    choices = [[21, 50, *choice] for choice in choices]
     prefix, questions = ids(model, "a", LONG), [ids(model, "a longer question"), ids(model, "short")]
     cache = model(prefix, fmri_codes=codes(LONG), use_cache=True).past_key_values
     cache.reorder_cache(torch.zeros(2, dtype=torch.long))

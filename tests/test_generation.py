@@ -140,9 +140,10 @@ def test_scores_of_choices_are_probabilities_of_what_follows(llama: Model, depth
     assert torch.allclose(scores[:, -3:], few, atol=1e-4)
 
 
-def test_scores_of_choices_that_begin_alike_are_those_of_each_alone(llama: Model) -> None:
+@pytest.mark.parametrize("shared", [[], [4, 3]])
+def test_scores_of_choices_that_begin_alike_are_those_of_each_alone(llama: Model, shared: list[int]) -> None:
     row, scan = ids(llama, "a", LONG, "question"), codes(LONG)
     inputs = {"input_ids": row.repeat(2, 1), "fmri_codes": scan.repeat(2, 1, 1)}
-    choices = [[5, 7], [5, 9, 7], [5, 9], [6], [5, 9, 8, 7], [6, 7]]
+    choices = [shared + each for each in ([5, 7], [5, 9, 7], [5, 9], [6], [5, 9, 8, 7], [6, 7])]
     scores = llama.score_choices(inputs, choices)
     assert torch.allclose(scores, choice_scores(llama, row, scan, choices).expand(2, -1), atol=1e-4)
