@@ -52,8 +52,6 @@ from fmrilm.training.ridge import Ridge, cross_fitted_ridge
 
 RESULTS = Path(__file__).parent / "results"
 BOOTSTRAPS = 1000
-# levels of codes of whole scans, beside the recipe's
-SCAN_LEVELS = 4
 # frames of a patch that are compared; they divide PATCH
 PATCHES = (4, 8, 16)
 # parts of all levels that decode on their own
@@ -63,7 +61,7 @@ REPEATS, MATRIX = 50, 1024
 # frames, windows that are described, and statements of a description
 WINDOW, DESCRIBED, STATEMENTS = 160, 400, 8
 # Options of the stage's program. Half of the recipe's levels, which train in half the time; the transformers are tiny.
-LEVELS = ["--num_quantizers", "16"]
+LEVELS = ["--num_quantizers", "16", "--num_scan_levels", "0"]
 TRAINED = ["--size", "tiny", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--save_strategy", "no"]
 LOSSES = {
     "fitted": [],
@@ -194,7 +192,7 @@ def labels(folder: Path, folds: int) -> None:
         tested.append(test)
         learned, held_out = scans.select(training), scans.select(test)
         start = time.perf_counter()
-        model = fitted(learned, scan_levels=SCAN_LEVELS)
+        model = fitted(learned, scan_levels=True)
         print(f"fold {fold}: fitted in {time.perf_counter() - start:.0f} s", flush=True)
         codes = [model.encode(*whole(scans, index)) for index in range(len(scans))]
         config = model.config

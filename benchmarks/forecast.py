@@ -74,15 +74,15 @@ def measured(scans: Scans, repetition_time: float) -> Scans:
     return scans.select(rows) if len(rows) else scans
 
 
-def fitted(scans: Scans, patch: int = PATCH, scan_levels: int = 0) -> FmriCodecModel:
-    """By the recipe, with patches of so many frames and as many tokens a second; and levels of whole scans."""
+def fitted(scans: Scans, patch: int = PATCH, scan_levels: bool = False) -> FmriCodecModel:
+    """By the recipe, with patches of so many frames and as many tokens a second; codes of whole scans if asked."""
     torch.manual_seed(0)
     known = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     names = ("tokens_per_patch", "num_quantizers", "codebook_size", "codebook_dim", "codebook_groups")
     values = {name: known[name] for name in names}
     values["tokens_per_patch"] = known["tokens_per_patch"] * patch // known["patch_length"]
     if scan_levels:
-        values["num_scan_levels"] = scan_levels
+        values["num_scan_levels"] = known["num_scan_levels"]
         values["num_scan_rois"] = len(scans.atlases[scans.main_atlas].rois)
     model = FmriCodecModel(FmriCodecConfig(patch_length=patch, **values)).eval()
     fit_codec(model, scans, seed=0)

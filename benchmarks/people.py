@@ -41,6 +41,7 @@ from fmrilm.training.evaluation.program import EvaluationSettings, evaluate, mak
 from fmrilm.training.evaluation.report import table
 from fmrilm.training.evaluation.results import FULL, summarize
 from fmrilm.training.evaluation.scans import Labelled, encode_scans
+from fmrilm.training.evaluation.tuning import Tuning
 from fmrilm.training.release import ReleaseArguments, train_release
 from fmrilm.training.trainer import half_precision
 
@@ -132,6 +133,7 @@ def release(
     seeds: Seeds = 1,
     shots: Annotated[str, typer.Option(help="Also tuned on so many subjects of each class, by comma.")] = "0",
     resamples: Annotated[int, typer.Option(help="Of the subjects that are tuned on.")] = 10,
+    steps: Annotated[int, typer.Option(help="Updates of such tuning; 0: in closed form alone.")] = Tuning.steps,
     new: Annotated[str, typer.Option(help="Of the tasks, by comma, those that are not trained.")] = "",
     descriptors: Annotated[bool, typer.Option(help="Questions about descriptors, too.")] = True,
     leave_one_site_out: bool = False,
@@ -148,7 +150,11 @@ def release(
     columns = given_columns(tasks)
     counts = tuple(int(count) for count in shots.split(","))
     settings = EvaluationSettings(
-        shots=counts, resamples=resamples, questions_per_family=questions, described=described
+        shots=counts,
+        resamples=resamples,
+        tuning=Tuning(steps=steps),
+        questions_per_family=questions,
+        described=described,
     )
     if any(counts):
         settings = replace(settings, conditions=(*settings.conditions, "tuned"))
@@ -264,7 +270,7 @@ def reading(
                     readout.weight.copy_(weight * alone[:, None])
                     readout.bias.copy_(bias * alone)
                     score = readout(features).cpu()[:, own].squeeze(1).numpy()
-                choices = [processor.encode_choices(task.choice_words)]
+                choices = [processor.encode_choices(task.choice_words, task.questions[0])]
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision()):
                     shown = others if condition == "codes of another subject" else windows
                     (found,) = score_windows(model, processor, shown, task.questions[:1], choices)

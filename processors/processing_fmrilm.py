@@ -75,6 +75,13 @@ def add_name_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) ->
     return list(zip(ids[::2], ids[1::2], strict=True))
 
 
+def _asks(known: dict[str, Any], question: str, answers: Sequence[str]) -> bool:
+    """Whether a question with these answers is about a label of `answer_sentences`."""
+    if question in known["questions"]:
+        return not known["choices"] or set(answers) <= set(known["choices"])
+    return set(answers) == set(known["choices"]) and all(answer in question for answer in answers)
+
+
 class FmriLMProcessor(ProcessorMixin):
     """Joins a feature extractor and a tokenizer.
 
@@ -86,7 +93,9 @@ class FmriLMProcessor(ProcessorMixin):
         tokenizer: any tokenizer; the fMRI tokens are added to it if it lacks them.
         tokens_per_patch: latent tokens the codec makes of one patch of a scan.
         summary_tokens: tokens that carry the summary of a scan.
-        level_words: answers that are said in a sentence where a question names a descriptor (see `encode_choices`).
+        level_words: answers that are said in a sentence where a question names a descriptor (see `answer_texts`).
+        answer_sentences: of labels, what answers are called in a sentence, the answers (none of a number) and the
+            questions: [{"name": str, "choices": [...], "questions": [...]}].
         chat_template: Jinja template of messages whose content is a string. Unless given: ChatML for a tokenizer that
             knows its end token, else the tokenizer's own template, else one whose end token is the tokenizer's.
     """
@@ -98,6 +107,7 @@ class FmriLMProcessor(ProcessorMixin):
         tokens_per_patch: int = 8,
         summary_tokens: int = 8,
         level_words: Iterable[str] = (),
+        answer_sentences: Iterable[dict[str, Any]] = (),
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -110,6 +120,7 @@ class FmriLMProcessor(ProcessorMixin):
         self.tokens_per_patch = tokens_per_patch
         self.summary_tokens = summary_tokens
         self.level_words: list[str] = list(level_words)
+        self.answer_sentences: list[dict[str, Any]] = list(answer_sentences)
         add_fmri_tokens(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -340,8 +351,8 @@ class FmriLMProcessor(ProcessorMixin):
 
     def encode_choices(self, choices: Sequence[str], question: str | None = None) -> list[list[int]]:
         """
-        Token ids of each allowed answer, without special tokens; no answer may begin with another one. Levels of a
-        descriptor that the question names are written as in training: "The (name) is low.".
+        Token ids of each allowed answer, without special tokens, as `answer_texts` writes it; no answer may begin with
+        another one.
         """
         if len(choices) < 2:
             raise ValueError(f"expected at least 2 choices, got {len(choices)}: {choices}")
@@ -349,14 +360,26 @@ class FmriLMProcessor(ProcessorMixin):
             raise ValueError(f"expected choices that are not empty, got {choices}")
         if len(set(choices)) < len(choices):
             raise ValueError(f"expected {len(choices)} different choices, got {choices}")
-        named = self._named_in(question) if question and set(choices) <= set(self.level_words) else None
-        texts = choices if named is None else [f"The{named} is {choice}." for choice in choices]
+        texts = self.answer_texts(choices, question)
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         for (choice, short), (other, long) in permutations(zip(choices, ids, strict=True), 2):
             # the shorter one would always win: its probability contains the longer one's
             if long[: len(short)] == short:
                 raise ValueError(f"the tokens of choice {choice!r} begin those of {other!r}: {short} and {long}")
         return ids
+
+    def answer_texts(self, answers: Sequence[str], question: str | None) -> list[str]:
+        """
+        Answers as they were given in training: a level of a descriptor that the question names, or an answer to a
+        question about a label (one of the task's, or one that names the answers), as "The sex is female."; others as
+        they are.
+        """
+        name = None
+        if question and set(answers) <= set(self.level_words):
+            name = self._named_in(question)
+        if question and name is None:
+            name = next((f" {one['name']}" for one in self.answer_sentences if _asks(one, question, answers)), None)
+        return list(answers) if name is None else [f"The{name} is {answer}." for answer in answers]
 
     def _named_in(self, question: str) -> str | None:
         """The one name in a question that is a token (see `add_name_tokens`); None without one, or of several."""

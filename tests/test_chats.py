@@ -218,7 +218,8 @@ def test_answers_are_the_labels_and_levels_of_the_scan() -> None:
         stated += check_claims(chat, levels)
         for text, answer in zip(asked(chat), texts(chat)[1::2], strict=True):
             if text in OF_QUESTION:
-                assert answer == OF_QUESTION[text].answer(row[OF_QUESTION[text].column])
+                task = OF_QUESTION[text]
+                assert answer == task.sentence(task.answer(row[task.column]))
                 seen.add((OF_QUESTION[text].name, text))
             elif text in REQUESTS:
                 statements = {task.statement(row[task.column]).lower() for task in TASKS.values()}

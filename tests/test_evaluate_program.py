@@ -254,7 +254,7 @@ def test_tuning_learns_the_answers_and_leaves_the_model_as_it_was(model, process
     subjects = [f"subject {row}" for row in range(4)]
     tuned, own = tune(model, processor, GROUP, scans, labels, subjects, Tuning(40, 4, 2e-2, rank), seed=0)
     windows, words = [windows[0] for windows in scans], [*GROUP.choice_words, "person", "scan", "default"]
-    choices = [processor.encode_choices(words)]
+    choices = [processor.encode_choices([GROUP.sentence(word) for word in words])]
     untuned, learned = (
         np.exp(score_windows(*each, windows, [GROUP.questions[0]], choices)[0])[:, :2].sum(1)
         for each in ((model, processor), (tuned, own))

@@ -352,6 +352,31 @@ def test_levels_of_a_named_descriptor_are_encoded_as_sentences(processor) -> Non
         assert processor.batch_decode(processor.encode_choices(choices, asked)) == choices
 
 
+def test_answers_about_labels_are_encoded_as_sentences(processor, tmp_path) -> None:
+    sex, age = ["Which sex?", "Female or male?"], ["How old is this person?"]
+    processor.answer_sentences = [
+        {"name": "sex", "choices": ["female", "male"], "questions": sex},
+        {"name": "smoker", "choices": ["no", "yes"], "questions": ["Does the person smoke?"]},
+        {"name": "age", "choices": [], "questions": age},
+    ]
+    processor.save_pretrained(tmp_path)
+    for known in (processor, FmriLMProcessor.from_pretrained(tmp_path)):
+        for asked in (*sex, "Is this a male or a female brain?"):
+            assert known.answer_texts(["male", "female"], asked) == ["The sex is male.", "The sex is female."]
+        assert known.answer_texts(["yes"], "Does the person smoke?") == ["The smoker is yes."]
+        assert known.answer_texts(["7", "70"], age[0]) == ["The age is 7.", "The age is 70."]
+        assert known.batch_decode(known.encode_choices(["male", "female"], sex[0]))[0] == "The sex is male."
+        # a question about something else, or without the answers that were learned
+        for answers, asked in (
+            (["yes", "no"], "Does the person drink?"),
+            (["male", "female"], None),
+            (["male", "female"], "Who is it?"),
+            (["man", "woman"], sex[0]),
+            (["7", "70"], "How many?"),
+        ):
+            assert known.answer_texts(answers, asked) == answers
+
+
 @pytest.mark.parametrize("name", CORE_NAMES[::10])
 def test_levels_are_encoded_as_the_sentences_of_descriptions(processor, name: str) -> None:
     processor.level_words = list(LEVELS)

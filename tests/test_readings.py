@@ -10,7 +10,7 @@ from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.phrases import PHRASES
 from fmrilm.processors.descriptors.text import REQUESTS, parse
-from fmrilm.training.alignment.examples import score_names
+from fmrilm.training.alignment.examples import ANSWER_SPREAD, score_names, score_spread
 from fmrilm.training.data.tasks import load_task
 from fmrilm.training.sft.calibration import fit
 from fmrilm.training.sft.readings import Reading, reading_rows
@@ -19,6 +19,7 @@ from helpers import random_examples, window_of
 
 TASKS = [load_task(name) for name in ("sex", "age", "age_group")]
 NAMES = ["motion", *(name for task in TASKS for name in score_names(task))]
+SPREAD = np.array([score_spread(name) for name in NAMES[1:]])
 LEVELLED = [*CORE_NAMES[:6], "motion"]
 
 
@@ -36,7 +37,8 @@ def examples_of(windows: int = 200, noise: float = 1.0):
     scores = np.stack([(one - one.mean()) / (one.std() or 1) for one in truth], 1)
     scores = scores + noise * rng.standard_normal(scores.shape)
     motion = np.arange(windows)[:, None]
-    return dataclasses.replace(examples, scores=np.concatenate([motion, scores / scores.std(0)], 1).astype(np.float32))
+    scores = np.concatenate([motion, SPREAD * scores / scores.std(0)], 1)
+    return dataclasses.replace(examples, scores=scores.astype(np.float32))
 
 
 def fitted(examples, tasks=TASKS) -> list[Reading]:
@@ -66,7 +68,7 @@ def test_answers_follow_the_scores_of_the_row_and_not_its_subject() -> None:
     column = NAMES.index(score_names(TASKS[0])[0])
     scores = np.array([row["scores"][0][column] for row in rows])
     windows = np.array([int(row["scores"][0][0]) for row in rows])
-    second = np.array([text_of(row, 1) == TASKS[0].choice_words[1] for row in rows])
+    second = np.array([text_of(row, 1) == TASKS[0].sentence(TASKS[0].choice_words[1]) for row in rows])
     own = np.array([examples.rows[window]["sex"] == "M" for window in windows])
     assert scores[second].mean() - scores[~second].mean() > 1
     assert abs(np.corrcoef(second, own)[0, 1]) < 0.15
@@ -92,8 +94,9 @@ def test_rows_hold_their_window_or_its_first_patch_and_its_other_scores() -> Non
     for row in rows:
         given = np.array(row["scores"][0])
         donor = int((own @ given[groups]).argmax())
-        # each task's scores are widened by a factor of their own
+        # each task's scores are widened by a factor of their own, from a standard deviation of one
         assert 1 <= given[ages] / examples.scores[donor, ages] <= 3
+        assert 1 <= np.linalg.norm(given[groups]) / np.linalg.norm(examples.scores[donor, groups]) * ANSWER_SPREAD <= 3
 
 
 def test_level_of_a_descriptor_is_the_tercile_of_its_score(levelled) -> None:
@@ -153,7 +156,7 @@ def test_answers_are_surer_than_the_labels(task) -> None:
     )
     # an answer that nobody has is never given
     assert not given[shares == 0].any()
-    plain = LogisticRegression().fit(scores, labels).predict_proba(scores)
+    plain = LogisticRegression().fit(scores / ANSWER_SPREAD, labels).predict_proba(scores / ANSWER_SPREAD)
     same = [drawn[20 * row : 20 * row + 20] for row in range(len(scores))]
     assert np.mean([each.count(max(each, key=each.count)) / 20 for each in same]) > plain.max(1).mean() + 0.05
 
@@ -171,9 +174,9 @@ def test_scores_predict_the_labels_as_a_logistic_regression_does(task) -> None:
     examples = examples_of()
     (reading,) = fitted(examples, [task])
     scores, labels = examples.scores[:, reading.columns], [task.answer(row[task.column]) for row in examples.rows]
-    plain = LogisticRegression().fit(scores, labels)
+    plain = LogisticRegression().fit(scores / ANSWER_SPREAD, labels)
     found, places = reading.probabilities(scores), [task.choice_words.index(word) for word in plain.classes_]
-    assert np.allclose(found[:, places], plain.predict_proba(scores), atol=1e-4)
+    assert np.allclose(found[:, places], plain.predict_proba(scores / ANSWER_SPREAD), atol=1e-4)
     assert np.allclose(found.sum(1), 1)
 
 

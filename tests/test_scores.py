@@ -13,7 +13,7 @@ from fmrilm.configuration_fmrilm import FmriLMConfig
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.phrases import PHRASES
 from fmrilm.training import ridge
-from fmrilm.training.alignment.examples import fit_frequencies, fit_scores, read_scores, score_targets
+from fmrilm.training.alignment.examples import ANSWER_SPREAD, fit_frequencies, fit_scores, read_scores, score_targets
 from fmrilm.training.alignment.joint import (
     answer_embeddings,
     descriptor_embeddings,
@@ -167,6 +167,13 @@ def test_scores_are_cross_fitted_and_have_a_standard_deviation_of_one(llama) -> 
     assert np.corrcoef(read[:50, 0], fitted.scores[:50, 0])[0, 1] > 0.8
 
 
+def test_scores_of_answers_have_a_smaller_standard_deviation(llama) -> None:
+    examples, _, targets = codec_examples(llama)
+    llama.config.score_names = ["age", "sex=male"]
+    fitted, _ = fit_scores(llama, examples, llama.config.score_names, targets, seed=0)
+    assert np.allclose(fitted.scores.std(0), [1, ANSWER_SPREAD], atol=1e-5)
+
+
 def test_other_scores_stay_as_they_are(llama) -> None:
     examples, _, targets = codec_examples(llama)
     before = llama.model.summary.readout.weight.clone()
@@ -178,7 +185,7 @@ def test_other_scores_stay_as_they_are(llama) -> None:
 def test_model_with_answers_reads_the_old_scores_as_before(llama, processor) -> None:
     _, codes, _ = codec_examples(llama)
     llama.model.summary.embeddings.weight.data.normal_()
-    wider = with_answers(llama, processor, [load_task("sex"), load_task("asd")], ["sex=male", "asd=yes"])
+    wider = with_answers(llama, processor, [load_task("sex"), load_task("asd")], ["sex=male", "asd=autism"])
     assert wider.config.num_summary_tokens == processor.summary_tokens > llama.config.num_summary_tokens
     scores = llama.model.get_fmri_scores(codes)
     assert torch.allclose(wider.model.get_fmri_scores(codes)[:, : scores.shape[1]], scores, atol=1e-6)

@@ -15,6 +15,9 @@ from ..ridge import cross_fitted_ridge
 
 # added to how often each place of a patch held each code: other subjects hold others
 PSEUDO_COUNT = 1.0
+# standard deviation of the scores of a task's answers; of others it is one. Between the embeddings of two answers, a
+# score of one apart, a language model goes from sure to sure; beyond them, the order of its answers is lost.
+ANSWER_SPREAD = 0.3
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ def score_names(task: Task) -> list[str]:
     return [f"{task.name}={word}" for word in (words[1:] if len(words) == 2 else words)] if words else [task.name]
 
 
+def score_spread(name: str) -> float:
+    """Standard deviation, over training windows, of the scores `name`."""
+    return ANSWER_SPREAD if "=" in name else 1.0
+
+
 def score_targets(examples: Examples, names: Sequence[str], tasks: Sequence[Task]) -> tuple[list[str], np.ndarray]:
     """
     What scores are regressed on: names and values [windows, names], NaN where unknown. The descriptors `names` as
@@ -73,7 +81,7 @@ def fit_scores(
 ) -> tuple[Examples, np.ndarray]:
     """
     Fits the model's readout of the scores `names` to targets [windows, names] by ridge regression, in closed form;
-    its other scores stay as they are. Scores have a standard deviation of one.
+    its other scores stay as they are. The standard deviation of scores is `score_spread`.
 
     Returns:
         The examples with their scores, each predicted without the subject's own windows: what the language model reads
@@ -88,7 +96,7 @@ def fit_scores(
     )
     # a row without a target is predicted by all the others
     found = np.where(np.isfinite(ridge.out_of_fold), ridge.out_of_fold, ridge.predict(examples.features))
-    mean, std = found.mean(0), found.std(0)
+    mean, std = found.mean(0), found.std(0) / [score_spread(name) for name in names]
     std = np.where(std > 1e-6, std, np.inf)
     places = [model.config.score_names.index(name) for name in names]
     readout = summary.readout

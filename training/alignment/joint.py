@@ -141,6 +141,14 @@ def with_answers(
     target.readout.weight[: len(before)] = source.readout.weight
     target.readout.bias[: len(before)] = source.readout.bias
     processor.summary_tokens = config.num_summary_tokens
+    processor.answer_sentences = [
+        *processor.answer_sentences,
+        *(
+            {"name": task.spoken, "choices": task.choice_words, "questions": list(task.questions)}
+            for task in tasks
+            if any(name.partition("=")[0] == task.name for name in names)
+        ),
+    ]
     return wider.eval()
 
 
@@ -149,9 +157,9 @@ def answer_embeddings(
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """
     Embeddings [tokens, hidden] of "The sex is (answer)." for each task that has scores among `names`, all of which are
-    scores of tasks; how a token changes with each score [names, hidden], which has a standard deviation of one: by the
-    difference of two answers, since what moves an embedding less is learned late, and what moves it more looks alike
-    behind the language model's normalisation; and which token that is [names].
+    scores of tasks; how a token changes with each score [names, hidden], by the difference of two answers for a score
+    of one (`ANSWER_SPREAD` says how large scores are): what moves an embedding more looks alike behind the language
+    model's normalisation; and which token that is [names].
     """
     embed = partial(embed_text, model, processor)
 

@@ -399,24 +399,27 @@ class _Run:
             reader = tune(*reader, task, windows, labels, subjects, self.settings.tuning, seed)
         elif condition.name == "few-shot":
             order = np.random.default_rng(seed).permutation(training)
+            answers = [task.answer(labelled.labels[row]) for row in order]
+            texts = self.processor.answer_texts(answers, task.questions[0])
             examples = [
-                Example(windows[0], task.answer(labelled.labels[row]))
-                for row, windows in zip(order, self.scans.windows_of(order), strict=True)
+                Example(windows[0], text) for text, windows in zip(texts, self.scans.windows_of(order), strict=True)
             ]
         if task.choices is None:
             return self._numbers(reader, labelled, split, test)
+        question, words = task.questions[0], task.choice_words
         reference = np.random.default_rng(seed).permutation(split.training)[:REFERENCE_SCANS]
+        has_own = condition.name != "few-shot" and reader[0].config.calibration(question, words) is not None
         if condition.name == "zero-shot":
             scores = self._zero_shot[task.name]
         else:
-            scores = self._scores(reader, np.concatenate([test, reference]), [task], examples)[task.name]
-        question, words = task.questions[0], task.choice_words
+            rows = test if has_own else np.concatenate([test, reference])
+            scores = self._scores(reader, rows, [task], examples)[task.name]
         own = reader[0].answer_probabilities(torch.from_numpy(scores[test]), question, words).numpy()
         found: Answers = {"uncalibrated": np.exp(scores[test])}
         if labelled.numbers is not None:
             # calibration to even shares would make answers likely that no subject has
             found["expected"] = own @ self._bin_means(labelled, split)
-        if condition.name != "few-shot" and reader[0].config.calibration(question, words) is not None:
+        if has_own:
             return {**found, "probabilities": own}
         shares = np.full(labelled.choices, 1 / labelled.choices)
         if condition.shots != 0:
@@ -429,9 +432,11 @@ class _Run:
     def _zero_shot(self) -> dict[str, np.ndarray]:
         """Log-probabilities of all tasks' answers about every scan that is needed: it is read once for all tasks."""
         rows = [np.concatenate([split.test for split in self.splits])]
-        for split in self.splits:
-            rows.append(np.random.default_rng(self.settings.seed).permutation(split.training)[:REFERENCE_SCANS])
         tasks = [labelled.task for labelled in self.tasks if labelled.task.choices is not None]
+        calibration = self.model.config.calibration
+        if any(calibration(task.questions[0], task.choice_words) is None for task in tasks):
+            for split in self.splits:
+                rows.append(np.random.default_rng(self.settings.seed).permutation(split.training)[:REFERENCE_SCANS])
         return self._scores((self.model, self.processor), np.unique(np.concatenate(rows)), tasks)
 
     def _scores(
@@ -444,7 +449,7 @@ class _Run:
         """By task, log-probabilities [scans, choices] of these scans, mean over windows; NaN for other scans."""
         places = np.flatnonzero(np.isin(self.scans.of_window, rows))
         windows = [self.scans.encoded[place] for place in places]
-        choices = [self.processor.encode_choices(task.choice_words) for task in tasks]
+        choices = [reader[1].encode_choices(task.choice_words, task.questions[0]) for task in tasks]
         scored = score_windows(*reader, windows, [task.questions[0] for task in tasks], choices, examples)
         found = {}
         for task, values in zip(tasks, scored, strict=True):
@@ -481,7 +486,8 @@ class _Run:
             numbers = np.arange(int(np.ceil(low)), int(high) + 1)
             # where another number goes on from a number, with the end of the answer: 1 is no beginning of 12 then
             end = self.processor.eos_token_ids[0]
-            digits = self.processor.tokenizer([*map(str, numbers)], add_special_tokens=False)["input_ids"]
+            texts = reader[1].answer_texts([*map(str, numbers)], question)
+            digits = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
             begun = {tuple(each[:count]) for each in digits for count in range(1, len(each))}
             ids = [[*each, end] if tuple(each) in begun else each for each in digits]
             (scores,) = score_windows(*reader, windows, [question], [ids])

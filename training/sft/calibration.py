@@ -50,7 +50,7 @@ def fit_calibrations(
     if not readings:
         return found
     asked = [each.task.questions[0] for each in readings]
-    choices = [processor.encode_choices(list(each.task.choice_words)) for each in readings]
+    choices = [processor.encode_choices(each.task.choice_words, each.task.questions[0]) for each in readings]
     for reading, scores in zip(readings, score_windows(model, processor, windows, asked, choices), strict=True):
         wanted, words = reading.probabilities(seen[:, reading.columns]), reading.task.choice_words
         slope, biases = fit(scores, wanted)

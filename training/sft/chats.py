@@ -56,7 +56,8 @@ class Turn:
 
 def task_turn(task: Task, label: Label, rng: np.random.Generator) -> Turn:
     """A question of a task in one of its wordings."""
-    return Turn(task.questions[rng.integers(len(task.questions))], task.answer(label), ((task, label),))
+    question = task.questions[rng.integers(len(task.questions))]
+    return Turn(question, task.sentence(task.answer(label)), ((task, label),))
 
 
 def person_turn(labels: Sequence[tuple[Task, Label]], rng: np.random.Generator) -> Turn:

@@ -4,9 +4,9 @@ Rows that teach the language model to answer as a scan's scores say.
 A descriptor's answer, and what a description states of it, is the tercile of its score. A row's scores of a task are
 those of another subject, and its answer is drawn from what these scores predict: nothing else in the row tells the
 answer, and there are as many such rows as windows times windows. Scores are wider, and answers surer, than those of
-subjects: from few uncertain answers a language model learns little of what they depend on. Descriptors that a row does
-not ask about are wider as well: an answer about a task that leans on them would do so more in new subjects, whose
-scores of tasks are not widened.
+subjects: from few uncertain answers a language model learns little of what they depend on, and where it is sure, the
+order of the scores is lost. Descriptors that a row does not ask about are wider as well: an answer about a task that
+leans on them would do so more in new subjects, whose scores of tasks are not widened.
 """
 
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ from ..alignment.chats import (
     text_block,
     user,
 )
-from ..alignment.examples import Examples, score_names
+from ..alignment.examples import Examples, score_names, score_spread
 from ..data.tasks import Task, labels_of
 
 
 # least standard deviation, over subjects, of the log-probability of an answer against the mean of the answers
 SHARPNESS = 4.0
-# by how much scores are multiplied in a row, at most: the larger, the clearer what the answer depends on
+# largest standard deviation of scores in a row (the least is one): the larger, the clearer what the answer depends on
 MOST_WIDENED = 3.0
 # questions of a row about tasks, at most: all share the tokens of the scan
 MOST_ASKED = 4
@@ -68,27 +68,27 @@ class Reading:
         columns = [names.index(name) for name in score_names(task)]
         labels = labels_of(task, examples.rows)
         known = np.flatnonzero([label is not None for label in labels])
-        scores = examples.scores[:, columns]
+        scores, spread = examples.scores[:, columns], score_spread(score_names(task)[0])
         if task.choices is None:
             values = np.array([float(cast(float, labels[row])) for row in known])
             line = LinearRegression().fit(scores[known], values)
             return cls(task, columns, np.array([line.intercept_]), line.coef_[:, None], np.ones(1), 1.0)
         answers = np.array([task.answer(labels[row]) for row in known])
         words = task.choice_words
-        fitted = LogisticRegression().fit(scores[known], answers)
+        fitted = LogisticRegression().fit(scores[known] / spread, answers)
         shares = np.array([(answers == word).mean() for word in fitted.classes_])
         # of two choices, the library fits the second alone
         two = len(shares) == 2
         slopes = fitted.coef_.T * [[-0.5, 0.5]] if two else fitted.coef_.T
-        slopes = slopes - slopes.mean(1, keepdims=True)
-        spread = np.sqrt(shares @ (scores @ slopes).var(0))
+        slopes = (slopes - slopes.mean(1, keepdims=True)) / spread
+        deviation = np.sqrt(shares @ (scores @ slopes).var(0))
         # an answer that nobody has is never given
         places = [words.index(word) for word in fitted.classes_]
         every = np.zeros((len(columns) + 2, len(words)))
         every[0] = -np.inf
         every[0, places] = fitted.intercept_ * [-0.5, 0.5] if two else fitted.intercept_
         every[1, places], every[2:, places] = shares, slopes
-        return cls(task, columns, every[0], every[2:], every[1], max(1.0, SHARPNESS / max(spread, 1e-6)))
+        return cls(task, columns, every[0], every[2:], every[1], max(1.0, SHARPNESS / max(deviation, 1e-6)))
 
     def probabilities(self, scores: np.ndarray) -> np.ndarray:
         """[..., choices] that scores [..., columns] predict."""
@@ -150,14 +150,16 @@ def reading_rows(
         scores = examples.scores[window].copy()
         # tasks of one column (age, age group) are about one subject
         donors = {each.task.column: int(rng.integers(len(examples))) for each in readings}
+        answers = []
         for reading in readings:
-            widened = rng.uniform(1, MOST_WIDENED)
-            scores[reading.columns] = widened * examples.scores[donors[reading.task.column], reading.columns]
+            widened = rng.uniform(1, MOST_WIDENED) * examples.scores[donors[reading.task.column], reading.columns]
+            scores[reading.columns] = widened / score_spread(names[reading.columns[0]])
+            answers.append(reading.answer(widened, rng))
         turns = []
         for place in rng.permutation(len(readings))[:MOST_ASKED]:
             task = readings[place].task
             question = task.questions[rng.integers(len(task.questions))]
-            turns.append((question, readings[place].answer(scores[readings[place].columns], rng)))
+            turns.append((question, task.sentence(answers[place])))
         if terciles.columns and rng.random() < described_share:
             levels = np.full(len(CORE_NAMES), -1)
             for column in terciles.columns:

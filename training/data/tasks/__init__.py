@@ -142,6 +142,10 @@ class Task:
             return self.choices[str(label)]
         return self.choice_words[int(np.searchsorted(self.cuts, label, side="right"))]
 
+    def sentence(self, answer: str) -> str:
+        """An answer as the model gives it: "The sex is female."."""
+        return f"The {self.spoken} is {answer}."
+
     def statement(self, value: Any) -> str:
         """The answer as a part of an open-ended one: "age: 34 years"."""
         unit = f" {self.unit}" if self.unit and self.choices is None else ""
