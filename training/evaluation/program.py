@@ -487,9 +487,10 @@ class _Run:
             # where another number goes on from a number, with the end of the answer: 1 is no beginning of 12 then
             end = self.processor.eos_token_ids[0]
             texts = reader[1].answer_texts([*map(str, numbers)], question)
-            digits = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            begun = {tuple(each[:count]) for each in digits for count in range(1, len(each))}
-            ids = [[*each, end] if tuple(each) in begun else each for each in digits]
+            full = [[*each, end] for each in self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            begun = Counter(tuple(each[:count]) for each in full for count in range(1, len(each) + 1))
+            # each as far as it takes to tell it from all others
+            ids = [each[: sum(begun[tuple(each[:count])] > 1 for count in range(1, len(each))) + 1] for each in full]
             (scores,) = score_windows(*reader, windows, [question], [ids])
             found["expected"] = self._mean(places, np.exp(scores) @ numbers)[test]
         return found
