@@ -405,7 +405,7 @@ class _Run:
                 Example(windows[0], text) for text, windows in zip(texts, self.scans.windows_of(order), strict=True)
             ]
         if task.choices is None:
-            return self._numbers(reader, labelled, split, test)
+            return self._numbers(reader, condition.name, labelled, split, test)
         question, words = task.questions[0], task.choice_words
         reference = np.random.default_rng(seed).permutation(split.training)[:REFERENCE_SCANS]
         has_own = condition.name != "few-shot" and reader[0].config.calibration(question, words) is not None
@@ -432,9 +432,9 @@ class _Run:
     def _zero_shot(self) -> dict[str, np.ndarray]:
         """Log-probabilities of all tasks' answers about every scan that is needed: it is read once for all tasks."""
         rows = [np.concatenate([split.test for split in self.splits])]
-        tasks = [labelled.task for labelled in self.tasks if labelled.task.choices is not None]
+        tasks = [labelled.task for labelled in self.tasks if labelled.task.choices or len(_numbers_of(labelled.task))]
         calibration = self.model.config.calibration
-        if any(calibration(task.questions[0], task.choice_words) is None for task in tasks):
+        if any(task.choices and calibration(task.questions[0], task.choice_words) is None for task in tasks):
             for split in self.splits:
                 rows.append(np.random.default_rng(self.settings.seed).permutation(split.training)[:REFERENCE_SCANS])
         return self._scores((self.model, self.processor), np.unique(np.concatenate(rows)), tasks)
@@ -449,7 +449,7 @@ class _Run:
         """By task, log-probabilities [scans, choices] of these scans, mean over windows; NaN for other scans."""
         places = np.flatnonzero(np.isin(self.scans.of_window, rows))
         windows = [self.scans.encoded[place] for place in places]
-        choices = [reader[1].encode_choices(task.choice_words, task.questions[0]) for task in tasks]
+        choices = [_answer_ids(reader[1], task) for task in tasks]
         scored = score_windows(*reader, windows, [task.questions[0] for task in tasks], choices, examples)
         found = {}
         for task, values in zip(tasks, scored, strict=True):
@@ -463,7 +463,7 @@ class _Run:
         every[places] = values
         return self.scans.mean_over_windows(every)
 
-    def _numbers(self, reader: Reader, labelled: Labelled, split: Split, test: np.ndarray) -> Answers:
+    def _numbers(self, reader: Reader, condition: str, labelled: Labelled, split: Split, test: np.ndarray) -> Answers:
         """
         Numbers that the model generates, mean over the windows of a scan in which one can be parsed; and the expected
         value over all whole numbers in the task's range.
@@ -481,16 +481,28 @@ class _Run:
             given = [number for number in (parsed[window] for window in of_scan) if number is not None]
             values[place], failures[place] = np.mean(given) if given else mean, not given
         found: Answers = {"values": values, "failures": failures}
-        low, high = task.range or (0, np.inf)
-        if task.decimals == 0 and high - low < MOST_NUMBERS:
-            numbers = np.arange(int(np.ceil(low)), int(high) + 1)
-            # where another number goes on from a number, with the end of the answer: 1 is no beginning of 12 then
-            end = self.processor.eos_token_ids[0]
-            texts = reader[1].answer_texts([*map(str, numbers)], question)
-            full = [[*each, end] for each in self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-            begun = Counter(tuple(each[:count]) for each in full for count in range(1, len(each) + 1))
-            # each as far as it takes to tell it from all others
-            ids = [each[: sum(begun[tuple(each[:count])] > 1 for count in range(1, len(each))) + 1] for each in full]
-            (scores,) = score_windows(*reader, windows, [question], [ids])
-            found["expected"] = self._mean(places, np.exp(scores) @ numbers)[test]
+        numbers = _numbers_of(task)
+        if len(numbers):
+            scores = self._zero_shot if condition == "zero-shot" else self._scores(reader, test, [task])
+            found["expected"] = np.exp(scores[task.name][test]) @ numbers
         return found
+
+
+def _numbers_of(task: Task) -> np.ndarray:
+    """The whole numbers that are answers to a task, if it has no choices and they are few."""
+    low, high = task.range or (0, np.inf)
+    if task.choices or task.decimals or high - low >= MOST_NUMBERS:
+        return np.arange(0)
+    return np.arange(int(np.ceil(low)), int(high) + 1)
+
+
+def _answer_ids(processor: FmriLMProcessor, task: Task) -> list[list[int]]:
+    """Token ids of a task's choices, or of its numbers, each as far as it takes to tell it from the others."""
+    if task.choices:
+        return processor.encode_choices(task.choice_words, task.questions[0])
+    texts = processor.answer_texts([*map(str, _numbers_of(task))], task.questions[0])
+    # where another number goes on from a number, with the end of the answer: 1 is no beginning of 12 then
+    end = processor.eos_token_ids[0]
+    ids = [[*each, end] for each in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    begun = Counter(tuple(each[:count]) for each in ids for count in range(1, len(each) + 1))
+    return [each[: sum(begun[tuple(each[:count])] > 1 for count in range(1, len(each))) + 1] for each in ids]
