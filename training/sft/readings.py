@@ -42,7 +42,7 @@ SHARPNESS = 4.0
 # largest standard deviation of scores in a row (the least is one): the larger, the clearer what the answer depends on
 MOST_WIDENED = 3.0
 # questions of a row about tasks, at most: all share the tokens of the scan
-MOST_ASKED = 4
+MOST_ASKED = 2
 # of the rows, those with the latent tokens of their first patch alone: short rows are cheap, and teach as much
 SHORT_SHARE = 0.75
 
