@@ -5,6 +5,8 @@ What a model trained by the release recipe reads of subjects, beside baselines, 
     python benchmarks/people.py release prepared-abide         # trains a model for each fold: people_release.csv, and
                                                                # what it says of descriptors: people_descriptors.csv
     python benchmarks/people.py reading prepared-abide         # what their answers depend on: people_reading.csv
+    python benchmarks/people.py another-study prepared-song    # what these models learn of a study that they have not
+                                                               # seen, without an update: people_another_study.csv
     python benchmarks/people.py release prepared-abide prepared-song --tasks asd,sex,age,age_group,state
                                                                # one model for both: people_joint.csv
     python benchmarks/people.py release prepared-abide --new asd --shots 0,10,50 --no-descriptors
@@ -12,7 +14,8 @@ What a model trained by the release recipe reads of subjects, beside baselines, 
                                                                # the model was not trained on: people_new.csv
 
 An argument is a folder that `fmrilm prepare` wrote. Folds are stratified by site and the first task's answers; in
-"leave one site out", each site is tested once. Tables hold figures over all subjects, and no single answer.
+"leave one site out", each site is tested once. Tables hold figures over all subjects, and no single answer. `reading`
+and `another-study` read the models that `release` left in runs/people.
 """
 
 from collections.abc import Sequence
@@ -232,6 +235,41 @@ def write_splits(path: Path, folders: Sequence[Scans], splits: Sequence[Split]) 
             rows += [{"subject": one, "split": part} for one in sorted(set(members))]
     write_whole(path, pd.DataFrame(rows).to_csv(index=False))
     return path
+
+
+@app.command()
+def another_study(
+    data: Data,
+    tasks: Tasks = "state",
+    folds: int = 5,
+    work: Annotated[Path, typer.Option(help="Of `release`: models of some folds.")] = Path(
+        "runs/people/5-folds-seed-0"
+    ),
+    results: Path = RESULTS,
+) -> None:
+    """
+    Models of `release` learn tasks of other subjects, and of another atlas, in closed form: scores by ridge
+    regression, and a calibration, without an update of the language model. Folds are over these subjects.
+    """
+    asked, tables = read_tasks(tasks), []
+    settings = EvaluationSettings(
+        shots=(FULL,),
+        conditions=("tuned", "majority", "fc_ridge", "tangent_ridge", "codes_ridge"),
+        tuning=Tuning(steps=0),
+    )
+    for folder in sorted(work.glob("fold*")):
+        found = evaluate(
+            folder / "sft" / "model",
+            data,
+            folder / "another-study",
+            [task.name for task in asked],
+            folds=folds,
+            new_subjects=True,
+            columns=given_columns(tasks),
+            settings=settings,
+        )
+        tables.append(table(found).assign(split=f"model of {folder.name}"))
+        write("another_study", tables, results)
 
 
 @app.command()

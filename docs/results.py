@@ -164,6 +164,19 @@ SECTIONS = {
         "asd,sex,age,age_group,state`.",
         lambda table: by_split(table, (*MAIN_METRICS, "accuracy")),
     ),
+    "people_another_study.csv": Section(
+        "States in another study, learned without an update",
+        "The state of each of SONG's recordings (Schaefer-200), in folds over its subjects, by models of the release "
+        "recipe that were trained on ABIDE (CC200), one a column: scores by ridge regression and a calibration, no "
+        "update of the language model: `python benchmarks/people.py another-study PREPARED`.",
+        lambda table: by_split(table, ("accuracy", "balanced_accuracy", "calibration_error")),
+    ),
+    "people_new.csv": Section(
+        "A task that the model was not trained on",
+        "The same by models tuned on so many subjects of each class: "
+        "`python benchmarks/people.py release PREPARED --new asd --shots 0,10,50 --no-descriptors`.",
+        by_split,
+    ),
     "people_descriptors.csv": Section(
         "Descriptors of scans: the release recipe",
         "What the same models say of the descriptors of held-out subjects' scans, from codes, as mean (lowest to "

@@ -44,6 +44,10 @@ without any measurement: no GPU was measured, {REACHED / 1e12:.0f} TFLOP/s in bf
 A scan has {VOLUMES} volumes of the MNI grid at 2 mm (TR 0.8 s) in {ROIS} ROIs, and {WINDOWS} windows of 160 frames.
 The language model reads {ROWS} rows of {TOKENS} tokens about it in stages 2 and 3. Configurations are those of
 `training/configs/accelerate/`; on several machines, set `num_machines` and `num_processes`.
+
+The release recipe differs: 32 levels (twice the codes), windows of 320 frames, and a fixed number of rows (60 in stage
+2, 400 in stage 3) however many scans there are. For the rows counted here, run the stages one by one with `--rows` and
+`--max_steps`; `fmrilm train release` does not take these options.
 """
 
 

@@ -114,7 +114,8 @@ class FmriLMScoreEmbeddings(nn.Module):
 class FmriLMSummary(nn.Module):
     """
     A scan's scores as a few token embeddings. The scores are descriptors and labels, read out of the features of the
-    codes (`FmriCodecModel.scan_features`) by a linear map in closed form, in standard deviations of training subjects.
+    codes (`FmriCodecModel.scan_features`) by a linear map in closed form, in standard deviations of training subjects;
+    those of answers are .3 times as large.
     """
 
     def __init__(self, config: FmriLMConfig):

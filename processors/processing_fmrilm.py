@@ -76,10 +76,14 @@ def add_name_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) ->
 
 
 def _asks(known: dict[str, Any], question: str, answers: Sequence[str]) -> bool:
-    """Whether a question with these answers is about a label of `answer_sentences`."""
+    """
+    Whether a question with these answers is about a label of `answer_sentences`: it is one of its questions, or names
+    all of its answers, unless these are yes and no, which are answers to anything.
+    """
     if question in known["questions"]:
         return not known["choices"] or set(answers) <= set(known["choices"])
-    return set(answers) == set(known["choices"]) and all(answer in question for answer in answers)
+    named = all(re.search(rf"\b{re.escape(answer)}\b", question) for answer in answers)
+    return named and set(answers) == set(known["choices"]) and not {"yes", "no"} & set(answers)
 
 
 class FmriLMProcessor(ProcessorMixin):

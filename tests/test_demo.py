@@ -68,6 +68,15 @@ def test_finished_run_is_not_repeated(quick_demo: Path, capsys: pytest.CaptureFi
     assert (quick_demo / "results.json").stat().st_mtime_ns == before
 
 
+def test_folder_with_anything_else_is_left_as_it_is(quick_demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for folder, quick in ((tmp_path, True), (quick_demo, False)):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(ValueError, match="--output"):
+            run_demo(folder, quick=quick)
+        assert sorted(folder.rglob("*")) == before
+
+
 def test_seed_of_the_command_reaches_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     taken = {}
     monkeypatch.setattr(demo, "write_open_scans", lambda folder: folder)

@@ -1,5 +1,7 @@
 """Questions about scans are answered as if each were asked alone, and descriptors are scored by family."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,11 @@ def test_calibration_takes_out_what_the_model_prefers_whatever_the_scan() -> Non
 )
 def test_an_answer_holds_one_number_in_the_range(text: str, expected: float | None) -> None:
     assert parse_number(AGE, text) == expected
+
+
+def test_number_in_a_title_is_no_answer() -> None:
+    task = replace(AGE, title="PHQ-9 score", range=(0, 27))
+    assert parse_number(task, task.sentence("12")) == 12
 
 
 FAMILIES = sorted({family(name) for name in CORE_NAMES})

@@ -230,6 +230,19 @@ def test_unknown_conditions_shots_and_columns_are_refused() -> None:
     with pytest.raises(ValueError, match="expected shots of 0"):
         EvaluationSettings(shots=(-1,))
     assert [task.column for task in with_columns([GROUP, AGE], ["made_up_age=years"])] == ["group", "years"]
+    # another task of the same column, where it may find the name
+    groups = replace(AGE_GROUP, other_columns=("years",))
+    assert [task.column for task in with_columns([groups, GROUP, AGE], ["made_up_age=years"])] == [
+        "years",
+        "group",
+        "years",
+    ]
+    per_scan = replace(GROUP, per_session=True, per_scan=True)
+    asked = EvaluationSettings((0, 2, FULL), 1, ("zero-shot", "tuned")).asked
+    assert [list(asked(task)) for task in (GROUP, per_scan)] == [
+        [("zero-shot", 0, 0), ("tuned", 2, 0), ("tuned", FULL, 0)],
+        [("zero-shot", 0, 0), ("tuned", FULL, 0)],
+    ]
     with pytest.raises(ValueError, match="expected TASK=COLUMN with a task of made_up_group, made_up_age"):
         with_columns([GROUP, AGE], ["diagnosis"])
 
@@ -277,6 +290,8 @@ def test_tuning_in_closed_form_leaves_the_language_model_as_it_was(model, proces
     assert all(torch.equal(after[key], value) for key, value in before.items() if value.shape == after[key].shape)
     assert tuned.config.calibration(GROUP.questions[0], GROUP.choice_words)["slope"] > 0
     assert own.summary_tokens == tuned.config.num_summary_tokens
+    of_sessions = replace(GROUP, per_session=True)
+    assert tune(model, processor, of_sessions, scans, labels, subjects, Tuning(0), seed=0)[0].config.calibrations
     # a subject who is not among them is read, too
     choices = [own.encode_choices(GROUP.choice_words)]
     assert np.isfinite(score_windows(tuned, own, [encoded(model, 4, 9)], [GROUP.questions[0]], choices)[0]).all()

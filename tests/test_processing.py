@@ -369,6 +369,8 @@ def test_answers_about_labels_are_encoded_as_sentences(processor, tmp_path) -> N
         # a question about something else, or without the answers that were learned
         for answers, asked in (
             (["yes", "no"], "Does the person drink?"),
+            (["yes", "no"], "Does the person drink, yes or no?"),
+            (["male", "female"], "Is it a female, or femalemale?"),
             (["male", "female"], None),
             (["male", "female"], "Who is it?"),
             (["man", "woman"], sex[0]),

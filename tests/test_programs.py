@@ -265,6 +265,13 @@ def test_bad_options_are_refused(stage: str, changes: dict, reason: str, program
         run(stage, program_folders, tmp_path, **changes)
 
 
+def test_two_tasks_of_one_title_are_refused(program_folders: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("name: own\ncolumn: x\ntitle: handedness\nquestions: [Which]\nchoices: [a, b]\n")
+    with pytest.raises(ValueError, match="expected tasks with a title each, got handedness for 2 tasks"):
+        run("sft", program_folders, tmp_path / "run", tasks=["handedness", own])
+
+
 def test_reading_rows_leave_calibrations_of_descriptors_and_tasks(runs: Path) -> None:
     plain, tuned = (AutoModelForMultimodalLM.from_pretrained(runs / name / "model") for name in ("further", "anew"))
     task = load_task("handedness")
@@ -283,6 +290,14 @@ def test_new_scores_behind_an_adapter_are_refused(runs: Path, program_folders: P
     adapter = runs / "alignment" / "adapter"
     with pytest.raises(ValueError, match="to learn new scores .*handedness=left.*merge the adapter first"):
         run("sft", program_folders, tmp_path, model_name_or_path=adapter, tasks="handedness")
+    with pytest.raises(ValueError, match="the data that the adapter's scores were fitted to: merge it first"):
+        run("sft", program_folders, tmp_path, model_name_or_path=adapter, mixtures=0)
+
+
+def test_tuning_without_reading_rows_leaves_no_calibration_of_earlier_weights(runs, program_folders, tmp_path) -> None:
+    few = {"max_steps": 1, "rows": 4, "reading_share": 0, "save_strategy": "no"}
+    run("sft", program_folders, tmp_path, model_name_or_path=runs / "anew" / "model", **few)
+    assert AutoModelForMultimodalLM.from_pretrained(tmp_path / "model").config.calibrations is None
 
 
 def test_quantization_without_bitsandbytes_is_refused(program_folders: Path, tmp_path: Path, monkeypatch) -> None:

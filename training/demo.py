@@ -84,15 +84,21 @@ def write_open_scans(folder: Path) -> Path:
 def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
     """
     Runs the chain and writes `model/` (model, processor and card), `results.json` and `report.html` into `output`,
-    beside what each stage wrote. A finished run of the same settings is not repeated.
+    beside what each stage wrote. A finished run of the same settings is not repeated; ValueError if `output` holds
+    anything else.
     """
     settings = {"quick": quick, "seed": seed}
     finished = output / "results.json"
     if finished.exists():
         results = json.loads(finished.read_text(encoding="utf-8"))
-        if results["settings"] == settings:
+        if results.get("settings") == settings:
             print(f"{finished} holds a finished run with these settings; delete {output} to run anew")
             return results
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(
+            f"expected an output folder that is new or of a run with these settings, got {output}: delete it, or name "
+            "another one (--output)"
+        )
     work = output.with_name(output.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -128,6 +134,5 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
     # checkpoints, and the codes that they were trained on
     for folder in ("alignment", "sft", "codes"):
         shutil.rmtree(work / folder)
-    shutil.rmtree(output, ignore_errors=True)
     work.rename(output)
     return results

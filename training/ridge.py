@@ -14,9 +14,9 @@ PENALTIES = tuple(10.0**power for power in np.arange(-3, 2.1, 0.5))
 @dataclass(frozen=True)
 class Ridge:
     """
-    weight [features, targets] and bias [targets] of all rows; out_of_fold [rows, targets]: predictions for each row
-    without any row of its subject, NaN where no fold could be fitted; r_squared [targets]: of these, NaN without
-    any.
+    weight [features, targets] and bias [targets] of all rows; out_of_fold [rows, targets]: predictions for each row,
+    with a target or without, by rows of other subjects alone, NaN where these have no two different targets;
+    r_squared [targets]: of these, NaN without any.
     """
 
     weight: np.ndarray
@@ -68,20 +68,23 @@ def cross_fitted_ridge(
         columns = np.flatnonzero(pattern_of.ravel() == number)
         if rows.sum() < 2:
             continue
-        y, fold = targets[rows][:, columns].astype(np.float64), folds[rows]
+        y = targets[:, columns].astype(np.float64)
         # [scales, penalties, rows, columns]
         found = np.full((len(inputs), len(PENALTIES), *y.shape), np.nan)
-        for test in np.unique(fold):
-            training = fold != test
-            if training.sum() >= 2:
-                for place, each in enumerate(inputs):
-                    x = each[rows]
-                    found[place][:, ~training] = _path(x[training], y[training], x[~training])
+        for fold in np.unique(folds):
+            training, test = rows & (folds != fold), np.flatnonzero(folds == fold)
+            if not training.any():
+                continue
+            # with one target in all folds but one, predictions would differ as that fold's targets do, the other way
+            differ = np.flatnonzero(np.ptp(y[training], axis=0))
+            for place, each in enumerate(inputs):
+                predicted = _path(each[training], y[training][:, differ], each[test])
+                found[place][:, test[:, None], differ] = predicted
         found = found.reshape(-1, *y.shape)
-        fitted = np.isfinite(found[0, :, 0])
-        errors = ((found[:, fitted] - y[fitted]) ** 2).sum(1)
+        errors = np.nansum((found - y) ** 2, axis=1)
         best = errors.argmin(0)
-        out_of_fold[np.ix_(rows, columns)] = found[best, :, np.arange(len(columns))].T
+        out_of_fold[:, columns] = found[best, :, np.arange(len(columns))].T
+        y = y[rows]
         for choice in np.unique(best):
             place, penalty = divmod(int(choice), len(PENALTIES))
             chosen = columns[best == choice]
@@ -101,9 +104,9 @@ def _stacked(first: Ridge, second: Ridge, targets: np.ndarray) -> Ridge:
     bias, out_of_fold = first.bias.copy(), first.out_of_fold.copy()
     for column, y in enumerate(targets.T):
         parts = [ridge.out_of_fold[:, column] for ridge in (first, second)]
-        known = np.isfinite(parts[0])
+        known = np.isfinite(parts[0]) & np.isfinite(y)
         # predictions without any weight are the means of the other folds
-        if not all(ridge.weight[:, column].any() for ridge in (first, second)):
+        if not known.any() or not all(ridge.weight[:, column].any() for ridge in (first, second)):
             continue
         shares = [1 / part[known].std() for part in parts]
         total = parts[0] * shares[0] + parts[1] * shares[1]
@@ -118,8 +121,8 @@ def _stacked(first: Ridge, second: Ridge, targets: np.ndarray) -> Ridge:
 
 
 def _r_squared(targets: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-    """[targets] of [rows, targets], over rows that are predicted."""
-    predicted = np.isfinite(predictions)
+    """[targets] of [rows, targets], over rows with a target that are predicted."""
+    predicted = np.isfinite(predictions) & np.isfinite(targets)
     values = np.where(predicted, targets, 0)
     around_mean = np.where(predicted, values - values.sum(0) / predicted.sum(0).clip(min=1), 0)
     with np.errstate(invalid="ignore", divide="ignore"):

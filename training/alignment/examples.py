@@ -94,7 +94,7 @@ def fit_scores(
     ridge = cross_fitted_ridge(
         examples.features, targets, examples.subjects, seed, codec.scan_feature_blocks, codec.num_scan_numbers
     )
-    # a row without a target is predicted by all the others
+    # where other subjects cannot tell, of very few
     found = np.where(np.isfinite(ridge.out_of_fold), ridge.out_of_fold, ridge.predict(examples.features))
     mean, std = found.mean(0), found.std(0) / [score_spread(name) for name in names]
     std = np.where(std > 1e-6, std, np.inf)

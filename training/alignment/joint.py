@@ -149,7 +149,7 @@ def with_answers(
             if any(name.partition("=")[0] == task.name for name in names)
         ),
     ]
-    return wider.eval()
+    return wider.to(model.device).eval()
 
 
 def answer_embeddings(

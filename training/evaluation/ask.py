@@ -176,6 +176,8 @@ def calibrated(scores: np.ndarray, reference: np.ndarray, shares: np.ndarray) ->
 def parse_number(task: Task, text: str) -> float | None:
     """The one number within the task's range in a text; None without any, or with several: counted as a failure."""
     low, high = task.range or (-math.inf, math.inf)
+    # what every answer begins with may hold a number, too
+    text = text.removeprefix(task.sentence("").removesuffix("."))
     numbers = {float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?!\w)", text)}
     found = {number for number in numbers if low <= number <= high}
     return found.pop() if len(found) == 1 else None

@@ -87,8 +87,8 @@ class EvaluationSettings:
             else:
                 # a prompt does not hold all scans; baselines of a model that learned from nothing know all labels
                 counts = [shots for shots in self.shots if shots != 0 and (shots, name) != (FULL, "few-shot")]
-                # a number has no classes to draw subjects from
-                counts = [shots for shots in counts if task.choices or shots == FULL]
+                # a number has no classes to draw subjects from, and a subject with several labels is of none
+                counts = [shots for shots in counts if (task.choices and not task.per_scan) or shots == FULL]
                 if name in BASELINES:
                     counts = dict.fromkeys([*counts, FULL])
             for shots in counts:
@@ -414,8 +414,10 @@ class _Run:
         else:
             rows = test if has_own else np.concatenate([test, reference])
             scores = self._scores(reader, rows, [task], examples)[task.name]
-        own = reader[0].answer_probabilities(torch.from_numpy(scores[test]), question, words).numpy()
         found: Answers = {"uncalibrated": np.exp(scores[test])}
+        own = found["uncalibrated"]
+        if has_own:
+            own = reader[0].answer_probabilities(torch.from_numpy(scores[test]), question, words).numpy()
         if labelled.numbers is not None:
             # calibration to even shares would make answers likely that no subject has
             found["expected"] = own @ self._bin_means(labelled, split)

@@ -132,7 +132,10 @@ def with_scores(
         features=np.stack([window.features for window, _ in windows]),
         z_scores=nothing,
         levels=nothing.astype(int),
-        rows=[{"subject": subjects[scan], "scan": scan, task.column: labels[scan]} for _, scan in windows],
+        rows=[
+            {"subject": subjects[scan], "session": scan, "scan": scan, task.column: labels[scan]}
+            for _, scan in windows
+        ],
         scores=nothing,
     )
     if model.model.summary is None:

@@ -122,6 +122,8 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     set_seed(training_args.seed)
     last = last_checkpoint(output_folder(training_args))
     tasks = with_columns([load_task(task) for task in script_args.tasks], script_args.columns)
+    if len(titles := {task.spoken for task in tasks}) < len(tasks):
+        raise ValueError(f"expected tasks with a title each, got {', '.join(sorted(titles))} for {len(tasks)} tasks")
     processor = FmriLMProcessor.from_pretrained(name)
     extractor = processor.feature_extractor
     training, test = read_scans(script_args, extractor)
@@ -147,7 +149,12 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         model = joint = with_answers(joint, processor, tasks, [name for name in names if name in widened])
     before = joint.model.summary.readout.weight.clone()
     examples, r_squared = fit_scores(joint, examples, names, targets, training_args.seed)
-    refitted = not torch.equal(before, joint.model.summary.readout.weight)
+    readout = joint.model.summary.readout.weight
+    refitted = not torch.equal(before, readout)
+    if isinstance(model, PeftModel) and not torch.allclose(before, readout, rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            "expected the data that the adapter's scores were fitted to: merge it first (--merge_adapter)"
+        )
     for one, value in zip(names, r_squared, strict=True):
         # without a value: an answer that no subject has
         if one not in cohort.names and np.isfinite(value):
@@ -193,13 +200,17 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         return concatenate_datasets(parts)
 
     def calibrate(tuned):
+        # those of earlier weights
+        tuned.config.calibrations = None
+        if not script_args.reading_share:
+            return
         # as an evaluation computes
         with torch.autocast(tuned.device.type, torch.bfloat16, enabled=half_precision()):
             tuned.config.calibrations = fit_calibrations(tuned, processor, examples, readings, training_args.seed)
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
     trainer = FmriLMSFTTrainer(model=trainable(model, model_args, training_args, inputs["train_dataset"]), **inputs)
-    return train_and_save(trainer, last, cohort.save, calibrate if script_args.reading_share else None)
+    return train_and_save(trainer, last, cohort.save, calibrate)
 
 
 def make_parser() -> "TrlParser":

@@ -5,8 +5,8 @@ A descriptor's answer, and what a description states of it, is the tercile of it
 those of another subject, and its answer is drawn from what these scores predict: nothing else in the row tells the
 answer, and there are as many such rows as windows times windows. Scores are wider, and answers surer, than those of
 subjects: from few uncertain answers a language model learns little of what they depend on, and where it is sure, the
-order of the scores is lost. Descriptors that a row does not ask about are wider as well: an answer about a task that
-leans on them would do so more in new subjects, whose scores of tasks are not widened.
+order of the scores is lost. Where a row has questions about descriptors, the others are wider as well: an answer about
+a task that leans on them would do so more in new subjects, whose scores of tasks are not widened.
 """
 
 from collections.abc import Sequence

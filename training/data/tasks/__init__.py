@@ -5,7 +5,7 @@ A task is one small YAML file. Those beside this one go by their name (`load_tas
 
     name: chronotype                  # of letters, digits and _
     column: chronotype                # of the prepared dataset
-    title: chronotype                 # as open-ended answers call it; by default the name
+    title: chronotype                 # of an answer, "The chronotype is morning."; by default the name
     choices: {m: morning, e: evening} # value in the column: answer; a list, if they are the same words
     questions:                        # paraphrases of one another
       - Is this person a morning or an evening type?
@@ -60,7 +60,7 @@ class Task:
     the column holds numbers and a choice is a range of them; a number on a cut belongs to the upper one. range: least
     and largest number, in `unit`. decimals: of a number as an answer. left_out: values of subjects who are not asked
     about. per_session: the label may differ between sessions of a subject. per_scan: also between scans of a session.
-    title: what an open-ended answer calls it. reveals: words that give the answer away, beside the choices, their
+    title: what the sentence of an answer calls it. reveals: words that give the answer away, beside the choices, their
     values and the unit. about: sentence that may stand before the question.
     """
 
@@ -201,7 +201,10 @@ def load_task(source: str | Path) -> Task:
 
 
 def with_columns(tasks: Sequence[Task], columns: Sequence[str]) -> list[Task]:
-    """The tasks with other label columns alone: each "TASK=NAME", or one "NAME" where there is one task."""
+    """
+    The tasks with other label columns alone: each "TASK=NAME", or one "NAME" where there is one task. Tasks of the
+    same column that may also find NAME are then of it, too.
+    """
     changed = {task.name: task for task in tasks}
     for column in columns:
         name, _, value = column.rpartition("=")
@@ -209,7 +212,10 @@ def with_columns(tasks: Sequence[Task], columns: Sequence[str]) -> list[Task]:
             name = tasks[0].name
         if name not in changed:
             raise ValueError(f"expected TASK=COLUMN with a task of {', '.join(changed)}, got {column!r}")
-        changed[name] = replace(changed[name], column=value, other_columns=())
+        before = changed[name].column
+        for each in changed.values():
+            if each.name == name or (each.column == before and value in each.other_columns):
+                changed[each.name] = replace(each, column=value, other_columns=())
     return list(changed.values())
 
 
