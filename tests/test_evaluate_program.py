@@ -318,7 +318,7 @@ def test_command_prints_the_metrics_and_names_what_is_wrong(cohort, saved, tasks
     assert done.exit_code == 0 and "balanced_accuracy" in done.output and "shuffled" in done.output, done.output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     more = [*arguments[:-1], str(tmp_path / "half"), "--held-out-share", "0.5", "--conditions", "majority", "--json"]
-    found = json.loads(CliRunner().invoke(app, more).stdout.splitlines()[-1])
+    found = json.loads(CliRunner().invoke(app, more).stdout)
     assert found["data"]["test_subjects"] > results["data"]["test_subjects"]
     failed = CliRunner().invoke(app, [*arguments, "--shots", "some"])
     assert failed.exit_code == 1 and "expected shots of 0" in failed.output

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from fmrilm.training.alignment.joint import add_lora
 from fmrilm.training.cli.main import app
 from fmrilm.training.hub.export import prompt_embeddings
 
@@ -42,6 +43,28 @@ def test_a_causal_server_gives_the_same_logits(
     options = {"max_new_tokens": 3, "do_sample": False}
     new = plain.generate(inputs_embeds=embeddings, **options)
     assert torch.equal(new, model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :])
+
+
+def test_an_adapter_is_exported_with_what_it_was_trained_on(
+    tiny_model, processor, scan_file: Path, tmp_path: Path
+) -> None:
+    model = tiny_model("qwen3", True)
+    for name in ("base", "adapter"):
+        processor.save_pretrained(tmp_path / name)
+    model.save_pretrained(tmp_path / "base")
+    adapted = add_lora(model, 2)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    run = CliRunner().invoke(app, ["export", str(tmp_path / "adapter"), str(tmp_path / "out")])
+    assert run.exit_code == 0, run.output
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = processor.tokenizer(QUESTION, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = adapted.merge_and_unload()(ids).logits
+        assert torch.allclose(plain(ids).logits, expected, atol=1e-5)
 
 
 def test_unfit_exports_are_refused(model_folder: Path, scan_file: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The programs of stages 2 and 3: what they train, leave behind and refuse; the demo's recipe is theirs."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -263,6 +264,16 @@ def test_packing_is_refused_with_the_reason(option: str, program_folders: Path, 
 def test_bad_options_are_refused(stage: str, changes: dict, reason: str, program_folders, tmp_path) -> None:
     with pytest.raises(ValueError, match=reason):
         run(stage, program_folders, tmp_path, **changes)
+
+
+def test_model_that_a_run_starts_from_is_not_replaced(program_folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(program_folders / "joint", tmp_path / "model")
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir())
+    with pytest.raises(ValueError, match="expected another output_dir than that of a model to start from"):
+        run("sft", program_folders, tmp_path, model_name_or_path=tmp_path / "model")
+    with pytest.raises(ValueError, match="expected another output_dir"):
+        run("alignment", program_folders, program_folders, codec=program_folders / "codec")
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "model").iterdir()) == before
 
 
 def test_two_tasks_of_one_title_are_refused(program_folders: Path, tmp_path: Path) -> None:

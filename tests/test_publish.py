@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: ((f / "checkpoint-1").mkdir(), (f / "checkpoint-1" / "optimizer.pt").touch()),
         "checkpoint-1/optimizer.pt: expected no pickle",
     ),
+    "labels of subjects": (lambda f: (f / "labels.csv").touch(), "labels.csv: expected what a model consists of"),
+    "series of subjects": (
+        lambda f: ((f / "codes").mkdir(), np.save(f / "codes" / "0.npy", np.zeros(3))),
+        "codes/0.npy: expected what a model consists of",
+    ),
+    "an evaluation": (lambda f: (f / "settings.json").write_text("{}"), "settings.json: expected what a model"),
     "other code": (lambda f: (f / "setup.py").touch(), "setup.py: expected no Python but"),
     "code in a subfolder": (
         lambda f: ((f / "more").mkdir(), shutil.copy(f / "scan_io_fmrilm.py", f / "more")),
@@ -254,6 +261,10 @@ def test_results_go_to_a_leaderboard_on_demand(folder: Path, tmp_path: Path) -> 
     assert yaml.safe_load(publish._benchmark_results(card, "some/benchmark")) == [
         {"dataset": {"id": "some/benchmark", "task_id": "descriptors, connectivity, zero-shot"}, "value": 0.6}
     ]
+    # one number of a task
+    others = [replace(card.data.eval_results[0], metric_type=name) for name in ("calibration_error", "accuracy")]
+    card.data.eval_results = [replace(each, metric_value=0.1) for each in others] + card.data.eval_results
+    assert [entry["value"] for entry in yaml.safe_load(publish._benchmark_results(card, "some/benchmark"))] == [0.6]
     options = {"results": tmp_path / "results.json", "dry_run": True}
     assert publish.EVAL_RESULTS in push(folder, "me/tiny", benchmark="some/benchmark", **options)[1]
     assert publish.EVAL_RESULTS not in push(folder, "me/tiny", **options)[1]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import httpx
 import nibabel
 import numpy as np
 import pytest
@@ -309,6 +310,20 @@ def test_files_that_nobody_uploaded_stay_where_they_are(running: tuple[str, Path
         event = json.load(urlopen(call))["event_id"]
         assert "event: error" in urlopen(f"{address}/gradio_api/call/upload/{event}").read().decode()
     assert path.exists() and path.name not in [file.name for file in uploads(temporary)]
+
+
+def test_folder_of_an_upload_is_no_upload(running: tuple[str, Path], tmp_path: Path) -> None:
+    address, temporary = running
+    np.save(tmp_path / "kept.npy", array())
+    with open(tmp_path / "kept.npy", "rb") as handle:
+        uploaded = Path(httpx.post(f"{address}/gradio_api/upload", files=[("files", handle)]).json()[0])
+    assert temporary in uploaded.parents
+    for folder in (uploaded.parent, uploaded.parent.parent):
+        data = json.dumps({"data": [{"path": str(folder), "meta": {"_type": "gradio.FileData"}}]}).encode()
+        call = Request(f"{address}/gradio_api/call/upload", data, {"Content-Type": "application/json"})
+        event = json.load(urlopen(call))["event_id"]
+        urlopen(f"{address}/gradio_api/call/upload/{event}").read()
+        assert uploaded.exists()
 
 
 @needs_browser

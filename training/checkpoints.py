@@ -40,11 +40,15 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def output_folder(args: "TrainingArguments") -> Path:
-    """Where a run writes; ValueError if its arguments do not say."""
+def output_folder(args: "TrainingArguments", *sources: str | None) -> Path:
+    """Where a run writes; ValueError if its arguments do not say, or if it would replace what it starts from."""
     if args.output_dir is None:
         raise ValueError("expected an output_dir, got none")
-    return Path(args.output_dir)
+    output = Path(args.output_dir)
+    for source in filter(None, sources):
+        if Path(source).resolve().parent == output.resolve():
+            raise ValueError(f"expected another output_dir than that of a model to start from, {source}, got {output}")
+    return output
 
 
 def last_checkpoint(output: Path) -> Path | None:

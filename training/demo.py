@@ -7,8 +7,8 @@ import csv
 import json
 import os
 import platform
-import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,11 +59,18 @@ class Clock:
 
 
 def run_costs(clock: Clock) -> dict:
-    """Costs of this process so far, memory in GB (10^9 bytes)."""
+    """Costs of this process so far, memory in GB (10^9 bytes), None where the system does not count it."""
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+    except ImportError:
+        memory = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)},
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "peak_memory_gb": memory,
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {gpu}",
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -99,6 +106,9 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> dict:
             f"expected an output folder that is new or of a run with these settings, got {output}: delete it, or name "
             "another one (--output)"
         )
+    if output.exists():
+        # empty: the finished run takes its place
+        output.rmdir()
     work = output.with_name(output.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -109,8 +109,10 @@ def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) 
 
     def keeper(kind: str) -> Callable[[dict[str, Any], gr.Request], tuple[Path | None, str]]:
         def keep(uploaded: dict[str, Any], request: gr.Request) -> tuple[Path | None, str]:
-            # Gradio has seen to it that this is a file in its folder
+            # Gradio has seen to it that this is in its folder, and not that it is a file
             file = Path(uploaded["path"])
+            if not file.is_file():
+                return None, _status("The upload was lost. Please upload the file again.", error=True)
             own = session_folder(request) / kind / file.name
             discard(own)
             own.parent.mkdir(parents=True)
@@ -190,6 +192,8 @@ def build_space(reader: Any, uploads: Path, results: Sequence[EvalResult] = ()) 
                 raise ValueError("Read a scan first, or take an example.")
             if not 0 < len(question) <= MAX_QUESTION_LETTERS:
                 raise ValueError(f"expected a question of 1 to {MAX_QUESTION_LETTERS} letters, got {len(question)}")
+            if len(choices) > MAX_QUESTION_LETTERS:
+                raise ValueError(f"expected answers of at most {MAX_QUESTION_LETTERS} letters, got {len(choices)}")
             allowed = [choice.strip() for choice in choices.split(",") if choice.strip()] or level_answers(question)
             history = session.turns[-MAX_TURNS:]
             if allowed:

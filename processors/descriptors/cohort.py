@@ -137,7 +137,7 @@ class Cohort:
         facts = {key: getattr(self, key) for key in ("name", "names", "subjects", "windows", "atlases")}
         staged = {name: folder / f"{name}.partial" for name in (ARRAYS_FILE, JSON_FILE)}
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, staged[ARRAYS_FILE])
-        staged[JSON_FILE].write_text(json.dumps(facts, indent=1) + "\n")
+        staged[JSON_FILE].write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for name, path in staged.items():
             os.replace(path, folder / name)
 
@@ -150,6 +150,6 @@ class Cohort:
             references = {
                 key.removeprefix(_REFERENCE): arrays.pop(key) for key in list(arrays) if key.startswith(_REFERENCE)
             }
-            return cls(**json.loads((folder / JSON_FILE).read_text()), **arrays, references=references)
+            return cls(**json.loads((folder / JSON_FILE).read_text(encoding="utf-8")), **arrays, references=references)
         except (TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{folder}: expected a cohort of this version: {error}") from error

@@ -77,7 +77,7 @@ def align(
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("expected stage 2 in full precision: QLoRA is for stage 3, got load_in_4bit or load_in_8bit")
     set_seed(training_args.seed)
-    last = last_checkpoint(output_folder(training_args))
+    last = last_checkpoint(output_folder(training_args, script_args.codec, model_args.model_name_or_path))
     codec = FmriCodecModel.from_pretrained(script_args.codec, dtype=torch.float32).eval()
     extractor = AutoFeatureExtractor.from_pretrained(script_args.codec)
     training, test = read_scans(script_args, extractor)

@@ -84,7 +84,7 @@ def check_backend(backend: str, scheduler: str | None) -> None:
 
 
 def print_json(values: dict[str, Any]) -> None:
-    typer.echo(json.dumps(values, ensure_ascii=False, allow_nan=False, default=str))
+    typer.echo(json.dumps(values, allow_nan=False, default=str))
 
 
 class OneLineErrors(TyperGroup):
@@ -110,7 +110,7 @@ class OneLineErrors(TyperGroup):
 
 def _hint(error: Exception, program: str, command: str) -> str:
     if isinstance(error, ImportError):
-        return "the commands need all of: pip install 'fmri-lm[train]'"
+        return f"{command} needs all of: pip install 'fmri-lm[{'space' if command == 'app' else 'train'}]'"
     shown = f"`{program} --debug {command} ...` shows where it happened"
     expected = f"`{program} {command} --help` describes what is expected; "
     return expected + shown if isinstance(error, ValueError | OSError) else shown

@@ -10,6 +10,7 @@ the same site and atlas: what is right there does not come from the scan.
 
 import hashlib
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -129,6 +130,15 @@ def evaluate(
             f"expected conditions that ask something with shots of {', '.join(map(str, settings.shots))}, got "
             f"{', '.join(settings.conditions)}"
         )
+    model: Any = FmriLMForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
+    model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
+    processor = FmriLMProcessor.from_pretrained(model_folder)
+    if descriptors and not (model_folder / JSON_FILE).exists():
+        raise ValueError(f"expected {JSON_FILE} in {model_folder} for questions about descriptors, got none")
+    cohort = Cohort.load(model_folder) if descriptors else None
+    scans = load_scans(data, processor.feature_extractor)
+    splits = make_splits(scans, split, folds, new_subjects, loaded, settings.seed)
+    # after all that can be refused
     keep_settings(
         output / SETTINGS,
         {
@@ -143,16 +153,8 @@ def evaluate(
             "show": show,
         },
     )
-    model: Any = FmriLMForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32)
-    model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
-    processor = FmriLMProcessor.from_pretrained(model_folder)
-    if descriptors and not (model_folder / JSON_FILE).exists():
-        raise ValueError(f"expected {JSON_FILE} in {model_folder} for questions about descriptors, got none")
-    cohort = Cohort.load(model_folder) if descriptors else None
-    scans = load_scans(data, processor.feature_extractor)
-    splits = make_splits(scans, split, folds, new_subjects, loaded, settings.seed)
     results = evaluate_scans(model, processor, scans, splits, loaded, settings, output, cohort, show)
-    results["data"]["dataset"] = data.name
+    results["data"]["dataset"] = data.resolve().name
     write_report(results, output)
     return results
 
@@ -160,7 +162,8 @@ def evaluate(
 def _weights_version(folder: Path) -> str:
     """16 hexadecimal digits that change with a model: answers that are kept are those of one."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+    names = ("config.json", "processor_config.json", "*.safetensors")
+    for path in sorted(path for name in names for path in folder.glob(name)):
         with open(path, "rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -368,7 +371,7 @@ class _Run:
             chosen = k_shot(self.scans.subjects[training], labelled.truth[training], condition.shots, seed)
             training = training[chosen]
         of = f"{condition.name}, {condition.shots} shots, resample {condition.resample}, fold {condition.fold}"
-        print(f"{labelled.task.name}, {of}: {len(training)} training, {len(test)} test scans", flush=True)
+        print(f"{labelled.task.name}, {of}: {len(training)} training, {len(test)} test scans", file=sys.stderr)
         if condition.name in (*BASELINES, "probe"):
             found = self.baselines.answers(condition.name, labelled, split.training, training, test)
         else:

@@ -66,6 +66,11 @@ def table(results: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def condition_name(row: Any) -> str:
+    """Condition, shots and variant of a row of the table: "tuned 10"."""
+    return " ".join(str(part) for part in (row.condition, row.shots, row.variant) if part not in ("", 0, None))
+
+
 def eval_results(results: dict) -> list[EvalResult]:
     """The model-index: what the model reads with the right scan, and its lead over the subject-shuffled control."""
     data = results["data"]
@@ -128,8 +133,7 @@ def _plot(shown: Any, path: Path) -> None:
             control = row.comparison == "shuffled"
             axes.plot([row.low, row.high], [place, place], color="grey" if control else "C0")
             axes.plot(row.value, place, "x" if control else "o", color="grey" if control else "C0")
-            parts = (row.condition, row.shots, row.variant, NAMES["shuffled"] if control else "")
-            labels.append(" ".join(str(part) for part in parts if part != ""))
+            labels.append(condition_name(row) + (f" {NAMES['shuffled']}" if control else ""))
         axes.set_yticks(range(len(rows)), labels, fontsize="small")
         axes.set_title(f"{task}: {TITLES[metric]}, 95 % intervals over subjects", fontsize="small", loc="left")
         axes.grid(axis="x", alpha=0.3)

@@ -278,7 +278,7 @@ def convert_original(
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / "conversion.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / "conversion.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     write_folder(output, write)
     return report

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
 
-from .model_folder import write_folder
+from .model_folder import load_model, write_folder
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def export(
         raise ValueError(f"expected a new folder, got {output}, which exists")
     if (scan is None) != (question is None):
         raise ValueError("expected a scan and a question, or neither, got one of them")
-    model = FmriLMForConditionalGeneration.from_pretrained(folder).eval()
+    model: Any = load_model(str(folder), "auto", merge=True).eval()
     processor = FmriLMProcessor.from_pretrained(folder)
     backbone = model.model.causal_lm
     backbone.generation_config = model.generation_config

@@ -73,14 +73,16 @@ def _values(folder: Path, results: dict | None, repo: str) -> dict[str, Any]:
 
 def _table(results: dict) -> list[dict[str, Any]]:
     """Rows of the results: the right scan, the subject-shuffled control, their difference, and the baselines."""
-    from ..evaluation.report import TITLES, table
+    from ..evaluation.report import TITLES, condition_name, table
 
     shown: Any = table(results)
     if shown.empty:
         return []
     kept = shown["comparison"].isin(["right", "shuffled", "minus shuffled"]) & (shown["variant"] != "uncalibrated")
-    rows = shown[kept & shown["value"].notna()].to_dict("records")
-    return [{**row, "title": TITLES.get(row["metric"], row["metric"])} for row in rows]
+    return [
+        {**row._asdict(), "condition": condition_name(row), "title": TITLES.get(row.metric, row.metric)}
+        for row in shown[kept & shown["value"].notna()].itertuples(index=False)
+    ]
 
 
 def read_card(path: Path) -> ModelCard:

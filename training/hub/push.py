@@ -25,6 +25,7 @@ import fmrilm
 from fmrilm import processors
 from fmrilm.modeling_fmrilm import AUTO_MAP
 
+from ..evaluation.report import MAIN_METRICS
 from .model_card import UNKNOWN_REPO, fill_card, read_card
 
 
@@ -32,6 +33,10 @@ CARD = "README.md"
 # of leaderboards: https://huggingface.co/docs/hub/eval-results
 EVAL_RESULTS = ".eval_results/fmrilm.yaml"
 ADAPTER = "adapter_config.json"
+# of all that a model, its processor and its card consist of; label images are in atlases/
+SUFFIXES = ("", ".json", ".safetensors", ".py", ".jinja", ".txt", ".model", ".md", ".png", ".svg", ".jpg")
+# what `fmrilm evaluate` writes, which names folders of this machine
+EVALUATION = ("settings.json", "results.json", "descriptors.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pkl", ".pickle", ".pth", ".ckpt", ".joblib")
 # the Hub's limits: https://huggingface.co/docs/hub/storage-limits
 MAX_FILE_BYTES = 50 * 10**9
@@ -88,7 +93,8 @@ def push(
     if branch != "main":
         api.create_branch(repo, branch=branch, exist_ok=True)
     operations = [CommitOperationAdd(name, own.get(name) or str(files[name])) for name in sizes]
-    old = [name for name in api.list_repo_files(repo, revision=branch) if name.endswith(REPLACED_SUFFIXES)]
+    there = [name for name in api.list_repo_files(repo, revision=branch) if "/" not in name]
+    old = [name for name in there if name.endswith(REPLACED_SUFFIXES)]
     operations += [CommitOperationDelete(name) for name in old if name not in sizes]
     return api.create_commit(repo, operations, commit_message=message, revision=branch).oid, sizes
 
@@ -107,10 +113,12 @@ def find_problems(folder: Path) -> Iterator[str]:
             yield f"{name}: expected at most {MAX_FILE_BYTES} bytes, got {path.stat().st_size}"
         if _is_pickle(path):
             yield f"{name}: expected no pickle, which runs code when it is opened; weights belong in safetensors"
+        elif path.suffix not in SUFFIXES and path.parent != folder / "atlases" or name in EVALUATION:
+            yield f"{name}: expected what a model consists of and its card, got what may hold data of subjects"
     # one that is no JSON keeps the rest from being judged
     for path in folder.glob("*.json"):
         try:
-            json.loads(path.read_text())
+            json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             yield f"{path.name}: expected JSON, {error}"
             return
@@ -169,7 +177,7 @@ def _weight_problems(folder: Path) -> Iterator[str]:
     weights = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        expected = set(json.loads(index.read_text())["weight_map"].values())
+        expected = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(expected - {path.name for path in weights}):
             yield f"{index.name} names weights that are not there: {', '.join(missing)}"
     elif (folder / ADAPTER).exists():
@@ -186,7 +194,7 @@ def _weight_problems(folder: Path) -> Iterator[str]:
 
 
 def _adapter_problems(folder: Path) -> Iterator[str]:
-    base = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path")
+    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
     missing = f"{ADAPTER}: expected the Hub id of the base model in base_model_name_or_path, got"
     if not base:
         yield f"{missing} none: push the base model, load it from the Hub and train the adapter on that"
@@ -204,7 +212,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
     if not (folder / "config.json").exists():
         yield f"expected config.json of a model or {ADAPTER}, got neither"
         return
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "fmrilm":
         yield f"config.json: expected model_type fmrilm, got {config.get('model_type')!r}"
         return
@@ -212,7 +220,7 @@ def _model_problems(folder: Path) -> Iterator[str]:
         yield f"config.json: expected auto_map {AUTO_MAP}, got {config.get('auto_map')}"
     tokens = {config[f"fmri_{name}token_id"] for name in ("start_", "", "summary_", "end_")}
     path = folder / "generation_config.json"
-    suppressed = json.loads(path.read_text()).get("suppress_tokens") if path.exists() else None
+    suppressed = json.loads(path.read_text(encoding="utf-8")).get("suppress_tokens") if path.exists() else None
     if not tokens <= set(suppressed or []):
         yield f"{path.name}: expected suppress_tokens with the placeholders {sorted(tokens)}, got {suppressed}"
 
@@ -221,7 +229,7 @@ def _processor_problems(folder: Path) -> Iterator[str]:
     path = folder / "processor_config.json"
     if not path.exists():
         yield f"expected {path.name} with an atlas, got none: save the processor into the folder"
-    elif not json.loads(path.read_text()).get("feature_extractor", {}).get("atlases"):
+    elif not json.loads(path.read_text(encoding="utf-8")).get("feature_extractor", {}).get("atlases"):
         yield f"{path.name}: expected at least one atlas, got none: scans could not be read"
 
 
@@ -240,7 +248,7 @@ def _code_problems(folder: Path, files: list[Path]) -> Iterator[str]:
     needed = set()
     for name in ("config.json", "processor_config.json"):
         if (folder / name).exists():
-            values = json.loads((folder / name).read_text())
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
             maps = [values.get("auto_map", {}), values.get("feature_extractor", {}).get("auto_map", {})]
             modules = {entry.split(".")[0] + ".py" for entries in maps for entry in entries.values()}
             for module in modules & own.keys():
@@ -254,14 +262,14 @@ def _pinned(path: Path, api: HfApi) -> bytes:
     The adapter's configuration with the commit its base model is at, if it names none: the base model's code and
     weights stay those it was trained on, whatever comes to that repository later.
     """
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     values["revision"] = values.get("revision") or api.model_info(values["base_model_name_or_path"]).sha
     return json.dumps(values, indent=2).encode()
 
 
 def _card(folder: Path, repo: str, results: Path | None) -> ModelCard:
     if results is not None:
-        return fill_card(folder, json.loads(results.read_text()), repo)
+        return fill_card(folder, json.loads(results.read_text(encoding="utf-8")), repo)
     if not (folder / CARD).exists():
         return fill_card(folder, repo=repo)
     card = read_card(folder / CARD)
@@ -270,14 +278,15 @@ def _card(folder: Path, repo: str, results: Path | None) -> ModelCard:
 
 
 def _benchmark_results(card: ModelCard, benchmark: str) -> bytes:
-    """The card's results, those that are no differences, as entries of a benchmark's leaderboard."""
+    """The main metric of each task in the card's results, as entries of a benchmark's leaderboard."""
     validate_repo_id(benchmark)
     facts: Any = card.data
-    entries = [
-        EvalResultEntry(dataset_id=benchmark, task_id=str(result.dataset_config), value=result.metric_value)
-        for result in facts.eval_results or []
-        if not result.metric_type.endswith("_difference")
-    ]
+    chosen: dict[str, float] = {}
+    for metric in (*MAIN_METRICS, "accuracy"):
+        for result in facts.eval_results or []:
+            if result.metric_type == metric:
+                chosen.setdefault(str(result.dataset_config), result.metric_value)
+    entries = [EvalResultEntry(dataset_id=benchmark, task_id=task, value=value) for task, value in chosen.items()]
     if not entries:
         raise ValueError(f"expected a card with results for the leaderboard of {benchmark}, got none")
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode()

@@ -29,7 +29,8 @@ def write_page(path: Path, **content: Any) -> None:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = as_percent
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**content)
-    temporary = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(page + "\n", encoding="utf-8")
     temporary.replace(path)
 

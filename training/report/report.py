@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..evaluation.report import MODELS, TITLES, table
+from ..evaluation.report import MODELS, TITLES, condition_name, table
 from .page import as_interval, as_number, as_percent, drawing, write_page
 
 
@@ -76,7 +76,7 @@ def _results(shown: Any) -> list[dict[str, Any]]:
     rows = [
         [
             {"text": row.task, "small": TITLES.get(row.metric, row.metric)},
-            " ".join(str(part) for part in (row.condition, row.shots, row.variant) if part not in ("", None)),
+            condition_name(row),
             row.comparison,
             as_number(row.value),
             as_interval(None if pd.isna(row.low) else (row.low, row.high)),
@@ -86,7 +86,7 @@ def _results(shown: Any) -> list[dict[str, Any]]:
     drawn = shown[shown["comparison"].isin(["right", "shuffled"]) & shown["low"].notna()]
     metrics = {task: group["metric"].iloc[0] for task, group in drawn.groupby("task", sort=False)}
     drawn = drawn[drawn["metric"] == drawn["task"].map(metrics)] if len(drawn) else drawn
-    names = [f"{row.task}: {row.condition} {row.comparison}" for row in drawn.itertuples()]
+    names = [f"{row.task}: {condition_name(row)} {row.comparison}" for row in drawn.itertuples()]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()

@@ -120,7 +120,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
             f"no tasks and {script_args.reading_descriptors}"
         )
     set_seed(training_args.seed)
-    last = last_checkpoint(output_folder(training_args))
+    last = last_checkpoint(output_folder(training_args, name))
     tasks = with_columns([load_task(task) for task in script_args.tasks], script_args.columns)
     if len(titles := {task.spoken for task in tasks}) < len(tasks):
         raise ValueError(f"expected tasks with a title each, got {', '.join(sorted(titles))} for {len(tasks)} tasks")
