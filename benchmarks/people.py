@@ -309,7 +309,7 @@ def reading(
                     readout.bias.copy_(bias * alone)
                     score = readout(features).cpu()[:, own].squeeze(1).numpy()
                 choices = [processor.encode_choices(task.choice_words, task.questions[0])]
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision()):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision(model.device.type)):
                     shown = others if condition == "codes of another subject" else windows
                     (found,) = score_windows(model, processor, shown, task.questions[:1], choices)
                 odds = found[:, 1] - found[:, 0]

@@ -42,7 +42,7 @@ class FmriCodecConfig(PreTrainedConfig):
         max_patches: longest scan in patches.
         ema_decay, revival_threshold: codebook update; a code whose moving share of assignments falls under
             `revival_threshold / codebook_size` is moved onto a vector of the batch.
-        quantizer_dropout: share of the training scans that are decoded from a random prefix of the levels.
+        quantizer_dropout: of "vq", the share of training scans that are decoded from a random prefix of the levels.
         descriptor_names: descriptors that a head reads from the codes (none: no head).
         text_hidden_size: width of the frozen language model whose embeddings the codes are aligned to during training
             (none: no head for that).

@@ -345,10 +345,10 @@ class ResidualVectorQuantizer(nn.Module):
         return z + (quantized - z).detach(), codes, loss
 
     @torch.no_grad()
-    def start(self, vectors: torch.Tensor) -> None:
+    def start(self, vectors: torch.Tensor, together: bool = True) -> None:
         """
-        k-means of vectors [n, codebook_dim], the same on all ranks, and of what each level leaves over of them. With
-        fewer distinct vectors than codes, the codes left over wait for revival.
+        k-means of vectors [n, codebook_dim], the same on all ranks if `together`, and of what each level leaves over
+        of them. With fewer distinct vectors than codes, the codes left over wait for revival.
         """
         residual = vectors
         if not len(residual):
@@ -358,12 +358,14 @@ class ResidualVectorQuantizer(nn.Module):
             left = residual[:, self.part(level)]
             order = torch.randperm(len(left), device="cpu").to(left.device)
             codebook = left[order[torch.arange(self.codebook_size, device=order.device) % len(order)]]
-            same_on_all_ranks(codebook)
+            if together:
+                same_on_all_ranks(codebook)
             for _ in range(KMEANS_ITERATIONS):
                 sums, counts = self._totals(left, self._nearest(left, codebook))
                 codebook = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codebook)
-            # each rank got here by the same calls; the last bits may differ from one kind of machine to another
-            same_on_all_ranks(codebook)
+            if together:
+                # each rank got here by the same calls; the last bits may differ from one kind of machine to another
+                same_on_all_ranks(codebook)
             codes = self._nearest(left, codebook)
             usage.copy_((torch.bincount(codes, minlength=self.codebook_size) > 0).float())
             self.codebooks[level, :, self.part(level)] = codebook
@@ -617,13 +619,16 @@ class FmriScanQuantizer(nn.Module):
         nearest, index = distance.masked_fill(~mask.any(-1)[:, None], math.inf).min(-1)
         index = index[..., None].expand(-1, -1, values.shape[-1])
         known = mask.gather(1, index) & (nearest <= SAME_ROI)[..., None]
-        series = values.float().gather(1, index)
+        # masked values may be NaN
+        series = values.float().masked_fill(~mask, 0).gather(1, index) * known
+        size = series.norm(dim=-1)
         series = FmriCodecSummary.centred(series, known)
         norm = series.norm(dim=-1, keepdim=True)
         series = series / norm.clamp(min=1e-6)
         identity = torch.eye(len(self.mean), device=values.device)
         matrices = (1 - CORRELATION_SHRINKAGE) * series @ series.mT + CORRELATION_SHRINKAGE * identity
-        there = norm[..., 0] > 1e-6
+        # the rounding of the mean of a series that stays the same is no correlation
+        there = norm[..., 0] > 1e-5 * size
         return matrices * (there[:, None] & there[..., None]), there
 
     def completed(self, correlations: torch.Tensor, there: torch.Tensor) -> torch.Tensor:

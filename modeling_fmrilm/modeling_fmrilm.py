@@ -893,8 +893,9 @@ def ending_together(values: torch.Tensor, mask: torch.Tensor | None) -> tuple[to
     """Scans [batch, rois, time] that begin together and their masks, moved so that they end together."""
     if mask is None:
         return values, torch.ones_like(values, dtype=torch.bool)
-    frames = mask.any(1).sum(-1)
-    source = torch.arange(int(frames.max()), device=values.device) - (frames.max() - frames)[:, None]
+    # up to the last frame that is known: there may be gaps before it
+    ends = (mask.any(1) * torch.arange(1, mask.shape[-1] + 1, device=mask.device)).amax(-1)
+    source = torch.arange(int(ends.max()), device=values.device) - (ends.max() - ends)[:, None]
     index = source.clamp(min=0)[:, None].expand(-1, values.shape[1], -1)
     return values.gather(-1, index), mask.gather(-1, index) & (source >= 0)[:, None]
 

@@ -483,9 +483,11 @@ class Atlas:
         with open(path, newline="", encoding="utf-8-sig") as handle:
             reader = csv.DictReader(handle, delimiter="," if path.suffix.lower() == ".csv" else "\t", restval="")
             try:
-                header, rows = tuple(reader.fieldnames or ()), list(reader)
+                header = tuple(name.strip() for name in reader.fieldnames or ())
+                cells = [[row[name].strip() for name in reader.fieldnames or ()] for row in reader]
             except csv.Error as error:
                 raise ValueError(f"{path}: not a readable table: {error}") from error
+        rows = [dict(zip(header, row, strict=True)) for row in cells]
         if set("xyz") <= set(header):
             centers = None
         columns = COLUMNS[:3] if centers else COLUMNS

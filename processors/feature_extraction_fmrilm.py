@@ -485,14 +485,16 @@ def _select_columns(table: Any, atlas: Atlas) -> np.ndarray:
     if len(position) < len(table.rois):
         raise ValueError(f"{table.name}: expected {len(table.rois)} different column names, got {len(position)}")
     names = atlas.rois
-    if not set(names) <= set(position) and all(name.isdecimal() for name in position):
-        if len(position) != len(atlas):
+    numbered = {name: i for name, i in position.items() if name not in FRAME_COLUMNS}
+    if not set(names) <= set(position) and numbered and all(name.isdecimal() for name in numbered):
+        values = table.values[:, list(numbered.values())]
+        if len(numbered) != len(atlas):
             # the labels of a part of the columns could be those of another atlas
-            return table.values
+            return values
         names = tuple(str(label) for label in atlas.labels)
-        if set(names) != set(position):
+        if set(names) != set(numbered):
             warn_once(f"tables whose columns have numbers that are no labels of {atlas.name!r} are taken in its order")
-            return table.values
+            return values
     if missing := [name for name in names if name not in position]:
         unknown = [name for name in table.rois if name not in {*names, *FRAME_COLUMNS}]
         if unknown or len(missing) == len(names):

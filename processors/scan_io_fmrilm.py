@@ -245,13 +245,22 @@ def inherited_sidecars(path: Path) -> list[Path]:
         return []
     found = []
     for folder in path.absolute().parents:
-        others = [(other.stem.split("_"), other) for other in folder.glob("*.json") if other.name != own.name]
+        if not folder.is_dir():
+            break
+        listed = _json_files(folder, folder.stat().st_mtime_ns)
+        others = [(other.stem.split("_"), other) for other in listed if other.name != own.name]
         fitting = [one for one in others if one[0][-1] == suffix and set(one[0][:-1]) <= set(entities)]
         found += [other for _, other in sorted(fitting, key=lambda one: -len(one[0]))]
         if not re.fullmatch(r"func|(ses|sub)-.*", folder.name):
             # the dataset's own folder
             break
     return found
+
+
+@lru_cache(maxsize=64)
+def _json_files(folder: Path, changed: int) -> tuple[Path, ...]:
+    """Of a folder that thousands of scans may share; changed: its time of change, with which the list does."""
+    return tuple(folder.glob("*.json"))
 
 
 def _sidecar_tr(path: Path) -> tuple[float | None, str]:
@@ -524,8 +533,9 @@ def read_table(path: Path) -> tuple[tuple[str, ...] | None, np.ndarray]:
     if not rows:
         raise ValueError(f"{path.name}: expected a header row of names and rows of numbers, got no row of numbers")
     columns = len(rows[0][1] if header is None else header)
-    if header is not None and columns == 1 and ";" in header[0]:
-        raise ValueError(f"{path.name}: expected cells separated by commas or tabs, got semicolons")
+    for mark, others, got in ((";", "commas or tabs", "semicolons"), ("\t", "commas", "tabs")):
+        if header is not None and columns == 1 and mark in header[0]:
+            raise ValueError(f"{path.name}: expected cells separated by {others}, got {got}")
     for number, row in rows:
         if len(row) != columns:
             raise ValueError(f"{path.name}, line {number}: expected {columns} cells, got {len(row)}")

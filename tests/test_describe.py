@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset, load_dataset
 from typer.testing import CliRunner
 
+from fmrilm.processors import FmriLMFeatureExtractor
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.text import parse
 from fmrilm.training.cli.main import app
@@ -190,7 +191,7 @@ def test_run_does_not_go_on_with_another_split_file(scans: Path, tmp_path) -> No
 def test_folder_of_which_no_scan_can_be_described_is_refused(corpus: Path, tmp_path) -> None:
     of = atlas("net", 24)
     rows = {"signal": [[[1.0] * 24] * 60] * 3, "tr": [2.0] * 3, "atlas": ["net"] * 3, "subject": ["a", "b", "c"]}
-    source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, {"c"})
+    source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of})
     settings = CorpusSettings(SplitArguments(0))
     for kind, cohort in (("training scan", None), ("scan", Cohort.load(corpus / "cohort"))):
         message = f"no {kind} could be described; the first: 24 of the 24 ROIs of 'net' are missing"
@@ -227,10 +228,12 @@ def test_files_of_which_every_scan_is_left_out_do_not_spoil_the_corpus(tmp_path)
     signals = [noise_signal(f"p{person}", 60, of).tolist() for person in range(5)]
     signals[0] = [[1.0] * 24] * 60
     rows = {"signal": signals, "tr": [2.0] * 5, "atlas": ["net"] * 5, "subject": [f"p{person}" for person in range(5)]}
-    for tests, splits in (({"p0"}, {"train": 4}), ({"p1"}, {"train": 3, "test": 1})):
-        source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of}, tests)
-        output = tmp_path / str(len(splits))
-        describe_dataset(source, output, CorpusSettings(SplitArguments(0), 3, 4, shard_size=1))
+    source = describe.Source("made", {"net": Dataset.from_dict(rows)}, {"net": of})
+    for test, splits in (("p0", {"train": 4}), ("p1", {"train": 3, "test": 1})):
+        table, output = tmp_path / f"{test}.csv", tmp_path / test
+        rows_of = [f"p{person},{'test' if f'p{person}' == test else 'train'}\n" for person in range(5)]
+        table.write_text("subject,split\n" + "".join(rows_of))
+        describe_dataset(source, output, CorpusSettings(SplitArguments(splits=str(table)), 3, 4, shard_size=1))
         assert {split: len(found) for split, found in load_dataset(str(output)).items()} == splits
 
 
@@ -256,9 +259,6 @@ def test_folder_that_exists_and_cohort_of_another_atlas_are_refused(scans: Path,
     (tmp_path / "mine.partial" / "notes.txt").touch()
     with pytest.raises(ValueError, match="mine.partial holds something else"):
         describe_dataset(source, tmp_path / "mine", SETTINGS)
-    everyone = replace(source, test_subjects=set(source.table["subject"]))
-    with pytest.raises(ValueError, match="no training subject left: 6 of 6 subjects are test subjects"):
-        describe_dataset(everyone, tmp_path / "corpus", SETTINGS)
     other = replace(source, atlases={"net": atlas("net", 9)})
     with pytest.raises(ValueError, match="expected a scan of the atlas"):
         describe_dataset(other, tmp_path / "corpus", SETTINGS, Cohort.load(corpus / "cohort"))
@@ -315,3 +315,17 @@ def test_stopped_run_goes_on_with_the_same_scans_alone(
     before, after = (rows_of(folder)[len(source.table) - 1] for folder in (corpus, tmp_path / "corpus"))
     written = {"signal": "descriptors"}.get(column, column)
     assert before[written] != after[written]
+
+
+def test_censored_frames_count_for_descriptors_as_for_models() -> None:
+    of = atlas("net", 24)
+    rng = np.random.default_rng(0)
+    signal = rng.standard_normal((120, 24)).astype(np.float32)
+    signal[40:80] = 0.01 * rng.standard_normal((40, 24))
+    scan = {"signal": signal, "tr": 2.0, "atlas": "net"}
+    censored = {**scan, "censored": (np.arange(120) // 40 == 1)}
+    plain, found = describe.prepare_shard([scan, censored], {"net": of})
+    expected, _ = FmriLMFeatureExtractor(atlases=[of]).prepare_signal(
+        {name: censored[name] for name in ("signal", "tr", "censored")}, atlas=of
+    )
+    assert np.array_equal(found, expected, equal_nan=True) and not np.allclose(plain, found, atol=0.1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.signal import lfilter
 
-from fmrilm.modeling_fmrilm import FmriLMDynamics
+from fmrilm.modeling_fmrilm import FmriLMDynamics, ending_together
 from fmrilm.training.alignment.dynamics import fit_dynamics, fit_token_gains
 from fmrilm.training.data.dataset import Scans
 from helpers import atlas, scans_of
@@ -273,3 +273,13 @@ def test_surprise_knows_neither_the_future_nor_batch_mates(model: Model) -> None
 def test_impossible_forecasts_are_refused(llama: Model, scan: tuple, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         llama.forecast(**{"fmri_values": scan[0], "roi_coordinates": scan[1], **changes})
+
+
+def test_gap_before_the_end_does_not_shorten_the_past() -> None:
+    values = torch.arange(14.0).repeat(2, 3, 1)
+    mask = torch.ones(2, 3, 14, dtype=torch.bool)
+    mask[0, :, 9:11] = False
+    mask[1, :, 12:] = False
+    moved, known = ending_together(values, mask)
+    assert moved[:, 0, -1].tolist() == [13, 11] and known[:, :, -1].all()
+    assert known.any(1).sum(-1).tolist() == [12, 12]

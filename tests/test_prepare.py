@@ -338,7 +338,7 @@ def test_scan_that_changed_is_done_again_and_one_withdrawn_goes(table, tmp_path)
     assert run(manifest, output, table, shard_size=2) == Outcome(0, 5, 0)
     np.save(manifest.parent / "0.npy", bold(99))
     manifest.write_text(manifest.read_text().replace("\n3.npy,s3,2.0,23", "").replace(",24", ",44"))
-    assert run(manifest, output, table, shard_size=2) == Outcome(2, 2, 0)
+    assert run(manifest, output, table, shard_size=2) == Outcome(2, 2, 0, dropped=3)
     rows = {row["subject"]: row for row in rows_of(output)}
     assert sorted(rows) == ["s0", "s1", "s2", "s4"] and len(rows_of(output)) == 4
     np.testing.assert_array_equal(np.array(rows["s0"]["signal"], dtype=np.float32), bold(99))

@@ -101,13 +101,14 @@ def test_missing_roi_is_what_the_others_predict(codec: FmriCodecModel) -> None:
     part, there = quantizer.correlations(inputs["fmri_values"], inputs["roi_coordinates"], known)
     assert there.tolist() == [[True, True, False, True, True, True]] and not part[0, 2].any()
     assert torch.allclose(quantizer.completed(part, there), whole, atol=1e-4)
-    # one that does not move says no more than one that is missing
-    still = inputs["fmri_values"].clone()
-    still[0, 2] = 1.5
-    assert torch.equal(
-        codec.encode(still, inputs["roi_coordinates"])[..., 3:],
-        codec.encode(inputs["fmri_values"], inputs["roi_coordinates"], known)[..., 3:],
-    )
+    # one that does not move, or is masked, whatever stands there, says no more than one that is missing
+    expected = codec.encode(inputs["fmri_values"], inputs["roi_coordinates"], known)[..., 3:]
+    other = inputs["fmri_values"].clone()
+    for value in (1.5, 1 / 3, 5.7, 0.0):
+        other[0, 2] = value
+        assert torch.equal(codec.encode(other, inputs["roi_coordinates"])[..., 3:], expected)
+    other[0, 2] = torch.nan
+    assert torch.equal(codec.encode(other, inputs["roi_coordinates"], known)[..., 3:], expected)
     # less than half of the ROIs
     known[0, 1:] = False
     assert (codec.encode(**inputs, fmri_mask=known)[..., 3:] == -1).all()

@@ -149,7 +149,12 @@ def test_tables_of_series_in_the_folders_of_subjects_are_found(tmp_path) -> None
     for name in (f"sub-01_ses-a_{SERIES}.tsv", f"sub-02_ses-a_{SERIES}.tsv", "sub-01_desc-confounds_timeseries.tsv"):
         write(tmp_path / name[:6] / "func" / name)
     write(tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
-    assert [scan.ids for scan in find_scans(tmp_path)] == [("01", "a", None, None), ("02", "a", None, None)]
+    expected = [("01", "a", None, None), ("02", "a", None, None)]
+    assert [scan.ids for scan in find_scans(tmp_path)] == expected
+    # what XCP-D writes beside them
+    for suffix in ("space-MNI152NLin6Asym_desc-denoised_bold.nii.gz", "seg-Gordon_stat-coverage_bold.tsv"):
+        write(tmp_path / "sub-01" / "func" / f"sub-01_ses-a_{suffix}")
+    assert [scan.ids for scan in find_scans(tmp_path)] == expected
 
 
 PHENOTYPES = """\
@@ -325,6 +330,18 @@ def test_labels_are_joined_by_subject(tmp_path) -> None:
 def test_labels_are_joined_by_session(tmp_path) -> None:
     labels = write(tmp_path / "l.csv", "subject,session_id,age\n1,ses-x,30\n1,y,31\n2,y,50\n")
     assert [scan.labels["age"] for scan in find_scans(three(tmp_path), labels)] == [30, 31, None]
+    without = write(tmp_path / "m.csv", "path,subject,session\na.npy,1,n/a\n")
+    labels = write(tmp_path / "l.csv", "subject;session;age\n1;n/a;20\n")
+    assert [scan.labels["age"] for scan in find_scans(without, labels)] == [20]
+
+
+def test_part_of_the_table_of_phenotypes_keeps_all_columns(tmp_path) -> None:
+    labels = write(tmp_path / "l.csv", "FILE_ID,SITE_ID,DX_GROUP,chronotype\n1,NYU,2,-9999\n2,NYU,1,late\n")
+    (first, *_, last) = find_scans(three(tmp_path), labels)
+    assert first.labels == {"DX_GROUP": 2, "chronotype": None} and first.site == "NYU"
+    assert last.labels == {"DX_GROUP": 1, "chronotype": "late"}
+    labels = write(tmp_path / "other.csv", "FILE_ID,mood\n1,good\n2,bad\n")
+    assert [scan.labels for scan in find_scans(three(tmp_path), labels)][0] == {"mood": "good"}
 
 
 @pytest.mark.parametrize(
@@ -333,6 +350,7 @@ def test_labels_are_joined_by_session(tmp_path) -> None:
         ("name,age\n1,30\n", "expected a column subject, participant_id or FILE_ID, got name, age"),
         ("subject,age\n1,30\n1,31\n", "label 'age' differs between rows of subject '1': 30 and 31"),
         ("subject,path\n1,30\n", "cannot be named 'path'"),
+        ("subject,dataset\n1,30\n", "cannot be named 'dataset'"),
         ("subject,age\nA,30\n", "none of its subjects has a scan; it starts with 'A'; of the scans, .*'sub-1'$"),
         ("subject,age\n01,30\n", "none of its subjects has a scan; .*differ in leading zeros"),
         ("subject,session,age\n1,z,30\n", "none of its subjects has a scan; .*session x: labels are by session"),

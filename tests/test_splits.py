@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmrilm.training.data.scan_sources import one_name_each
 from fmrilm.training.data.splits import (
     SplitArguments,
     held_out_subjects,
@@ -97,9 +98,9 @@ def test_split_file_takes_subjects_of_scans_with_the_prefix_and_without(tmp_path
     assert training.tolist() == [2, 3] and test.tolist() == [0, 1]
 
 
-def test_left_out_value_takes_all_scans_of_its_subjects() -> None:
+def test_left_out_value_is_tested_and_no_scan_of_its_subjects_is_learned_from() -> None:
     training, test = split_rows(TABLE, SplitArguments(leave_out="site=Y"))
-    assert training.tolist() == [0, 4] and test.tolist() == [1, 2, 3]
+    assert training.tolist() == [0, 4] and test.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -195,3 +196,7 @@ def test_impossible_splits_are_refused() -> None:
         list(k_fold(subjects, labels, 5, 0))
     with pytest.raises(ValueError, match="one label for each subject, got different ones in rows 0 and 1"):
         list(k_fold(subjects, np.array([0, 1, 1, 1, 0, 0, 1, 1]), 2, 0))
+
+
+def test_name_that_is_also_there_without_the_prefix_is_the_same_subject() -> None:
+    assert one_name_each(["sub-1", "1", "sub-2", "3"]) == ["1", "1", "sub-2", "3"]

@@ -100,6 +100,7 @@ class AlignmentTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         _fit(self)
         super().__post_init__()
+        self._n_gpu = one_device(self)
 
 
 @dataclass
@@ -116,6 +117,15 @@ class FmriLMSFTConfig(SFTConfig):
         self.dataset_kwargs = {"skip_prepare_dataset": True}
         _fit(self)
         super().__post_init__()
+        self._n_gpu = one_device(self)
+
+
+def one_device(args: TrainingArguments) -> int:
+    """
+    GPUs of a process, 1 at most: with several, the Trainer would split a batch into equal parts (`DataParallel`), and
+    scans and labels of a row do not lie at equal places. `accelerate launch` uses them all.
+    """
+    return min(args.n_gpu, 1)
 
 
 def _fit(args: TrainingArguments) -> None:
@@ -128,7 +138,8 @@ def _fit(args: TrainingArguments) -> None:
     # the collator reads columns that no model's signature names
     args.remove_unused_columns = False
     if args.bf16 is None:
-        args.bf16 = not args.fp16 and half_precision()
+        device = None if args.use_cpu else torch.accelerator.current_accelerator()
+        args.bf16 = not args.fp16 and half_precision("cpu" if device is None else device.type)
 
 
 def read_scans(

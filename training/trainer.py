@@ -113,7 +113,7 @@ class AlignmentTrainer(CheckedTrainer):
         # evaluation must not mix into what is logged of training
         if model.training:
             for name in self.loss_parts:
-                if outputs.get(name) is not None:
+                if outputs.get(name) is not None and (name != "text_loss" or labelled.any()):
                     self._parts[name].append(outputs[name].detach().float().mean())
         return (loss, outputs) if return_outputs else loss
 
@@ -126,11 +126,12 @@ class AlignmentTrainer(CheckedTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [(batch["fmri_codes"][:, 1:, 0] >= 0).sum() for batch in batches if "fmri_codes" in batch]
-        if counts:
-            total = torch.stack(counts).sum().to(device)
-            if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                total = torch.as_tensor(self.accelerator.gather(total)).sum()
-            for batch in batches:
+        total = torch.tensor(sum(map(int, counts)), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            # by every rank, whether it has scans or not: the others wait for it
+            total = torch.as_tensor(self.accelerator.gather(total)).sum()
+        for batch in batches:
+            if "fmri_codes" in batch:
                 batch["num_fmri_items_in_batch"] = total.clamp(min=1)
         return batches, items
 
@@ -150,6 +151,8 @@ class FmriLMSFTTrainer(CheckedTrainer, SFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-def half_precision() -> bool:
-    """Whether bfloat16 arithmetic is fast here: on such a CPU the language model trains twice as fast with it."""
-    return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+def half_precision(device: str) -> bool:
+    """Whether bfloat16 is fast on such a device, "cuda" or "cpu": there the language model trains twice as fast."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -93,10 +93,12 @@ def prepare(
         shard_size,
     )
     if as_json:
-        counts = {name: getattr(outcome, name) for name in ("prepared", "skipped", "failed")}
+        counts = {name: getattr(outcome, name) for name in ("prepared", "skipped", "failed", "dropped")}
         print_json({"output": str(output), **counts})
     else:
         done = f"{outcome.prepared} scans prepared, {outcome.skipped} done before, {outcome.failed} failed"
+        if outcome.dropped:
+            done += f"; {outcome.dropped} that were there are not among these scans, or have changed, and went"
         typer.echo(f"{done}: {output}")
     if outcome.failed:
         typer.echo(f"why they failed is in {output / FAILURES}; the same command tries them again", err=True)

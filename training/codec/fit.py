@@ -150,7 +150,8 @@ def fit_transform(model: FmriCodecModel, scans: "Scans", rng: np.random.Generato
     vectors = values * scale
     if isinstance(quantizer, ResidualVectorQuantizer):
         flat = vectors.flatten(0, 1)
-        quantizer.start(flat[torch.randperm(len(flat))[:VECTORS]])
+        # each process fits to the same vectors, before any of them has a device
+        quantizer.start(flat[torch.randperm(len(flat))[:VECTORS]], together=False)
     decoded = sum_of_codes(quantizer.codebooks, quantizer.encode(vectors))
     weights = least_squares(decoded.transpose(0, 1), values.transpose(0, 1))
     synthesis = torch.einsum("nwt,nwk->nwkt", cosines[frequency], back[chosen])
@@ -188,7 +189,9 @@ def fit_scan_quantizer(
     components = principal_components(tangent[~fifth], len(quantizer.components))
     width = ((tangent[fifth] - tangent[~fifth].mean(0)) @ components.T).std(0)
     components = principal_components(tangent, len(quantizer.components))
-    components = components * (FSQ_STD / width.nan_to_num(1).clamp(min=1e-6))[:, None]
+    width = width.nan_to_num(1)
+    # components that there are with all windows alone have no known width, and no code
+    components = components * torch.where(width > 1e-6, FSQ_STD / width, 0)[:, None]
     quantizer.components.copy_(components)
     quantizer.offset.copy_(components @ tangent.mean(0))
 

@@ -61,7 +61,9 @@ class CodecArguments(SplitArguments):
     )
     num_basis_functions: int = 64
     start_steps: int = field(default=400, metadata={"help": "Updates of the spatial basis in the fit."})
-    max_rois: int | None = field(default=64, metadata={"help": "In training, ROIs drawn from each example."})
+    max_rois: int | None = field(
+        default=64, metadata={"help": "In training without num_scan_levels, ROIs drawn from each example."}
+    )
     quantizer_dropout: float = field(default=0.5, metadata={"help": "In training, decoded from a part of the levels."})
     ema_decay: float = 0.99
     language_model: str | None = field(
@@ -121,7 +123,9 @@ def build_trainer(
     """On mixtures of training scans, with descriptions embedded where there is a language model."""
     size = training_args.max_steps * training_args.train_batch_size * training_args.world_size
     size *= training_args.gradient_accumulation_steps
-    dataset: Dataset = MixedWindows(scans, args.window_length, cohort, size, training_args.seed, args.max_rois)
+    # codes of whole scans are of all their ROIs
+    max_rois = None if args.num_scan_levels else args.max_rois
+    dataset: Dataset = MixedWindows(scans, args.window_length, cohort, size, training_args.seed, max_rois)
     if texts is not None and model.alignment_head is not None:
         count = min(args.described_mixtures, size)
         sentences = [describe(cohort, dataset[index]["descriptors"], args.statements) for index in range(count)]
@@ -132,7 +136,7 @@ def build_trainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
-        eval_dataset=cast(Dataset, items),
+        eval_dataset=cast(Dataset, items) if items else None,
         data_collator=collate_signals,
     )
 
@@ -161,7 +165,8 @@ def main(command_line: list[str] | None = None) -> None:
         last = last_checkpoint(output)
         trainer = build_trainer(model, training, cohort, items, args, training_args, texts)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        fit_summary(model.eval(), training, np.random.default_rng(seed))
+        # a Trainer leaves it on an accelerator
+        fit_summary(model.cpu().eval(), training, np.random.default_rng(seed))
     if not training_args.should_save:
         return
     examples = make_examples(

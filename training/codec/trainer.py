@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..program import one_device
 from ..trainer import CheckedTrainer
 from .metrics import evaluate_codec
 from .optimizers import MuonWithAdamW
@@ -24,6 +25,7 @@ class CodecTrainingArguments(TrainingArguments):
         if self.max_steps < 0:
             raise ValueError(f"expected max_steps of at least 0, got {self.max_steps}: mixtures never end")
         super().__post_init__()
+        self._n_gpu = one_device(self)
 
 
 class CodecTrainer(CheckedTrainer):

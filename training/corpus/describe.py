@@ -87,21 +87,14 @@ def describe_dataset(
 
 
 def subject_splits(source: Source, args: SplitArguments) -> dict[str, str]:
-    """
-    Train or test by subject, by the rule of all programs; by its hash, the source's own test split is held out, too.
-    The same name at several sites counts as one subject.
-    """
+    """Train or test by subject, by the rule of all programs. A name at several sites counts as one subject."""
     names = source.table["subject"].to_numpy()
     training, test = (set(names[rows]) for rows in split_rows(source.table, args))
-    if args.splits is None and args.leave_out is None:
-        training, test = training - source.test_subjects, test | source.test_subjects
-    if not training:
-        raise ValueError(f"no training subject left: {len(test)} of {len(set(names))} subjects are test subjects")
     return dict.fromkeys(training, "train") | dict.fromkeys(test, "test")
 
 
-# One scan as it goes to a worker: signal [time, rois], tr in s, name of its atlas.
-RawScan = tuple[np.ndarray, float, str]
+# One scan as it goes to a worker: signal [time, rois], tr in s, name of its atlas and, if known, censored [time].
+RawScan = dict[str, Any]
 
 
 def prepare_shard(scans: Sequence[RawScan], atlases: dict[str, Atlas]) -> list[np.ndarray | str]:
@@ -109,9 +102,10 @@ def prepare_shard(scans: Sequence[RawScan], atlases: dict[str, Atlas]) -> list[n
     # `prepare` refused the scans that lack too much
     extractor = FmriLMFeatureExtractor(atlases=list(atlases.values()), max_missing_rois=1.0)
     prepared: list[np.ndarray | str] = []
-    for signal, tr, atlas in scans:
+    for scan in scans:
+        content = {name: value for name, value in scan.items() if name != "atlas" and value is not None}
         try:
-            prepared.append(extractor.prepare_signal(signal, tr=tr, atlas=atlas)[0])
+            prepared.append(extractor.prepare_signal(content, atlas=scan["atlas"])[0])
         except ValueError as error:
             prepared.append(str(error))
     return prepared
@@ -124,12 +118,12 @@ def describe_shard(
     repetition_time = FmriLMFeatureExtractor().repetition_time
     values = np.full((len(scans), len(descriptor_names(measures))), np.nan)
     reasons = []
-    for row, ((_, _, atlas), signal) in enumerate(zip(scans, prepare_shard(scans, atlases), strict=True)):
+    for row, (scan, signal) in enumerate(zip(scans, prepare_shard(scans, atlases), strict=True)):
         if isinstance(signal, str):
             reasons.append(signal)
             continue
         try:
-            values[row] = describe(signal, atlases[atlas], measures, repetition_time, references)
+            values[row] = describe(signal, atlases[scan["atlas"]], measures, repetition_time, references)
             reasons.append("")
         except ValueError as error:
             reasons.append(str(error))
@@ -208,9 +202,13 @@ def _ask(
 
 
 def _scans(source: Source, shard: Shard) -> list[RawScan]:
-    rows: Any = source.parts[shard.config].select_columns(["signal", "tr", "atlas"])
+    rows: Any = source.parts[shard.config]
+    rows = rows.select_columns([name for name in ("signal", "tr", "atlas", "censored") if name in rows.column_names])
     rows = rows.select([scan - shard.first for scan in shard.scans]).with_format("numpy")
-    return [(np.asarray(row["signal"], np.float32), float(row["tr"]), str(row["atlas"])) for row in rows]
+    return [
+        {**row, "signal": np.asarray(row["signal"], np.float32), "tr": float(row["tr"]), "atlas": str(row["atlas"])}
+        for row in rows
+    ]
 
 
 def _descriptor_file(work: Path, shard: Shard) -> Path:

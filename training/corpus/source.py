@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, DatasetDict, concatenate_datasets, get_dataset_config_names, load_dataset
+from datasets import Dataset, concatenate_datasets, get_dataset_config_names, load_dataset
 from tqdm import tqdm
 
 from fmrilm.processors import Atlas
 
+from ..data.scan_sources import one_name_each
 from ..data.shards import read_atlases
 
 
@@ -27,13 +28,12 @@ class Source:
     Scans in rows of `COLUMNS` and others.
 
     name: Hub id, or a folder's own name. parts: rows by configuration; a scan's number counts through all of them.
-    atlases: by name. test_subjects: those of a test split that is there already.
+    atlases: by name.
     """
 
     name: str
     parts: dict[str, Dataset]
     atlases: dict[str, Atlas]
-    test_subjects: set[str]
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -42,7 +42,9 @@ class Source:
         for rows in self.parts.values():
             known = rows.select_columns([name for name in rows.column_names if name not in SIGNALS])
             tables.append(pd.DataFrame(known.to_list()))
-        return pd.concat(tables, ignore_index=True)
+        table = pd.concat(tables, ignore_index=True)
+        table["subject"] = one_name_each(table["subject"])
+        return table
 
     @cached_property
     def fingerprint(self) -> str:
@@ -83,7 +85,6 @@ def load_source(dataset: str, atlases: dict[str, Atlas] | None = None) -> Source
         name=folder.resolve().name if folder.exists() else dataset,
         parts=parts,
         atlases={name: known[name] if name in known else Atlas.load(name) for name in sorted(used)},
-        test_subjects=_test_subjects(loaded),
     )
 
 
@@ -98,8 +99,3 @@ def _check(rows: Dataset, dataset: str) -> None:
     for name in COLUMNS[1:]:
         if empty := sum(value is None for value in rows[name][:]):
             raise ValueError(f"{dataset}: expected a value of {name} in every row, got none in {empty}")
-
-
-def _test_subjects(loaded: dict[str, DatasetDict]) -> set[str]:
-    tests = [splits["test"] for splits in loaded.values() if "test" in splits and len(splits) > 1]
-    return {subject for rows in tests for subject in rows.unique("subject")}

@@ -21,6 +21,7 @@ from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.processors.descriptors.networks import membership
 
+from .scan_sources import one_name_each
 from .shards import content_version, read_atlases, write_arrays
 from .splits import subject_folds
 
@@ -107,7 +108,7 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
             tables.append(table)
     parts = {name: part[0] if len(part) == 1 else concatenate_datasets(part) for name, part in signals.items()}
     table = pd.concat(tables, ignore_index=True)
-    table["subject"] = table["subject"].astype(str)
+    table["subject"] = one_name_each(table["subject"])
     # the parts of an atlas come in the order of their tables
     table["row"] = table.groupby("atlas").cumcount()
     return Scans(parts, table, atlases, extractor.patch_length)

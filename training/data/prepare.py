@@ -1,5 +1,6 @@
 """Scans from files to a dataset in Parquet shards, in parallel, resumable; the row schema of `load_dataset`."""
 
+import glob
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, read_scan
 from fmrilm.processors.atlases_fmrilm import fitting_atlases
+from fmrilm.processors.scan_io_fmrilm import hemispheres, inherited_sidecars, sidecars
 
 from .card import scans_card
 from .parallel import run_parallel
@@ -61,6 +63,7 @@ class Outcome:
     prepared: int
     skipped: int
     failed: int
+    dropped: int = 0
 
 
 def prepare(
@@ -110,7 +113,7 @@ def prepare(
     for name, rows in waiting.items():
         store.add(name, rows, features[name])
     write_whole(output / "README.md", scans_card(output, settings, atlases))
-    return Outcome(len(todo) - len(failures), len(scans) - len(todo), len(failures))
+    return Outcome(len(todo) - len(failures), len(scans) - len(todo), len(failures), store.dropped)
 
 
 def prepare_scan(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> dict[str, Any]:
@@ -139,12 +142,17 @@ def prepare_scan(scan: ScanSource, atlas: Atlas, preparation: Preparation) -> di
     return {**row, "missing_rois": int(np.isnan(seen).all(axis=0).sum())}
 
 
+def confound_tables(path: Path) -> list[Path]:
+    """What fMRIPrep wrote beside a scan for its run."""
+    run = re.split(r"_(?:space|hemi|desc|bold)", path.name)[0]
+    return sorted(path.parent.glob(f"{glob.escape(run)}_desc-confounds_*.tsv"))
+
+
 def _fmriprep_confounds(path: Path, strategy: str) -> dict[str, Any]:
     """Confounds [time, confounds] and censored frames, from the table that fMRIPrep wrote beside the scan."""
     from nilearn.interfaces.fmriprep import load_confounds_strategy
 
-    run = re.split(r"_(?:space|hemi|desc|bold)", path.name)[0]
-    if not any(path.parent.glob(f"{run}_desc-confounds_*.tsv")):
+    if not confound_tables(path):
         raise ValueError("no confounds: expected the run's file *_desc-confounds_timeseries.tsv beside the scan")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -220,13 +228,21 @@ def _load_atlases(scans: Sequence[ScanSource], default: str | None, label_image:
 
 
 def _key(scan: ScanSource, atlas: Atlas) -> str:
-    """Changes when anything about the scan does: its ids, labels, atlas, or its files' size or time. Holds no path."""
+    """
+    Changes when anything about the scan does: its ids, labels, atlas, or the size or time of its files and of those
+    that are read with them. Holds no path.
+    """
+    beside = [*sidecars(scan.path), *inherited_sidecars(scan.path)]
+    if scan.path.name.startswith("sub-"):
+        beside += confound_tables(scan.path)
+    with suppress(ValueError):
+        beside += hemispheres(scan.path)
     files = []
-    for path in (scan.path, scan.confounds):
+    for path in (scan.path, scan.confounds, *beside):
         if path is not None and path.is_file():
             status = path.stat()
             files.append((status.st_size, status.st_mtime_ns))
-    content = [_identity(scan), scan.labels, scan.tr, atlas.name, atlas.checksum, files]
+    content = [_identity(scan), scan.labels, scan.tr, atlas.name, atlas.checksum, atlas.labels, files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 

@@ -16,7 +16,10 @@ from fmrilm.processors.scan_io_fmrilm import FORMATS, check_text_size, hemispher
 MANIFEST_COLUMNS = ("path", "subject", "session", "task", "run", "site", "tr", "atlas", "confounds")
 IDS = ("subject", "session", "task", "run", "site")
 # what a prepared row holds beside the labels of a manifest, now or later
-ROW_COLUMNS = ("signal", "censored", "missing_rois", "descriptors", "description", "messages")
+ROW_COLUMNS = (
+    "signal", "censored", "missing_rois", "descriptors", "description", "messages", "questions", "rewritten", "scan",
+    "dataset", "folder", "row", "frames",
+)  # fmt: skip
 # ids are written to the output: nothing in them may be a path or break a line
 ID = re.compile(r"[^\s\x00-\x1f/\\.][^\x00-\x1f/\\]*")
 # in any case
@@ -34,6 +37,7 @@ PCP_LABELS = (
     "DX_GROUP", "DSM_IV_TR", "AGE_AT_SCAN", "SEX", "HANDEDNESS_CATEGORY", "FIQ", "VIQ", "PIQ", "EYE_STATUS_AT_SCAN",
     "ADOS_TOTAL", "func_mean_fd",
 )  # fmt: skip
+PCP_IDS = ("index", "subject", "site", "FILE_ID", "SITE_ID")
 PCP_MISSING = ("-9999", "-9999.0")
 # repetition times (s) of the sites, by what a subject's name starts with; the series do not have them
 PCP_TRS = {
@@ -183,6 +187,9 @@ def find_derivatives(folder: Path, space: str) -> list[ScanSource]:
         grids = (found if fits else elsewhere).setdefault(ids, {})
         # another file of the grid; but a hemisphere stands for both
         grids[f"{grid} ({path.name})" if grid in grids and "hemi" not in entities else grid] = path
+    if not found and _series(folder):
+        # XCP-D's: what it denoised lies beside
+        return []
     if raw and not (found or elsewhere):
         raise ValueError(f"{folder.name} is raw BIDS, run fMRIPrep first: expected desc-preproc_bold files, got none")
     if elsewhere and not found:
@@ -280,8 +287,13 @@ def find_files(folder: Path) -> list[ScanSource]:
         scans.append(ScanSource(path, subject=path.name[: -len(ending)]))
     if any(scan.problem is None for scan in scans):
         return _named_by_bids(scans)
-    series = sorted(path for path in folder.rglob("sub-*_timeseries.[ct]sv") if "_desc-confounds_" not in path.name)
-    return _named_by_bids([ScanSource(path, subject=path.stem) for path in series])
+    return _named_by_bids([ScanSource(path, subject=path.stem) for path in _series(folder)])
+
+
+def _series(folder: Path) -> list[Path]:
+    """Tables of series in the folders of subjects."""
+    found = folder.rglob("sub-*_timeseries.[ct]sv")
+    return sorted(path for path in found if "_desc-confounds_" not in path.name and path.parent != folder)
 
 
 def _named_by_bids(scans: Sequence[ScanSource]) -> list[ScanSource]:
@@ -324,8 +336,10 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     are warned of.
     """
     rows = read_rows(path)
-    if "FILE_ID" in rows[0]:
+    if {"FILE_ID", "SITE_ID"} <= set(rows[0]):
         rows = _phenotypes(rows)
+    elif "FILE_ID" in rows[0] and "subject" not in rows[0]:
+        rows = [{"subject" if name == "FILE_ID" else name: cell for name, cell in row.items()} for row in rows]
     header = list(rows[0])
     if "subject" not in header:
         raise ValueError(f"{path.name}: expected a column subject, participant_id or FILE_ID, got {', '.join(header)}")
@@ -335,7 +349,9 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
     if twice := sorted(set(names) & {name for scan in scans for name in scan.labels}):
         raise ValueError(f"{path.name}: the labels {', '.join(twice)} stand in the manifest, too")
     by_session = "session" in header
-    keys = [(bare_id(row["subject"]), bare_id(row["session"]) if by_session else None) for row in rows]
+    sessions = ["" if _is_missing(row.get("session", "")) else bare_id(row["session"]) for row in rows]
+    subjects = [bare_id(row["subject"]) for row in rows]
+    keys = [(one, session if by_session else None) for one, session in zip(subjects, sessions, strict=True)]
     sites = [None if _is_missing(row.get("site", "")) else row["site"] for row in rows]
     values = _typed_labels(path, rows, names)
     _check_agreement((key, {**labels, "site": site}) for key, labels, site in zip(keys, values, sites, strict=True))
@@ -350,7 +366,6 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
         labels, site = table.get(key, empty)
         joined.append(replace(scan, labels={**scan.labels, **labels}, site=scan.site or site))
     if without:
-        subjects = {subject for subject, _ in table}
         hint = ""
         if by_session and bare_id(without[0].subject) in subjects:
             hint = f", session {without[0].session}: labels are by session where the table has sessions"
@@ -368,10 +383,14 @@ def join_labels(scans: Sequence[ScanSource], path: Path) -> list[ScanSource]:
 
 
 def _phenotypes(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Subject, site and labels of the Preprocessed Connectomes Project's table, of those who have series."""
+    """
+    Subject, site and labels of the Preprocessed Connectomes Project's table, of those who have series: of the whole
+    table the well-known ones, of a part of it (without SUB_ID) all.
+    """
+    names = PCP_LABELS if "SUB_ID" in rows[0] else [name for name in rows[0] if name not in PCP_IDS]
     return [
-        {"subject": row["FILE_ID"], "site": row.get("SITE_ID", "")}
-        | {name: "" if row[name] in PCP_MISSING else row[name] for name in PCP_LABELS if name in row}
+        {"subject": row["FILE_ID"], "site": row["SITE_ID"]}
+        | {name: "" if row[name] in PCP_MISSING else row[name] for name in names if name in row}
         for row in rows
         if row["FILE_ID"] != "no_filename"
     ]
@@ -380,6 +399,13 @@ def _phenotypes(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 def bare_id(name: str) -> str:
     """A subject or session without the prefix that some write before it."""
     return re.sub(r"^(sub|ses)-", "", name)
+
+
+def one_name_each(subjects: Iterable[str]) -> list[str]:
+    """Names of subjects: one that is also there without the prefix `sub-` is that of the same subject."""
+    names = list(map(str, subjects))
+    known = set(names)
+    return [bare if (bare := bare_id(name)) in known else name for name in names]
 
 
 def _is_missing(cell: str) -> bool:

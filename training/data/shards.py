@@ -18,6 +18,8 @@ from fmrilm.processors.atlases_fmrilm import Parcels
 
 LEDGER = "ledger.jsonl"
 ATLASES = "atlases"
+# columns of arrays
+LARGE = ("signal", "censored", "descriptors")
 
 
 class ShardStore:
@@ -27,12 +29,13 @@ class ShardStore:
 
     Args:
         settings: what was done to all scans; a folder made with others is refused.
-        wanted: keys of the rows to keep; all others are dropped.
+        wanted: keys of the rows to keep; all others are dropped, `dropped` of them.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], wanted: set[str]) -> None:
         self.output = output
         self.shards = self._read_ledger(settings)
+        self.dropped = len(self.keys - wanted)
         for shard, keys in list(self.shards.items()):
             keep = [key in wanted for key in keys]
             if not all(keep):
@@ -101,8 +104,9 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def content_version(shards: Sequence[Path]) -> str:
     """
-    16 hexadecimal digits that change with what Parquet files hold (their footers: counts, sizes, value ranges). In a
-    card it keeps `datasets` from taking the cached rows of another folder of the same name for those of this one.
+    16 hexadecimal digits that change with what Parquet files hold (of signals their footers alone: counts, sizes,
+    value ranges). In a card it keeps `datasets` from taking the cached rows of another folder of the same name for
+    those of this one.
     """
     digest = hashlib.sha256()
     for shard in sorted(shards):
@@ -111,6 +115,9 @@ def content_version(shards: Sequence[Path]) -> str:
             length = int.from_bytes(handle.read(4), "little")
             handle.seek(-8 - length, os.SEEK_END)
             digest.update(handle.read())
+        # labels that change places leave the footer as it was
+        names = [name for name in pq.read_schema(shard).names if name not in LARGE]
+        digest.update(repr(pq.read_table(shard, columns=names).to_pydict()).encode())
     return digest.hexdigest()[:16]
 
 

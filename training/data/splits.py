@@ -75,19 +75,22 @@ def split_scans(scans: "Scans", args: SplitArguments) -> "tuple[Scans, Scans]":
 
 
 def split_rows(table: Any, args: SplitArguments) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the training and of the held-out subjects of a table with the column subject; see `split_scans`."""
+    """
+    Rows of the training and of the held-out subjects of a table with the column subject; see `split_scans`. With
+    `leave_out`, those held out are the rows of the value.
+    """
     subjects: Any = table["subject"].astype(str)
     if args.splits is not None and args.leave_out is not None:
         raise ValueError(f"expected splits or leave_out, got both: {args.splits} and {args.leave_out}")
     if args.splits is not None:
         sides = subjects.map(read_splits(Path(args.splits), set(subjects)))
         training, test = ((sides == side).to_numpy() for side in SPLITS)
+    elif args.leave_out is not None:
+        # a subject who also has scans of other values is learned from in none of them
+        test = _with_value(table, args.leave_out)
+        training = ~subjects.isin(set(subjects[test])).to_numpy()
     else:
-        if args.leave_out is not None:
-            held_out = _with_value(table, args.leave_out)
-        else:
-            held_out = held_out_subjects(subjects, args.held_out_share)
-        test = subjects.isin(held_out).to_numpy()
+        test = subjects.isin(held_out_subjects(subjects, args.held_out_share)).to_numpy()
         training = ~test
     if not training.any():
         raise ValueError(f"expected subjects to learn from, got {subjects.nunique()} subjects, none in training")
@@ -130,8 +133,8 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _with_value(table: Any, condition: str) -> set[str]:
-    """Subjects with COLUMN=VALUE in any of their rows."""
+def _with_value(table: Any, condition: str) -> np.ndarray:
+    """Rows with COLUMN=VALUE, bool [rows]."""
     column, equals, value = condition.partition("=")
     if not equals or column not in table:
         raise ValueError(f"expected COLUMN=VALUE of a column out of {', '.join(table)}, got {condition!r}")
@@ -139,7 +142,7 @@ def _with_value(table: Any, condition: str) -> set[str]:
     if not chosen.any():
         values = sorted(table[column].dropna().astype(str).unique())
         raise ValueError(f"expected a value of {column!r} out of {_listed(values)}, got {value!r}")
-    return set(table.loc[chosen, "subject"].astype(str))
+    return chosen.to_numpy()
 
 
 def subject_folds(subjects: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:

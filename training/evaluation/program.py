@@ -198,7 +198,7 @@ def evaluate_scans(
         },
         "settings": json.loads(json.dumps(asdict(settings))),
     }
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision()):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision(model.device.type)):
         run = _Run(model, processor, encoded, splits, [Labelled.read(task, scans) for task in tasks], settings, work)
         results["tasks"] = {task.task.name: run.results(task) for task in run.tasks}
         if cohort is not None:

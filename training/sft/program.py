@@ -205,7 +205,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         if not script_args.reading_share:
             return
         # as an evaluation computes
-        with torch.autocast(tuned.device.type, torch.bfloat16, enabled=half_precision()):
+        with torch.autocast(tuned.device.type, torch.bfloat16, enabled=half_precision(tuned.device.type)):
             tuned.config.calibrations = fit_calibrations(tuned, processor, examples, readings, training_args.seed)
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)

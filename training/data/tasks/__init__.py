@@ -305,7 +305,8 @@ def _check_agreement(task: Task, labels: Sequence[Label | None], rows: Rows) -> 
             of = "session of a subject" if task.per_session else "subject"
             raise ValueError(
                 f"task {task.name!r}, column {task.column!r}: expected one label for each {of}, "
-                f"got {', '.join(f'{labels[row]!r} in row {row}' for row in numbers[:SHOWN])}"
+                f"got {', '.join(f'{labels[row]!r} in row {row}' for row in numbers[:SHOWN])}; people of several "
+                "studies need names of their own"
             )
 
 
