@@ -39,6 +39,8 @@ def codes_of(codec: FmriCodecModel, scans: Scans) -> tuple[Codes, np.ndarray]:
     found = [torch.from_numpy(each).long() for each in encode_items(codec, windows.items()).codes]
     subjects = scans.table["subject"].to_numpy(str)[[window.scan for window in windows]]
     padded = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+    # those of patches alone
+    padded = padded[..., : codec.config.num_quantizers]
     return padded.unflatten(1, (-1, codec.config.tokens_per_patch)), subjects
 
 
@@ -228,6 +230,7 @@ class Fitted:
     def codes(self, signal: np.ndarray, coordinates: torch.Tensor) -> np.ndarray:
         """Bits a token of each patch but the first."""
         codes = self.codec.encode(torch.from_numpy(signal.T.copy())[None], coordinates[None])
+        codes = codes[..., : self.codec.config.num_quantizers]
         shape = (-1, len(self.dynamics.token_gains))
         expected = self.dynamics.expected_vectors(self.codec, codes).unflatten(1, shape) * self.dynamics.token_gains
         found = by_expectation(self.frequencies, expected, self.codec.codebooks(), codes.unflatten(1, shape))

@@ -39,7 +39,7 @@ from fmrilm.training.data.shards import write_whole
 from fmrilm.training.data.splits import Split, SplitArguments, split_scans
 from fmrilm.training.data.tasks import load_task, with_columns
 from fmrilm.training.evaluation.ask import EncodedWindow, score_windows
-from fmrilm.training.evaluation.baselines import Baselines, shuffle_subjects
+from fmrilm.training.evaluation.baselines import Baselines, shuffles
 from fmrilm.training.evaluation.program import EvaluationSettings, evaluate, make_splits
 from fmrilm.training.evaluation.report import table
 from fmrilm.training.evaluation.results import FULL, summarize
@@ -87,16 +87,15 @@ def all_splits(scans: Scans, tasks: list, folds: int, seeds: int) -> dict[str, l
 
 
 def pooled(scans: Scans, labelled: Labelled, splits: list[Split], answers: dict) -> dict:
-    """Results of one task over the test rows of all folds; answers: by condition and shots, those of each fold."""
+    """Results of one task over the test rows of all folds; answers: as `summarize` takes them."""
     parts = [labelled.known(split.test) for split in splits]
     rows, subjects = np.concatenate(parts), scans.table["subject"].astype(str).to_numpy()
     sites = np.full(len(scans), "")
     if "site" in scans.table:
         sites = scans.table["site"].fillna("").astype(str).to_numpy()
     groups = [f"{fold} {sites[row]}" for fold, part in enumerate(parts) for row in part]
-    shuffled = shuffle_subjects(subjects[rows], groups, seed=0)
-    made = {key: [folds] for key, folds in answers.items()}
-    return summarize(labelled, rows, subjects[rows], sites[rows], shuffled, made)
+    shuffled = shuffles(subjects[rows], groups, seed=0)
+    return summarize(labelled, rows, subjects[rows], sites[rows], shuffled, answers)
 
 
 def write(name: str, tables: list[pd.DataFrame], results: Path) -> None:
@@ -122,7 +121,7 @@ def baselines(
                 for baseline in BASELINES:
                     training, test = labelled.known(split.training), labelled.known(split.test)
                     answer = fitted.answers(baseline, labelled, split.training, training, test)
-                    answers[labelled.task.name].setdefault((baseline, FULL), []).append(answer)
+                    answers[labelled.task.name].setdefault((baseline, FULL), [[]])[0].append(answer)
         found = {each.task.name: pooled(scans, each, splits, answers[each.task.name]) for each in known}
         tables.append(table({"tasks": found}).assign(split=name))
         write("baselines", tables, results)
@@ -179,7 +178,7 @@ def release(
     for name in names:
         if name == "leave one site out" and not leave_one_site_out:
             continue
-        answers: dict[str, dict] = {each.task.name: {} for of_folder in known for each in of_folder}
+        by_resample: dict[str, dict] = {each.task.name: {} for of_folder in known for each in of_folder}
         splits = [of_folder[name][:first] for of_folder in wanted]
         for fold, of_fold in enumerate(zip(*splits, strict=True)):
             folder = work / name.replace(" ", "-").replace(",", "") / f"fold{fold}"
@@ -205,10 +204,10 @@ def release(
                     columns=[column for column in columns if column.partition("=")[0] in about],
                     settings=settings,
                 )
-                for kept in sorted((evaluation / "answers").glob("*.0.0.npz")):
-                    task, condition, count = kept.name.split(".")[:3]
+                for kept in sorted((evaluation / "answers").glob("*.0.npz")):
+                    task, condition, count, resample = kept.name.split(".")[:4]
                     key = condition, int(count) if count.isdigit() else count
-                    answers[task].setdefault(key, []).append(dict(np.load(kept)))
+                    by_resample[task].setdefault(key, {}).setdefault(int(resample), []).append(dict(np.load(kept)))
                 rows = table(found)
                 kept = (rows.comparison == "right") & ~rows.task.str.startswith("descri")
                 tables.append(rows[kept].assign(split=f"{name}, fold {fold}"))
@@ -218,7 +217,12 @@ def release(
                 told = over_runs(runs).to_csv(index=False, float_format="%.4f")
                 write_whole(results / "people_descriptors.csv", told)
         of_tasks = {
-            each.task.name: pooled(scans, each, of_folder_splits, answers[each.task.name])
+            each.task.name: pooled(
+                scans,
+                each,
+                of_folder_splits,
+                {key: list(found.values()) for key, found in by_resample[each.task.name].items()},
+            )
             for scans, of_folder, of_folder_splits in zip(folders, known, splits, strict=True)
             for each in of_folder
         }

@@ -56,7 +56,7 @@ def main(model: Annotated[Path, typer.Argument(exists=True, file_okay=False)], o
     for place, name in zip("bdf", DESCRIPTORS, strict=True):
         axes, asked = grid[place], question(name)
         for number, (label, one, color) in enumerate(zip(("this scan", "another"), given, ("C0", "C7"), strict=True)):
-            found = reader.ask(one, asked, list(LEVELS))["probabilities"]
+            found = reader.ask(one, asked, list(LEVELS), window="first")["probabilities"]
             axes.bar(np.arange(3) + 0.38 * number, [found[level] for level in LEVELS], 0.36, label=label, color=color)
         truth = LEVELS[truths[0][CORE_NAMES.index(name)]]
         axes.set_xticks(np.arange(3) + 0.19, LEVELS)

@@ -152,9 +152,13 @@ SECTIONS = {
     ),
     "people_release.csv": Section(
         "Labels of subjects: the release recipe",
-        "The same by models of the release recipe, one trained for each fold on the training subjects' labels (its "
-        "answers stand under zero-shot: evaluation taught it nothing more), beside the subject-shuffled control and "
-        "baselines: `python benchmarks/people.py release PREPARED`.",
+        "Sex, age and diagnosis of test subjects by models of the release recipe, one trained for each fold on the "
+        "training subjects' labels (its answers stand under zero-shot: evaluation taught it nothing more), beside the "
+        "subject-shuffled control and baselines that learned from the same subjects. Brackets are 95 % intervals over "
+        "the subjects of all folds together and, of means of folds, the lowest and the highest fold. Numbers of age "
+        "groups are mean ages of the training subjects' groups, weighted by probabilities. How many updates stage 3 "
+        "has and how large scores are was chosen with folds 0 to 2 in view; folds 3 and 4 were run once, at the end: "
+        "`python benchmarks/people.py release PREPARED`.",
         by_split,
     ),
     "people_joint.csv": Section(
@@ -194,7 +198,8 @@ SECTIONS = {
     ),
     "codec_rate.csv": Section(
         "Codec: rate and distortion",
-        "R2 of the decoded signal and correlation of its connectivity by bits of a patch, means over folds: "
+        "R2 of the decoded signal and correlation of its connectivity by bits of a patch, means over folds; "
+        "transform: principal components and cosines, as many bits as an ideal entropy coder of the test scans takes: "
         "`python benchmarks/codec.py labels --data FOLDER`.",
         over_folds,
         plot_rate,
@@ -203,7 +208,8 @@ SECTIONS = {
         "Codec: labels",
         "Labels of test subjects by ridge regression on scan features of the codes (of patches, of whole scans, or "
         "both) and on the signal's connectivity, with 95 % intervals over subjects of the difference to the signal's "
-        "tangent space: "
+        "tangent space at its arithmetic mean (the tangent_ridge of evaluations, at the geometric one and with "
+        "missing ROIs completed, is better): "
         "`python benchmarks/codec.py labels --data FOLDER`.",
     ),
     "codec_identification.csv": Section(
@@ -246,7 +252,8 @@ SECTIONS = {
         "Codec: training and contrastive loss",
         "Codecs of 16 levels as fitted, trained after that, and with a loss against a frozen language model, means "
         "over folds: what is kept of test subjects, labels by ridge regression, and which windows find their "
-        "description among all, by the alignment head and by ridge regression on scan features (linear): "
+        "description among all, by the alignment head (whole scans) and by ridge regression on scan features (linear; "
+        "windows of 320 s): "
         "`python benchmarks/codec.py losses --data FOLDER`.",
         over_folds,
     ),
@@ -258,8 +265,8 @@ SECTIONS = {
     ),
     "forecast_signal.csv": Section(
         "Forecasts of the signal",
-        "R2, correlation, CRPS and coverage of 80 % intervals by lead, on held-out subjects, pooled over ROIs, with "
-        "95 % intervals over subjects of the difference to the best baseline: "
+        "R2, correlation, CRPS and coverage of 80 % intervals by lead, on held-out subjects measured at a repetition "
+        "time of 2.0 s, pooled over ROIs, with 95 % intervals over subjects of the difference to the best baseline: "
         "`python benchmarks/forecast.py signal --data PREPARED --work FOLDER`.",
         by_lead,
         plot_leads,
@@ -286,7 +293,8 @@ SECTIONS = {
     "forecast_surprise.csv": Section(
         "Surprise",
         "Surprise of frames (nats a coefficient) and of next codes (bits a token), on held-out subjects of the "
-        "first three of five folds: the AUC of randomised scans and of their patches against real ones, and how often "
+        "first three of five folds with 288 s or more at a repetition time of 2.0 s: "
+        "the AUC of randomised scans and of their patches against real ones, and how often "
         "a splice of another subject's frames is found within a patch: "
         "`python benchmarks/next_codes.py surprise --data PREPARED --work FOLDER --folds 3`.",
     ),

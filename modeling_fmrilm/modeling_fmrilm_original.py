@@ -6,7 +6,6 @@ the attention mask and the position ids of the official code.
 
 import os
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -258,9 +257,12 @@ class FmriOriginalProcessor(ProcessorMixin):
         tr: float | None = None,
         atlas: Any = None,
         label_image: Any = None,
+        window: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Model inputs, or the text, of one chat or a list; a scan is a block {"type": "fmri", "fmri": scan}."""
+        if window not in (None, "first"):
+            raise ValueError(f"expected window first, which the checkpoint was trained on, got {window!r}")
         chats = conversation if isinstance(conversation[0], list) else [conversation]
         texts: Any = self.tokenizer.apply_chat_template(
             chats, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -289,11 +291,12 @@ class FmriOriginalProcessor(ProcessorMixin):
         read = extractor.read_signal(scan, **options)
         # the mean is taken out for the filters alone
         signal = extractor.clean_signal(read)[0] + read.signal.mean(axis=0)
-        ratio = Fraction(read.tr / extractor.repetition_time).limit_denominator(1000)
-        if ratio != 1:
-            from scipy.signal import resample_poly
-
-            signal = resample_poly(signal, ratio.numerator, ratio.denominator, axis=0, padtype="symmetric")
+        # linear interpolation, as the official code resamples: without a filter, to about the repetition time
+        last = len(signal) - 1
+        places = np.linspace(0, last, round(read.tr * last / extractor.repetition_time) + 1)
+        before = np.minimum(places.astype(int), last - 1)
+        share = (places - before)[:, None]
+        signal = (1 - share) * signal[before] + share * signal[before + 1]
         signal = signal[: extractor.window_length]
         if len(signal) < extractor.window_length or np.isnan(signal).any():
             raise ValueError(
@@ -303,8 +306,8 @@ class FmriOriginalProcessor(ProcessorMixin):
         return torch.tensor(signal.T, dtype=torch.float32)
 
     def encode_choices(self, choices: Sequence[str], question: str | None = None) -> list[list[int]]:
-        """Token ids of each allowed answer, without special tokens; the same to any question."""
-        return [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+        """Token ids of each allowed answer, which begins with a space, as in training; the same to any question."""
+        return [self.tokenizer(f" {choice.strip()}", add_special_tokens=False)["input_ids"] for choice in choices]
 
 
 FmriOriginalConfig.register_for_auto_class()

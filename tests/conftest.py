@@ -49,6 +49,12 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def build_plain_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer without ChatML: of other special tokens."""
+    backend = Tokenizer.from_str(build_tiny_tokenizer().backend_tokenizer.to_str().replace("<|im_", "<|no_"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+
+
 def build_tiny_atlas(rois: int = 5, name: str = "tiny") -> Atlas:
     return Atlas(
         name=name,

@@ -182,6 +182,7 @@ def test_one_resolver_takes_names_tables_dicts_and_atlases(tmp_path) -> None:
 
 def test_atlases_that_fit_have_what_the_scan_needs() -> None:
     volumes = read_scan(nib.Nifti1Image(np.zeros((2, 2, 2, 3), np.float32), np.eye(4)))
+    assert fitting_atlases(volumes) == list(atlases_fmrilm.WITH_VOLUMES)
     for name in fitting_atlases(volumes):
         assert Atlas.load(name, parcels=True).parcels.volume is not None
     for name in atlases_fmrilm.WITH_SURFACES:

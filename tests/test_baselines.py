@@ -219,6 +219,19 @@ def test_few_subjects_are_enough_and_unseen_classes_improbable(count: int) -> No
     assert np.isfinite(values).all()
 
 
+def test_a_rare_class_is_told_as_well_as_its_scores_allow() -> None:
+    rng = np.random.default_rng(0)
+    classes = np.repeat([0, 1, 2], [100, 100, 12])
+    features = rng.standard_normal((212, 40))
+    features[:, 0] += 2.0 * (classes == 1)
+    features[:, 1] += 3.0 * (classes == 2)
+    rows = rng.permutation(212)
+    training, test = rows[:140], rows[140:]
+    found = ridge_probabilities(features @ features.T, training, test, classes[training], training.astype(str), 4)
+    assert np.allclose(found.sum(1), 1) and not found[:, 3].any()
+    assert roc_auc_score(classes[test] == 2, found[:, 2]) > 0.9
+
+
 def test_shuffled_scans_are_of_another_subject_of_the_same_group() -> None:
     subjects = np.array([f"sub-{i}" for i in (0, 0, 1, 2, 2, 3, 4, 5)])
     groups = np.array(["x", "x", "x", "x", "x", "y", "y", "lonely"])

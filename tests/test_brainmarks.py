@@ -47,7 +47,7 @@ def test_brainmarks_finds_the_model_and_gets_its_embeddings(frames: int, created
     # a window of 16 frames of 2 s holds 4 patches of 2 tokens
     patches = min(4, -(-max(frames // 2, 4) // 4))
     assert pooled.shape == (2, 1, 32) and registers.shape == (2, 4, 32) and tokens.shape == (2, 8, 32)
-    assert frames < 160 or torch.allclose(torch.cat([tokens, registers], 1).mean(1), pooled[:, 0], atol=1e-5)
+    assert torch.allclose(torch.cat([tokens, registers], 1).mean(1), pooled[:, 0], atol=1e-5)
     # one patch of so small a codec may well be the same in both
     assert frames < 160 or not torch.allclose(pooled[0], pooled[1])
     with torch.no_grad():

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from fmrilm import FmriCodecConfig, FmriCodecModel
 from fmrilm.training.codec import program
 from fmrilm.training.codec.fit import fit_codec, fit_descriptor_head, fit_summary
-from fmrilm.training.codec.metrics import evaluate_codec
+from fmrilm.training.codec.metrics import evaluate_codec, retrieval_results
 from fmrilm.training.codec.text_embeddings import TextEmbeddings
 from fmrilm.training.codec.trainer import CodecTrainingArguments
 from fmrilm.training.data.dataset import Scans, cut_windows
@@ -179,6 +179,21 @@ def test_program_trains_with_a_language_model_on_scans_shorter_than_a_window(
     assert config.text_hidden_size == text_config.hidden_size
     trained = [weights(tmp_path / name)["alignment_head.scan_proj.weight"] for name in ("with", "without")]
     assert not torch.equal(*trained)
+
+
+def test_each_scan_meets_the_embedding_of_its_own_text(make_language_model, tiny_tokenizer, tmp_path: Path) -> None:
+    embed = TextEmbeddings(make_language_model("llama", len(tiny_tokenizer)).model, tiny_tokenizer, tmp_path / "a")
+    alone = TextEmbeddings(embed.model, tiny_tokenizer, tmp_path / "b")
+    texts = ["A long text about the networks of a scan.", "A.", "Some words."]
+    together = embed(texts)
+    for text, vector in zip(texts, together, strict=True):
+        np.testing.assert_allclose(alone([text])[0], vector, atol=1e-5)
+    items = program.DescribedItems([{"signal": number} for number in range(3)], together, 5)
+    assert len(items) == 5 and items[4]["signal"] == 1 and np.array_equal(items[4]["text_embedding"], together[1])
+    found = retrieval_results(np.eye(4), np.eye(4))
+    assert (found["recall_at_1"], found["median_rank"], found["retrieval_texts"]) == (1, 1, 4)
+    # a text that all others are nearer to
+    assert retrieval_results(np.eye(4)[::-1], np.eye(4))["recall_at_1"] == 0
 
 
 def test_training_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import build_plain_tokenizer
 from omegaconf import OmegaConf
+from scipy.interpolate import interp1d
 from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, pipeline
 
 from fmrilm.modeling_fmrilm_original import FmriOriginalForConditionalGeneration
@@ -68,7 +70,8 @@ def test_converted_checkpoint_computes_the_documented_formulas(
     folder, reference = backbone_folder(backbone, spare=0 if backbone == "gpt2" else 3)
     torch.manual_seed(1)
     brain = brain_tensors(layout, patch, feature_dim)
-    language, plain = language_tensors(reference, prefix, lora, 2 if kind == "omegaconf" else 16)
+    alpha = {"released": 2, "december": 16, "december, GPT-2": 32}[case.removesuffix(", codebook features")]
+    language, plain = language_tensors(reference, prefix, lora, alpha)
     more = {"model_args": settings(folder, kind), "validation_results": {"sex": np.float64(0.9)}}
     tensors = brain | language if layout == "released" else {"model": brain | language}
     torch.save({**tensors, **more}, tmp_path / "model.pt")
@@ -76,7 +79,6 @@ def test_converted_checkpoint_computes_the_documented_formulas(
     report = convert_original(tmp_path / "model.pt", output, MEDIAN, IQR, atlas=tiny_atlas)
 
     # every tensor is used or listed
-    alpha = {"omegaconf": 2, "namespace": 16}[kind]
     assert report["layout"] == layout and report["lora_alpha"] == (alpha if lora else None)
     assert report == json.loads((output / "conversion.json").read_text())
     assert sorted([*report["used"], *report["unused"]]) == sorted(brain | language)
@@ -149,7 +151,7 @@ def test_converted_checkpoint_computes_the_documented_formulas(
 
 
 OFFICIAL_END = (
-    "### Question: Old?\n### Answer:<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nYes<|endoftext|>\n"
+    "### Question: Old?\n### Answer:<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n Yes<|endoftext|>\n"
 )
 
 
@@ -168,6 +170,7 @@ def test_prompt_is_the_official_one(case: str, beginning: str, backbone_folder, 
     scan = MEDIAN + 140 * np.random.default_rng(0).normal(size=(160, ROIS))
     blocks = [{"type": "fmri", "fmri": scan, "tr": 2.0}, {"type": "text", "text": "Old?"}]
     chat = [{"role": "user", "content": blocks}, {"role": "assistant", "content": "Yes"}]
+    described = [*blocks[:1], {"type": "text", "text": "From UKB."}, {"type": "text", "text": "### Description: d"}]
     for name, start, end in (("with", "<fmri>", "</fmri>"), ("without", "", "")):
         processor = AutoProcessor.from_pretrained(tmp_path / name, trust_remote_code=True)
         pads = "<|fmri_pad|>" * (ROIS * 160 // patch)
@@ -176,6 +179,49 @@ def test_prompt_is_the_official_one(case: str, beginning: str, backbone_folder, 
         assert text == expected
         ids = processor.apply_chat_template(chat)["input_ids"][0]
         assert processor.tokenizer.decode(ids) == text
+        more = [{"role": "user", "content": [*described, *blocks[1:]]}]
+        found = processor.apply_chat_template(more, tokenize=False)
+        assert "From UKB.\n### Description: d\n### Question: Old?\n### Answer:" in found
+        # answers are tokenised as in the prompt
+        assert processor.tokenizer.decode(processor.encode_choices(["Yes"])[0]) == " Yes"
+
+
+def test_prompt_of_a_tokenizer_without_chat_ml_has_no_delimiters(
+    make_language_model, tiny_atlas, tmp_path: Path
+) -> None:
+    layout, backbone, prefix, *_, patch, feature_dim, _ = CASES["december, GPT-2"]
+    tokenizer = build_plain_tokenizer(eos_token="<|endoftext|>")
+    reference = make_language_model(backbone, len(tokenizer))
+    reference.config.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, None)[0]
+    torch.save(tensors, tmp_path / "model.pt")
+    given = {"text_config": str(tmp_path / "gpt2"), "atlas": tiny_atlas}
+    convert_original(tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, **given)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    blocks = [{"type": "fmri", "fmri": "scan.npy"}, {"type": "text", "text": "Old?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": blocks}], tokenize=False)
+    assert text == "<|fmri_pad|>" * (ROIS * 160 // patch) + "### Question: Old?\n### Answer:"
+
+
+@pytest.mark.parametrize("tr", [0.735, 2.0, 3.0])
+def test_scans_are_interpolated_as_by_the_official_code(
+    tr: float, backbone_folder, tiny_atlas, tmp_path: Path
+) -> None:
+    layout, backbone, prefix, *_, patch, feature_dim, _ = CASES["released"]
+    folder, reference = backbone_folder(backbone)
+    tensors = brain_tensors(layout, patch, feature_dim) | language_tensors(reference, prefix, None)[0]
+    torch.save(tensors, tmp_path / "model.pt")
+    convert_original(tmp_path / "model.pt", tmp_path / "out", MEDIAN, IQR, text_config=str(folder), atlas=tiny_atlas)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    scan = MEDIAN + 140 * np.random.default_rng(0).normal(size=(500, ROIS))
+    chat = [{"role": "user", "content": [{"type": "fmri", "fmri": scan, "tr": tr}, {"type": "text", "text": "Old?"}]}]
+    duration = tr * 499
+    grid = np.linspace(0, duration, round(duration / 2) + 1)
+    expected = interp1d(tr * np.arange(500), scan, axis=0)(grid)[:160].T
+    assert np.allclose(processor.apply_chat_template(chat)["fmri_values"][0], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="expected window first, .*got 'full'"):
+        processor.apply_chat_template(chat, window="full")
 
 
 class Malice:

@@ -4,11 +4,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_tokenizer
+from conftest import build_plain_tokenizer, build_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor
 
 from fmrilm.processors import (
     CHAT_TEMPLATE,
@@ -255,12 +254,6 @@ LLAMA = """{{ bos_token }}{% for message in messages %}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 
 
-def plain_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer without ChatML: of other special tokens."""
-    backend = Tokenizer.from_str(build_tiny_tokenizer().backend_tokenizer.to_str().replace("<|im_", "<|no_"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
-
-
 @pytest.mark.parametrize(
     ("kind", "end"),
     [
@@ -271,7 +264,7 @@ def plain_tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
     ],
 )
 def test_answer_ends_with_a_token_that_the_tokenizer_has(kind: str, end: str, extractor, signal) -> None:
-    tokenizer = plain_tokenizer(**({} if kind == "nothing" else {"eos_token": "<|endoftext|>"}))
+    tokenizer = build_plain_tokenizer(**({} if kind == "nothing" else {"eos_token": "<|endoftext|>"}))
     if kind == "ChatML":
         tokenizer = build_tiny_tokenizer()
     if kind == "its own template":

@@ -14,15 +14,17 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer
-from trl import ModelConfig
+from trl import ModelConfig, TrlParser
 from typer.testing import CliRunner
 
-from fmrilm import Atlas, FmriLMFeatureExtractor, load
+from fmrilm import Atlas, FmriCodecConfig, FmriLMFeatureExtractor, load
 from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import question
 from fmrilm.training.alignment import program as alignment
 from fmrilm.training.cli.main import app
+from fmrilm.training.codec.program import CodecArguments
+from fmrilm.training.codec.trainer import CodecTrainingArguments
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
 from fmrilm.training.data import splits
@@ -355,3 +357,7 @@ def test_shipped_configurations_are_read(size: str, tmp_path: Path) -> None:
         assert training.train_sampling_strategy == "group_by_length" and not training.remove_unused_columns
         assert stage == "alignment" or training.max_length is None
     assert command_line("sft", tmp_path, tmp_path)[:1] == ["--config"]
+    options = ["--config", str(CONFIGS.parent / size / "codec.yaml"), "--output_dir", str(tmp_path)]
+    args, _ = TrlParser((CodecArguments, CodecTrainingArguments)).parse_args_and_config(options)
+    names = ("codebook_dim", "codebook_groups", "num_quantizers", "codebook_size", "patch_length", "tokens_per_patch")
+    assert FmriCodecConfig(**{name: getattr(args, name) for name in names}).codebook_groups == args.codebook_groups

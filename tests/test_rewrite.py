@@ -33,6 +33,7 @@ def test_batches_give_what_single_texts_give(language_model) -> None:
         alone = rewrite([text], *language_model, temperature=0)[0].answer
         # how much is written goes by the longest prompt of a batch
         assert len(alone) > 100 and alone[:100] == item.answer[:100]
+        assert not item.answer.startswith(module.PROMPT[:20])
 
 
 def test_answers_that_say_the_same_are_taken_in_their_own_order(language_model, monkeypatch) -> None:

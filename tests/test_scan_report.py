@@ -105,6 +105,9 @@ def test_the_last_patch_is_forecast_from_the_frames_before(reader: ScanReader, s
     before = features["fmri_values"][..., :start], features["roi_coordinates"], features["fmri_mask"][..., :start]
     wanted = reader.model.forecast(*before, seconds=length * 2.0)[0].mT
     np.testing.assert_allclose(expected, wanted, rtol=1e-4, atol=1e-5)
+    drawn = {"num_samples": len(samples), "generator": torch.Generator().manual_seed(0)}
+    wanted = reader.model.forecast(*before, seconds=length * 2.0, **drawn)[:, 0].mT
+    np.testing.assert_allclose(samples, wanted, rtol=1e-4, atol=1e-5)
     assert forecast_last_patch(reader, {**scan, "signal": scan["signal"][: length + 1]}) is None
 
 

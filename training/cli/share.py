@@ -65,7 +65,7 @@ def convert_original(
     median: Annotated[float, typer.Option(help="Median of the data's intensities (official: medians).")],
     iqr: Annotated[float, typer.Option(help="Interquartile range of the data's intensities (official: iqrs).")],
     text_config: Annotated[str | None, typer.Option(help="Folder or Hub id of the language model.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Scale of LoRA; else the file's, or 16.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Scale of LoRA; else the file's, or 16 (GPT-2 32).")] = None,
     delimiters: Annotated[bool | None, typer.Option(help="Write <fmri> and </fmri> around a scan.")] = None,
     atlas: Annotated[Path | None, typer.Option(help="ROI table (TSV), if not Tian S3 and Schaefer-400.")] = None,
     as_json: AsJson = False,

@@ -79,7 +79,9 @@ def _answers(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is not None:
         chats = [[{"role": "user", "content": content}] for content in prompts]
-        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        # models that can think aloud are not to
+        options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+        prompts = tokenizer.apply_chat_template(chats, **options)
     inputs = tokenizer(
         prompts,
         padding=True,
@@ -99,4 +101,5 @@ def _answers(
         pad_token_id=tokenizer.pad_token_id,
     )
     answers = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    # one paragraph: models without a chat go on with another text
+    return [answer.strip().partition("\n\n")[0] for answer in answers]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from fmrilm.processors.descriptors.networks import NETWORKS, correlation, membership, network_series, standardize
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 PENALTIES = 10.0 ** np.arange(3, -3.1, -0.5)
 # slopes of the log-odds in a score, flattest first, and the one where no subject can be left out to choose
 SLOPES = 10.0 ** np.arange(-1, 2.1, 0.1)
+# of the subject-shuffled control
+SHUFFLES = 5
 DEFAULT_SLOPE = 2.0
 INNER_FOLDS = 5
 # correlations of 1, such as those of a network with one ROI, have no Fisher z
@@ -212,8 +215,9 @@ def ridge_probabilities(
     gram: np.ndarray, training: np.ndarray, test: np.ndarray, classes: np.ndarray, subjects: np.ndarray, choices: int
 ) -> np.ndarray:
     """
-    Probabilities [test rows, choices] by ridge regression on one column a class. They are a softmax of the scores and
-    the log of the classes' shares, at the slope that fits the training subjects' cross-fitted scores best.
+    Probabilities [test rows, choices] by ridge regression on one column a class: of two classes, or of very few
+    subjects, a softmax of the scores and the log of the classes' shares, at the slope that fits the training subjects'
+    cross-fitted scores best; of more, by logistic regression on these scores, since those of a rare class are small.
 
     Args:
         gram: inner products [rows, rows] of the features. classes: int [training rows]. subjects: [training rows].
@@ -237,6 +241,13 @@ def ridge_probabilities(
 
     slope = DEFAULT_SLOPE
     known = ~np.isnan(cross_fitted).any(1)
+    there = np.unique(classes[known])
+    if len(there) > 2:
+        mean, std = cross_fitted[known][:, there].mean(0), cross_fitted[known][:, there].std(0)
+        fitted = LogisticRegression().fit((cross_fitted[known][:, there] - mean) / std, classes[known])
+        found = np.zeros((len(test), choices))
+        found[:, there] = fitted.predict_proba((scores[:, there] - mean) / std)
+        return found
     if known.any():
         losses = -log_odds(cross_fitted[known], SLOPES)[:, np.arange(known.sum()), classes[known]].sum(-1)
         slope = SLOPES[losses.argmin()]
@@ -283,6 +294,11 @@ def _path(gram: np.ndarray, rows: np.ndarray, new: np.ndarray, targets: np.ndarr
     left, right = other @ vectors, vectors.T @ (targets - middle)
     scale = max(values.mean(), 1e-12)
     return np.stack([(left / (values + penalty * scale)) @ right for penalty in PENALTIES]) + middle
+
+
+def shuffles(subjects: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:
+    """Several of `shuffle_subjects`, int [shuffles, rows]: a single one of small groups says little."""
+    return np.stack([shuffle_subjects(subjects, groups, seed + number) for number in range(SHUFFLES)])
 
 
 def shuffle_subjects(

@@ -32,7 +32,7 @@ from ..data.tasks import Task, labels_of, load_task, with_columns
 from ..trainer import half_precision
 from . import descriptors as descriptor_questions
 from .ask import Example, answer_windows, calibrated, embed_windows, parse_number, score_windows
-from .baselines import BASELINES, Baselines, shuffle_subjects
+from .baselines import BASELINES, Baselines, shuffles
 from .report import write_report
 from .results import FULL, Answers, summarize
 from .scans import EvaluationScans, Labelled, encode_scans, reconstruction_results
@@ -332,7 +332,7 @@ class _Run:
             raise ValueError(f"task {task.name!r}: expected a test scan with a label, got none")
         # within a fold: what answers about the other one's scan has learned from neither of the two
         groups = [f"{fold} {scans.groups[row]}" for fold, part in enumerate(parts) for row in part]
-        shuffled = shuffle_subjects(scans.subjects[rows], groups, self.settings.seed)
+        shuffled = shuffles(scans.subjects[rows], groups, self.settings.seed)
         made: dict[tuple, list[list[Answers]]] = defaultdict(list)
         for name, shots, resample in self.settings.asked(task):
             folds = range(len(self.splits))

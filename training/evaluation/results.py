@@ -30,8 +30,9 @@ def summarize(
     baseline that learned from as many shots or, where there is none, from all training subjects.
 
     Args:
-        rows: the test scans of all folds; subjects, sites: [rows]. shuffled: int [rows], place of another subject's
-            scan among the rows, or -1. answers: by condition and shots, for each resample those of each fold.
+        rows: the test scans of all folds; subjects, sites: [rows]. shuffled: int [shuffles, rows], places of other
+            subjects' scans among the rows, or -1; metrics are means over them. answers: by condition and shots, for
+            each resample those of each fold.
     """
     found, failures = {}, {}
     for (name, shots), resamples in answers.items():
@@ -41,7 +42,7 @@ def summarize(
                 truth = labelled.truth if key != "expected" else labelled.numbers
                 found[name, shots, variant] = np.asarray(truth)[rows], [each[key] for each in merged]
         failures[name, shots, ""] = sum(int(each["failures"].sum()) for each in merged if "failures" in each)
-    has_other = shuffled >= 0
+    has_other = (shuffled >= 0).all(0)
     others = np.where(has_other, shuffled, 0)
     values = {key: distributions(statistics(truth, given, sites), subjects) for key, (truth, given) in found.items()}
     entries = []
@@ -54,7 +55,7 @@ def summarize(
             other, own = (
                 distributions({one: among(each, has_other) for one, each in measured.items()}, subjects)
                 for measured in (
-                    statistics(truth, [each[others] for each in given], sites),
+                    statistics(truth, [each[places] for each in given for places in others], sites),
                     statistics(truth, given, sites),
                 )
             )
@@ -73,13 +74,19 @@ def summarize(
                 "scans": len(truth),
                 "parse_failures": failures.get(key, 0),
                 "metrics": {
-                    comparison: {one: estimate(each) for one, each in measured.items()}
+                    comparison: {one: _estimate(one, each) for one, each in measured.items()}
                     for comparison, measured in comparisons.items()
                 },
                 "calibration": None if truth.dtype.kind == "f" else calibration_curve(truth, given),
             }
         )
     return {"sites_of_one_class": _sites_of_one_class(labelled, rows, sites), "conditions": entries}
+
+
+def _estimate(name: str, values: np.ndarray) -> dict:
+    found = estimate(values)
+    # in resamples, which hold some subjects twice, it is larger: their percentiles lie beside the estimate
+    return {**found, "interval": None} if name == "calibration_error" else found
 
 
 def _sites_of_one_class(labelled: Labelled, rows: np.ndarray, sites: np.ndarray | None) -> dict[str, str]:

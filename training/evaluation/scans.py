@@ -13,7 +13,7 @@ import torch
 from fmrilm.modeling_fmricodec import FmriCodecModel
 from fmrilm.processors import FmriLMFeatureExtractor
 
-from ..codec.metrics import codebook_results, decoded, fc_correlation, r_squared
+from ..codec.metrics import decoded, fc_correlation, r_squared
 from ..data.dataset import Scans, Windows, cut_windows, encode_items, encode_windows
 from ..data.tasks import Label, Task, labels_of
 from .ask import EncodedWindow
@@ -143,7 +143,7 @@ def pseudonyms(scans: EvaluationScans, rows: Sequence[int] | np.ndarray) -> dict
 def reconstruction_results(codec: FmriCodecModel, scans: EvaluationScans, rows: np.ndarray, show: bool) -> dict:
     """
     What the codes keep of these scans: R2 of the decoded signal and correlation of its connectivity, mean over
-    subjects with intervals; bits and codes in use. show: each subject under a pseudonym.
+    subjects with intervals; and bits. show: each subject under a pseudonym.
     """
     config, places = codec.config, np.flatnonzero(np.isin(scans.of_window, rows))
     signals: dict[str, list] = {}
@@ -159,13 +159,8 @@ def reconstruction_results(codec: FmriCodecModel, scans: EvaluationScans, rows: 
         }
         for one in signals
     ]
-    used = np.concatenate([scans.encoded[place].codes.ravel() for place in places])
-    results: dict[str, Any] = {
-        "bits_per_patch": config.tokens_per_patch * config.num_quantizers * float(np.log2(config.codebook_size)),
-        "codebook_size": config.codebook_size,
-        "codebook_used": len(np.unique(used)),
-        "perplexity": codebook_results([used[:, None]], config.codebook_size)["perplexity"][0],
-    }
+    bits = config.tokens_per_patch * config.num_quantizers * float(np.log2(config.codebook_size))
+    results: dict[str, Any] = {"bits_per_patch": bits}
     for name in ("r_squared", "fc_correlation"):
         values = np.array([np.nan if one[name] is None else one[name] for one in found])
         results[name] = bootstrap(lambda weights, values=values: mean(values, weights), np.arange(len(values)))

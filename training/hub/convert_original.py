@@ -25,8 +25,8 @@ from .model_folder import write_folder
 SCAN_FRAMES = 160
 # all its encoders have heads of this size; no tensor tells
 HEAD_DIM = 64
-# scale of LoRA in the official training code; no checkpoint of it holds it
-LORA_ALPHA = 16.0
+# scale of LoRA in the official training code, which no checkpoint of it holds: with GPT-2, and with others
+LORA_ALPHA = {"gpt2": 32.0, "": 16.0}
 # the last norm of an encoder, by the version of the official code that wrote the checkpoint
 LAYOUTS = {"norm": "december-2025", "ln_post": "released"}
 # names of our encoder and projector, and the official ones; $ is the encoder's prefix
@@ -48,26 +48,30 @@ omegaconf.base.ContainerMetadata omegaconf.base.Metadata omegaconf.dictconfig.Di
 omegaconf.listconfig.ListConfig omegaconf.nodes.AnyNode omegaconf.nodes.BooleanNode omegaconf.nodes.FloatNode
 omegaconf.nodes.IntegerNode omegaconf.nodes.StringNode pathlib.PosixPath typing.Any
 """.split()
-# the prompt of instruction tuning; `scan`, `chat_ml` and `scan_in_turn` are set in front of it
+# the prompt of instruction tuning; `scan`, `chat_ml` and `scan_in_turn` are set in front of it. The last text is the
+# question; texts before it (source of the scan, "### Description: ...") have lines of their own.
 CHAT_TEMPLATE = """\
 {%- set reply = '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' if chat_ml else '' -%}
 {%- for message in messages -%}
-    {%- set found = namespace(scans='', text='') -%}
+    {%- set found = namespace(scans='', before='', text='') -%}
     {%- if message['content'] is string -%}
         {%- set found.text = message['content'] -%}
     {%- else -%}
         {%- for block in message['content'] -%}
             {%- if block['type'] == 'fmri' -%}{%- set found.scans = found.scans + scan -%}
-            {%- else -%}{%- set found.text = found.text + block['text'] -%}{%- endif -%}
+            {%- else -%}
+                {%- if found.text -%}{%- set found.before = found.before + found.text + '\\n' -%}{%- endif -%}
+                {%- set found.text = block['text'] -%}
+            {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
     {%- if message['role'] == 'assistant' -%}
-        {{- reply -}}{%- generation -%}{{- found.text + eos_token -}}{%- endgeneration -%}{{- '\\n' -}}
+        {{- reply -}}{%- generation -%}{{- ' ' + (found.text | trim) + eos_token -}}{%- endgeneration -%}{{- '\\n' -}}
     {%- elif message['role'] == 'user' -%}
         {{- '' if scan_in_turn else found.scans -}}
         {{- '<|im_start|>user\\n' if chat_ml else '' -}}
         {{- found.scans if scan_in_turn else '' -}}
-        {{- '### Question: ' + found.text + '\\n### Answer:' -}}
+        {{- found.before + '### Question: ' + found.text + '\\n### Answer:' -}}
         {{- '<|im_end|>\\n' if chat_ml else '' -}}
     {%- else -%}
         {{- raise_exception('expected messages of user and assistant, got ' + message['role']) -}}
@@ -221,7 +225,7 @@ def convert_original(
             code holds them; the checkpoint does not.
         text_config: folder or Hub id of the language model it was made from, for configuration and tokenizer; the
             checkpoint's `lm_name` or `base_model` unless given.
-        lora_alpha: scale of the adapters; the checkpoint's own, else 16, unless given.
+        lora_alpha: scale of the adapters; the checkpoint's own, else 16 (GPT-2: 32), unless given.
         delimiters: write `<fmri>` and `</fmri>` around a scan; as the official configurations do (with ChatML alone)
             unless given.
         atlas: the ROIs of the checkpoint, if not the official 450.
@@ -234,19 +238,21 @@ def convert_original(
         raise ValueError("the checkpoint does not say which language model it was made from: give text_config")
     if lora_alpha is None:
         lora_alpha = setting(args, "lora_alpha")
-    lora_alpha = LORA_ALPHA if lora_alpha is None else float(lora_alpha)
     conversion = Conversion(tensors)
     sizes = conversion.sizes()
     # its 450 ROIs: the 50 of Tian S3 first, then Schaefer's 400
     atlas = Atlas.load("schaefer-400-tian-s3") if atlas is None else atlas
     if len(atlas) != sizes["num_rois"]:
         raise ValueError(f"the checkpoint knows {sizes['num_rois']} ROIs, expected an atlas of as many, got {atlas}")
+    backbone: Any = AutoConfig.from_pretrained(text_config)
+    usual = LORA_ALPHA.get(backbone.model_type, LORA_ALPHA[""])
+    lora_alpha = usual if lora_alpha is None else float(lora_alpha)
     tokenizer = AutoTokenizer.from_pretrained(text_config)
     tokenizer.add_special_tokens({"extra_special_tokens": [FMRI_PAD]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = FmriOriginalConfig(
-        text_config=AutoConfig.from_pretrained(text_config),
+        text_config=backbone,
         fmri_token_id=tokenizer.convert_tokens_to_ids(FMRI_PAD),
         median=median,
         iqr=iqr,
