@@ -80,7 +80,7 @@ def _answers(
     if tokenizer.chat_template is not None:
         chats = [[{"role": "user", "content": content}] for content in prompts]
         # models that can think aloud are not to
-        options = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+        options: Any = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
         prompts = tokenizer.apply_chat_template(chats, **options)
     inputs = tokenizer(
         prompts,

@@ -42,7 +42,7 @@ def summarize(
                 truth = labelled.truth if key != "expected" else labelled.numbers
                 found[name, shots, variant] = np.asarray(truth)[rows], [each[key] for each in merged]
         failures[name, shots, ""] = sum(int(each["failures"].sum()) for each in merged if "failures" in each)
-    has_other = (shuffled >= 0).all(0)
+    has_other: np.ndarray = np.all(shuffled >= 0, axis=0)
     others = np.where(has_other, shuffled, 0)
     values = {key: distributions(statistics(truth, given, sites), subjects) for key, (truth, given) in found.items()}
     entries = []
@@ -55,7 +55,7 @@ def summarize(
             other, own = (
                 distributions({one: among(each, has_other) for one, each in measured.items()}, subjects)
                 for measured in (
-                    statistics(truth, [each[places] for each in given for places in others], sites),
+                    statistics(truth, [each[order] for each in given for order in others], sites),
                     statistics(truth, given, sites),
                 )
             )
