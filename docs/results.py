@@ -310,7 +310,7 @@ SECTIONS = {
     "language.csv": Section(
         "Language kept",
         "Perplexity of held-out plain text (256 tokens of each document) by the backbone and by models of the release "
-        "recipe, of folds 0, 1, 2 and 4: `python benchmarks/language.py MODEL...`.",
+        "recipe, of the five folds: `python benchmarks/language.py MODEL...`.",
     ),
     "descriptors_reliability.csv": Section(
         "Descriptors: reliability",
