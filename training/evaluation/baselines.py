@@ -243,10 +243,10 @@ def ridge_probabilities(
     known = ~np.isnan(cross_fitted).any(1)
     there = np.unique(classes[known])
     if len(there) > 2:
-        mean, std = cross_fitted[known][:, there].mean(0), cross_fitted[known][:, there].std(0)
-        fitted = LogisticRegression().fit((cross_fitted[known][:, there] - mean) / std, classes[known])
+        columns = standardized(np.concatenate([cross_fitted[known], scores])[:, there], np.arange(known.sum()))
+        fitted = LogisticRegression().fit(columns[: known.sum()], classes[known])
         found = np.zeros((len(test), choices))
-        found[:, there] = fitted.predict_proba((scores[:, there] - mean) / std)
+        found[:, there] = fitted.predict_proba(columns[known.sum() :])
         return found
     if known.any():
         losses = -log_odds(cross_fitted[known], SLOPES)[:, np.arange(known.sum()), classes[known]].sum(-1)

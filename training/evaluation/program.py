@@ -27,7 +27,7 @@ from fmrilm.processors.descriptors.cohort import JSON_FILE, Cohort
 
 from ..data.dataset import Scans, load_scans
 from ..data.shards import content_version, keep_settings, write_arrays, write_whole
-from ..data.splits import Split, SplitArguments, k_fold, k_shot, split_scans
+from ..data.splits import Split, SplitArguments, k_fold, k_shot, split_rows
 from ..data.tasks import Task, labels_of, load_task, with_columns
 from ..trainer import half_precision
 from . import descriptors as descriptor_questions
@@ -229,10 +229,10 @@ def make_splits(
     if every_value:
         return _leave_out_each(scans, str(split.leave_out))
     if folds is None:
-        training, test = (set(part.table["subject"].astype(str)) for part in split_scans(scans, split))
-        parts = [np.flatnonzero(np.isin(subjects, sorted(part))) for part in (training, test)]
+        parts = split_rows(table, split)
         if not all(map(len, parts)):
-            raise ValueError(f"expected training and test subjects, got {len(training)} and {len(test)}")
+            counts = [len(set(subjects[part])) for part in parts]
+            raise ValueError(f"expected training and test subjects, got {counts[0]} and {counts[1]}")
         return [Split(*parts)]
     answers = np.full(len(table), "")
     if tasks and tasks[0].choices is not None and not tasks[0].per_session:
