@@ -141,7 +141,7 @@ SECTIONS = {
     "demo.csv": Section(
         "The demo",
         "What the demo's model reads in scans of held-out subjects and what its codec keeps, "
-        "as mean (lowest to highest) over seeds: `python benchmarks/demo.py runs/demo-seeds`.",
+        "as mean (lowest to highest) over seeds, at revision 9dbc8cb: `python benchmarks/demo.py runs/demo-seeds`.",
         by_condition,
     ),
     "people_baselines.csv": Section(
