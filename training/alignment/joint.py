@@ -149,7 +149,9 @@ def with_answers(
             if any(name.partition("=")[0] == task.name for name in names)
         ),
     ]
-    return wider.to(model.device).eval()
+    # not `wider.to`: transformers' decorator of it hides its arguments from a type checker
+    torch.nn.Module.to(wider, model.device)
+    return wider.eval()
 
 
 def answer_embeddings(
