@@ -1,9 +1,10 @@
 """
 What a model trained by the release recipe reads of subjects, beside baselines, in folds over the subjects.
 
-    python benchmarks/people.py baselines prepared-abide       # no language model: people_baselines.csv
     python benchmarks/people.py release prepared-abide         # trains a model for each fold: people_release.csv, and
                                                                # what it says of descriptors: people_descriptors.csv
+    python benchmarks/people.py release prepared-abide --sites --no-descriptors
+                                                               # sites that no model was trained on: people_sites.csv
     python benchmarks/people.py reading prepared-abide         # what their answers depend on: people_reading.csv
     python benchmarks/people.py another-study prepared-song    # what these models learn of a study that they have not
                                                                # seen, without an update: people_another_study.csv
@@ -13,9 +14,9 @@ What a model trained by the release recipe reads of subjects, beside baselines, 
                                                                # tuned on few subjects of each class for a task that
                                                                # the model was not trained on: people_new.csv
 
-An argument is a folder that `fmrilm prepare` wrote. Folds are stratified by site and the first task's answers; in
-"leave one site out", each site is tested once. Tables hold figures over all subjects, and no single answer. `reading`
-and `another-study` read the models that `release` left in runs/people.
+An argument is a folder that `fmrilm prepare` wrote. Folds are stratified by site and the first task's answers; with
+`--sites`, they are of whole sites. Tables hold figures over all subjects, and no single answer. `reading` and
+`another-study` read the models that `release` left in runs/people.
 """
 
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ import typer
 from demo import table as over_runs
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold
 
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMFeatureExtractor, FmriLMProcessor
@@ -39,7 +41,7 @@ from fmrilm.training.data.shards import write_whole
 from fmrilm.training.data.splits import Split, SplitArguments, split_scans
 from fmrilm.training.data.tasks import load_task, with_columns
 from fmrilm.training.evaluation.ask import EncodedWindow, score_windows
-from fmrilm.training.evaluation.baselines import Baselines, shuffles
+from fmrilm.training.evaluation.baselines import shuffles
 from fmrilm.training.evaluation.program import EvaluationSettings, evaluate, make_splits
 from fmrilm.training.evaluation.report import table
 from fmrilm.training.evaluation.results import FULL, summarize
@@ -50,13 +52,11 @@ from fmrilm.training.trainer import half_precision
 
 
 RESULTS = Path(__file__).parent / "results"
-BASELINES = ("majority", "covariates", "fc_ridge", "tangent_ridge")
 COLUMNS = "split task condition shots variant comparison metric value low high scans parse_failures".split()
 app = typer.Typer(add_completion=False)
 
 Data = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of `fmrilm prepare`.")]
 Tasks = Annotated[str, typer.Option(help="By comma; a task's label column after =.")]
-Seeds = Annotated[int, typer.Option(help="Fold seeds.")]
 DEFAULT_TASKS = "asd,sex,age,age_group"
 
 
@@ -75,15 +75,13 @@ def given_columns(names: str) -> list[str]:
     return [name for name in names.split(",") if "=" in name]
 
 
-def all_splits(scans: Scans, tasks: list, folds: int, seeds: int) -> dict[str, list[Split]]:
-    """Folds by seed, and each site left out in turn."""
-    found = {
-        f"{folds} folds, seed {seed}": make_splits(scans, SplitArguments(), folds, True, tasks, seed)
-        for seed in range(seeds)
-    }
-    if "site" in scans.table and scans.table["site"].nunique() > 1:
-        found["leave one site out"] = make_splits(scans, SplitArguments(leave_out="site"), None, True, tasks, 0)
-    return found
+def fold_splits(scans: Scans, tasks: list, folds: int, seed: int) -> list[Split]:
+    return make_splits(scans, SplitArguments(), folds, True, tasks, seed)
+
+
+def site_splits(scans: Scans, folds: int) -> list[Split]:
+    """All subjects of a site are in one fold; folds are of about equal size."""
+    return [Split(*rows) for rows in GroupKFold(folds).split(scans.table, groups=scans.table["site"].astype(str))]
 
 
 def pooled(scans: Scans, labelled: Labelled, splits: list[Split], answers: dict) -> dict:
@@ -106,39 +104,17 @@ def write(name: str, tables: list[pd.DataFrame], results: Path) -> None:
 
 
 @app.command()
-def baselines(
-    data: Data, tasks: Tasks = DEFAULT_TASKS, folds: int = 5, seeds: Seeds = 3, results: Path = RESULTS
-) -> None:
-    """Covariates, FC ridge and tangent ridge: every scan is tested once in the folds of each seed."""
-    scans, asked, tables = load_scans(data, FmriLMFeatureExtractor()), read_tasks(tasks), []
-    known = [Labelled.read(task, scans) for task in asked]
-    for name, splits in all_splits(scans, asked, folds, seeds).items():
-        answers: dict[str, dict] = {labelled.task.name: {} for labelled in known}
-        for split in splits:
-            # one for each fold: what it keeps is large
-            fitted = Baselines(scans, {})
-            for labelled in known:
-                for baseline in BASELINES:
-                    training, test = labelled.known(split.training), labelled.known(split.test)
-                    answer = fitted.answers(baseline, labelled, split.training, training, test)
-                    answers[labelled.task.name].setdefault((baseline, FULL), [[]])[0].append(answer)
-        found = {each.task.name: pooled(scans, each, splits, answers[each.task.name]) for each in known}
-        tables.append(table({"tasks": found}).assign(split=name))
-        write("baselines", tables, results)
-
-
-@app.command()
 def release(
     data: Annotated[list[Path], typer.Argument(exists=True, file_okay=False, help="Folders of `fmrilm prepare`.")],
     tasks: Tasks = DEFAULT_TASKS,
     folds: int = 5,
-    seeds: Seeds = 1,
+    seeds: Annotated[int, typer.Option(help="Fold seeds.")] = 1,
     shots: Annotated[str, typer.Option(help="Also tuned on so many subjects of each class, by comma.")] = "0",
     resamples: Annotated[int, typer.Option(help="Of the subjects that are tuned on.")] = 10,
     steps: Annotated[int, typer.Option(help="Updates of such tuning; 0: in closed form alone.")] = Tuning.steps,
     new: Annotated[str, typer.Option(help="Of the tasks, by comma, those that are not trained.")] = "",
     descriptors: Annotated[bool, typer.Option(help="Questions about descriptors, too.")] = True,
-    leave_one_site_out: bool = False,
+    sites: Annotated[bool, typer.Option("--sites", help="Folds of whole sites.")] = False,
     first: Annotated[int | None, typer.Option(help="Only the first folds of each seed, so many.")] = None,
     questions: Annotated[int, typer.Option(help="About descriptors, of each family, about each window.")] = 1,
     described: Annotated[int, typer.Option(help="Subjects whose scans are described in free text.")] = 24,
@@ -166,20 +142,19 @@ def release(
             raise ValueError(f"task {task.name!r}: expected its labels in one of the folders, got them in {count}")
     learned = [task.name for task in asked if task.name not in new.split(",")]
     known = [[Labelled.read(task, scans) for task in labelled_tasks(scans, asked)] for scans in folders]
-    wanted = [
-        all_splits(scans, [each.task for each in of_folder], folds, seeds)
-        for scans, of_folder in zip(folders, known, strict=True)
-    ]
+    wanted = {
+        f"{folds} folds of sites" if sites else f"{folds} folds, seed {seed}": [
+            site_splits(scans, folds) if sites else fold_splits(scans, [each.task for each in of_folder], folds, seed)
+            for scans, of_folder in zip(folders, known, strict=True)
+        ]
+        for seed in range(1 if sites else seeds)
+    }
     if new:
         known = [[each for each in of_folder if each.task.name not in learned] for of_folder in known]
-    suffix, runs = "new" if new else "release" if len(data) == 1 else "joint", []
-    # one site is left out of one folder
-    names = wanted[0] if len(data) == 1 else [f"{folds} folds, seed {seed}" for seed in range(seeds)]
-    for name in names:
-        if name == "leave one site out" and not leave_one_site_out:
-            continue
+    suffix, runs = "new" if new else "joint" if len(data) > 1 else "sites" if sites else "release", []
+    for name, of_folders in wanted.items():
         by_resample: dict[str, dict] = {each.task.name: {} for of_folder in known for each in of_folder}
-        splits = [of_folder[name][:first] for of_folder in wanted]
+        splits = [splits_of_folder[:first] for splits_of_folder in of_folders]
         for fold, of_fold in enumerate(zip(*splits, strict=True)):
             folder = work / name.replace(" ", "-").replace(",", "") / f"fold{fold}"
             model = train_release(

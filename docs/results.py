@@ -144,12 +144,6 @@ SECTIONS = {
         "as mean (lowest to highest) over seeds, at revision 9dbc8cb: `python benchmarks/demo.py runs/demo-seeds`.",
         by_condition,
     ),
-    "people_baselines.csv": Section(
-        "Labels of subjects: baselines",
-        "Sex, age and diagnosis of test subjects by baselines without a language model, with 95 % intervals over "
-        "subjects: `python benchmarks/people.py baselines PREPARED`.",
-        by_split,
-    ),
     "people_release.csv": Section(
         "Labels of subjects: the release recipe",
         "Sex, age and diagnosis of test subjects by models of the release recipe, one trained for each fold on the "
@@ -167,6 +161,13 @@ SECTIONS = {
         "with the state of each of SONG's recordings: `python benchmarks/people.py release PREPARED PREPARED --tasks "
         "asd,sex,age,age_group,state`.",
         lambda table: by_split(table, (*MAIN_METRICS, "accuracy")),
+    ),
+    "people_sites.csv": Section(
+        "Labels of subjects of other sites: the release recipe",
+        "The same, settings included, with folds of whole sites: codec, alignment, tuning and baselines have seen no "
+        "scan of the sites that they are tested on: `python benchmarks/people.py release PREPARED --sites "
+        "--no-descriptors`.",
+        by_split,
     ),
     "people_another_study.csv": Section(
         "States in another study, learned without an update",

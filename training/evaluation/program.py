@@ -459,7 +459,7 @@ class _Run:
         found = {}
         for task, values in zip(tasks, scored, strict=True):
             means = self._mean(places, values)
-            found[task.name] = means - np.logaddexp.reduce(means, axis=-1, keepdims=True)
+            found[task.name] = torch.log_softmax(torch.from_numpy(means), dim=-1).numpy()
         return found
 
     def _mean(self, places: np.ndarray, values: np.ndarray) -> np.ndarray:
