@@ -17,6 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from fmrilm.training.codec.fit import fit_summary, present
 from fmrilm.training.codec.metrics import codebook_results, fc_correlation, r_squared, retrieval_results
 from fmrilm.training.codec.program import describe
 from fmrilm.training.codec.program import main as train_codec
-from fmrilm.training.codec.text_embeddings import TextEmbeddings
+from fmrilm.training.codec.text_embeddings import embed_texts
 from fmrilm.training.data.dataset import Scans, cut_windows, encode_items, load_scans
 from fmrilm.training.data.shards import write_whole
 from fmrilm.training.data.splits import Split
@@ -453,7 +454,7 @@ def losses(folder: Path, folds: int, updates: int) -> None:
     regression of the descriptions' embeddings on scan features.
     """
     scans, rows = load(folder), []
-    texts = TextEmbeddings(*load_text_encoder())
+    texts = partial(embed_texts, *load_text_encoder())
     with tempfile.TemporaryDirectory() as scratch:
         for fold, (learned, held_out) in split(scans, folds):
             splits = write_splits(Path(scratch, "splits.csv"), [scans], [Split(learned, held_out)])

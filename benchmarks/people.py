@@ -156,7 +156,9 @@ def release(
         by_resample: dict[str, dict] = {each.task.name: {} for of_folder in known for each in of_folder}
         splits = [splits_of_folder[:first] for splits_of_folder in of_folders]
         for fold, of_fold in enumerate(zip(*splits, strict=True)):
-            folder = work / name.replace(" ", "-").replace(",", "") / f"fold{fold}"
+            # models of other data or tasks are others
+            place = name if suffix in ("release", "sites") else f"{name} {suffix}"
+            folder = work / place.replace(" ", "-").replace(",", "") / f"fold{fold}"
             model = train_release(
                 ReleaseArguments(
                     data=[str(each) for each in data],

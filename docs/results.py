@@ -317,25 +317,13 @@ SECTIONS = {
         "Descriptors: reliability",
         "Correlation of descriptors between the halves of a scan, and their mean difference between sessions and "
         "between subjects in standard deviations, as medians over the descriptors of a family: "
-        "`python benchmarks/descriptors.py reliability`.",
+        "`python benchmarks/descriptors.py`.",
         by_family,
     ),
     "descriptors_identification.csv": Section(
         "Descriptors: identification",
         "For how many scans the most similar first half, by descriptors, is the same scan's or the same subject's: "
-        "`python benchmarks/descriptors.py reliability`.",
-    ),
-    "descriptors_speed.csv": Section(
-        "Descriptors: speed",
-        "Cost of each family for a scan of 160 frames and 450 ROIs beside common libraries: "
-        "`python benchmarks/descriptors.py speed`.",
-    ),
-    "descriptors_throughput.csv": Section(
-        "Descriptors: throughput", "Scans described in a second: `python benchmarks/descriptors.py throughput`."
-    ),
-    "parcellation.csv": Section(
-        "Parcellation",
-        "Means of parcels of a volume beside nilearn's, file to series: `python benchmarks/parcellation.py`.",
+        "`python benchmarks/descriptors.py`.",
     ),
     "ask.csv": Section(
         "One question",
@@ -347,9 +335,6 @@ SECTIONS = {
         "Rates of one core",
         "Work done in a second of processor time, from which [scaling](scaling.md) is computed: "
         "`python benchmarks/rates.py`.",
-    ),
-    "load.csv": Section(
-        "Many clients", "The Space and the pipeline under load: `python benchmarks/load.py MODEL --seconds 120`."
     ),
     "attention.csv": Section(
         "Attention on a CPU",

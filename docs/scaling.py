@@ -67,7 +67,7 @@ MACHINES = (
     Machine("CPU, 16 cores", 16, 0, 1.0, "`--jobs 16`", "one process"),
     Machine("1 GPU, 16 cores", 16, 1, 1.0, "`--jobs 16`", "one process"),
     Machine("8 GPUs, 128 cores", 128, 8, 0.9, "`--jobs 128`", "`multi_process.yaml`, 8 processes"),
-    Machine("64 GPUs, 8 x 128 cores", 1024, 64, 0.8, "`--backend dask`", "`multi_process.yaml`, 64 on 8 machines"),
+    Machine("64 GPUs, 8 x 128 cores", 1024, 64, 0.8, "`--scheduler`", "`multi_process.yaml`, 64 on 8 machines"),
 )
 
 

@@ -706,28 +706,17 @@ class FmriLMForConditionalGeneration(FmriLMPreTrainedModel, GenerationMixin):
     def score_choices(self, inputs: dict[str, Any], choices: list[list[int]]) -> torch.Tensor:
         """
         Log-likelihood [batch, choices] of each allowed answer (token ids) after the prompts in `inputs`, which run
-        once; `answer_probabilities` makes probabilities of them. With a `past_key_values` (used up
-        here), `attention_mask` covers the cached tokens, too.
+        once; `answer_probabilities` makes probabilities of them. With a `past_key_values` (used up here), prompts are
+        of one length, and `attention_mask` covers the cached tokens, too.
         """
         inputs = dict(inputs)
         ids, past = inputs.pop("input_ids"), inputs.pop("past_key_values", None)
         (rows, length), device = ids.shape, ids.device
         mask = inputs.pop("attention_mask", torch.ones_like(ids)).long()
         cached, new = mask[:, : mask.shape[1] - length], mask[:, mask.shape[1] - length :]
-        lengths = new.sum(-1)
-        if past is not None and (lengths < length).any():
-            # padding behind cached tokens would count in windows and in biases by distance
-            scores = torch.zeros(rows, len(choices), device=device)
-            for count in lengths.unique().tolist():
-                group = (lengths == count).nonzero()[:, 0]
-                part = copy.deepcopy(past)
-                part.reorder_cache(group)
-                of_row = new[group].bool()
-                own = torch.cat([cached[group], torch.ones(len(group), count, device=device, dtype=mask.dtype)], -1)
-                part_ids = ids[group][of_row].view(len(group), count)
-                part_inputs = {"input_ids": part_ids, "attention_mask": own, "past_key_values": part}
-                scores[group] = self.score_choices({**inputs, **part_inputs}, choices)
-            return scores
+        if past is not None and not new.all():
+            # it would count in windows and in biases by distance
+            raise ValueError("expected prompts of one length behind cached tokens, got padding")
         # padding on the right would stand between a prompt and the answers
         order = new.argsort(dim=-1, stable=True)
         # what all answers begin with ("The sex is") runs with the prompt
@@ -908,8 +897,11 @@ def check_backbone(language_model: PreTrainedModel) -> None:
     hidden state is what its own head reads.
     """
     name = type(language_model).__name__
-    head = language_model.get_output_embeddings()
-    if head is None:
+
+    def refused(expected: str) -> ValueError:
+        return ValueError(f"{name} cannot be the backbone: expected {expected}")
+
+    if language_model.get_output_embeddings() is None:
         raise ValueError(f"expected a causal language model, got {name}, without a head")
     training = language_model.training
     language_model.eval()
@@ -926,21 +918,15 @@ def check_backbone(language_model: PreTrainedModel) -> None:
         rest = language_model(input_ids=ids[:, 3:], past_key_values=cache).logits if cache is not None else None
     # whatever a foreign model raises here, it is no backbone
     except Exception as error:
-        raise ValueError(
-            f"{name} cannot be the backbone: expected it to take inputs_embeds, got {type(error).__name__}: {error}"
-        ) from error
+        raise refused(f"it to take inputs_embeds, got {type(error).__name__}: {error}") from error
     finally:
         language_model.train(training)
     width = language_model.config.get_text_config().hidden_size
     if embeddings.shape[-1] != width or states.shape[-1] != width:
-        raise ValueError(
-            f"{name} cannot be the backbone: expected embeddings and states of hidden_size={width}, got "
-            f"{embeddings.shape[-1]} and {states.shape[-1]}"
-        )
+        found = f"{embeddings.shape[-1]} and {states.shape[-1]}"
+        raise refused(f"embeddings and states of hidden_size={width}, got {found}")
     if not torch.equal(states, outputs.hidden_states[-1]):
-        raise ValueError(
-            f"{name} cannot be the backbone: expected output_hidden_states to end with the last hidden state"
-        )
+        raise refused("output_hidden_states to end with the last hidden state")
     # kernels differ with the length
     near = 0.05 * of_words.abs().max()
     for expected, difference, limit in (
@@ -950,11 +936,9 @@ def check_backbone(language_model: PreTrainedModel) -> None:
         ("a cache that several tokens may follow", None if rest is None else of_words[:, 3:] - rest, near),
     ):
         if difference is None:
-            raise ValueError(f"{name} cannot be the backbone: expected {expected}, got none")
+            raise refused(f"{expected}, got none")
         if difference.abs().max() > limit:
-            raise ValueError(
-                f"{name} cannot be the backbone: expected {expected}, got a difference of {difference.abs().max():.2g}"
-            )
+            raise refused(f"{expected}, got a difference of {difference.abs().max():.2g}")
 
 
 # every save ships the code, so that a downloaded folder loads where this package is not installed

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, StackDataset
 from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
@@ -45,19 +45,6 @@ def is_many(fmri: Any) -> bool:
     """Whether it is a dataset, a generator or another collection of scans, and not one scan in itself."""
     one = isinstance(fmri, str | bytes | Mapping) or hasattr(fmri, "__array__")
     return isinstance(fmri, Dataset) or isinstance(fmri, Iterable) and not one
-
-
-class AskedScans(Dataset):
-    """Items {"fmri", "question"} of scans that have a length and an index, made when they are needed."""
-
-    def __init__(self, scans: Any, questions: Sequence[str]):
-        self.scans, self.questions = scans, questions
-
-    def __len__(self) -> int:
-        return len(self.scans)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"fmri": self.scans[index], "question": self.questions[index]}
 
 
 class FmriLMPipeline(Pipeline):
@@ -124,7 +111,7 @@ class FmriLMPipeline(Pipeline):
         questions = [question] * len(fmri) if isinstance(question, str) else list(question)
         if not len(fmri) or len(questions) != len(fmri):
             raise ValueError(f"expected as many questions as scans, got {len(questions)} for {len(fmri)} scans")
-        items = AskedScans(fmri, questions)
+        items: Any = StackDataset(fmri=fmri, question=questions)
         return super().__call__([items[row] for row in range(len(items))] if listed else items, **kwargs)
 
     def get_iterator(

@@ -243,6 +243,8 @@ class ScanReader:
         `num_samples`, [num_samples, frames, rois] sampled signals. A DataFrame gains `forecast`.
         """
         extractor = self.processor.feature_extractor
+        if (window := options.pop("window", "full")) != "full":
+            raise ValueError(f"expected window 'full', whose end a forecast follows, got {window!r}")
         features = extractor([scan], window="full", **options).to(self.model.device)
         frames = int(features["fmri_mask"].any(1).sum())
         kept = slice(max(0, frames - extractor.window_length), frames)

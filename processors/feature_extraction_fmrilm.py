@@ -446,12 +446,14 @@ def _agree(what: str, argument: Any, own: Any) -> Any:
     """The value that is given, once or twice alike; a scan's own value and the call's must not contradict."""
     if argument is None or own is None:
         return own if argument is None else argument
+    # as a checkpoint or a row of a dataset holds it
+    argument, own = (Atlas.from_dict(value) if isinstance(value, dict) else value for value in (argument, own))
     if isinstance(argument, str) != isinstance(own, str):
         # a name and an atlas of that name agree; the atlas has the ROIs
         argument, own = sorted((argument, own), key=lambda value: isinstance(value, str))
         same = argument.name == own
     else:
-        same = argument == own
+        same = argument.checksum == own.checksum if isinstance(argument, Atlas) else argument == own
     if not same:
         raise ValueError(f"{what} given twice and differently: {argument!r} and {own!r}")
     return argument

@@ -401,7 +401,9 @@ class FmriLMProcessor(ProcessorMixin):
                 # without a number of tokens, one is the placeholder of all
                 texts.append(self.scan_text(block.get("tokens") or 1))
             elif block["type"] == "text":
-                texts.append(block["text"] if special is None else mark_control_tokens(block["text"], special))
+                # none beside calls of tools
+                text = block["text"] or ""
+                texts.append(text if special is None else mark_control_tokens(text, special))
             else:
                 raise ValueError(f"expected a block of type text or fmri, got {block['type']}")
         return "".join(texts)

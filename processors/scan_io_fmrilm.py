@@ -436,6 +436,19 @@ def hemispheres(path: Path) -> tuple[Path, Path]:
     raise ValueError(f"{path.name}: expected a name with hemi-L, lh, L or their like, or a pair (left, right)")
 
 
+def _check_sides(left: str, right: str) -> None:
+    """ValueError if both names say their side, and are not those of the left and the right hemisphere of one scan."""
+    found = []
+    for name in (left, right):
+        for side, mark in (pair for marks in HEMISPHERE_MARKS for pair in enumerate(marks)):
+            rest, count = re.subn(rf"(?<![A-Za-z0-9]){mark}(?=[._-])", "", name, count=1)
+            if count:
+                found.append((side, rest))
+                break
+    if len(found) == 2 and (found[0][0] != 0 or found[1] != (1, found[0][1])):
+        raise ValueError(f"expected the left and the right hemisphere of one scan, got {left} and {right}")
+
+
 def _on_voxels(volumes: Volumes) -> Volumes | SurfaceSeries | RoiSeries:
     if not volumes.cifti:
         return volumes
@@ -473,6 +486,7 @@ def _structures(axis: Any) -> Iterator[Structure]:
 
 def _read_surface_pair(left: str | Path, right: str | Path) -> SurfaceSeries:
     """Series of both hemispheres, GIFTI or MGH: left hemisphere's vertices first."""
+    _check_sides(Path(left).name, Path(right).name)
     values, trs, structures, start = [], [], [], 0
     for side, path in zip(SIDES, (left, right), strict=True):
         vertices, tr = _read_hemisphere(Path(path))

@@ -165,9 +165,10 @@ def window_of(codes: list[list[int]]) -> int:
 
 def chats(rows: int = 8, statements: int = 1) -> Dataset:
     """Rows of stage 3 about descriptors."""
-    from fmrilm.training.sft.chats import Mixture, instruction_rows
+    from fmrilm.training.sft.chats import instruction_rows
+    from fmrilm.training.sft.program import SftArguments
 
-    mixture = Mixture(weights=[0.4, 0.3, 0.3], questions=2, statements=statements)
+    mixture = SftArguments(row_weights=[0.4, 0.3, 0.3], questions=2, statements=statements)
     return instruction_rows(random_examples(), [], rows, mixture, seed=0)
 
 

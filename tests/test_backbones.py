@@ -122,11 +122,14 @@ def test_choices_are_scored_as_by_uncached_runs(side: str, pair: tuple[PreTraine
     assert torch.allclose(scores, torch.stack(expected), atol=1e-3)
     # several questions about a scan that was read once, whose answers begin alike
     choices = [[21, 50, *choice] for choice in choices]
-    prefix, questions = ids(model, "a", LONG), [ids(model, "a longer question"), ids(model, "short")]
+    prefix, question = ids(model, "a", LONG), ids(model, "a longer question")
+    questions = [question, question.flip(-1)]
     cache = model(prefix, fmri_codes=codes(LONG), use_cache=True).past_key_values
     cache.reorder_cache(torch.zeros(2, dtype=torch.long))
-    inputs = pad(questions, side)
-    inputs["attention_mask"] = torch.cat([torch.ones_like(prefix).repeat(2, 1), inputs["attention_mask"]], -1)
+    inputs = {"input_ids": torch.cat(questions), "attention_mask": torch.ones(2, prefix.shape[1] + question.shape[1])}
+    padded = inputs["attention_mask"].index_fill(-1, torch.tensor([prefix.shape[1] if side == "left" else -1]), 0)
+    with pytest.raises(ValueError, match="prompts of one length behind cached tokens"):
+        model.score_choices({**inputs, "attention_mask": padded, "past_key_values": cache}, choices)
     scores = model.score_choices({**inputs, "past_key_values": cache}, choices)
     rows = [torch.cat([prefix, question], -1) for question in questions]
     expected = [choice_scores(model, row, codes(LONG), choices) for row in rows]

@@ -16,7 +16,8 @@ from fmrilm.processors.descriptors.text import REQUESTS as SCAN_REQUESTS
 from fmrilm.training.alignment.chats import alignment_rows, chat_dataset, scan_block, text_block, user
 from fmrilm.training.data.collator import RowCollator, encode_dataset
 from fmrilm.training.data.tasks import load_task, task_names
-from fmrilm.training.sft.chats import REQUESTS, Mixture, Turn, conversation, instruction_rows, task_turn
+from fmrilm.training.sft.chats import REQUESTS, Turn, conversation, instruction_rows, task_turn
+from fmrilm.training.sft.program import SftArguments
 from helpers import chats, random_examples, window_of
 
 
@@ -199,8 +200,8 @@ def corpus(scans: int = SCANS) -> list[dict]:
 
 
 def instructed(rows: list[dict], tasks, size: int, seed: int = 0, **mixture):
-    """Chats, and the levels that they are about. mixture: of `Mixture`."""
-    return instruction_rows(random_examples(len(rows), rows), tasks, size, Mixture(**mixture), seed)
+    """Chats, and the levels that they are about. mixture: of `SftArguments`."""
+    return instruction_rows(random_examples(len(rows), rows), tasks, size, SftArguments(**mixture), seed)
 
 
 def asked(row: dict) -> list[str]:
@@ -212,7 +213,7 @@ def test_answers_are_the_labels_and_levels_of_the_scan() -> None:
     rows = labelled()
     levels = random_examples(SCANS, rows).levels
     seen, stated = set(), 0
-    for chat in instructed(rows, list(TASKS.values()), 150, weights=[0.4, 0.4, 0.2], questions=4, label_share=0.6):
+    for chat in instructed(rows, list(TASKS.values()), 150, row_weights=[0.4, 0.4, 0.2], questions=4, label_share=0.6):
         row = rows[window_of(chat["codes"][0])]
         assert len(chat["codes"]) == 1 and chat["text"] is None
         stated += check_claims(chat, levels)
@@ -233,7 +234,7 @@ def test_answers_are_the_labels_and_levels_of_the_scan() -> None:
 def test_paradigms_come_with_their_weights_and_every_window_in_turn() -> None:
     weights, size = np.array([0.2, 0.5, 0.3]), 400
     tasks = [TASKS[name] for name in ("sex", "age", "ad")]
-    made = instructed(labelled(), tasks, size, weights=weights, questions=3)
+    made = instructed(labelled(), tasks, size, row_weights=weights, questions=3)
     counts = np.zeros(3)
     for chat in made:
         counts[2 if asked(chat)[0] in (*REQUESTS, *SCAN_REQUESTS) else int(len(asked(chat)) > 1)] += 1
@@ -246,11 +247,18 @@ def test_windows_without_anything_known_are_not_drawn() -> None:
     rows[2]["sex"] = None
     examples = random_examples(4, rows)
     examples.levels[:] = -1
-    mixture = Mixture(weights=[0.5, 0.2, 0.3])
+    mixture = SftArguments(row_weights=[0.5, 0.2, 0.3])
     drawn = instruction_rows(examples, [TASKS["sex"]], 12, mixture, seed=0)
     assert {window_of(chat["codes"][0]) for chat in drawn} == {0, 1, 3}
     with pytest.raises(ValueError, match="a window with a label or a question"):
         instruction_rows(examples, [], 12, mixture, seed=0)
+
+
+def test_alignment_takes_a_window_without_known_descriptors_alone() -> None:
+    examples = random_examples(4)
+    examples.levels[2] = -1
+    made = alignment_rows(examples, ["text"], 8, [0.5, 0.5, 0, 0], 2, 2, None, seed=0)
+    assert all(bool(row["messages"]) == (window_of(row["codes"][0]) != 2) for row in made)
 
 
 def test_chats_depend_on_the_seed_alone() -> None:
@@ -264,7 +272,7 @@ def test_chats_depend_on_the_seed_alone() -> None:
 def test_comparisons_of_a_corpus_come_last_with_their_own_scans() -> None:
     rows, tasks = corpus(), [TASKS["sex"], TASKS["age"]]
     compared = 0
-    for chat in instructed(rows, tasks, 200, weights=[0.3, 0.5, 0.2], questions=4):
+    for chat in instructed(rows, tasks, 200, row_weights=[0.3, 0.5, 0.2], questions=4):
         blocks = [[block["type"] for block in message["content"]].count("fmri") for message in chat["messages"][::2]]
         assert sum(blocks) == len(chat["codes"]) == len(chat["scores"])
         for place, (text, answer) in enumerate(zip(asked(chat), texts(chat)[1::2], strict=True)):
@@ -281,7 +289,7 @@ def test_comparisons_of_a_corpus_come_last_with_their_own_scans() -> None:
     assert compared > 20
     # one with a scan that is not there is left out
     without = [row for number, row in enumerate(rows) if number % 2]
-    made = instructed(without, [], 30, weights=[0, 1, 0], questions=4)
+    made = instructed(without, [], 30, row_weights=[0, 1, 0], questions=4)
     assert COMPARISON not in {question for chat in made for question in asked(chat)}
 
 
@@ -289,7 +297,7 @@ def test_known_labels_stand_before_other_questions() -> None:
     rows = labelled()
     told = 0
     tasks = [TASKS[name] for name in ("sex", "age", "age_group", "handedness")]
-    for chat in instructed(rows, tasks, 100, weights=[0.5, 0.5, 0], questions=2, label_share=1, covariate_share=1):
+    for chat in instructed(rows, tasks, 100, row_weights=[0.5, 0.5, 0], questions=2, label_share=1, covariate_share=1):
         row = rows[window_of(chat["codes"][0])]
         said = texts(chat)[0].split("\n")[:-1]
         columns = {OF_QUESTION[text].column for text in asked(chat) if text in OF_QUESTION}
@@ -324,7 +332,7 @@ def test_no_label_stands_before_its_question() -> None:
         row["description"] = "The amplitude is unknown." if number % 3 == 0 else told[number % len(told)]
     shares = {"label_share": 1, "source_share": 1, "covariate_share": 0.5, "description_share": 1}
     told_anything = 0
-    for chat in instructed(rows, list(TASKS.values()), 400, weights=[0.6, 0.3, 0.1], questions=3, **shares):
+    for chat in instructed(rows, list(TASKS.values()), 400, row_weights=[0.6, 0.3, 0.1], questions=3, **shares):
         before, _, question = texts(chat)[0].rpartition("\n")
         row = rows[window_of(chat["codes"][0])]
         about = [OF_QUESTION[text] for text in asked(chat) if text in OF_QUESTION]
@@ -361,7 +369,7 @@ def test_answers_do_not_tell_one_another() -> None:
     with pytest.raises(ValueError, match="no description of the scan before a question about its descriptors"):
         conversation([Turn("Is it low, typical or high?", "high")], [], "It is high.")
     shares = {"label_share": 0.7, "description_share": 1}
-    made = instructed(corpus(), [TASKS["sex"]], 100, weights=[0.5, 0.5, 0], questions=2, **shares)
+    made = instructed(corpus(), [TASKS["sex"]], 100, row_weights=[0.5, 0.5, 0], questions=2, **shares)
     described = [chat for chat in made if "The signal of scan" in texts(chat)[0]]
     assert described and all(text in OF_QUESTION for chat in described for text in asked(chat))
 
@@ -373,7 +381,7 @@ def test_source_sentence_leaves_out_what_tells_the_answer() -> None:
 
     def said(name: str, share: float = 1) -> list[str]:
         shares = {"label_share": 1, "source_share": share}
-        made = instructed(rows, [TASKS[name]], 60, weights=[1, 0, 0], questions=1, **shares)
+        made = instructed(rows, [TASKS[name]], 60, row_weights=[1, 0, 0], questions=1, **shares)
         return [texts(chat)[0].rpartition("\n")[0] for chat in made]
 
     names = ["The scan was taken in the study memory-clinic.", "The scan was taken in the study twins."]

@@ -119,7 +119,6 @@ def test_wrong_usage_has_a_code_of_its_own(tmp_path: Path) -> None:
     assert run("ask", tmp_path / "nowhere.npy", QUESTION).exit_code == 2
     assert run("ask").exit_code == 2
     assert run("train", "codec", "--config", tmp_path / "nowhere.yaml").exit_code == 2
-    assert run("prepare", tmp_path, tmp_path / "out", "--backend", "dask").exit_code == 2
 
 
 def test_info_tells_versions_and_devices() -> None:

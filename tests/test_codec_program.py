@@ -1,7 +1,6 @@
 """Stage 1: the fit in closed form, the program, and how training stops."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from fmrilm import FmriCodecConfig, FmriCodecModel
 from fmrilm.training.codec import program
 from fmrilm.training.codec.fit import fit_codec, fit_descriptor_head, fit_summary
 from fmrilm.training.codec.metrics import evaluate_codec, retrieval_results
-from fmrilm.training.codec.text_embeddings import TextEmbeddings
+from fmrilm.training.codec.text_embeddings import embed_texts
 from fmrilm.training.codec.trainer import CodecTrainingArguments
 from fmrilm.training.data.dataset import Scans, cut_windows
 from helpers import atlas, scans_of
@@ -164,9 +163,8 @@ def test_program_writes_a_codec_with_its_feature_extractor(program_folders: Path
 
 
 def test_program_trains_with_a_language_model_on_scans_shorter_than_a_window(
-    program_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program_folders: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(program, "TextEmbeddings", partial(TextEmbeddings, folder=tmp_path / "texts"))
     # without the language model's loss, training ends elsewhere
     for name, weight in (("with", 1.0), ("without", 0.0)):
         changes = {"alignment_weight": weight, "described_mixtures": 4, "window_length": 400, "mixtures": 0}
@@ -181,13 +179,12 @@ def test_program_trains_with_a_language_model_on_scans_shorter_than_a_window(
     assert not torch.equal(*trained)
 
 
-def test_each_scan_meets_the_embedding_of_its_own_text(make_language_model, tiny_tokenizer, tmp_path: Path) -> None:
-    embed = TextEmbeddings(make_language_model("llama", len(tiny_tokenizer)).model, tiny_tokenizer, tmp_path / "a")
-    alone = TextEmbeddings(embed.model, tiny_tokenizer, tmp_path / "b")
+def test_each_scan_meets_the_embedding_of_its_own_text(make_language_model, tiny_tokenizer) -> None:
+    model = make_language_model("llama", len(tiny_tokenizer)).model
     texts = ["A long text about the networks of a scan.", "A.", "Some words."]
-    together = embed(texts)
+    together = embed_texts(model, tiny_tokenizer, texts)
     for text, vector in zip(texts, together, strict=True):
-        np.testing.assert_allclose(alone([text])[0], vector, atol=1e-5)
+        np.testing.assert_allclose(embed_texts(model, tiny_tokenizer, [text])[0], vector, atol=1e-5)
     items = program.DescribedItems([{"signal": number} for number in range(3)], together, 5)
     assert len(items) == 5 and items[4]["signal"] == 1 and np.array_equal(items[4]["text_embedding"], together[1])
     found = retrieval_results(np.eye(4), np.eye(4))

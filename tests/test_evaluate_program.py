@@ -1,6 +1,5 @@
 """A model is evaluated on subjects it never learned from, beside baselines and a subject-shuffled control."""
 
-import copy
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from typer.testing import CliRunner
 from fmrilm.training.cli.main import app
 from fmrilm.training.data.splits import SplitArguments, held_out_subjects
 from fmrilm.training.data.tasks import Task, load_task, with_columns
-from fmrilm.training.evaluation import program, tuning
+from fmrilm.training.evaluation import program
 from fmrilm.training.evaluation.ask import score_windows
 from fmrilm.training.evaluation.program import EvaluationSettings, evaluate
 from fmrilm.training.evaluation.report import add_to_card, table
@@ -295,21 +294,23 @@ def test_tuning_in_closed_form_leaves_the_language_model_as_it_was(model, proces
     # a subject who is not among them is read, too
     choices = [own.encode_choices(GROUP.choice_words)]
     assert np.isfinite(score_windows(tuned, own, [encoded(model, 4, 9)], [GROUP.questions[0]], choices)[0]).all()
-    model.config.score_names, model.model.summary = [], None
-    with pytest.raises(ValueError, match="at least 1 step of tuning for a model without scores, got 0"):
-        tune(model, processor, GROUP, scans, labels, subjects, Tuning(0), seed=0)
 
 
-def test_every_scan_is_asked_about_before_any_again(model, processor) -> None:
-    scans, labels = [[encoded(model, 4, seed)] for seed in range(3)], ["a", "b", "a"]
-    _, examples = tuning.with_scores(model, copy.deepcopy(processor), GROUP, scans, labels, ["x", "y", "z"], seed=0)
-    rows = tuning.task_rows(GROUP, examples, 6, seed=0)
-    asked = [row["codes"][0] for row in rows]
-    of_scan = [scans_of[0].codes.tolist() for scans_of in scans]
-    assert sorted(asked[:3]) == sorted(asked[3:]) == sorted(of_scan)
-    for row in rows:
-        expected = GROUP.answer(labels[of_scan.index(row["codes"][0])])
-        assert row["messages"][1]["content"][0]["text"] == expected and len(row["scores"][0]) == 3
+def test_too_few_subjects_for_the_shots_are_noticed_before_anything_is_asked(cohort, saved, tasks, tmp_path) -> None:
+    settings = replace(FEW, conditions=("zero-shot", "majority"), shots=(0, 13))
+    with pytest.raises(ValueError, match="at least 13 training subjects with the answer 'younger' for so many shots"):
+        evaluate(saved, cohort, tmp_path / "out", tasks[:1], settings=settings)
+    assert evaluate(saved, cohort, tmp_path / "out", tasks[:1], settings=replace(settings, shots=(0, 2)))
+
+
+def test_a_site_of_one_subject_is_not_asked_about_descriptors(saved, tmp_path) -> None:
+    sites = [["one", "two"][row % 2] for row in range(SUBJECTS - 1)] + ["alone"]
+    data = write_cohort(tmp_path / "sites", site=sites)
+    each_site, quick = SplitArguments(leave_out="site"), EvaluationSettings.quick()
+    found = evaluate(
+        saved, data, tmp_path / "out", descriptors=True, split=each_site, new_subjects=True, settings=quick
+    )
+    assert found["descriptors"]["families"]["all"]["questions"] > 0 and found["data"]["test_subjects"] == [12, 11, 1]
 
 
 def test_command_prints_the_metrics_and_names_what_is_wrong(cohort, saved, tasks, tmp_path) -> None:

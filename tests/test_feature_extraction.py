@@ -381,6 +381,12 @@ def test_unfit_scan_is_refused(extractor, scan: Callable, arguments: dict, messa
         extractor(scan(), **arguments)
 
 
+def test_an_atlas_given_twice_alike_is_one(extractor, tiny_atlas) -> None:
+    scan = {"signal": bold(20), "tr": 2.0, "atlas": tiny_atlas.to_dict()}
+    for atlas in (tiny_atlas, tiny_atlas.to_dict(), "tiny"):
+        assert extractor([scan], atlas=atlas)["fmri_values"].shape == (1, 5, 16)
+
+
 @pytest.mark.parametrize("first", [[], [""], ["time"]])
 def test_rois_that_a_table_lacks_are_missing_up_to_a_share(
     extractor, tiny_atlas, signal, first: list[str], tmp_path, caplog

@@ -29,6 +29,12 @@ def fit(model: Model, scans: Scans, context: int, seed: int) -> np.ndarray:
     return fit_dynamics(model.model.dynamics, model.model.codec, scans, context, seed)
 
 
+def test_slow_scans_count_where_faster_ones_are_of_one_subject(llama: Model) -> None:
+    scans = waves(8, 60)
+    scans.table["tr"] = [2.5] * 7 + [2.0]
+    assert np.isfinite(fit(llama, scans, 40, seed=0)).all() and llama.model.dynamics.weights.abs().sum() > 0
+
+
 def test_autoregression_is_the_best_linear_prediction(llama: Model) -> None:
     dynamics = llama.model.dynamics
     size = dynamics.covariances.shape[-1]

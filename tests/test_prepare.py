@@ -452,5 +452,5 @@ def test_dask_cluster_gives_what_one_process_gives(table, tmp_path) -> None:
         n_workers=1, threads_per_worker=1, processes=True, dashboard_address=":0", local_directory=str(tmp_path)
     ) as cluster:
         address = cluster.scheduler_address
-        command(manifest, tmp_path / "two", "--atlas", table, "--backend", "dask", "--scheduler", address)
+        command(manifest, tmp_path / "two", "--atlas", table, "--scheduler", address)
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")

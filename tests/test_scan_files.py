@@ -436,6 +436,13 @@ def test_cifti_without_a_file_of_its_own_is_refused(tmp_path: Path) -> None:
 
 
 def test_hemispheres_of_two_scans_are_refused(tmp_path: Path) -> None:
+    for names in (
+        ("sub-1_hemi-L.gii", "sub-2_hemi-R.gii"),
+        ("sub-1_hemi-L.gii", "sub-2_hemi-L.gii"),
+        ("rh.gii", "lh.gii"),
+    ):
+        with pytest.raises(ValueError, match=f"right hemisphere of one scan, got {names[0]} and {names[1]}"):
+            read_scan([tmp_path / name for name in names])
     for mark, frames in (("lh", FRAMES), ("rh", FRAMES + 1)):
         write_gifti(tmp_path / f"{mark}.func.gii", noise(frames, 4), "NIFTI_INTENT_TIME_SERIES", TimeStep="2000.0")
     with pytest.raises(ValueError, match="hemispheres of one scan, got 5 frames at TR 2.0 and 6 at 2.0"):
@@ -495,7 +502,8 @@ def test_damaged_files_give_a_value_error_or_a_signal(
     if name == "sidecar.json":
         path = Path(shutil.copy(originals["a.npy"], path.with_suffix(".npy")))
     try:
-        scan = read_scan((path, originals[name]) if "lh" in name else path)
+        other = path.with_name(path.name.replace("lh", "rh"))
+        scan = read_scan((path, shutil.copy(originals[name], other)) if "lh" in name else path)
         signal = scan.values if hasattr(scan, "rois") else parcellate(scan, PARCELS, (1,))
     except ValueError:
         assert flips or cut

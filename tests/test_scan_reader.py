@@ -236,6 +236,9 @@ def test_forecast_follows_the_last_window(reader: ScanReader, scans: list[dict])
     assert np.allclose(reader.forecast({**scans[0], "signal": long}, 10), expected, atol=1e-5)
     assert [one.shape for one in reader.forecast(scans, 20)] == [(10, 5), (10, 7)]
     assert reader.forecast(scans[1], 20, num_samples=3).shape == (3, 10, 7)
+    assert reader.forecast(scans[1], 20, window="full").shape == (10, 7)
+    with pytest.raises(ValueError, match="window 'full'.*got 'first'"):
+        reader.forecast(scans[1], 20, window="first")
 
 
 def test_embedding_is_the_mean_state_of_the_scan(reader: ScanReader, scans: list[dict]) -> None:

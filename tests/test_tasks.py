@@ -110,6 +110,12 @@ def test_cuts_part_the_numbers_in_order(ages: list[float]) -> None:
     assert places == [sum(age >= cut for cut in task.cuts) for age in sorted(ages)]
 
 
+def test_labels_of_sessions_need_no_column_of_sessions() -> None:
+    assert labels_of(AGE, [{"subject": "a", "age": 30}, {"subject": "b", "age": 40}]) == [30, 40]
+    with pytest.raises(ValueError, match="one label for each session of a subject"):
+        labels_of(AGE, [{"subject": "a", "age": 30}, {"subject": "a", "age": 40}])
+
+
 # --- a task of one's own
 
 

@@ -7,27 +7,29 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from transformers import TrainingArguments
-from trl import ModelConfig, SFTConfig
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from .data.splits import SplitArguments
+from fmrilm.modeling_fmricodec import FmriCodecModel
+from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
+from fmrilm.processors.descriptors.cohort import Cohort
+from fmrilm.processors.descriptors.measures import CORE_MEASURES
 
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import BitsAndBytesConfig, Trainer
-
-    from fmrilm.modeling_fmricodec import FmriCodecModel
-    from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
-    from fmrilm.processors import FmriLMFeatureExtractor, FmriLMProcessor
-    from fmrilm.processors.descriptors.cohort import Cohort
-
-    from .alignment.examples import Examples
-    from .codec.program import CodecArguments
-    from .data.dataset import Scans
+from .alignment.examples import Examples
+from .alignment.joint import add_adapter
+from .checkpoints import output_folder
+from .data.collator import RowCollator, encode_dataset
+from .data.dataset import MixedWindows, Scans, cut_windows, encode_windows, load_scans
+from .data.splits import SplitArguments, split_scans
+from .hub.model_folder import load_model, write_folder
+from .trainer import half_precision
 
 
 NO_PACKING = (
@@ -41,7 +43,7 @@ BUCKETS_HELP = "group_by_length: rows of similar length in each step; random; or
 
 
 @dataclass
-class ScanArguments(SplitArguments):
+class DataArguments(SplitArguments):
     """Which scans are learned from."""
 
     data: list[str] = field(
@@ -54,6 +56,12 @@ class ScanArguments(SplitArguments):
     mixtures: int = field(
         default=0, metadata={"help": "Mixtures of windows to learn from beside the windows, where subjects are few."}
     )
+
+
+@dataclass
+class ScanArguments(DataArguments):
+    """What is said of the scans."""
+
     rows: int | None = field(
         default=None, metadata={"help": "Rows to draw; by default one for each window of the training scans."}
     )
@@ -129,10 +137,6 @@ def one_device(args: TrainingArguments) -> int:
 
 
 def _fit(args: TrainingArguments) -> None:
-    import torch
-
-    from .trainer import half_precision
-
     # transformers takes bfloat16 on a CPU only where the CPU is asked for
     args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
     # the collator reads columns that no model's signature names
@@ -142,15 +146,8 @@ def _fit(args: TrainingArguments) -> None:
         args.bf16 = not args.fp16 and half_precision("cpu" if device is None else device.type)
 
 
-def read_scans(
-    script_args: "ScanArguments | CodecArguments", extractor: "FmriLMFeatureExtractor"
-) -> tuple["Scans", "Scans"]:
+def read_scans(script_args: DataArguments, extractor: FmriLMFeatureExtractor) -> tuple[Scans, Scans]:
     """Training and held-out scans; extractor: that of the codec, which gets to know their atlases and parcels."""
-    from fmrilm.processors import Atlas
-
-    from .data.dataset import load_scans
-    from .data.splits import split_scans
-
     scans = load_scans(script_args.data, extractor)
     for name, atlas in scans.atlases.items():
         known = next((known for known in extractor.atlases if known["name"] == name), None)
@@ -163,13 +160,8 @@ def read_scans(
     return split_scans(scans, script_args)
 
 
-def fit_cohort(scans: "Scans", window_length: int, stride: int) -> "Cohort":
+def fit_cohort(scans: Scans, window_length: int, stride: int) -> Cohort:
     """Means and terciles of the core descriptors over the windows of training scans."""
-    from fmrilm.processors.descriptors.cohort import Cohort
-    from fmrilm.processors.descriptors.measures import CORE_MEASURES
-
-    from .data.dataset import cut_windows
-
     windows = cut_windows(scans, window_length, stride)
     return Cohort.fit(
         "the model's training subjects",
@@ -181,21 +173,16 @@ def fit_cohort(scans: "Scans", window_length: int, stride: int) -> "Cohort":
 
 
 def make_examples(
-    codec: "FmriCodecModel",
-    scans: "Scans",
-    cohort: "Cohort",
+    codec: FmriCodecModel,
+    scans: Scans,
+    cohort: Cohort,
     window_length: int,
     stride: int,
     cache: Path,
     mixtures: int = 0,
     seed: int = 0,
-) -> "Examples":
+) -> Examples:
     """Windows of the scans and mixtures of them, encoded once (see [`Examples`]); without scores."""
-    import numpy as np
-
-    from .alignment.examples import Examples
-    from .data.dataset import MixedWindows, cut_windows, encode_windows
-
     windows = cut_windows(scans, window_length, stride)
     encoded = encode_windows(codec, windows, cache)
     descriptors = windows.descriptors()
@@ -217,10 +204,8 @@ def make_examples(
     return Examples(codes, features, z_scores, levels, rows, np.zeros((len(codes), 0), np.float32))
 
 
-def quantization(model_args: ModelConfig) -> "BitsAndBytesConfig | None":
+def quantization(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     """How the language model's matrices are stored, for QLoRA."""
-    from trl import get_quantization_config
-
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -236,21 +221,16 @@ def quantization(model_args: ModelConfig) -> "BitsAndBytesConfig | None":
 
 
 def trainable(
-    model: "FmriLMForConditionalGeneration | PeftModel",
+    model: FmriLMForConditionalGeneration | PeftModel,
     model_args: ModelConfig,
     args: TrainingArguments,
-    rows: "Dataset",
-) -> "FmriLMForConditionalGeneration | PeftModel":
+    rows: Dataset,
+) -> FmriLMForConditionalGeneration | PeftModel:
     """
     The model as it is trained on `rows`: whole, or through a new adapter if `use_peft`, or through the one that it
     has. Its attention is that of `attn_implementation`; by default, in half precision on a CPU, the plain one where
     all rows are short: it is faster there than the library's kernel (`benchmarks/attention.py`).
     """
-    from peft import PeftModel
-    from trl import get_peft_config
-
-    from .alignment.joint import add_adapter
-
     attention = model_args.attn_implementation
     if attention is None and args.bf16 and args.use_cpu and max(rows["length"]) <= SHORT_ROW:
         attention = "eager"
@@ -262,12 +242,9 @@ def trainable(
 
 
 def keep_base(
-    model: "FmriLMForConditionalGeneration | PeftModel", cohort: "Cohort", args: TrainingArguments, last: Path | None
+    model: FmriLMForConditionalGeneration | PeftModel, cohort: Cohort, args: TrainingArguments, last: Path | None
 ) -> None:
     """Writes a model that is nowhere else to `base/` of a run that begins, for the run's adapters to name."""
-    from .checkpoints import output_folder
-    from .hub.model_folder import write_folder
-
     folder = output_folder(args) / "base"
     if last is None and args.should_save:
 
@@ -281,7 +258,7 @@ def keep_base(
 
 
 def train_and_save(
-    trainer: "Trainer",
+    trainer: Trainer,
     last: Path | None,
     write_more: Callable[[Path], None],
     finish: Callable[[Any], None] | None = None,
@@ -292,11 +269,6 @@ def train_and_save(
 
     write_more: adds to the model's folder. finish: changes the merged model before it is written.
     """
-    from peft import PeftModel
-
-    from .checkpoints import output_folder
-    from .hub.model_folder import load_model, write_folder
-
     processor: Any = trainer.processing_class
     output = output_folder(trainer.args)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -336,15 +308,14 @@ def give_memory_back() -> None:
 def on_rows(
     script_args: ScanArguments,
     training_args: TrainingArguments,
-    processor: "FmriLMProcessor",
-    training: "Examples",
-    test: "Examples | None",
-    draw: "Callable[[Examples, int, int], Dataset]",
+    processor: FmriLMProcessor,
+    training: Examples,
+    test: Examples | None,
+    draw: Callable[[Examples, int, int], Dataset],
 ) -> dict[str, Any]:
     """What a Trainer needs beside its model. draw: chats about windows of the examples, so many of them, by a seed."""
-    from .data.collator import RowCollator, encode_dataset
 
-    def rows(examples: "Examples", count: int, seed: int) -> "Dataset":
+    def rows(examples: Examples, count: int, seed: int) -> Dataset:
         return encode_dataset(draw(examples, count, seed), processor)
 
     return {

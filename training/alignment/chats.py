@@ -123,6 +123,9 @@ def alignment_rows(
     made = []
     for window in draw_rounds(len(examples), rows, rng):
         kind = rng.choice(4, p=weights)
+        if kind < 2 and not (examples.levels[window] >= 0).any():
+            # nothing is known of it
+            kind = 2
         if kind == 0:
             made.append(row_of(examples, [window], description_chat(examples, window, statements, paragraphs, rng)))
         elif kind == 1:

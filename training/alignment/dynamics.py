@@ -134,10 +134,13 @@ def fit_token_gains(
 
 
 def usable(scans: "Scans", repetition_time: float) -> np.ndarray:
-    """Rows of the scans that were not interpolated to the codec's repetition time, or of all if there are none."""
+    """
+    Rows of the scans that were not interpolated to the codec's repetition time, or of all where these are of fewer
+    than two subjects, of whom none can be left out.
+    """
     rows = np.arange(len(scans))
     fast = rows[scans.table["tr"].to_numpy(float) <= repetition_time + 1e-6] if "tr" in scans.table else rows
-    return fast if len(fast) else rows
+    return fast if scans.table["subject"].iloc[fast].nunique() > 1 else rows
 
 
 def contexts(signal: torch.Tensor, context: int, leads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:

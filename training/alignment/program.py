@@ -19,13 +19,36 @@ This is LoRA on the language model; the whole of it learns with `--use_peft fals
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..program import AlignmentTrainingArguments, ScanArguments, check_weights
+import numpy as np
+import torch
+from transformers import AutoFeatureExtractor, set_seed
+from trl import ModelConfig, TrlParser
 
+from fmrilm.modeling_fmricodec import FmriCodecModel
+from fmrilm.processors import FmriLMProcessor
 
-if TYPE_CHECKING:
-    from trl import ModelConfig, TrlParser
+from ..checkpoints import last_checkpoint, output_folder
+from ..hub.model_folder import load_model
+from ..program import (
+    AlignmentTrainingArguments,
+    ScanArguments,
+    check_weights,
+    fit_cohort,
+    keep_base,
+    make_examples,
+    on_rows,
+    read_scans,
+    train_and_save,
+    trainable,
+)
+from ..trainer import AlignmentTrainer
+from .chats import alignment_rows
+from .dynamics import fit_dynamics, fit_token_gains
+from .examples import fit_frequencies, fit_scores, read_scores, score_targets
+from .joint import join
+from .language_models import PACKAGED_MODEL, load_language_model
+from .plain_text import plain_texts
 
 
 @dataclass
@@ -50,28 +73,8 @@ def main(command_line: list[str] | None = None) -> Path:
     return align(script_args, training_args, model_args)
 
 
-def align(
-    script_args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: "ModelConfig"
-) -> Path:
+def align(script_args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig) -> Path:
     """Trains and writes the joint model's folder, which is returned. Rows are about training subjects alone."""
-    import numpy as np
-    import torch
-    from transformers import AutoFeatureExtractor, set_seed
-
-    from fmrilm.modeling_fmricodec import FmriCodecModel
-    from fmrilm.processors import FmriLMProcessor
-
-    from ..checkpoints import last_checkpoint, output_folder
-    from ..hub.model_folder import load_model
-    from ..program import fit_cohort, keep_base, make_examples, on_rows, read_scans, train_and_save, trainable
-    from ..trainer import AlignmentTrainer
-    from .chats import alignment_rows
-    from .dynamics import fit_dynamics, fit_token_gains
-    from .examples import fit_frequencies, fit_scores, read_scores, score_targets
-    from .joint import join
-    from .language_models import PACKAGED_MODEL, load_language_model
-    from .plain_text import plain_texts
-
     if script_args.codec is None:
         raise ValueError("expected codec, a folder or Hub id of a trained one, got none")
     if model_args.load_in_4bit or model_args.load_in_8bit:
@@ -130,9 +133,7 @@ def align(
     return train_and_save(trainer, last, cohort.save)
 
 
-def make_parser() -> "TrlParser":
-    from trl import ModelConfig, TrlParser
-
+def make_parser() -> TrlParser:
     # declared for a type of its own, which dataclasses are not
     return TrlParser((AlignmentArguments, AlignmentTrainingArguments, ModelConfig))  # pyright: ignore[reportArgumentType]
 

@@ -11,7 +11,6 @@ import typer
 from .options import (
     HELD_OUT_SHARE,
     AsJson,
-    Backend,
     HeldOutShare,
     Jobs,
     LeaveOut,
@@ -19,7 +18,6 @@ from .options import (
     Scheduler,
     ShardSize,
     Splits,
-    check_backend,
     print_json,
 )
 
@@ -71,14 +69,11 @@ def prepare(
         float, typer.Option(min=0, max=1, help="Largest share of its ROIs that a scan may lack; above it, it fails.")
     ] = 0.2,
     jobs: Jobs = 1,
-    backend: Backend = "local",
     scheduler: Scheduler = None,
     shard_size: ShardSize = 64,
     as_json: AsJson = False,
 ) -> None:
     """Turn scans into a dataset (Parquet) that `datasets.load_dataset` and training read; resumes where it stopped."""
-    check_backend(backend, scheduler)
-
     from ..data.prepare import FAILURES, Preparation
     from ..data.prepare import prepare as run
     from ..data.scan_sources import find_scans
@@ -122,14 +117,11 @@ def describe(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the wording and the questions.")] = 0,
     jobs: Jobs = 1,
-    backend: Backend = "local",
     scheduler: Scheduler = None,
     shard_size: ShardSize = 64,
     as_json: AsJson = False,
 ) -> None:
     """Turn a dataset of scans into a corpus: descriptors, descriptions and questions, split by subject."""
-    check_backend(backend, scheduler)
-
     from fmrilm.processors import Atlas
     from fmrilm.processors.descriptors.cohort import Cohort
 

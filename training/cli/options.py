@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -14,7 +14,6 @@ MODEL_VARIABLE = "FMRILM_MODEL"
 
 # work over many scans
 Jobs = Annotated[int, typer.Option(help="Processes on this machine; -1 for one per core.")]
-Backend = Annotated[Literal["local", "dask"], typer.Option(help="Where to work.")]
 Scheduler = Annotated[str | None, typer.Option(help="Address of the Dask scheduler.")]
 ShardSize = Annotated[int, typer.Option(min=1, help="Scans per Parquet file.")]
 
@@ -75,12 +74,6 @@ def let_threads_sleep() -> None:
     """
     if not any(name in os.environ for name in WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
-
-def check_backend(backend: str, scheduler: str | None) -> None:
-    """Wrong usage, if one of the two is given without the other."""
-    if (backend == "dask") != (scheduler is not None):
-        raise typer.BadParameter("--backend dask and --scheduler go together")
 
 
 def print_json(values: dict[str, Any]) -> None:

@@ -5,7 +5,9 @@ As a program: `python -m fmrilm.training.codec.program --config codec.yaml`, or 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,26 +25,19 @@ from fmrilm.processors.descriptors.text import description
 from ..alignment.language_models import load_text_encoder
 from ..checkpoints import last_checkpoint, output_folder
 from ..data.dataset import MixedWindows, Scans, collate_signals, cut_windows
-from ..data.splits import SplitArguments
 from ..hub.model_folder import write_folder
-from ..program import fit_cohort, make_examples, read_scans
+from ..program import DataArguments, fit_cohort, make_examples, read_scans
 from .fit import fit_codec, fit_descriptor_head, fit_summary
 from .metrics import evaluate_codec
-from .text_embeddings import TextEmbeddings
+from .text_embeddings import embed_texts
 from .trainer import CodecTrainer, CodecTrainingArguments
 
 
 @dataclass
-class CodecArguments(SplitArguments):
-    """What is fitted and trained, and on what."""
+class CodecArguments(DataArguments):
+    """What is fitted and trained."""
 
-    data: list[str] = field(default_factory=list, metadata={"help": "Folders that `fmrilm prepare` wrote."})
     window_length: int = field(default=160, metadata={"help": "Frames of an example."})
-    window_stride: int = field(default=80, metadata={"help": "Frames from one window of a scan to the next."})
-    mixtures: int = field(
-        default=0,
-        metadata={"help": "Mixtures of windows that descriptors are read from beside the windows, for few subjects."},
-    )
     size: str | None = field(
         default=None, metadata={"help": "Transformers added to the linear maps: tiny, small, base or large; or none."}
     )
@@ -118,7 +113,7 @@ def build_trainer(
     items: list[dict[str, Any]],
     args: CodecArguments,
     training_args: CodecTrainingArguments,
-    texts: TextEmbeddings | None,
+    texts: Callable[[list[str]], np.ndarray] | None,
 ) -> CodecTrainer:
     """On mixtures of training scans, with descriptions embedded where there is a language model."""
     size = training_args.max_steps * training_args.train_batch_size * training_args.world_size
@@ -150,7 +145,7 @@ def main(command_line: list[str] | None = None) -> None:
     extractor = FmriLMFeatureExtractor(patch_length=args.patch_length, window_length=args.window_length)
     training, held_out = read_scans(args, extractor)
     cohort = fit_cohort(training, args.window_length, args.window_stride)
-    texts = TextEmbeddings(*load_text_encoder(args.language_model)) if args.language_model else None
+    texts = partial(embed_texts, *load_text_encoder(args.language_model)) if args.language_model else None
     # not in every model's configuration: some project their last hidden states
     width = None if texts is None else texts(["A scan."]).shape[1]
     model = FmriCodecModel(codec_config(args, training, width)).eval()

@@ -20,6 +20,7 @@ from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, describe
 from fmrilm.processors.descriptors.networks import membership
+from fmrilm.processors.scan_io_fmrilm import warn_once
 
 from .scan_sources import one_name_each
 from .shards import content_version, read_atlases, write_arrays
@@ -111,6 +112,13 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
     table["subject"] = one_name_each(table["subject"])
     # the parts of an atlas come in the order of their tables
     table["row"] = table.groupby("atlas").cumcount()
+    short = table["frames"] < extractor.patch_length
+    if short.all():
+        raise ValueError(f"expected scans of at least a patch, {extractor.patch_length} frames, got none")
+    if short.any():
+        warn_once(f"{short.sum()} scans of less than a patch, {extractor.patch_length} frames, are left out")
+        table = table[~short].reset_index(drop=True)
+        atlases = {name: atlases[name] for name in table["atlas"].unique()}
     return Scans(parts, table, atlases, extractor.patch_length)
 
 

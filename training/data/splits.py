@@ -136,13 +136,26 @@ def _listed(names: Sequence[str]) -> str:
 def _with_value(table: Any, condition: str) -> np.ndarray:
     """Rows with COLUMN=VALUE, bool [rows]."""
     column, equals, value = condition.partition("=")
-    if not equals or column not in table:
+    if not equals:
         raise ValueError(f"expected COLUMN=VALUE of a column out of {', '.join(table)}, got {condition!r}")
-    chosen = table[column].astype(str) == value
+    cells = values_of(table, column)
+    chosen = cells == value
     if not chosen.any():
-        values = sorted(table[column].dropna().astype(str).unique())
-        raise ValueError(f"expected a value of {column!r} out of {_listed(values)}, got {value!r}")
+        raise ValueError(
+            f"expected a value of {column!r} out of {_listed(sorted(cells.dropna().unique()))}, got {value!r}"
+        )
     return chosen.to_numpy()
+
+
+def values_of(table: Any, column: str) -> Any:
+    """Cells of a column as text, None where empty: whole numbers without a point, as pandas makes of them."""
+    if column not in table:
+        raise ValueError(f"expected a column out of {', '.join(table)} to leave out values of, got {column!r}")
+
+    def shown(cell: Any) -> str:
+        return f"{cell:.0f}" if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+    return table[column].map(shown, na_action="ignore")
 
 
 def subject_folds(subjects: Sequence[str] | np.ndarray, seed: int) -> np.ndarray:

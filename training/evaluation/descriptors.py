@@ -20,6 +20,7 @@ from fmrilm.processors import FmriLMProcessor
 from fmrilm.processors.descriptors.cohort import LEVELS, QUANTILES, Cohort
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import REQUESTS, description, family, parse, question
+from fmrilm.processors.scan_io_fmrilm import warn_once
 
 from ..data.splits import Split
 from ..ridge import cross_fitted_ridge
@@ -69,8 +70,11 @@ def ask_descriptors(
     cohort: Cohort,
     per_family: int,
     seed: int,
-) -> Answered:
-    """Questions about every window of the test scans; those of one group are asked the same."""
+) -> list[Answered]:
+    """
+    Questions about every window of the test scans, by group, each of which is asked the same; groups of one subject,
+    beside whom there is no other one to compare with, are left out.
+    """
     rng = np.random.default_rng(seed)
     descriptors = scans.descriptors
     labels = cohort.levels(descriptors)
@@ -86,7 +90,8 @@ def ask_descriptors(
         _, first = np.unique(subjects[others], return_index=True)
         others = rng.permutation(others[first])[: max(0, OTHERS + 1 - len(set(subjects[own])))]
         if len({*subjects[own], *subjects[others]}) < 2:
-            raise ValueError(f"expected another subject of site and atlas {group!r} for the subject-shuffled control")
+            warn_once(f"descriptors: no subject but one in {str(group)!r} (site and atlas): not asked about")
+            continue
         asked = choose_questions(labels[own[0]], per_family, rng)
         noise = encode_noise(model.model.codec, scans.windows, own[:NOISE_WINDOWS].tolist(), seed)
         windows = [*(scans.encoded[place] for place in (*own, *others)), *noise]
@@ -116,11 +121,13 @@ def ask_descriptors(
         known = window, place = np.nonzero(truth >= 0)
         shares = {name: shares[known] for name, shares in by_condition.items()}
         parts.append(Answered(subjects[own][window], own[window], asked[place], truth[known], shares, chances[known]))
-    return joined(parts)
+    return parts
 
 
 def joined(parts: Sequence[Answered]) -> Answered:
     """The rows of all parts."""
+    if not parts:
+        raise ValueError("expected a site and atlas with two subjects to ask about descriptors, got none")
     names = ("subjects", "windows", "descriptors", "truth", "probabilities")
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     shares = {name: np.concatenate([part.shares[name] for part in parts]) for name in CONDITIONS}

@@ -145,13 +145,10 @@ def calibration_error(truth: np.ndarray, probabilities: np.ndarray, weights: np.
     """
     confidence = probabilities.max(-1)
     gap = (probabilities.argmax(-1) == truth) - confidence
-    members = calibration_bins(confidence)[:, None] == np.arange(CALIBRATION_BINS)
+    # closed below
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    members = bins[:, None] == np.arange(CALIBRATION_BINS)
     return _ratio(np.abs(weights @ (members * gap[:, None])).sum(-1), weights.sum(-1))
-
-
-def calibration_bins(confidence: np.ndarray) -> np.ndarray:
-    """The bin int [rows] of each probability; bins are closed below."""
-    return np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
 
 
 def mean_absolute_error(truth: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -197,21 +194,6 @@ def statistics(
             lambda truth, each, weights: within_site_auc(truth, each, sites, weights)
         )
     return found
-
-
-def calibration_curve(truth: np.ndarray, answers: Sequence[np.ndarray]) -> list[dict]:
-    """Share of right answers among those of about the same probability; arguments as in `statistics`."""
-    confidence = np.concatenate([each.max(-1) for each in answers])
-    right = np.concatenate([each.argmax(-1) == truth for each in answers])
-    bins = calibration_bins(confidence)
-    return [
-        {
-            "answers": int((bins == place).sum()),
-            "probability": float(confidence[bins == place].mean()),
-            "right": float(right[bins == place].mean()),
-        }
-        for place in np.unique(bins)
-    ]
 
 
 def among(statistic: Statistic, rows: np.ndarray) -> Statistic:

@@ -13,7 +13,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fmrilm.processors.descriptors.cohort import JSON_FILE, Cohort
 
 from ..data.dataset import Scans, load_scans
 from ..data.shards import content_version, keep_settings, write_arrays, write_whole
-from ..data.splits import Split, SplitArguments, k_fold, k_shot, split_rows
+from ..data.splits import Split, SplitArguments, k_fold, k_shot, split_rows, values_of
 from ..data.tasks import Task, labels_of, load_task, with_columns
 from ..trainer import half_precision
 from . import descriptors as descriptor_questions
@@ -138,6 +138,8 @@ def evaluate(
     cohort = Cohort.load(model_folder) if descriptors else None
     scans = load_scans(data, processor.feature_extractor)
     splits = make_splits(scans, split, folds, new_subjects, loaded, settings.seed)
+    for task in loaded:
+        check_shots(Labelled.read(task, scans), scans, splits, settings)
     # after all that can be refused
     keep_settings(
         output / SETTINGS,
@@ -157,6 +159,22 @@ def evaluate(
     results["data"]["dataset"] = data.resolve().name
     write_report(results, output)
     return results
+
+
+def check_shots(labelled: Labelled, scans: Scans, splits: Sequence[Split], settings: EvaluationSettings) -> None:
+    """ValueError if a fold has fewer training subjects with an answer than a condition is to learn from."""
+    counts = [shots for _, shots, _ in settings.asked(labelled.task) if shots != FULL]
+    most = max(map(int, counts), default=0)
+    subjects = scans.table["subject"].astype(str).to_numpy()
+    for split in splits if most else ():
+        rows = labelled.known(split.training)
+        for answer, word in enumerate(labelled.task.choice_words):
+            count = len(set(subjects[rows[labelled.truth[rows] == answer]]))
+            if 0 < count < most:
+                raise ValueError(
+                    f"task {labelled.task.name!r}: expected at least {most} training subjects with the answer "
+                    f"{word!r} for so many shots, got {count}"
+                )
 
 
 def _weights_version(folder: Path) -> str:
@@ -227,7 +245,12 @@ def make_splits(
             "subjects, say so (new_subjects)"
         )
     if every_value:
-        return _leave_out_each(scans, str(split.leave_out))
+        column = str(split.leave_out)
+        values = values_of(table, column).dropna().unique()
+        if len(values) < 2:
+            raise ValueError(f"expected at least 2 values of {column!r} to leave out in turn, got {len(values)}")
+        each = [replace(split, leave_out=f"{column}={value}") for value in values]
+        return [Split(*split_rows(table, one)) for one in each]
     if folds is None:
         parts = split_rows(table, split)
         if not all(map(len, parts)):
@@ -247,21 +270,6 @@ def make_splits(
         if np.bincount(classes).min() >= folds:
             return list(k_fold(subjects, classes[whose], folds, seed))
     return list(k_fold(subjects, None, folds, seed))
-
-
-def _leave_out_each(scans: Scans, column: str) -> list[Split]:
-    if column not in scans.table:
-        raise ValueError(f"expected a column to leave out values of, among {', '.join(scans.table)}, got {column!r}")
-    values = scans.table[column].to_numpy()
-    subjects = scans.table["subject"].astype(str).to_numpy()
-    splits = []
-    for value in scans.table[column].dropna().unique():
-        test = np.flatnonzero(values == value)
-        # a subject with scans of two values is not learned from while one of them is left out
-        splits.append(Split(np.flatnonzero(~np.isin(subjects, subjects[test])), test))
-    if len(splits) < 2:
-        raise ValueError(f"expected at least 2 values of {column!r} to leave out in turn, got {len(splits)}")
-    return splits
 
 
 @dataclass(frozen=True)
@@ -299,10 +307,11 @@ class _Run:
         settings, scans = self.settings, self.scans
         answered = descriptor_questions.joined(
             [
-                descriptor_questions.ask_descriptors(
+                part
+                for split in self.splits
+                for part in descriptor_questions.ask_descriptors(
                     self.model, self.processor, scans, split, cohort, settings.questions_per_family, settings.seed
                 )
-                for split in self.splits
             ]
         )
         results = descriptor_questions.question_results(answered, settings.seed)

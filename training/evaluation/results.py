@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .baselines import BASELINES
-from .metrics import among, calibration_curve, distributions, estimate, statistics
+from .metrics import among, distributions, estimate, statistics
 from .scans import Labelled
 
 
@@ -77,7 +77,6 @@ def summarize(
                     comparison: {one: _estimate(one, each) for one, each in measured.items()}
                     for comparison, measured in comparisons.items()
                 },
-                "calibration": None if truth.dtype.kind == "f" else calibration_curve(truth, given),
             }
         )
     return {"sites_of_one_class": _sites_of_one_class(labelled, rows, sites), "conditions": entries}

@@ -17,7 +17,6 @@ from peft import PeftModel
 from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
 
-from ..alignment.chats import assistant, chat_dataset, draw_rounds, row_of, scan_block, text_block, user
 from ..alignment.examples import Examples, fit_scores, score_targets
 from ..alignment.joint import add_lora, with_answers
 from ..data.collator import RowCollator, encode_dataset
@@ -52,24 +51,16 @@ def tune(
 ) -> tuple[FmriLMForConditionalGeneration, FmriLMProcessor]:
     """
     A tuned copy of the model, and of the processor with the summary tokens of the task. scans: windows of each
-    training scan; labels: cells of the task's column. A model without scores learns the labels themselves: each scan
-    is asked about as often as any other, about a window and in a wording drawn anew each time. ValueError without
-    steps for such a model.
+    training scan; labels: cells of the task's column.
     """
     torch.manual_seed(seed)
     processor, count = copy.deepcopy(processor), tuning.steps * tuning.rows_per_step
     tuned, examples = with_scores(model, processor, task, scans, labels, subjects, seed)
     names = tuned.config.score_names
-    if not (names or tuning.steps):
-        raise ValueError("expected at least 1 step of tuning for a model without scores, got 0")
-    readings = [Reading.fit(task, examples, names)] if names else []
+    readings = [Reading.fit(task, examples, names)]
     if tuning.steps:
         per_patch = tuned.config.codec_config.tokens_per_patch
-        rows = (
-            reading_rows(examples, names, readings, count, per_patch, seed, descriptors=0)
-            if names
-            else task_rows(task, examples, count, seed)
-        )
+        rows = reading_rows(examples, names, readings, count, per_patch, seed, descriptors=0)
         tuned = _on_rows(tuned, processor, rows, tuning, seed)
     kept = [known for known in tuned.config.calibrations or () if not set(task.questions) & set(known["questions"])]
     found = fit_calibrations(tuned, processor, examples, readings, seed, descriptors=False)
@@ -138,26 +129,8 @@ def with_scores(
         ],
         scores=nothing,
     )
-    if model.model.summary is None:
-        return copy.deepcopy(model), examples
     names, targets = score_targets(examples, [], [task])
     new = [name for name in names if name not in model.config.score_names]
     tuned = with_answers(model, processor, [task], new) if new else copy.deepcopy(model)
     examples, _ = fit_scores(tuned, examples, names, targets, seed)
     return tuned, examples
-
-
-def task_rows(task: Task, examples: Examples, rows: int, seed: int) -> Dataset:
-    """Chats with one window, one question and its answer; every scan comes once before any comes again."""
-    rng = np.random.default_rng(seed)
-    of_scan: dict[int, list[int]] = {}
-    for window, row in enumerate(examples.rows):
-        of_scan.setdefault(row["scan"], []).append(window)
-    made, scans = [], list(of_scan)
-    for place in draw_rounds(len(scans), rows, rng):
-        windows = of_scan[scans[place]]
-        window = int(windows[rng.integers(len(windows))])
-        question = task.questions[rng.integers(len(task.questions))]
-        answer = task.answer(examples.rows[window][task.column])
-        made.append(row_of(examples, [window], [user(scan_block(), text_block(question)), assistant(answer)]))
-    return chat_dataset(made)

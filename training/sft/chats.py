@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
@@ -30,6 +30,10 @@ from ..alignment.chats import (
 )
 from ..alignment.examples import Examples
 from ..data.tasks import Label, Rows, Task, column_names, column_of, labels_of, load_task
+
+
+if TYPE_CHECKING:
+    from .program import SftArguments
 
 
 REQUESTS = (
@@ -100,39 +104,20 @@ def conversation(turns: Sequence[Turn], said: Sequence[str] = (), description: s
     return messages
 
 
-@dataclass(frozen=True)
-class Mixture:
+def instruction_rows(
+    examples: Examples, tasks: Sequence[Task], rows: int, mixture: "SftArguments", seed: int
+) -> Dataset:
     """
-    What chats of stage 3 are about.
-
-    weights: of one question, several of them, and an open-ended request. questions: most of them in one chat.
-    label_share: of the chats of scans with labels that ask for these; the others ask about descriptors alone.
-    source_share: of the chats that begin with what is known of the study: its name (the row's site), the range of its
-    subjects' ages, what the task says itself (`Task.about`); without that which would tell an answer.
-    covariate_share: of the chats about labels that begin with known labels of other tasks ("The person's sex is
-    female."). description_share: of those that begin with the scan's description, where a corpus has one that tells
-    no answer. statements, paragraphs: of descriptions.
+    Stage 3: `rows` chats. Every window comes once before any comes again; one without a question never does. What
+    stands before the questions of a chat, of the study, other labels or a description, tells no answer.
     """
-
-    weights: Sequence[float] = (0.1, 0.8, 0.1)
-    questions: int = 6
-    label_share: float = 0.5
-    source_share: float = 0.0
-    covariate_share: float = 0.0
-    description_share: float = 0.0
-    statements: int = 8
-    paragraphs: int | None = 2
-
-
-def instruction_rows(examples: Examples, tasks: Sequence[Task], rows: int, mixture: Mixture, seed: int) -> Dataset:
-    """Stage 3: `rows` chats. Every window comes once before any comes again; one without a question never does."""
     chats = ScanChats(examples, tasks, mixture)
     if not len(chats.known):
         raise ValueError(f"expected a window with a label or a question, got none among {len(examples)}")
     rng = np.random.default_rng(seed)
     made = []
     for place in draw_rounds(len(chats.known), rows, rng):
-        paradigm = rng.choice(3, p=mixture.weights)
+        paradigm = rng.choice(3, p=mixture.row_weights)
         made.append(chats.chat(chats.known[place], paradigm, rng))
     return chat_dataset(made)
 
@@ -140,7 +125,7 @@ def instruction_rows(examples: Examples, tasks: Sequence[Task], rows: int, mixtu
 class ScanChats:
     """What is known of each window's scan, and chats about it."""
 
-    def __init__(self, examples: Examples, tasks: Sequence[Task], mixture: Mixture):
+    def __init__(self, examples: Examples, tasks: Sequence[Task], mixture: "SftArguments"):
         self.examples, self.mixture = examples, mixture
         # held-out subjects may all have one
         labels = [labels_of(task, examples.rows, least=0) for task in tasks]

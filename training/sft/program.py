@@ -20,13 +20,43 @@ packaged tasks, or YAML files of your own.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..program import FmriLMSFTConfig, ScanArguments, TaskArguments, check_weights
+import numpy as np
+import torch
+from datasets import concatenate_datasets
+from peft import PeftModel
+from transformers import set_seed
+from trl import ModelConfig, TrlParser
 
+from fmrilm.processors import FmriLMProcessor
+from fmrilm.processors.descriptors.cohort import Cohort
+from fmrilm.scan_reader import check_source
 
-if TYPE_CHECKING:
-    from trl import ModelConfig, TrlParser
+from ..alignment.chats import chat_dataset, text_row
+from ..alignment.examples import fit_scores, read_scores, score_targets
+from ..alignment.joint import with_answers
+from ..alignment.plain_text import plain_texts
+from ..checkpoints import last_checkpoint, output_folder
+from ..data.tasks import load_task, with_columns
+from ..hub.model_folder import base_of, load_model
+from ..program import (
+    FmriLMSFTConfig,
+    ScanArguments,
+    TaskArguments,
+    check_weights,
+    keep_base,
+    make_examples,
+    on_rows,
+    quantization,
+    read_scans,
+    train_and_save,
+    trainable,
+)
+from ..trainer import FmriLMSFTTrainer, half_precision
+from .calibration import fit_calibrations
+from .chats import instruction_rows
+from .readings import Reading, reading_rows
 
 
 @dataclass
@@ -74,39 +104,8 @@ def main(command_line: list[str] | None = None) -> Path:
     return tune(script_args, training_args, model_args)
 
 
-def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: "ModelConfig") -> Path:
+def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: ModelConfig) -> Path:
     """Trains and writes the tuned model's folder, which is returned. Rows are about training subjects alone."""
-    import numpy as np
-    import torch
-    from datasets import concatenate_datasets
-    from peft import PeftModel
-    from transformers import set_seed
-
-    from fmrilm.processors import FmriLMProcessor
-    from fmrilm.processors.descriptors.cohort import Cohort
-    from fmrilm.scan_reader import check_source
-
-    from ..alignment.chats import chat_dataset, text_row
-    from ..alignment.examples import fit_scores, read_scores, score_targets
-    from ..alignment.joint import with_answers
-    from ..alignment.plain_text import plain_texts
-    from ..checkpoints import last_checkpoint, output_folder
-    from ..data.tasks import load_task, with_columns
-    from ..hub.model_folder import base_of, load_model
-    from ..program import (
-        keep_base,
-        make_examples,
-        on_rows,
-        quantization,
-        read_scans,
-        train_and_save,
-        trainable,
-    )
-    from ..trainer import FmriLMSFTTrainer, half_precision
-    from .calibration import fit_calibrations
-    from .chats import Mixture, instruction_rows
-    from .readings import Reading, reading_rows
-
     name = model_args.model_name_or_path
     if name is None:
         raise ValueError("expected model_name_or_path, a folder or Hub id of a joint model or an adapter, got none")
@@ -163,17 +162,6 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         held_out = read_scores(joint, held_out)
     if model_args.use_peft and not isinstance(model, PeftModel) and (refitted or script_args.merge_adapter):
         keep_base(model, cohort, training_args, last)
-    mixture = Mixture(
-        script_args.row_weights,
-        script_args.questions,
-        script_args.label_share,
-        script_args.source_share,
-        script_args.covariate_share,
-        script_args.description_share,
-        script_args.statements,
-        script_args.paragraphs,
-    )
-
     readings = []
     if script_args.reading_share:
         readings = [Reading.fit(task, examples, joint.config.score_names) for task in tasks]
@@ -185,7 +173,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
         reading, text = (0 if of is held_out else round(count * share) for share in shares)
         parts = []
         if count > reading + text:
-            parts.append(instruction_rows(of, tasks, count - reading - text, mixture, seed))
+            parts.append(instruction_rows(of, tasks, count - reading - text, script_args, seed))
         if reading:
             per_patch = joint.config.codec_config.tokens_per_patch
             mix = {
@@ -213,9 +201,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     return train_and_save(trainer, last, cohort.save, calibrate)
 
 
-def make_parser() -> "TrlParser":
-    from trl import ModelConfig, TrlParser
-
+def make_parser() -> TrlParser:
     # declared for a type of its own, which dataclasses are not
     return TrlParser((SftArguments, FmriLMSFTConfig, ModelConfig))  # pyright: ignore[reportArgumentType]
 

@@ -294,7 +294,7 @@ def _check_agreement(task: Task, labels: Sequence[Label | None], rows: Rows) -> 
     if task.per_scan:
         return
     keys = column_of(rows, "subject")
-    if task.per_session:
+    if task.per_session and "session" in column_names(rows):
         keys = list(zip(keys, column_of(rows, "session"), strict=True))
     seen = defaultdict(list)
     for row, (key, label) in enumerate(zip(keys, labels, strict=True)):
