@@ -21,13 +21,13 @@ from fmrilm import Atlas, FmriCodecConfig, FmriLMFeatureExtractor, load
 from fmrilm.processors.descriptors.cohort import LEVELS, Cohort
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import question
+from fmrilm.training import program as programs
 from fmrilm.training.alignment import program as alignment
 from fmrilm.training.cli.main import app
 from fmrilm.training.codec.program import CodecArguments
 from fmrilm.training.codec.trainer import CodecTrainingArguments
 from fmrilm.training.corpus.describe import CorpusSettings, describe_dataset
 from fmrilm.training.corpus.source import load_source
-from fmrilm.training.data import splits
 from fmrilm.training.data.collator import RowCollator, encode_dataset
 from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
@@ -81,6 +81,7 @@ def test_finished_folder_and_checkpoints_open_by_the_auto_classes(name: str, run
     assert restored.tokens_per_patch == processor.tokens_per_patch == 2
     assert restored.summary_tokens == processor.summary_tokens == model.config.num_summary_tokens
     assert Cohort.load(runs / name / "model").subjects == 4
+    assert json.loads((runs / name / "model" / "held_out.json").read_text()) == {"held_out_share": 0.2}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -181,14 +182,14 @@ def test_full_tuning_changes_all_but_what_is_fitted_before(program_folders: Path
 
 def scans_of(stage: str, folders: Path, output: Path, **changes) -> tuple[set[str], set[str]]:
     """Training and test subjects of a program."""
-    found, split_scans = [], splits.split_scans
+    found, split_scans = [], programs.split_scans
 
     def split(*arguments):
         found.extend(set(scans.table["subject"]) for scans in split_scans(*arguments))
         raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splits, "split_scans", split)
+        patch.setattr(programs, "split_scans", split)
         with pytest.raises(InterruptedError):
             run(stage, folders, output, **changes)
     return found[0], found[1]

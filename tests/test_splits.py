@@ -107,6 +107,21 @@ def test_left_out_value_is_tested_and_no_scan_of_its_subjects_is_learned_from() 
     assert training.tolist() == [0, 3] and test.tolist() == [1, 4]
 
 
+def test_a_model_that_other_subjects_were_held_out_of_is_told_of(tmp_path: Path, caplog) -> None:
+    rule, of_file = SplitArguments(), splits_file(tmp_path, "subject,split\na,train\nb,test\n")
+    rule.keep(tmp_path)
+    rule.compare(tmp_path)
+    # a model of elsewhere says nothing
+    of_file.compare("someone/model")
+    assert not caplog.messages
+    of_file.compare(tmp_path)
+    assert "may have learned from subjects that are held out here" in caplog.messages[0]
+    of_file.keep(tmp_path)
+    assert "a,train" not in (tmp_path / "held_out.json").read_text()
+    splits_file(tmp_path, "subject,split\na,test\nb,train\n").compare(tmp_path)
+    assert len(caplog.messages) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -84,6 +84,7 @@ def align(script_args: AlignmentArguments, training_args: AlignmentTrainingArgum
     codec = FmriCodecModel.from_pretrained(script_args.codec, dtype=torch.float32).eval()
     extractor = AutoFeatureExtractor.from_pretrained(script_args.codec)
     training, test = read_scans(script_args, extractor)
+    script_args.compare(script_args.codec)
     length, stride = extractor.window_length, script_args.window_stride
     cohort = fit_cohort(training, length, stride)
     cache = Path(script_args.code_cache or output_folder(training_args) / "codes")
@@ -130,7 +131,12 @@ def align(script_args: AlignmentArguments, training_args: AlignmentTrainingArgum
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
     trainer = AlignmentTrainer(model=trainable(model, model_args, training_args, inputs["train_dataset"]), **inputs)
-    return train_and_save(trainer, last, cohort.save)
+
+    def write(folder: Path) -> None:
+        cohort.save(folder)
+        script_args.keep(folder)
+
+    return train_and_save(trainer, last, write)
 
 
 def make_parser() -> TrlParser:

@@ -174,6 +174,7 @@ def main(command_line: list[str] | None = None) -> None:
     def write(folder: Path) -> None:
         model.save_pretrained(str(folder))
         extractor.save_pretrained(folder)
+        args.keep(folder)
 
     write_folder(output / "model", write)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """Training and held-out subjects: one rule for all programs, and the folds of evaluations."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from sklearn.model_selection import KFold, StratifiedKFold
 
+from fmrilm.processors.scan_io_fmrilm import warn_once
+
 from .scan_sources import bare_id, read_rows
+from .shards import write_whole
 
 
 if TYPE_CHECKING:
@@ -21,6 +25,8 @@ HELD_OUT_SHARE = 0.2
 # This one holds out of the open data the five subjects that all results on them were reported for.
 SALT = "held out 48185"
 SPLITS = ("train", "test")
+# in a model's folder
+HELD_OUT = "held_out.json"
 # names that an error lists
 SHOWN = 5
 
@@ -49,6 +55,24 @@ class SplitArguments:
         except OSError as error:
             raise ValueError(f"{Path(str(self.splits)).name}: not a readable table of splits: {error}") from error
         return {**asdict(self), "splits": content}
+
+    def keep(self, folder: Path) -> None:
+        """Which subjects a model did not learn from, into its folder: the rule, and none of their names."""
+        write_whole(folder / HELD_OUT, json.dumps(self._rule()) + "\n")
+
+    def compare(self, model: str | Path) -> None:
+        """Warns if a model's folder says that other subjects were held out in its training."""
+        path = Path(model, HELD_OUT)
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else self._rule()
+        if known != self._rule():
+            warn_once(
+                f"{path.parent.name} was trained with other subjects held out ({known}) than these ({self._rule()}): "
+                "it may have learned from subjects that are held out here"
+            )
+
+    def _rule(self) -> dict[str, Any]:
+        rule = {name: value for name, value in self.describe().items() if name in ("splits", "leave_out") and value}
+        return rule or {"held_out_share": self.held_out_share}
 
 
 def held_out_subjects(subjects: Iterable[str], share: float = HELD_OUT_SHARE) -> set[str]:

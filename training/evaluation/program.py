@@ -140,6 +140,8 @@ def evaluate(
     splits = make_splits(scans, split, folds, new_subjects, loaded, settings.seed)
     for task in loaded:
         check_shots(Labelled.read(task, scans), scans, splits, settings)
+    if not new_subjects:
+        split.compare(model_folder)
     # after all that can be refused
     keep_settings(
         output / SETTINGS,

@@ -126,6 +126,7 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
     processor = FmriLMProcessor.from_pretrained(name)
     extractor = processor.feature_extractor
     training, test = read_scans(script_args, extractor)
+    script_args.compare(name)
     cohort = Cohort.load(base_of(name) or name)
     model = load_model(name, model_args.dtype, script_args.merge_adapter, quantization(model_args))
     joint: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -198,7 +199,12 @@ def tune(script_args: SftArguments, training_args: FmriLMSFTConfig, model_args: 
 
     inputs = on_rows(script_args, training_args, processor, examples, held_out, draw)
     trainer = FmriLMSFTTrainer(model=trainable(model, model_args, training_args, inputs["train_dataset"]), **inputs)
-    return train_and_save(trainer, last, cohort.save, calibrate)
+
+    def write(folder: Path) -> None:
+        cohort.save(folder)
+        script_args.keep(folder)
+
+    return train_and_save(trainer, last, write, calibrate)
 
 
 def make_parser() -> TrlParser:
