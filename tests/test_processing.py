@@ -7,7 +7,6 @@ import torch
 from conftest import build_plain_tokenizer, build_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoProcessor
 
 from fmrilm.processors import (
     CHAT_TEMPLATE,
@@ -390,6 +389,7 @@ def test_names_are_text_for_users_and_survive_saving(processor, tmp_path) -> Non
     chat = [{"role": "user", "content": "Is the coupling of networks high?"}]
     ids = [each.apply_chat_template(chat)["input_ids"] for each in (processor, restored)]
     assert torch.equal(*ids) and restored.level_words == ["low", "high"]
+    assert restored.tokenizer.all_special_tokens == processor.tokenizer.all_special_tokens
     named = restored.tokenizer.convert_tokens_to_ids(" coupling of networks")
     assert (ids[0] == named).sum() == 1
     said = restored.tokenizer(" coupling of networks is")["input_ids"]
@@ -409,18 +409,3 @@ def test_names_are_text_for_users_and_survive_saving(processor, tmp_path) -> Non
 def test_ambiguous_choices_are_refused(processor, choices: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         processor.encode_choices(choices)
-
-
-# --- saving
-
-
-def test_processor_survives_saving(processor, signal, tmp_path) -> None:
-    processor.save_pretrained(tmp_path)
-    again = AutoProcessor.from_pretrained(tmp_path)
-    assert isinstance(again, FmriLMProcessor)
-    assert again.tokens_per_patch == 2 and again.chat_template == processor.chat_template
-    assert len(again.tokenizer) == len(processor.tokenizer)
-    assert set(again.tokenizer.all_special_tokens) == set(processor.tokenizer.all_special_tokens)
-    expected = processor.apply_chat_template(chat(signal), return_assistant_tokens_mask=True)
-    inputs = again.apply_chat_template(chat(signal), return_assistant_tokens_mask=True)
-    torch.testing.assert_close(dict(inputs), dict(expected), rtol=0, atol=0)

@@ -129,16 +129,6 @@ def trained(data: Path, extractor: FmriLMFeatureExtractor) -> FmriLMFeatureExtra
     return FmriLMFeatureExtractor.from_pretrained(data.with_name("model"))
 
 
-def test_models_learn_the_parcels_of_packaged_atlases(tmp_path: Path) -> None:
-    """As the demo's: without them, the trained model could read no image."""
-    (tmp_path / "scans").mkdir()
-    for number in range(3):
-        np.save(tmp_path / "scans" / f"s{number}.npy", noise(f"s{number}", 40, 94))
-    prepare(find_scans(tmp_path / "scans"), tmp_path / "prepared", "aal2-94", Preparation(tr=2.0))
-    parcels = trained(tmp_path / "prepared", FmriLMFeatureExtractor()).atlas("aal2-94").parcels
-    assert parcels.checksum == Atlas.load("aal2-94", parcels=True).parcels.checksum
-
-
 @pytest.mark.parametrize("data", ["prepared", "corpus"])
 @pytest.mark.parametrize("known", [False, True])
 def test_models_learn_the_parcels_of_a_label_image(data: str, known: bool, tmp_path: Path) -> None:

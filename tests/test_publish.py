@@ -215,13 +215,6 @@ def test_dry_run_lists_every_file_and_changes_none(folder: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_command_says_what_is_wrong(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    result = CliRunner().invoke(app, ["push", str(folder), "me/tiny"])
-    assert result.exit_code == 1
-    assert "error:" in result.output and "expected weights" in result.output
-
-
 def test_card_is_filled_from_folder_and_results(folder: Path) -> None:
     card = ModelCard(str(fill_card(folder, evaluation_results(), "me/tiny")))
     metadata = {
@@ -277,13 +270,6 @@ def test_card_without_results_claims_nothing(folder: Path) -> None:
     assert card.data.license == "unknown" and card.data.eval_results is None and card.data.base_model is None
     assert "Not stated: this card was filled without results." in card.text
     assert "## Evaluation" not in card.text and UNKNOWN_REPO in card.text
-
-
-def test_card_of_an_adapter_names_its_base(adapter: Path) -> None:
-    card = ModelCard(str(fill_card(adapter)))
-    assert (card.data.base_model, card.data.base_model_relation) == ("someone/base", "adapter")
-    assert card.data.library_name == "peft"
-    assert "AutoPeftModelForCausalLM" in card.text and "AutoModelForMultimodalLM" not in card.text
 
 
 @pytest.mark.parametrize("part", ["data", "tasks"])
