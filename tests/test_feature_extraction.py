@@ -55,15 +55,6 @@ def sinusoid(frequency: float, tr: float, seconds: float = 600) -> np.ndarray:
     return np.sin(2 * np.pi * frequency * np.arange(0, seconds, tr))[:, None]
 
 
-@pytest.mark.parametrize("frequency, amplitude", [(0.4, 0.0), (0.1, 1.0), (0.02, 1.0)])
-def test_resampling_keeps_slow_fluctuations_and_lets_nothing_alias(frequency: float, amplitude: float) -> None:
-    out = resample(sinusoid(frequency, tr=0.72), tr=0.72, repetition_time=2.0)
-    middle = out[20:-20]
-    assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(amplitude, abs=0.05)
-    # the ends ring a little, but no more
-    assert np.abs(out[3:-3]).max() < amplitude + 0.1
-
-
 @pytest.mark.parametrize("tr", [0.5, 0.72, 0.735, 1.4, 2.0, 3.0])
 def test_resampling_keeps_time(tr: float) -> None:
     signal = sinusoid(0.02, tr)
