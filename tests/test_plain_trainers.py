@@ -57,10 +57,14 @@ def test_it_trains_and_logs_the_models_loss(of: type[Trainer], llama: Model, pro
     assert llama.eval()(**inputs).text_loss < 0.8 * before
 
 
-def test_ours_compute_the_same_losses_from_the_labelled_positions_alone(llama: Model, processor, tmp_path) -> None:
-    data, logs = rows(llama), defaultdict(list)
+@pytest.mark.parametrize("backbone", ["llama", "gpt2"])
+def test_ours_compute_the_same_losses_from_the_labelled_positions_alone(
+    backbone: str, tiny_model, processor, tmp_path
+) -> None:
+    model = tiny_model(backbone)
+    data, logs = rows(model), defaultdict(list)
     for of in (Trainer, AlignmentTrainer, SFTTrainer, FmriLMSFTTrainer):
-        run = trainer(of, copy.deepcopy(llama), processor, tmp_path / of.__name__, data)
+        run = trainer(of, copy.deepcopy(model), processor, tmp_path / of.__name__, data)
         run.train()
         found = [(log["loss"], log["grad_norm"]) for log in run.state.log_history if "grad_norm" in log]
         logs[issubclass(of, SFTTrainer)].append(found)

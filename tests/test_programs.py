@@ -48,7 +48,8 @@ def runs(program_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     root = tmp_path_factory.mktemp("runs")
     short = {"max_steps": 2, "save_steps": 1}
     run("alignment", program_folders, root / "alignment", **short)
-    run("sft", program_folders, root / "further", model_name_or_path=root / "alignment" / "adapter", **short)
+    adapter = {"model_name_or_path": root / "alignment" / "adapter", "activation_checkpointing": "true"}
+    run("sft", program_folders, root / "further", **adapter, **short)
     merged = {"model_name_or_path": root / "alignment" / "adapter", "merge_adapter": "true", "lora_r": 3}
     labels = {"tasks": "handedness", "reading_share": 0.5}
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "evaluation_rows": 4}
