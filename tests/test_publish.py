@@ -198,7 +198,7 @@ def test_missing_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("repo", ["a/b/c", "-tiny", "me/ti ny"])
 def test_impossible_repository_is_refused(repo: str, folder: Path) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="Repo id must"):
         push(folder, repo)
 
 
