@@ -225,6 +225,9 @@ def test_every_way_of_saving_names_all_auto_classes_and_lets_no_placeholder_be_s
     for name in ("model", "trainer", "base", "merged"):
         assert auto_map(tmp_path / name) == AUTO_CLASSES
         assert code_files(tmp_path / name) == MODEL_FILES
+        # without a head, nothing is spoken
+        if name == "base":
+            continue
         again = FmriLMForConditionalGeneration.from_pretrained(tmp_path / name)
         with torch.no_grad():
             # now they are by far the likeliest words
