@@ -1,17 +1,17 @@
 """Pipelines: answers and probabilities, alike in batches and alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import build_tiny_atlas
+from conftest import save_tiny
 from datasets import Dataset
 from transformers import Pipeline, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from fmrilm import FmriLMFeatureExtractor, FmriLMForConditionalGeneration
-from fmrilm.processors import FmriLMProcessor
+from fmrilm import FmriLMFeatureExtractor
 
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
@@ -30,12 +30,8 @@ def scans() -> list[dict]:
 
 
 @pytest.fixture
-def pipe(tiny_model: Callable[..., FmriLMForConditionalGeneration], tiny_atlas, tiny_tokenizer) -> Pipeline:
-    extractor = FmriLMFeatureExtractor(
-        atlases=[tiny_atlas, build_tiny_atlas(7, "other")], patch_length=4, window_length=16
-    )
-    processor = FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=4)
-    return pipeline("fmri-text-to-text", model=tiny_model("qwen3"), processor=processor)
+def pipe(extractor_of_two: FmriLMFeatureExtractor, tmp_path: Path) -> Pipeline:
+    return pipeline("fmri-text-to-text", model=str(save_tiny(tmp_path, extractor_of_two)))
 
 
 def chat(scan, question: str = QUESTION) -> list[dict]:

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.processors import FmriLMProcessor
-from fmrilm.training.alignment.joint import add_lora, join
+from fmrilm.training.alignment.joint import add_lora
 from fmrilm.training.cli.main import app
 from fmrilm.training.hub import push as publish
 from fmrilm.training.hub.model_card import UNKNOWN_REPO, fill_card, read_card
@@ -24,29 +23,15 @@ from fmrilm.training.hub.push import find_problems, push
 from helpers import evaluation_results
 
 
-@pytest.fixture(scope="module")
-def processor(extractor, module_tokenizer) -> FmriLMProcessor:
-    return FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=4)
-
-
-@pytest.fixture(scope="module")
-def saved(make_codec, make_language_model, processor, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "tiny"
-    language_model = make_language_model("llama", len(processor.tokenizer) - 4)
-    join(make_codec(), language_model, processor, ["age", "motion"]).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def folder(saved_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved_model, tmp_path / "tiny"))
 
 
 @pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "tiny"))
-
-
-@pytest.fixture
-def adapter(saved: Path, processor, tmp_path: Path) -> Path:
+def adapter(saved_model: Path, processor, tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
-    add_lora(FmriLMForConditionalGeneration.from_pretrained(saved), 2).save_pretrained(folder)
+    add_lora(FmriLMForConditionalGeneration.from_pretrained(saved_model), 2).save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "README.md").unlink()
     change(folder / "adapter_config.json", base_model_name_or_path="someone/base")
