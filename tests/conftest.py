@@ -20,6 +20,7 @@ from transformers import (
 
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMForConditionalGeneration
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
+from helpers import bold
 from scan_rows import BACKBONES
 
 
@@ -238,7 +239,7 @@ def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedToken
 @pytest.fixture
 def signal() -> np.ndarray:
     """A scan float32 [time, rois] of 20 frames that look like BOLD: a large mean, small fluctuations."""
-    return (1000 + np.random.default_rng(0).normal(0, 10, (20, 5))).astype(np.float32)
+    return bold(20)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from fmrilm.processors.cleaning_fmrilm import (
     window_bounds,
 )
 from fmrilm.processors.scan_io_fmrilm import SIDES, Structure, SurfaceSeries
+from helpers import bold, in_a_row, labels_in_a_row
 
 
 ATLASES = [
@@ -35,18 +36,7 @@ ATLASES = [
 
 # five voxels in a row are the ROIs
 LABELS = np.arange(1, 6, dtype=np.int16).reshape(5, 1, 1)
-LABEL_IMAGE = nib.Nifti1Image(LABELS, np.eye(4))
-
-
-def bold(frames: int, rois: int = 5, seed: int = 0) -> np.ndarray:
-    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, rois))).astype(np.float32)
-
-
-def in_a_row(signal: np.ndarray, tr: float = 2.0) -> nib.Nifti1Image:
-    """A scan of these voxels."""
-    image = nib.Nifti1Image(signal.T[:, None, None], np.eye(4))
-    image.header.set_zooms((1, 1, 1, tr))
-    return image
+LABEL_IMAGE = labels_in_a_row()
 
 
 ATLAS_WITH_PARCELS = replace(ATLASES[2], parcels=Parcels(LABELS, np.eye(4)))

@@ -12,14 +12,11 @@ from transformers import Pipeline, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from fmrilm import FmriLMFeatureExtractor
+from helpers import bold
 
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-
-
-def bold(frames: int, rois: int, seed: int = 0) -> np.ndarray:
-    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, rois))).astype(np.float32)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import PHRASES, QUESTIONS, Statement, question, sentence
 from fmrilm.processors.processing_fmrilm import without_repeats
+from helpers import bold
 
 
 BLOCK = FMRI_START + FMRI_PAD + FMRI_END
@@ -29,10 +30,6 @@ AFTER = FMRI_SUMMARY * 4 + FMRI_END
 KEYS = ["input_ids", "attention_mask", "fmri_values", "roi_coordinates", "fmri_mask"]
 # frames -> tokens, for patches of 4 frames, 2 tokens per patch and windows of 16 frames
 TOKENS = {8: 4, 10: 6, 16: 8, 20: 8}
-
-
-def bold(frames: int, seed: int = 0) -> np.ndarray:
-    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, 5))).astype(np.float32)
 
 
 def chat(*scans, answer: str | None = "yes") -> list[dict]:
@@ -74,7 +71,7 @@ def test_forms_of_a_placeholder_are_equal(processor, signal, placeholder: str) -
 
 
 def test_scans_are_taken_in_order_over_all_texts(processor) -> None:
-    scans = [bold(frames, seed) for seed, frames in enumerate(TOKENS)]
+    scans = [bold(frames, seed=seed) for seed, frames in enumerate(TOKENS)]
     inputs = processor([f"{BLOCK}{BLOCK} a", f"b {BLOCK} c {BLOCK}"], scans, tr=2.0)
     assert count(inputs, processor) == [4 + 6, 8 + 8]
     assert processor.feature_extractor.num_patches(inputs["fmri_mask"]) == [n // 2 for n in TOKENS.values()]
@@ -138,10 +135,10 @@ def test_spaces_and_lines_of_a_text_are_kept(processor) -> None:
 
 
 def test_chat_equals_text_and_scans(processor) -> None:
-    conversation = chat(bold(8), bold(10, 1))
+    conversation = chat(bold(8), bold(10, seed=1))
     inputs = processor.apply_chat_template(conversation)
     text = processor.apply_chat_template(conversation, tokenize=False)
-    direct = processor(text, [bold(8), bold(10, 1)], tr=2.0)
+    direct = processor(text, [bold(8), bold(10, seed=1)], tr=2.0)
     assert list(inputs) == list(direct) == KEYS
     torch.testing.assert_close(dict(inputs), dict(direct), rtol=0, atol=0)
 
@@ -162,7 +159,7 @@ def test_chats_in_a_batch_are_what_they_are_alone(
     frames: list[list[int]], side: str, extractor, module_tokenizer
 ) -> None:
     processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
-    conversations = [chat(*(bold(n, i) for n in item), answer="yes" * (i + 1)) for i, item in enumerate(frames)]
+    conversations = [chat(*(bold(n, seed=i) for n in item), answer="yes" * (i + 1)) for i, item in enumerate(frames)]
     batch = processor.apply_chat_template(conversations, return_assistant_tokens_mask=True, padding_side=side)
     assert batch["attention_mask"][:, 0 if side == "right" else -1].all()
     assert count(batch, processor) == [sum(TOKENS[n] for n in item) for item in frames]
@@ -276,7 +273,7 @@ def test_answer_ends_with_a_token_that_the_tokenizer_has(kind: str, end: str, ex
     assert f"{FMRI_START}{FMRI_PAD * 8}{AFTER}Is it connected?{end}" in text
     if kind == "its own template":
         assert text.startswith("<|begin_of_text|><|start_header_id|>user") and text.endswith(f"yes{end}")
-    conversation = [*chat(bold(8)), *chat(bold(10, 1), answer="no, older")]
+    conversation = [*chat(bold(8)), *chat(bold(10, seed=1), answer="no, older")]
     inputs = processor.apply_chat_template([conversation, chat()], return_assistant_tokens_mask=True)
     answers = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["assistant_masks"], strict=True)]
     assert processor.batch_decode(answers) == [f"yes{end}no, older{end}", f"yes{end}"]

@@ -35,7 +35,7 @@ from fmrilm.training.data.tasks import load_task
 from fmrilm.training.program import SHORT_ROW, AlignmentTrainingArguments, ScanArguments, read_scans, trainable
 from fmrilm.training.release import train_stage
 from fmrilm.training.sft import program as sft
-from helpers import atlas, chats, noise
+from helpers import atlas, chats, in_a_row, labels_in_a_row, noise, write_table
 from program_runs import CONFIGS, assert_equal_weights, checkpoints, run, weights
 
 
@@ -133,15 +133,11 @@ def trained(data: Path, extractor: FmriLMFeatureExtractor) -> FmriLMFeatureExtra
 @pytest.mark.parametrize("data", ["prepared", "corpus"])
 @pytest.mark.parametrize("known", [False, True])
 def test_models_learn_the_parcels_of_a_label_image(data: str, known: bool, tmp_path: Path) -> None:
-    rows = [f"{label}\tR{label}\tVis\t{-10 * label}\t0\t0" for label in range(1, 4)]
-    (tmp_path / "own.tsv").write_text("\n".join(["index\tname\tnetwork\tx\ty\tz", *rows]))
-    parcels = np.arange(1, 4, dtype=np.int16)[:, None, None]
-    nib.save(nib.Nifti1Image(parcels, np.eye(4)), tmp_path / "labels.nii")
+    write_table(tmp_path / "own.tsv", atlas("own", 3))
+    nib.save(labels_in_a_row(3), tmp_path / "labels.nii")
     (tmp_path / "scans").mkdir()
     for number in range(3):
-        image = nib.Nifti1Image(noise(f"s{number}", 40, 3).T[:, None, None], np.eye(4))
-        image.header.set_zooms((1, 1, 1, 2.0))
-        nib.save(image, tmp_path / "scans" / f"s{number}.nii")
+        nib.save(in_a_row(noise(f"s{number}", 40, 3)), tmp_path / "scans" / f"s{number}.nii")
     preparation = Preparation(label_image=tmp_path / "labels.nii")
     prepare(find_scans(tmp_path / "scans"), tmp_path / "prepared", str(tmp_path / "own.tsv"), preparation)
     if data == "corpus":

@@ -20,7 +20,7 @@ from transformers import AutoFeatureExtractor, Trainer, TrainingArguments, pipel
 from fmrilm import FmriLMForConditionalGeneration, FmriLMModel
 from fmrilm.processors import FmriLMFeatureExtractor, Parcels
 from fmrilm.training.alignment.joint import add_lora
-from helpers import linked_site
+from helpers import in_a_row, linked_site, write_table
 from scan_rows import LONG, codes, ids
 
 
@@ -128,17 +128,11 @@ def test_saved_folders_open_without_the_package(
     codec.save_pretrained(codec_folder)
     signal = torch.from_numpy(1000 + np.random.default_rng(0).normal(0, 10, (40, 5)))
     torch.save(signal, tmp_path / "signal.pt")
-    image = nib.Nifti1Image(signal.numpy().T[:, None, None], np.eye(4))
-    image.header.set_zooms((1, 1, 1, 0.72))
-    nib.save(image, tmp_path / "scan.nii.gz")
+    nib.save(in_a_row(signal.numpy(), 0.72), tmp_path / "scan.nii.gz")
     block = {"type": "fmri", "tr": 0.72, "atlas": "tiny"}
     chat = [{"role": "user", "content": [block, {"type": "text", "text": "Is it connected?"}]}]
     other = build_tiny_atlas(5, "other")
-    lines = [
-        "\t".join(map(str, row))
-        for row in zip(other.labels, other.rois, other.networks, *other.coordinates.T, strict=True)
-    ]
-    (tmp_path / "other.tsv").write_text("\n".join(["index\tname\tnetwork\tx\ty\tz", *lines]))
+    write_table(tmp_path / "other.tsv", other)
     arguments = {
         "atlas": other.to_dict(),
         "table": str(tmp_path / "other.tsv"),
