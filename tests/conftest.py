@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from transformers import (
 
 from fmrilm import FmriCodecConfig, FmriCodecModel, FmriLMForConditionalGeneration
 from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
+from helpers import bold
 from scan_rows import BACKBONES
 
 
@@ -116,6 +117,31 @@ def build_tiny_language_model(backbone: str, vocab_size: int, tied: bool = True)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def build_tiny_joint_model(
+    language_model: PreTrainedModel, processor: FmriLMProcessor, scores: Sequence[str] = ("age", "motion"), **changes
+) -> FmriLMForConditionalGeneration:
+    """The tiny codec, its configuration changed by arguments, joined to a language model."""
+    from fmrilm.training.alignment.joint import join
+
+    model = join(build_tiny_codec(**changes), language_model, processor, score_names=scores)
+    # trained to something: at zero it could be left out of sums unseen
+    for weight in (model.model.fmri_head.proj.weight, model.model.fmri_head.frequencies):
+        torch.nn.init.normal_(weight, std=0.3)
+    torch.nn.init.normal_(model.model.summary.readout.weight, std=0.5)
+    for buffer in (model.model.dynamics.weights, model.model.dynamics.token_gains):
+        torch.nn.init.normal_(buffer, std=0.3)
+    return model.eval()
+
+
+def save_tiny(folder: Path, extractor: FmriLMFeatureExtractor, **changes) -> Path:
+    """Saves a joint model of Llama with its processor; changes: see `build_tiny_joint_model`."""
+    processor = FmriLMProcessor(extractor, build_tiny_tokenizer(), tokens_per_patch=2, summary_tokens=4)
+    language_model = build_tiny_language_model("llama", len(processor.tokenizer) - 4)
+    for part in (build_tiny_joint_model(language_model, processor, **changes), processor):
+        part.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def make_codec() -> Callable[..., FmriCodecModel]:
     """Builds the tiny codec; arguments change its configuration."""
@@ -140,17 +166,8 @@ def joined(processor: FmriLMProcessor) -> Callable[..., FmriLMForConditionalGene
     the fMRI tokens or grows.
     """
 
-    from fmrilm.training.alignment.joint import join
-
     def build(language_model: PreTrainedModel, **changes) -> FmriLMForConditionalGeneration:
-        model = join(build_tiny_codec(**changes), language_model, processor, score_names=["age", "motion"])
-        # trained to something: at zero it could be left out of sums unseen
-        for weight in (model.model.fmri_head.proj.weight, model.model.fmri_head.frequencies):
-            torch.nn.init.normal_(weight, std=0.3)
-        torch.nn.init.normal_(model.model.summary.readout.weight, std=0.5)
-        for buffer in (model.model.dynamics.weights, model.model.dynamics.token_gains):
-            torch.nn.init.normal_(buffer, std=0.3)
-        return model.eval()
+        return build_tiny_joint_model(language_model, processor, **changes)
 
     return build
 
@@ -176,12 +193,16 @@ def llama(tiny_model: Callable[..., FmriLMForConditionalGeneration]) -> FmriLMFo
     return tiny_model("llama")
 
 
+@pytest.fixture(scope="session")
+def saved_model(extractor: FmriLMFeatureExtractor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The joint model and its processor, saved. To be read alone."""
+    return save_tiny(tmp_path_factory.mktemp("saved") / "model", extractor)
+
+
 @pytest.fixture
-def model_folder(llama: FmriLMForConditionalGeneration, processor: FmriLMProcessor, tmp_path: Path) -> Path:
-    """The joint model and its processor, saved."""
-    for part in (llama, processor):
-        part.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def model_folder(saved_model: Path, tmp_path: Path) -> Path:
+    """A copy of the saved model."""
+    return Path(shutil.copytree(saved_model, tmp_path / "model"))
 
 
 @pytest.fixture
@@ -205,6 +226,11 @@ def extractor(tiny_atlas: Atlas) -> FmriLMFeatureExtractor:
     return FmriLMFeatureExtractor(atlases=[tiny_atlas], patch_length=4, window_length=16)
 
 
+@pytest.fixture(scope="session")
+def extractor_of_two(tiny_atlas: Atlas) -> FmriLMFeatureExtractor:
+    return FmriLMFeatureExtractor([tiny_atlas, build_tiny_atlas(7, "other")], patch_length=4, window_length=16)
+
+
 @pytest.fixture
 def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedTokenizerFast) -> FmriLMProcessor:
     return FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=4)
@@ -213,7 +239,7 @@ def processor(extractor: FmriLMFeatureExtractor, tiny_tokenizer: PreTrainedToken
 @pytest.fixture
 def signal() -> np.ndarray:
     """A scan float32 [time, rois] of 20 frames that look like BOLD: a large mean, small fluctuations."""
-    return (1000 + np.random.default_rng(0).normal(0, 10, (20, 5))).astype(np.float32)
+    return bold(20)
 
 
 @pytest.fixture

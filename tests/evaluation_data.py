@@ -1,6 +1,5 @@
 """Made-up subjects with a synthetic effect, prepared, and a tiny model of them, for the tests of evaluation."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,9 @@ from fmrilm.processors import FmriLMProcessor
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
 from fmrilm.training.alignment.joint import join
-from fmrilm.training.data.prepare import row_features
-from fmrilm.training.data.shards import ShardStore
 from fmrilm.training.data.tasks import Task
 from fmrilm.training.evaluation.ask import EncodedWindow
-from helpers import labelled_atlas
+from helpers import labelled_atlas, write_prepared
 
 
 GROUP = Task("made_up_group", "group", ("Which group?", "Which of the two?"), {"a": "younger", "b": "the older"})
@@ -43,19 +40,14 @@ def write_cohort(folder: Path, **columns: list) -> Path:
         **columns,
     }
     types = {name: "float64" if isinstance(values[-1], float) else "string" for name, values in labels.items()}
-    store = ShardStore(folder, {}, {f"key{row}" for row in range(SUBJECTS)})
     rows = []
     for row, signal in enumerate(1000 + 10 * signals()):
         if row == 0:
             signal[:, 3] = np.nan
-        facts = {name: None for name in row_features(ATLAS, types)}
-        facts |= {"signal": signal.astype(np.float32), "tr": 2.0, "subject": f"made-up-{row:03d}", "session": "1"}
-        facts |= {"site": f"site {row // 2 % 2}", "atlas": ATLAS.name}
-        rows.append((f"key{row}", facts | {name: values[row] for name, values in labels.items()}))
-    store.add(ATLAS.name, rows, row_features(ATLAS, types))
-    (folder / "atlases").mkdir()
-    (folder / "atlases" / f"{ATLAS.name}.json").write_text(json.dumps(ATLAS.to_dict()))
-    return folder
+        facts = {"signal": signal.astype(np.float32), "subject": f"made-up-{row:03d}", "session": "1"}
+        facts["site"] = f"site {row // 2 % 2}"
+        rows.append(facts | {name: values[row] for name, values in labels.items()})
+    return write_prepared(folder, ATLAS, rows, **types)
 
 
 def build_model(codec, language_model, processor: FmriLMProcessor) -> FmriLMForConditionalGeneration:

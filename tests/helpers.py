@@ -1,9 +1,11 @@
 """Scans and codes that several test files make, and a place to run in without this package."""
 
+import json
 from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 from datasets import Array2D, Dataset, Features, Value
@@ -12,6 +14,8 @@ from packaging.requirements import Requirement
 from fmrilm.processors import Atlas
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.training.data.dataset import Scans
+from fmrilm.training.data.prepare import row_features
+from fmrilm.training.data.shards import ShardStore
 
 
 def atlas(name: str = "small", rois: int = 9) -> Atlas:
@@ -95,12 +99,46 @@ def noise(subject: str, frames: int, rois: int, seed: int = 0) -> np.ndarray:
     return (sum(white[lag : lag + frames] for lag in range(4)) / 2).astype(np.float32)
 
 
+def bold(frames: int, rois: int = 5, seed: int = 0) -> np.ndarray:
+    """A scan float32 [frames, rois]: small fluctuations on a large mean."""
+    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, rois))).astype(np.float32)
+
+
+def in_a_row(signal: np.ndarray, tr: float = 2.0) -> nib.Nifti1Image:
+    """A scan whose voxels, in a row, are the ROIs of a signal [frames, rois]."""
+    image = nib.Nifti1Image(signal.T[:, None, None].astype(np.float32), np.eye(4))
+    image.header.set_zooms((1, 1, 1, tr))
+    return image
+
+
+def labels_in_a_row(rois: int = 5) -> nib.Nifti1Image:
+    """The label image of such scans."""
+    return nib.Nifti1Image(np.arange(1, rois + 1, dtype=np.int16)[:, None, None], np.eye(4))
+
+
+def write_table(path: Path, of: Atlas) -> Path:
+    """The table of an atlas."""
+    rows = zip(of.labels, of.rois, of.networks, *of.coordinates.T.tolist(), strict=True)
+    path.write_text("\n".join(["index\tname\tnetwork\tx\ty\tz", *("\t".join(map(str, row)) for row in rows)]))
+    return path
+
+
+def write_prepared(folder: Path, of: Atlas, rows: list[dict], per_shard: int = 100, **labels: str) -> Path:
+    """Rows as `fmrilm prepare` writes them, a subject each; labels: types of columns."""
+    features = row_features(of, labels)
+    store = ShardStore(folder, {"labels": labels}, {row["subject"] for row in rows})
+    (folder / "atlases").mkdir(exist_ok=True)
+    (folder / "atlases" / f"{of.name}.json").write_text(json.dumps(of.to_dict()))
+    known = {**dict.fromkeys(features), "tr": 2.0, "atlas": of.name}
+    for start in range(0, len(rows), per_shard):
+        part = [(row["subject"], {**known, **row}) for row in rows[start : start + per_shard]]
+        store.add(of.name, part, features)
+    return folder
+
+
 def write_study(folder: Path, subjects: int, prefix: str = "s", frames: int = 60, rois: int = 24) -> Path:
     """Noise scans, the table of their atlas (`net.tsv`) and their manifest, whose path is returned."""
-    of = atlas("net", rois)
-    rows = zip(of.rois, of.networks, of.coordinates.tolist(), strict=True)
-    lines = [f"{label}\t{roi}\tL\t{network}\t{x}\t{y}\t{z}" for label, (roi, network, (x, y, z)) in enumerate(rows, 1)]
-    (folder / "net.tsv").write_text("\n".join(["index\tname\themisphere\tnetwork\tx\ty\tz", *lines]))
+    write_table(folder / "net.tsv", atlas("net", rois))
     lines = ["path,subject,site,tr,handedness"]
     for number in range(subjects):
         subject = f"{prefix}{number}"

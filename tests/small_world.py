@@ -9,12 +9,11 @@ import nibabel as nib
 import numpy as np
 import torch
 import yaml
-from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
+from conftest import build_tiny_language_model, build_tiny_tokenizer, save_tiny
 
-from fmrilm.processors import Atlas, FmriLMFeatureExtractor, FmriLMProcessor
+from fmrilm.processors import Atlas, FmriLMFeatureExtractor
 from fmrilm.processors.descriptors.cohort import Cohort
 from fmrilm.processors.descriptors.measures import CORE_MEASURES, CORE_NAMES
-from fmrilm.training.alignment.joint import join
 from helpers import confounds_table, evaluation_results, slow_series
 from official_checkpoint import WIDTH, brain_tensors, language_tensors
 
@@ -77,14 +76,9 @@ def write_small_world(folder: Path) -> Path:
 
 def write_model(folder: Path) -> None:
     """A model of random weights with its processor, which knows the atlases of the demo's, and its cohort."""
-    tokenizer = build_tiny_tokenizer()
     atlases = [Atlas.load(name, parcels=True) for name in ATLASES]
     extractor = FmriLMFeatureExtractor(atlases=atlases, window_length=32)
-    processor = FmriLMProcessor(extractor, tokenizer, tokens_per_patch=2, summary_tokens=4)
-    codec = build_tiny_codec(patch_length=16)
-    language_model = build_tiny_language_model("llama", len(tokenizer) - 4)
-    join(codec, language_model, processor, CORE_NAMES).eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_tiny(folder, extractor, scores=CORE_NAMES, patch_length=16)
     descriptors = np.random.default_rng(0).normal(0, 0.3, (SUBJECTS, len(CORE_NAMES)))
     Cohort.fit("the model's training subjects", CORE_MEASURES, descriptors, SUBJECTS, atlases).save(folder)
 

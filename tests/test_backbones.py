@@ -93,11 +93,11 @@ def test_a_causal_server_gives_the_same_answers_from_embeddings(pair: tuple[PreT
 @torch.no_grad()
 def test_batch_mates_caches_and_attention_implementations_agree(pair: tuple[PreTrainedModel, Model]) -> None:
     _, model = pair
-    rows = [ids(model, "a", SHORT, "bc", LONG, "d"), ids(model, "question ", LONG)]
+    rows = [ids(model, "a", SHORT, "bc", LONG, "d"), ids(model, "question ", LONG), ids(model, "only text")]
     inputs, scans = pad(rows, "left"), codes(SHORT, LONG, LONG)
     logits = model(**inputs, fmri_codes=scans, position_ids=positions(inputs["attention_mask"])).logits
-    for row, own, one in zip(rows, ([SHORT, LONG], [LONG]), logits, strict=True):
-        assert torch.allclose(model(row, fmri_codes=codes(*own)).logits[0], one[-row.shape[1] :], atol=1e-4)
+    for row, own, one in zip(rows, (codes(SHORT, LONG), codes(LONG), None), logits, strict=True):
+        assert torch.allclose(model(row, fmri_codes=own).logits[0], one[-row.shape[1] :], atol=1e-4)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = model.generate(**inputs, fmri_codes=scans, **options)
     for more in ({"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
@@ -114,7 +114,7 @@ def test_batch_mates_caches_and_attention_implementations_agree(pair: tuple[PreT
 @torch.no_grad()
 def test_choices_are_scored_as_by_uncached_runs(side: str, pair: tuple[PreTrainedModel, Model]) -> None:
     _, model = pair
-    choices = [[20, 21, 22, 23], [30], [20, 50]]
+    choices = [[20, 21, 22, 23], [30], [20, 50], [20, 21]]
     rows = [ids(model, "a", LONG, "a longer question"), ids(model, SHORT, "b", LONG, "c")]
     scans = [codes(LONG), codes(SHORT, LONG)]
     scores = model.score_choices({**pad(rows, side), "fmri_codes": codes(LONG, SHORT, LONG)}, choices)

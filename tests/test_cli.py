@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 import fmrilm
 from fmrilm.training.cli.main import app
 from fmrilm.training.cli.options import WAIT_VARIABLES, let_threads_sleep
+from fmrilm.training.cli.read import QUESTIONS
 
 
 QUESTION, CHOICES = "Is this person older?", ["yes", "no", "maybe so"]
@@ -192,12 +193,22 @@ def test_commands_that_write_files_say_so_as_json(
     model_folder: Path, scan_file: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ["--question", QUESTION, "--choices", "yes,no", "--output", "o.html", "--json"]
+    options, written = ["--question", QUESTION, "--output", "o.html", "--json"], []
+
+    def write(path: Path, reader, scan, asked: dict, title: str, **_) -> None:
+        path.touch()
+        written.append((asked, title))
+
     # the page itself has tests of its own
     with monkeypatch.context() as patch:
-        patch.setattr("fmrilm.training.report.scan_report.write_scan_report", lambda path, *_, **__: path.touch())
-        found = json.loads(read(model_folder, "report", scan_file, *options).stdout)
+        patch.setattr("fmrilm.training.report.scan_report.write_scan_report", write)
+        found = json.loads(read(model_folder, "report", scan_file, *options, "--choices", "yes,no").stdout)
+        # answers are known from the question
+        read(model_folder, "report", scan_file, "--question", QUESTIONS[0], "--question", QUESTION)
     assert found == {"scan": str(scan_file), "output": "o.html", "questions": [QUESTION]} and Path("o.html").exists()
+    known = {QUESTIONS[0]: ("low", "typical", "high"), QUESTION: None}
+    # the page does not name the file
+    assert written == [({QUESTION: ["yes", "no"]}, "One scan"), (known, "One scan")]
     found = json.loads(run("export", model_folder, tmp_path / "plain", "--json").stdout)
     assert found["output"] == str(tmp_path / "plain") and "config.json" in found["files"]
 

@@ -1,4 +1,4 @@
-"""The codec: which inputs a code depends on, decoding anywhere, its summary, saving, and training that goes on."""
+"""The codec: which inputs a code depends on, decoding anywhere, its summary, and training."""
 
 import copy
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from nilearn.connectome import ConnectivityMeasure
 from sklearn.base import BaseEstimator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoConfig, AutoModel
 
 from fmrilm import FmriCodecConfig, FmriCodecModel
 from fmrilm.modeling_fmricodec import FmriCodecSummary, FmriSpatialBasis, MatrixLogarithm
@@ -201,7 +200,7 @@ def test_summary_is_nilearns_tangent_space() -> None:
     mask = torch.arange(59).expand(12, -1) < 50
     found = summary(padded, mask)
     np.testing.assert_allclose(found[:, :21].numpy(), expected, atol=2e-3)
-    lagged = [[np.corrcoef(one[:, k])] and _lag(one[:, k]) for one in series for k in range(6)]
+    lagged = [_lag(one[:, k]) for one in series for k in range(6)]
     np.testing.assert_allclose(found[:, 21:27].flatten().numpy(), lagged, atol=1e-4)
     # no networks are known yet
     assert not found[:, 27:].any()
@@ -265,29 +264,11 @@ def test_summary_and_descriptors_of_one_patch_half_a_brain_and_padding(make_code
         make_codec().describe(codes)
 
 
-def test_everything_is_computed_in_full_precision(codec: FmriCodecModel, tmp_path) -> None:
+def test_everything_is_computed_in_full_precision_under_autocast(codec: FmriCodecModel) -> None:
     expected = codec.encode(**scan())
-    codec.save_pretrained(tmp_path)
-    loaded = FmriCodecModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for model in (loaded, copy.deepcopy(codec).to(torch.bfloat16), copy.deepcopy(codec).half()):
-        assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
-        assert torch.equal(model.encode(**scan()), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(codec.encode(**scan()), expected)
         assert codec.scan_features(expected).dtype == torch.float32
-
-
-def test_saved_codec_is_the_same_codec(codec: FmriCodecModel, tmp_path) -> None:
-    codec.save_pretrained(tmp_path)
-    for loaded in (FmriCodecModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
-        assert type(loaded) is FmriCodecModel and not loaded.training
-        expected = codec.state_dict()
-        assert loaded.state_dict().keys() == expected.keys()
-        assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
-    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == codec.config.to_diff_dict()
-    if "quantizer.codebooks" in expected:
-        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-            FmriCodecModel.from_pretrained(tmp_path, num_quantizers=2)
 
 
 def test_attention_implementations_agree_and_encode_compiles_to_one_graph(make_codec: MakeCodec) -> None:
@@ -364,32 +345,6 @@ def test_training_lowers_the_error(make_codec: MakeCodec, tmp_path) -> None:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0] and trainer.model.quantizer.started
-
-
-@pytest.mark.parametrize("saved", [1, 3])
-def test_resumed_training_equals_uninterrupted_training(make_codec: MakeCodec, tmp_path, saved: int) -> None:
-    changes = {"started": False, "quantizer_dropout": 0.5}
-    whole, resumed = make_codec(**changes), make_codec(**changes)
-    codec_trainer(whole, tmp_path / "whole", save_strategy="steps", save_steps=saved).train()
-    trainer = codec_trainer(resumed, tmp_path / "resumed")
-    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{saved}"))
-    assert trainer.state.global_step == 6 and not torch.equal(whole.quantizer.usage, torch.ones(3, 16))
-    expected = whole.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
-
-
-def test_gradient_checkpointing_changes_no_gradient_and_moves_codebooks_once(make_codec: MakeCodec) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = with_context(make_codec()).train()
-        if checkpointing:
-            model.activation_checkpointing_enable()
-            assert model.is_activation_checkpointing
-        model(**scan()).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-        gradients[-1] |= {"codebooks": model.quantizer.codebooks}
-    for name, value in gradients[0].items():
-        assert value is gradients[1][name] is None or torch.equal(value, gradients[1][name]), name
 
 
 def test_muon_takes_the_layers_matrices_and_one_scheduler_reaches_all(tiny_codec: FmriCodecModel) -> None:

@@ -1,4 +1,4 @@
-"""Stage 1: the fit in closed form, the program, and how training stops."""
+"""Stage 1: the fit in closed form, and the program."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_codec import codec_trainer
-from transformers import AutoConfig, AutoFeatureExtractor, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoFeatureExtractor
 
 from fmrilm import FmriCodecConfig, FmriCodecModel
 from fmrilm.training.codec import program
@@ -196,30 +194,3 @@ def test_each_scan_meets_the_embedding_of_its_own_text(make_language_model, tiny
 def test_training_without_an_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_steps of at least 0, got -1"):
         CodecTrainingArguments(output_dir=str(tmp_path), max_steps=-1)
-
-
-class Breaks(TrainerCallback):
-    """Makes a parameter no number before or after the third step."""
-
-    def __init__(self, when: str):
-        setattr(self, when, self.strike)
-
-    def strike(self, args, state, control, model: FmriCodecModel, **kwargs) -> None:
-        if state.global_step >= 2:
-            model.synthesis.bias.data.fill_(float("nan"))
-
-
-@pytest.mark.parametrize(
-    ("when", "message"),
-    [("on_step_begin", "step 3: loss is nan"), ("on_optimizer_step", "step 3: synthesis.bias holds .* not finite")],
-)
-def test_numbers_that_are_not_finite_stop_training_and_are_never_saved(
-    make_codec, tmp_path: Path, when: str, message: str
-) -> None:
-    trainer = codec_trainer(make_codec(), tmp_path, save_strategy="steps", save_steps=1)
-    trainer.add_callback(Breaks(when))
-    with pytest.raises(FloatingPointError, match=message):
-        trainer.train()
-    last = get_last_checkpoint(str(tmp_path))
-    assert Path(last).name == "checkpoint-2"
-    assert all(value.isfinite().all() for value in FmriCodecModel.from_pretrained(last).state_dict().values())

@@ -1,6 +1,5 @@
 """Scans from Parquet, standardised once; windows, mixtures, and codes that are computed once."""
 
-import json
 import shutil
 from pathlib import Path
 from unittest.mock import Mock, create_autospec
@@ -23,28 +22,17 @@ from fmrilm.training.data.dataset import (
     encode_windows,
     load_scans,
 )
-from fmrilm.training.data.prepare import row_features
-from fmrilm.training.data.shards import ShardStore
-from helpers import atlas, joined, noise_scans, noise_signal, scans_of
+from helpers import atlas, joined, noise_scans, noise_signal, scans_of, write_prepared
 
 
-def write_prepared(folder: Path, signals: list[np.ndarray], of: Atlas, per_shard: int = 2) -> Path:
-    """Signals as `fmrilm prepare` writes them, of subjects p0, p1, ... at two sites."""
-    store = ShardStore(folder, {"labels": {"age": "int64"}}, {f"p{row}" for row in range(len(signals))})
-    (folder / "atlases").mkdir(exist_ok=True)
-    (folder / "atlases" / f"{of.name}.json").write_text(json.dumps(of.to_dict()))
-    empty = dict.fromkeys(("session", "task", "run"))
+def prepared(folder: Path, signals: list[np.ndarray], of: Atlas) -> Path:
+    """Of subjects p0, p1, ... at two sites, two to a shard."""
     rows = [
-        (
-            f"p{row}",
-            {"signal": signal, "tr": 2.0, "censored": [False] * len(signal), "missing_rois": 0, "atlas": of.name}
-            | {"subject": f"p{row}", "site": f"site{row % 2}", "age": 20 + row, **empty},
-        )
+        {"subject": f"p{row}", "site": f"site{row % 2}", "age": 20 + row, "missing_rois": 0}
+        | {"signal": signal, "censored": [False] * len(signal)}
         for row, signal in enumerate(signals)
     ]
-    for start in range(0, len(rows), per_shard):
-        store.add(of.name, rows[start : start + per_shard], row_features(of, {"age": "int64"}))
-    return folder
+    return write_prepared(folder, of, rows, per_shard=2, age="int64")
 
 
 @pytest.fixture
@@ -53,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     signals = [100 + 7 * noise_signal(f"p{row}", 40, of) for row in range(5)]
     # a ROI outside the field of view
     signals[3][:, 2] = np.nan
-    return write_prepared(tmp_path / "study", signals, of)
+    return prepared(tmp_path / "study", signals, of)
 
 
 def test_scans_are_standardised_once_and_stay_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,15 +79,15 @@ def test_selected_scans_keep_their_signals(folder: Path) -> None:
 
 def test_folders_of_several_atlases_are_one_dataset(folder: Path, tmp_path: Path) -> None:
     large = atlas("large", 12)
-    other = write_prepared(tmp_path / "other", [noise_signal("q", 48, large)], large)
-    more = write_prepared(tmp_path / "more", [noise_signal("r", 40)], atlas())
+    other = prepared(tmp_path / "other", [noise_signal("q", 48, large)], large)
+    more = prepared(tmp_path / "more", [noise_signal("r", 40)], atlas())
     scans = load_scans([folder, other, more], FmriLMFeatureExtractor())
     assert len(scans) == 7 and set(scans.atlases) == {"small", "large"}
     assert scans.table["frames"].tolist() == [40] * 5 + [48, 40]
     assert scans.signal(5).shape == (48, 12) and scans.atlas(5) == large
     np.testing.assert_array_equal(scans.signal(6), load_scans(more, FmriLMFeatureExtractor()).signal(0))
     another = atlas("small", 12)
-    third = write_prepared(tmp_path / "third", [noise_signal("q", 48, another)], another)
+    third = prepared(tmp_path / "third", [noise_signal("q", 48, another)], another)
     with pytest.raises(ValueError, match="expected one atlas 'small', got another one of that name in third"):
         load_scans([folder, third], FmriLMFeatureExtractor())
 
@@ -107,7 +95,7 @@ def test_folders_of_several_atlases_are_one_dataset(folder: Path, tmp_path: Path
 def test_scans_of_a_folder_written_anew_are_not_taken_from_the_cache(folder: Path) -> None:
     before = load_scans(folder, FmriLMFeatureExtractor()).fingerprint
     shutil.rmtree(folder)
-    write_prepared(folder, [noise_signal(f"q{row}", 40) for row in range(5)], atlas())
+    prepared(folder, [noise_signal(f"q{row}", 40) for row in range(5)], atlas())
     scans = load_scans(folder, FmriLMFeatureExtractor())
     assert scans.fingerprint != before
     expected, _ = FmriLMFeatureExtractor().prepare_signal(noise_signal("q0", 40), tr=2.0, atlas=atlas())
@@ -138,7 +126,7 @@ def test_folder_without_scans_is_refused(tmp_path: Path) -> None:
 
 
 def test_scan_that_is_too_short_is_named(tmp_path: Path) -> None:
-    folder = write_prepared(tmp_path / "study", [noise_signal("a", 40), noise_signal("b", 10)], atlas())
+    folder = prepared(tmp_path / "study", [noise_signal("a", 40), noise_signal("b", 10)], atlas())
     with pytest.raises(ValueError, match="scan of subject p1: scan too short"):
         load_scans(folder, FmriLMFeatureExtractor())
 

@@ -2,6 +2,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import nibabel as nib
@@ -24,6 +25,7 @@ from fmrilm.processors.cleaning_fmrilm import (
     window_bounds,
 )
 from fmrilm.processors.scan_io_fmrilm import SIDES, Structure, SurfaceSeries
+from helpers import bold, in_a_row, labels_in_a_row
 
 
 ATLASES = [
@@ -34,18 +36,7 @@ ATLASES = [
 
 # five voxels in a row are the ROIs
 LABELS = np.arange(1, 6, dtype=np.int16).reshape(5, 1, 1)
-LABEL_IMAGE = nib.Nifti1Image(LABELS, np.eye(4))
-
-
-def bold(frames: int, rois: int = 5, seed: int = 0) -> np.ndarray:
-    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, rois))).astype(np.float32)
-
-
-def in_a_row(signal: np.ndarray, tr: float = 2.0) -> nib.Nifti1Image:
-    """A scan of these voxels."""
-    image = nib.Nifti1Image(signal.T[:, None, None], np.eye(4))
-    image.header.set_zooms((1, 1, 1, tr))
-    return image
+LABEL_IMAGE = labels_in_a_row()
 
 
 ATLAS_WITH_PARCELS = replace(ATLASES[2], parcels=Parcels(LABELS, np.eye(4)))
@@ -53,15 +44,6 @@ ATLAS_WITH_PARCELS = replace(ATLASES[2], parcels=Parcels(LABELS, np.eye(4)))
 
 def sinusoid(frequency: float, tr: float, seconds: float = 600) -> np.ndarray:
     return np.sin(2 * np.pi * frequency * np.arange(0, seconds, tr))[:, None]
-
-
-@pytest.mark.parametrize("frequency, amplitude", [(0.4, 0.0), (0.1, 1.0), (0.02, 1.0)])
-def test_resampling_keeps_slow_fluctuations_and_lets_nothing_alias(frequency: float, amplitude: float) -> None:
-    out = resample(sinusoid(frequency, tr=0.72), tr=0.72, repetition_time=2.0)
-    middle = out[20:-20]
-    assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(amplitude, abs=0.05)
-    # the ends ring a little, but no more
-    assert np.abs(out[3:-3]).max() < amplitude + 0.1
 
 
 @pytest.mark.parametrize("tr", [0.5, 0.72, 0.735, 1.4, 2.0, 3.0])
@@ -254,42 +236,57 @@ def test_well_known_atlas_need_not_be_known_to_the_model(extractor) -> None:
     assert extractor(bold(20, 450), tr=2.0, atlas="schaefer-400-tian-s3")["fmri_values"].shape == (1, 450, 16)
 
 
-def test_missing_rois_are_masked_and_change_no_other(extractor, signal) -> None:
-    holed = nib.Nifti1Image(np.where(LABELS == 3, 0, LABELS), np.eye(4))
-    out = extractor(in_a_row(signal), label_image=holed)
-    whole = extractor(signal, tr=2.0)
-    there = torch.tensor([True, True, False, True, True])
-    assert torch.equal(out["fmri_mask"][0], whole["fmri_mask"][0] & there[:, None])
-    assert torch.equal(out["fmri_values"][0], whole["fmri_values"][0] * there[:, None])
-    assert torch.equal(out["roi_coordinates"], whole["roi_coordinates"])
-    assert extractor.num_patches(out["fmri_mask"]) == extractor.num_patches(whole["fmri_mask"])
-    with pytest.raises(ValueError, match="5 of the 5 ROIs of 'tiny' are missing, such as tiny_0"):
-        extractor(np.full((20, 5), np.nan), tr=2.0)
+# values throughout, or the columns before those of ROIs in a table that lacks some
+DEAD = {"zeros": 0, "a constant": 1000.1, "a drift": 1000 + np.arange(20.0), "NaN": np.nan}
+BEFORE = {"no column": [], "no column beside an index": [""], "no column beside times": ["time"]}
 
 
-@pytest.mark.parametrize("value", ["zeros", "a constant", "a drift", "NaN"])
-def test_dead_rois_of_arrays_and_tables_are_masked_up_to_a_share(
-    extractor, tiny_atlas, signal, value: str, tmp_path, caplog
+def without(lost: str, rois: list[int], signal: np.ndarray, folder: Path) -> list[tuple[object, dict]]:
+    """Scans whose ROIs are lost in this way, and options to read them with."""
+    if lost == "no voxels":
+        # one without a label, others without values
+        labels = np.where(rois[0] + 1 == LABELS, 0, LABELS)
+        scan = np.where(np.isin(np.arange(5), rois[1:]), 0, signal)
+        return [(in_a_row(scan), {"label_image": nib.Nifti1Image(labels, np.eye(4))})]
+    if lost in DEAD:
+        scan = signal.copy()
+        scan[:, rois] = np.broadcast_to(np.reshape(DEAD[lost], (-1, 1)), (20, len(rois)))
+        np.savetxt(folder / "a.1D", scan, header="#1 #2 #3 #4 #5", comments="")
+        return [(scan, {"tr": 2.0}), (folder / "a.1D", {"tr": 2.0})]
+    first, kept = BEFORE[lost], [roi for roi in (4, 0, 3, 2, 1) if roi not in rois]
+    values = np.hstack([np.arange(20)[:, None][:, : len(first)], signal[:, kept]])
+    header = ",".join([*first, *(f"tiny_{roi}" for roi in kept)])
+    np.savetxt(folder / "a.csv", values, delimiter=",", header=header, comments="")
+    return [(folder / "a.csv", {"tr": 2.0})]
+
+
+@pytest.mark.parametrize("lost", ["no voxels", *DEAD, *BEFORE])
+def test_lost_rois_are_masked_told_and_at_most_a_share(
+    lost: str, extractor, tiny_atlas, signal, tmp_path, caplog
 ) -> None:
     scan_io_fmrilm.warn_once.cache_clear()
-    dead = {"zeros": 0, "a constant": 1000.1, "a drift": 1000 + np.arange(20.0), "NaN": np.nan}[value]
-    scan = signal.copy()
-    scan[:, 2] = dead
-    np.savetxt(tmp_path / "a.1D", scan, header="#1 #2 #3 #4 #5", comments="")
     whole = extractor(signal, tr=2.0)
     there = torch.tensor([True, True, False, True, True])
-    for form in (scan, tmp_path / "a.1D"):
-        out = extractor(form, tr=2.0, return_windows=True)
+    for scan, options in without(lost, [2], signal, tmp_path):
+        out = extractor(scan, **options, return_windows=True)
         assert torch.equal(out["fmri_mask"][0], whole["fmri_mask"][0] & there[:, None])
         torch.testing.assert_close(out["fmri_values"][0], whole["fmri_values"][0] * there[:, None])
+        assert torch.equal(out["roi_coordinates"], whole["roi_coordinates"])
+        assert extractor.num_patches(out["fmri_mask"]) == extractor.num_patches(whole["fmri_mask"])
         assert out["windows"][0]["missing_rois"] == ["tiny_2"]
     # once for a folder
-    assert caplog.messages[1:] == ["scans lack ROIs of 'tiny' (absent, NaN or constant throughout): they are masked"]
-    scan[:, 4] = dead
-    with pytest.raises(ValueError, match="2 of the 5 ROIs of 'tiny' are missing, such as tiny_2.*at most 20%"):
-        extractor(scan, tr=2.0)
+    told = "scans lack ROIs of 'tiny' (absent, NaN or constant throughout): they are masked"
+    assert caplog.messages.count(told) == 1
     patient = FmriLMFeatureExtractor([tiny_atlas], patch_length=4, window_length=16, max_missing_rois=0.4)
-    assert patient(scan, tr=2.0)["fmri_mask"][0].any(-1).tolist() == [True, True, False, True, False]
+    for scan, options in without(lost, [2, 4], signal, tmp_path):
+        with pytest.raises(ValueError, match="2 of the 5 ROIs of 'tiny' are missing, such as tiny_2.*at most 20%"):
+            extractor(scan, **options)
+        assert patient(scan, **options)["fmri_mask"][0].any(-1).tolist() == [True, True, False, True, False]
+
+
+def test_scan_without_any_roi_is_refused(extractor) -> None:
+    with pytest.raises(ValueError, match="5 of the 5 ROIs of 'tiny' are missing, such as tiny_0"):
+        extractor(np.full((20, 5), np.nan), tr=2.0)
 
 
 def test_what_was_read_is_returned_on_demand(extractor, caplog) -> None:
@@ -385,30 +382,6 @@ def test_an_atlas_given_twice_alike_is_one(extractor, tiny_atlas) -> None:
     scan = {"signal": bold(20), "tr": 2.0, "atlas": tiny_atlas.to_dict()}
     for atlas in (tiny_atlas, tiny_atlas.to_dict(), "tiny"):
         assert extractor([scan], atlas=atlas)["fmri_values"].shape == (1, 5, 16)
-
-
-@pytest.mark.parametrize("first", [[], [""], ["time"]])
-def test_rois_that_a_table_lacks_are_missing_up_to_a_share(
-    extractor, tiny_atlas, signal, first: list[str], tmp_path, caplog
-) -> None:
-    scan_io_fmrilm.warn_once.cache_clear()
-
-    def table(rois: list[int]) -> str:
-        values = np.hstack([np.arange(20)[:, None][:, : len(first)], signal[:, rois]])
-        header = ",".join([*first, *(tiny_atlas.rois[roi] for roi in rois)])
-        np.savetxt(tmp_path / "a.csv", values, delimiter=",", header=header, comments="")
-        return str(tmp_path / "a.csv")
-
-    holed = signal.copy()
-    holed[:, 1] = np.nan
-    expected = extractor(holed, tr=2.0)
-    out = extractor(table([4, 0, 3, 2]), tr=2.0, return_windows=True)
-    for name in extractor.model_input_names:
-        torch.testing.assert_close(out[name], expected[name])
-    assert out["windows"][0]["missing_rois"] == ["tiny_1"]
-    assert "scans lack ROIs of 'tiny'" in caplog.text
-    with pytest.raises(ValueError, match="2 of the 5 ROIs of 'tiny' are missing, such as tiny_1.*at most 20%"):
-        extractor(table([4, 0, 3]), tr=2.0)
 
 
 def test_table_with_other_columns_than_rois_is_refused(extractor, tiny_atlas, tmp_path) -> None:

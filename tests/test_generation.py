@@ -1,12 +1,10 @@
-"""Generation: the same with every cache, on either side of padding, over beams, from embeddings and prefixes."""
-
-from collections.abc import Callable
+"""Generation: on either side of padding, over beams, from embeddings and prefixes, and scores of choices."""
 
 import pytest
 import torch
 
 from fmrilm.modeling_fmrilm import MOST_SEQUENCES
-from scan_rows import LONG, SHORT, Model, choice_scores, codes, ids, pad
+from scan_rows import LONG, SHORT, Model, codes, ids, pad
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -19,18 +17,6 @@ def test_generation_settings_of_the_backbone_are_kept(make_language_model, joine
     assert (found.do_sample, found.temperature, found.top_p) == (True, 0.6, 0.8)
     # its own end ends an answer, and so does that of the chat template
     assert found.eos_token_id == sorted({5, *processor.eos_token_ids})
-
-
-def test_one_token_at_a_time_equals_the_whole(model: Model) -> None:
-    row, scan = ids(model, "ab", SHORT, "cd", LONG, "efgh"), codes(SHORT, LONG)
-    whole = model(row, fmri_codes=scan).logits
-    cut = row.shape[1] - 4
-    outputs = model(row[:, :cut], fmri_codes=scan, use_cache=True)
-    logits = [outputs.logits]
-    for place in range(cut, row.shape[1]):
-        outputs = model(row[:, place : place + 1], past_key_values=outputs.past_key_values)
-        logits.append(outputs.logits)
-    assert torch.allclose(torch.cat(logits, 1), whole, atol=1e-5)
 
 
 def test_padded_batch_is_generated_as_each_row_alone_and_by_looking_up_the_prompt(model: Model) -> None:
@@ -105,26 +91,6 @@ def test_beams_and_several_answers_read_the_right_scans(model: Model) -> None:
     assert torch.equal(model.generate(**inputs, fmri_codes=scans, **likely), greedy.repeat_interleave(2, 0))
 
 
-def test_placeholders_are_never_generated(tiny_model: Callable[..., Model]) -> None:
-    model = tiny_model("llama", tied=False)
-    config = model.config
-    special = [
-        config.fmri_start_token_id,
-        config.fmri_token_id,
-        config.fmri_summary_token_id,
-        config.fmri_end_token_id,
-    ]
-    row, scan = ids(model, "a", LONG), codes(LONG)
-    with torch.no_grad():
-        # now they are by far the likeliest words
-        state = model.model(row, fmri_codes=scan).last_hidden_state[0, -1]
-        model.get_output_embeddings().weight[special] = 10 * state
-    options = {"max_new_tokens": 1, "do_sample": True, "num_return_sequences": 8}
-    assert not set(special) & set(model.generate(row, fmri_codes=scan, **options)[:, -1].tolist())
-    model.generation_config.suppress_tokens = None
-    assert set(model.generate(row, fmri_codes=scan, **options)[:, -1].tolist()) <= set(special)
-
-
 @pytest.mark.parametrize("depth", [1, 3])
 def test_scores_of_choices_are_probabilities_of_what_follows(llama: Model, depth: int) -> None:
     row, scan = ids(llama, "a", LONG, "question"), codes(LONG)
@@ -138,12 +104,3 @@ def test_scores_of_choices_are_probabilities_of_what_follows(llama: Model, depth
     assert words > 2 * MOST_SEQUENCES
     few = llama.score_choices({"input_ids": row, "fmri_codes": scan}, choices[-3:])
     assert torch.allclose(scores[:, -3:], few, atol=1e-4)
-
-
-@pytest.mark.parametrize("shared", [[], [4, 3]])
-def test_scores_of_choices_that_begin_alike_are_those_of_each_alone(llama: Model, shared: list[int]) -> None:
-    row, scan = ids(llama, "a", LONG, "question"), codes(LONG)
-    inputs = {"input_ids": row.repeat(2, 1), "fmri_codes": scan.repeat(2, 1, 1)}
-    choices = [shared + each for each in ([5, 7], [5, 9, 7], [5, 9], [6], [5, 9, 8, 7], [6, 7])]
-    scores = llama.score_choices(inputs, choices)
-    assert torch.allclose(scores, choice_scores(llama, row, scan, choices).expand(2, -1), atol=1e-4)

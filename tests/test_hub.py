@@ -6,6 +6,7 @@ their environment when they are imported, so each side is a process of its own; 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
-from fmrilm.training.alignment.joint import join
 from helpers import linked_site
 from hub_server import TOKEN, Hub, running_hub
 
@@ -134,22 +135,19 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def parts(make_codec, make_language_model, extractor, module_tokenizer):
-    processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=4)
-    language_model = make_language_model("llama", len(module_tokenizer) - 4)
-    return join(make_codec(), language_model, processor, ["age", "motion"]).eval(), processor
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, parts) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, saved_model: Path) -> Path:
     """Where both processes run: `model/`, and a scan."""
     place = tmp_path_factory.mktemp("hub")
-    for part in parts:
-        part.save_pretrained(place / "model")
+    shutil.copytree(saved_model, place / "model")
     rng = torch.Generator().manual_seed(0)
     signal = 1000 + 10 * torch.randn(40, 5, generator=rng)
     np.save(place / "scan.npy", signal.numpy())
     return place
+
+
+@pytest.fixture(scope="module")
+def parts(place: Path) -> tuple[FmriLMForConditionalGeneration, FmriLMProcessor]:
+    return tuple(of.from_pretrained(place / "model") for of in (FmriLMForConditionalGeneration, FmriLMProcessor))
 
 
 def chat_about(place: Path) -> list[dict]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from fmrilm import FmriCodecModel, FmriLMForConditionalGeneration, FmriLMModel
 from scan_rows import BACKBONES, LONG, SHORT, codes, ids, pad
@@ -56,6 +56,14 @@ def answer(model: PreTrainedModel) -> torch.Tensor:
     return outputs.logits if isinstance(model, FmriLMForConditionalGeneration) else outputs.reconstruction
 
 
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def trainable(model: PreTrainedModel) -> set[str]:
+    return {name for name, value in model.named_parameters() if value.requires_grad}
+
+
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
 def test_save_and_load_miss_nothing_and_keep_every_output(shard_size: str, built, tmp_path: Path) -> None:
     built.save_pretrained(tmp_path, max_shard_size=shard_size)
@@ -65,6 +73,13 @@ def test_save_and_load_miss_nothing_and_keep_every_output(shard_size: str, built
     loaded, report = type(built).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert not loaded.training and torch.equal(answer(loaded), answer(built))
+    assert equal(loaded.state_dict(), built.state_dict())
+    assert trainable(loaded) == trainable(built)
+    inner = built.model if isinstance(built, FmriLMForConditionalGeneration) else built
+    assert inner is not built or loaded.config.to_diff_dict() == built.config.to_diff_dict()
+    base, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(base) is type(inner) and not any(report.values()), report
+    assert equal(base.state_dict(), inner.state_dict())
     # each tensor is stored once
     names = [name for path in shards for name in safe_open(path, "pt").keys()]
     tied = set(built.all_tied_weights_keys)
@@ -127,6 +142,8 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(built) -> Non
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         assert torch.allclose(gradient, found[name], atol=1e-6), name
+    # codebooks move once
+    assert equal(dict(plain.named_buffers()), dict(checkpointed.named_buffers()))
     checkpointed.activation_checkpointing_disable()
     assert not checkpointed.is_activation_checkpointing
 

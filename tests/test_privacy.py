@@ -21,7 +21,7 @@ from fmrilm.training.data.prepare import Preparation, prepare
 from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.hub.model_card import fill_card
 from fmrilm.training.report.scan_report import write_scan_report
-from helpers import noise, write_study
+from helpers import in_a_row, labels_in_a_row, noise, write_study
 from program_runs import run
 
 
@@ -39,8 +39,7 @@ def write_scans(folder: Path) -> Path:
         rows.writerow(["path", "subject", "tr"])
         for number in range(PEOPLE):
             series = noise(f"p{number}", FRAMES, ROIS)
-            image = nib.Nifti1Image((1000 + 10 * series).T[:, None, None].astype(np.float32), np.eye(4))
-            image.header.set_zooms((1, 1, 1, 2.0))
+            image = in_a_row(1000 + 10 * series)
             image.header.set_xyzt_units("mm", "sec")
             image.header["descrip"], image.header["aux_file"] = f"{HEADER} {DATE}", HEADER
             image.header["db_name"], image.header["intent_name"] = HEADER, HEADER
@@ -59,7 +58,7 @@ def run_chain(inputs: Path, outputs: Path) -> None:
     # for the table of its atlas
     table = write_study(inputs, subjects=0, rois=ROIS).with_name("net.tsv")
     labels = inputs / f"{HEADER}.nii"
-    nib.save(nib.Nifti1Image(np.arange(1, ROIS + 1, dtype=np.int16)[:, None, None], np.eye(4)), labels)
+    nib.save(labels_in_a_row(ROIS), labels)
     done = prepare(find_scans(manifest), outputs / "prepared", str(table), Preparation(label_image=labels))
     assert (done.prepared, done.failed) == (PEOPLE, 1)
     settings = CorpusSettings(statements=2, questions=2)

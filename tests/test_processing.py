@@ -7,7 +7,6 @@ import torch
 from conftest import build_plain_tokenizer, build_tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoProcessor
 
 from fmrilm.processors import (
     CHAT_TEMPLATE,
@@ -23,6 +22,7 @@ from fmrilm.processors.descriptors.cohort import LEVELS
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import PHRASES, QUESTIONS, Statement, question, sentence
 from fmrilm.processors.processing_fmrilm import without_repeats
+from helpers import bold
 
 
 BLOCK = FMRI_START + FMRI_PAD + FMRI_END
@@ -30,10 +30,6 @@ AFTER = FMRI_SUMMARY * 4 + FMRI_END
 KEYS = ["input_ids", "attention_mask", "fmri_values", "roi_coordinates", "fmri_mask"]
 # frames -> tokens, for patches of 4 frames, 2 tokens per patch and windows of 16 frames
 TOKENS = {8: 4, 10: 6, 16: 8, 20: 8}
-
-
-def bold(frames: int, seed: int = 0) -> np.ndarray:
-    return (1000 + np.random.default_rng(seed).normal(0, 10, (frames, 5))).astype(np.float32)
 
 
 def chat(*scans, answer: str | None = "yes") -> list[dict]:
@@ -75,7 +71,7 @@ def test_forms_of_a_placeholder_are_equal(processor, signal, placeholder: str) -
 
 
 def test_scans_are_taken_in_order_over_all_texts(processor) -> None:
-    scans = [bold(frames, seed) for seed, frames in enumerate(TOKENS)]
+    scans = [bold(frames, seed=seed) for seed, frames in enumerate(TOKENS)]
     inputs = processor([f"{BLOCK}{BLOCK} a", f"b {BLOCK} c {BLOCK}"], scans, tr=2.0)
     assert count(inputs, processor) == [4 + 6, 8 + 8]
     assert processor.feature_extractor.num_patches(inputs["fmri_mask"]) == [n // 2 for n in TOKENS.values()]
@@ -139,10 +135,10 @@ def test_spaces_and_lines_of_a_text_are_kept(processor) -> None:
 
 
 def test_chat_equals_text_and_scans(processor) -> None:
-    conversation = chat(bold(8), bold(10, 1))
+    conversation = chat(bold(8), bold(10, seed=1))
     inputs = processor.apply_chat_template(conversation)
     text = processor.apply_chat_template(conversation, tokenize=False)
-    direct = processor(text, [bold(8), bold(10, 1)], tr=2.0)
+    direct = processor(text, [bold(8), bold(10, seed=1)], tr=2.0)
     assert list(inputs) == list(direct) == KEYS
     torch.testing.assert_close(dict(inputs), dict(direct), rtol=0, atol=0)
 
@@ -163,7 +159,7 @@ def test_chats_in_a_batch_are_what_they_are_alone(
     frames: list[list[int]], side: str, extractor, module_tokenizer
 ) -> None:
     processor = FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2)
-    conversations = [chat(*(bold(n, i) for n in item), answer="yes" * (i + 1)) for i, item in enumerate(frames)]
+    conversations = [chat(*(bold(n, seed=i) for n in item), answer="yes" * (i + 1)) for i, item in enumerate(frames)]
     batch = processor.apply_chat_template(conversations, return_assistant_tokens_mask=True, padding_side=side)
     assert batch["attention_mask"][:, 0 if side == "right" else -1].all()
     assert count(batch, processor) == [sum(TOKENS[n] for n in item) for item in frames]
@@ -277,7 +273,7 @@ def test_answer_ends_with_a_token_that_the_tokenizer_has(kind: str, end: str, ex
     assert f"{FMRI_START}{FMRI_PAD * 8}{AFTER}Is it connected?{end}" in text
     if kind == "its own template":
         assert text.startswith("<|begin_of_text|><|start_header_id|>user") and text.endswith(f"yes{end}")
-    conversation = [*chat(bold(8)), *chat(bold(10, 1), answer="no, older")]
+    conversation = [*chat(bold(8)), *chat(bold(10, seed=1), answer="no, older")]
     inputs = processor.apply_chat_template([conversation, chat()], return_assistant_tokens_mask=True)
     answers = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["assistant_masks"], strict=True)]
     assert processor.batch_decode(answers) == [f"yes{end}no, older{end}", f"yes{end}"]
@@ -390,6 +386,7 @@ def test_names_are_text_for_users_and_survive_saving(processor, tmp_path) -> Non
     chat = [{"role": "user", "content": "Is the coupling of networks high?"}]
     ids = [each.apply_chat_template(chat)["input_ids"] for each in (processor, restored)]
     assert torch.equal(*ids) and restored.level_words == ["low", "high"]
+    assert restored.tokenizer.all_special_tokens == processor.tokenizer.all_special_tokens
     named = restored.tokenizer.convert_tokens_to_ids(" coupling of networks")
     assert (ids[0] == named).sum() == 1
     said = restored.tokenizer(" coupling of networks is")["input_ids"]
@@ -409,18 +406,3 @@ def test_names_are_text_for_users_and_survive_saving(processor, tmp_path) -> Non
 def test_ambiguous_choices_are_refused(processor, choices: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         processor.encode_choices(choices)
-
-
-# --- saving
-
-
-def test_processor_survives_saving(processor, signal, tmp_path) -> None:
-    processor.save_pretrained(tmp_path)
-    again = AutoProcessor.from_pretrained(tmp_path)
-    assert isinstance(again, FmriLMProcessor)
-    assert again.tokens_per_patch == 2 and again.chat_template == processor.chat_template
-    assert len(again.tokenizer) == len(processor.tokenizer)
-    assert set(again.tokenizer.all_special_tokens) == set(processor.tokenizer.all_special_tokens)
-    expected = processor.apply_chat_template(chat(signal), return_assistant_tokens_mask=True)
-    inputs = again.apply_chat_template(chat(signal), return_assistant_tokens_mask=True)
-    torch.testing.assert_close(dict(inputs), dict(expected), rtol=0, atol=0)

@@ -35,8 +35,8 @@ from fmrilm.training.data.tasks import load_task
 from fmrilm.training.program import SHORT_ROW, AlignmentTrainingArguments, ScanArguments, read_scans, trainable
 from fmrilm.training.release import train_stage
 from fmrilm.training.sft import program as sft
-from helpers import atlas, chats, noise
-from program_runs import CONFIGS, assert_equal_weights, checkpoints, command_line, run, weights
+from helpers import atlas, chats, in_a_row, labels_in_a_row, noise, write_table
+from program_runs import CONFIGS, assert_equal_weights, checkpoints, run, weights
 
 
 RUNS = ["alignment", "further", "anew"]
@@ -48,7 +48,8 @@ def runs(program_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     root = tmp_path_factory.mktemp("runs")
     short = {"max_steps": 2, "save_steps": 1}
     run("alignment", program_folders, root / "alignment", **short)
-    run("sft", program_folders, root / "further", model_name_or_path=root / "alignment" / "adapter", **short)
+    adapter = {"model_name_or_path": root / "alignment" / "adapter", "activation_checkpointing": "true"}
+    run("sft", program_folders, root / "further", **adapter, **short)
     merged = {"model_name_or_path": root / "alignment" / "adapter", "merge_adapter": "true", "lora_r": 3}
     labels = {"tasks": "handedness", "reading_share": 0.5}
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "evaluation_rows": 4}
@@ -130,28 +131,14 @@ def trained(data: Path, extractor: FmriLMFeatureExtractor) -> FmriLMFeatureExtra
     return FmriLMFeatureExtractor.from_pretrained(data.with_name("model"))
 
 
-def test_models_learn_the_parcels_of_packaged_atlases(tmp_path: Path) -> None:
-    """As the demo's: without them, the trained model could read no image."""
-    (tmp_path / "scans").mkdir()
-    for number in range(3):
-        np.save(tmp_path / "scans" / f"s{number}.npy", noise(f"s{number}", 40, 94))
-    prepare(find_scans(tmp_path / "scans"), tmp_path / "prepared", "aal2-94", Preparation(tr=2.0))
-    parcels = trained(tmp_path / "prepared", FmriLMFeatureExtractor()).atlas("aal2-94").parcels
-    assert parcels.checksum == Atlas.load("aal2-94", parcels=True).parcels.checksum
-
-
 @pytest.mark.parametrize("data", ["prepared", "corpus"])
 @pytest.mark.parametrize("known", [False, True])
 def test_models_learn_the_parcels_of_a_label_image(data: str, known: bool, tmp_path: Path) -> None:
-    rows = [f"{label}\tR{label}\tVis\t{-10 * label}\t0\t0" for label in range(1, 4)]
-    (tmp_path / "own.tsv").write_text("\n".join(["index\tname\tnetwork\tx\ty\tz", *rows]))
-    parcels = np.arange(1, 4, dtype=np.int16)[:, None, None]
-    nib.save(nib.Nifti1Image(parcels, np.eye(4)), tmp_path / "labels.nii")
+    write_table(tmp_path / "own.tsv", atlas("own", 3))
+    nib.save(labels_in_a_row(3), tmp_path / "labels.nii")
     (tmp_path / "scans").mkdir()
     for number in range(3):
-        image = nib.Nifti1Image(noise(f"s{number}", 40, 3).T[:, None, None], np.eye(4))
-        image.header.set_zooms((1, 1, 1, 2.0))
-        nib.save(image, tmp_path / "scans" / f"s{number}.nii")
+        nib.save(in_a_row(noise(f"s{number}", 40, 3)), tmp_path / "scans" / f"s{number}.nii")
     preparation = Preparation(label_image=tmp_path / "labels.nii")
     prepare(find_scans(tmp_path / "scans"), tmp_path / "prepared", str(tmp_path / "own.tsv"), preparation)
     if data == "corpus":
@@ -354,10 +341,9 @@ def test_shipped_configurations_are_read(size: str, tmp_path: Path) -> None:
         program = alignment if stage == "alignment" else sft
         options = ["--config", str(config), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
         script, training, model = program.make_parser().parse_args_and_config([*options, "--rows", "7"])
-        assert script.rows == 7 and abs(sum(script.row_weights) - 1) < 1e-9 and model.use_peft is not None
+        assert script.rows == 7 and abs(sum(script.row_weights) - 1) < 1e-9 and model.use_peft
         assert training.train_sampling_strategy == "group_by_length" and not training.remove_unused_columns
         assert stage == "alignment" or training.max_length is None
-    assert command_line("sft", tmp_path, tmp_path)[:1] == ["--config"]
     options = ["--config", str(CONFIGS.parent / size / "codec.yaml"), "--output_dir", str(tmp_path)]
     args, _ = TrlParser((CodecArguments, CodecTrainingArguments)).parse_args_and_config(options)
     names = ("codebook_dim", "codebook_groups", "num_quantizers", "codebook_size", "patch_length", "tokens_per_patch")

@@ -12,12 +12,10 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from fmrilm import FmriLMForConditionalGeneration
-from fmrilm.processors import FmriLMProcessor
-from fmrilm.training.alignment.joint import add_lora, join
+from fmrilm.training.alignment.joint import add_lora
 from fmrilm.training.cli.main import app
 from fmrilm.training.hub import push as publish
 from fmrilm.training.hub.model_card import UNKNOWN_REPO, fill_card, read_card
@@ -25,29 +23,15 @@ from fmrilm.training.hub.push import find_problems, push
 from helpers import evaluation_results
 
 
-@pytest.fixture(scope="module")
-def processor(extractor, module_tokenizer) -> FmriLMProcessor:
-    return FmriLMProcessor(extractor, module_tokenizer, tokens_per_patch=2, summary_tokens=4)
-
-
-@pytest.fixture(scope="module")
-def saved(make_codec, make_language_model, processor, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "tiny"
-    language_model = make_language_model("llama", len(processor.tokenizer) - 4)
-    join(make_codec(), language_model, processor, ["age", "motion"]).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def folder(saved_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved_model, tmp_path / "tiny"))
 
 
 @pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "tiny"))
-
-
-@pytest.fixture
-def adapter(saved: Path, processor, tmp_path: Path) -> Path:
+def adapter(saved_model: Path, processor, tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
-    add_lora(FmriLMForConditionalGeneration.from_pretrained(saved), 2).save_pretrained(folder)
+    add_lora(FmriLMForConditionalGeneration.from_pretrained(saved_model), 2).save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "README.md").unlink()
     change(folder / "adapter_config.json", base_model_name_or_path="someone/base")
@@ -198,7 +182,7 @@ def test_missing_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("repo", ["a/b/c", "-tiny", "me/ti ny"])
 def test_impossible_repository_is_refused(repo: str, folder: Path) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="Repo id must"):
         push(folder, repo)
 
 
@@ -213,13 +197,6 @@ def test_dry_run_lists_every_file_and_changes_none(folder: Path) -> None:
     listed = {line.split()[-1] for line in lines[:-1]}
     assert listed == {path.name for path in folder.iterdir() if path.is_file()} | {"README.md"}
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def test_command_says_what_is_wrong(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    result = CliRunner().invoke(app, ["push", str(folder), "me/tiny"])
-    assert result.exit_code == 1
-    assert "error:" in result.output and "expected weights" in result.output
 
 
 def test_card_is_filled_from_folder_and_results(folder: Path) -> None:
@@ -279,13 +256,6 @@ def test_card_without_results_claims_nothing(folder: Path) -> None:
     assert "## Evaluation" not in card.text and UNKNOWN_REPO in card.text
 
 
-def test_card_of_an_adapter_names_its_base(adapter: Path) -> None:
-    card = ModelCard(str(fill_card(adapter)))
-    assert (card.data.base_model, card.data.base_model_relation) == ("someone/base", "adapter")
-    assert card.data.library_name == "peft"
-    assert "AutoPeftModelForCausalLM" in card.text and "AutoModelForMultimodalLM" not in card.text
-
-
 @pytest.mark.parametrize("part", ["data", "tasks"])
 def test_incomplete_results_are_refused(part: str, folder: Path) -> None:
     incomplete = evaluation_results()
@@ -306,24 +276,3 @@ def test_own_card_goes_along_with_the_repository_filled_in(folder: Path, tmp_pat
     (tmp_path / "results.json").write_text(json.dumps(longer))
     _, anew = push(folder, "me/tiny", results=tmp_path / "results.json", dry_run=True)
     assert anew["README.md"] == sizes["README.md"] + len(" at all")
-
-
-@pytest.mark.parametrize("way", ["model", "trainer", "merged"])
-def test_no_way_of_saving_lets_the_model_speak_placeholders(way: str, saved: Path, tmp_path: Path) -> None:
-    model = FmriLMForConditionalGeneration.from_pretrained(saved)
-    if way == "model":
-        model.save_pretrained(tmp_path)
-    elif way == "trainer":
-        Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)).save_model()
-    else:
-        add_lora(model, 2).merge_and_unload().save_pretrained(tmp_path)
-    again = FmriLMForConditionalGeneration.from_pretrained(tmp_path)
-    names = ("fmri_start_token_id", "fmri_token_id", "fmri_summary_token_id", "fmri_end_token_id")
-    placeholders = [getattr(again.config, name) for name in names]
-    # a head that says nothing but placeholders, were it allowed to
-    with torch.no_grad():
-        head = again.get_output_embeddings().weight
-        head[:] = 0
-        head[placeholders] = 1
-    generated = again.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=True)
-    assert not torch.isin(generated, torch.tensor(placeholders)).any()

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from fmrilm.training.data.prepare import Outcome, Preparation, prepare
 from fmrilm.training.data.scan_sources import IDS, find_scans
+from helpers import atlas, in_a_row, labels_in_a_row, write_table
 
 
 ROIS, FRAMES = 5, 20
@@ -55,9 +56,7 @@ def spoil(path: Path, damage: str) -> None:
 
 
 def write_volume(path: Path, damage: str) -> None:
-    image = nib.Nifti1Image(signal(damage).T[:, None, None], np.eye(4))
-    image.header.set_zooms((1, 1, 1, 2.0))
-    nib.save(image, path.with_name("volume.nii"))
+    nib.save(in_a_row(signal(damage)), path.with_name("volume.nii"))
     path.with_name("volume.nii").rename(path)
     spoil(path, damage)
 
@@ -83,18 +82,15 @@ def write_sidecar(path: Path, values: dict | str) -> None:
 
 
 @pytest.fixture(scope="module")
-def atlas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def parcellation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Table and label image of five voxels in a row."""
     folder = tmp_path_factory.mktemp("atlas")
-    rows = [f"{i + 1}\tR{i}\tVis\t{-10 * i}\t0\t{i}" for i in range(ROIS)]
-    (folder / "cc200.tsv").write_text("\n".join(["index\tname\tnetwork\tx\ty\tz", *rows]))
-    labels = np.arange(1, ROIS + 1, dtype=np.int16)[:, None, None]
-    nib.save(nib.Nifti1Image(labels, np.eye(4)), folder / "labels.nii")
-    return folder / "cc200.tsv", folder / "labels.nii"
+    nib.save(labels_in_a_row(ROIS), folder / "labels.nii")
+    return write_table(folder / "cc200.tsv", atlas("cc200", ROIS)), folder / "labels.nii"
 
 
 @pytest.fixture
-def accounted(atlas: tuple[Path, Path], tmp_path: Path) -> Callable[[Path], set[tuple]]:
+def accounted(parcellation: tuple[Path, Path], tmp_path: Path) -> Callable[[Path], set[tuple]]:
     """
     Ids of all scans that are found in a folder; or, where it is prepared, that are in the output or, with a reason, in
     failures.csv.
@@ -107,8 +103,8 @@ def accounted(atlas: tuple[Path, Path], tmp_path: Path) -> Callable[[Path], set[
             return {scan.ids for scan in found}
         output = tmp_path / "out"
         shutil.rmtree(output, ignore_errors=True)
-        preparation = Preparation(tr=None, label_image=atlas[1])
-        outcome = prepare(find_scans(folder), output, str(atlas[0]), preparation)
+        preparation = Preparation(tr=None, label_image=parcellation[1])
+        outcome = prepare(find_scans(folder), output, str(parcellation[0]), preparation)
         rows = [row for part in output.rglob("*.parquet") for row in pq.read_table(part).to_pylist()]
         failures = []
         if (output / "failures.csv").exists():

@@ -17,10 +17,11 @@ import torch
 from conftest import build_tiny_atlas
 from transformers import AutoFeatureExtractor, Trainer, TrainingArguments, pipeline
 
-from fmrilm import FmriLMModel
+from fmrilm import FmriLMForConditionalGeneration, FmriLMModel
 from fmrilm.processors import FmriLMFeatureExtractor, Parcels
 from fmrilm.training.alignment.joint import add_lora
-from helpers import linked_site
+from helpers import in_a_row, linked_site, write_table
+from scan_rows import LONG, codes, ids
 
 
 AUTO_CLASSES = {
@@ -127,17 +128,11 @@ def test_saved_folders_open_without_the_package(
     codec.save_pretrained(codec_folder)
     signal = torch.from_numpy(1000 + np.random.default_rng(0).normal(0, 10, (40, 5)))
     torch.save(signal, tmp_path / "signal.pt")
-    image = nib.Nifti1Image(signal.numpy().T[:, None, None], np.eye(4))
-    image.header.set_zooms((1, 1, 1, 0.72))
-    nib.save(image, tmp_path / "scan.nii.gz")
+    nib.save(in_a_row(signal.numpy(), 0.72), tmp_path / "scan.nii.gz")
     block = {"type": "fmri", "tr": 0.72, "atlas": "tiny"}
     chat = [{"role": "user", "content": [block, {"type": "text", "text": "Is it connected?"}]}]
     other = build_tiny_atlas(5, "other")
-    lines = [
-        "\t".join(map(str, row))
-        for row in zip(other.labels, other.rois, other.networks, *other.coordinates.T, strict=True)
-    ]
-    (tmp_path / "other.tsv").write_text("\n".join(["index\tname\tnetwork\tx\ty\tz", *lines]))
+    write_table(tmp_path / "other.tsv", other)
     arguments = {
         "atlas": other.to_dict(),
         "table": str(tmp_path / "other.tsv"),
@@ -211,16 +206,30 @@ def test_processor_names_its_auto_classes_and_holds_their_code(processor, tmp_pa
     assert nested["AutoFeatureExtractor"] == "feature_extraction_fmrilm.FmriLMFeatureExtractor"
 
 
-def test_every_way_of_saving_names_all_auto_classes(tiny_model, tmp_path: Path) -> None:
-    model = tiny_model()
+def test_every_way_of_saving_names_all_auto_classes_and_lets_no_placeholder_be_spoken(tiny_model, tmp_path) -> None:
+    model = tiny_model(tied=False)
     model.save_pretrained(tmp_path / "model")
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     Trainer(model=model, args=args).save_model(str(tmp_path / "trainer"))
     FmriLMModel.from_pretrained(tmp_path / "trainer").save_pretrained(tmp_path / "base")
     add_lora(model, 2).merge_and_unload().save_pretrained(tmp_path / "merged")
+    names = ("fmri_start_token_id", "fmri_token_id", "fmri_summary_token_id", "fmri_end_token_id")
+    placeholders = {getattr(model.config, name) for name in names}
+    row, options = ids(model, "a", LONG), {"max_new_tokens": 1, "do_sample": True, "num_return_sequences": 8}
     for name in ("model", "trainer", "base", "merged"):
         assert auto_map(tmp_path / name) == AUTO_CLASSES
         assert code_files(tmp_path / name) == MODEL_FILES
+        # without a head, nothing is spoken
+        if name == "base":
+            continue
+        again = FmriLMForConditionalGeneration.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            # now they are by far the likeliest words
+            state = again.model(row, fmri_codes=codes(LONG)).last_hidden_state[0, -1]
+            again.get_output_embeddings().weight[list(placeholders)] = 10 * state
+        assert not placeholders & set(again.generate(row, fmri_codes=codes(LONG), **options)[:, -1].tolist())
+        again.generation_config.suppress_tokens = None
+        assert placeholders >= set(again.generate(row, fmri_codes=codes(LONG), **options)[:, -1].tolist())
 
 
 def test_codec_names_its_auto_classes_and_brings_its_extractor(tiny_codec, extractor, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fmrilm.training.report.report import write_report
+from helpers import evaluation_results
 
 
 EVIL = "<script>alert(1)</script>"
@@ -53,25 +54,8 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def score(accuracy: float) -> dict[str, Any]:
-    return {"accuracy": accuracy, "interval": [accuracy - 0.07, accuracy + 0.07]}
-
-
-def family(questions: int, right: float, shuffled: float) -> dict[str, Any]:
-    gap = right - shuffled
-    return {
-        "questions": questions,
-        "right": score(right),
-        "shuffled": score(shuffled),
-        **dict.fromkeys(("noise", "codes_ridge"), score(0.34)),
-        "majority": {"accuracy": 1 / 3, "interval": [1 / 3, 1 / 3]},
-        "difference": {"value": gap, "interval": [gap - 0.1, gap + 0.1]},
-        "beats_shuffled": gap > 0.1,
-    }
-
-
 def build_results() -> dict[str, Any]:
-    """Results of an evaluation as `training.evaluation` gives them, with the run of a demo."""
+    """Results of an evaluation with all that a page shows, some of it no plain text."""
 
     def answer(number: int) -> dict[str, Any]:
         return {
@@ -83,38 +67,29 @@ def build_results() -> dict[str, Any]:
             "probabilities": dict(zip(LEVELS, np.roll([0.7, 0.2, 0.1], number).tolist(), strict=True)),
         }
 
+    results = evaluation_results()
     estimate = {"value": 0.71, "interval": [0.6, 0.8]}
     condition = {"shots": 0, "variant": "", "resamples": 1, "scans": 40, "parse_failures": 0}
     metrics = {"right": {"roc_auc": estimate}, "shuffled": {"roc_auc": {"value": 0.5, "interval": None}}}
-    return {
-        "data": {"scans": 44, "subjects": 11, "windows": 440, "training_subjects": [10], "test_subjects": [1]},
-        "settings": {"quick": False, "seed": 0},
-        "tasks": {f"sex {EVIL}": {"conditions": [{"condition": "zero-shot", "metrics": metrics, **condition}]}},
-        "descriptors": {
-            "families": {
-                "connectivity": family(900, 0.61, 0.40),
-                "all": family(950, 0.60, 0.40),
-                "$\\broken{$": family(50, 0.35, 0.36),
-            },
-            "verdict": "answers about the right scan are above the control",
-            "answers": [answer(number) for number in range(5)],
-            "descriptions": {
-                "examples": [{"subject": "hcp 1", "generated": f"It is low. {EVIL}", "truth": "It is high & slow."}],
-                "statement_accuracy": {"right": 0.55, "shuffled": 0.41, "majority": None},
-            },
-        },
-        "codec": {
-            "bits_per_patch": 1152.0,
-            "codebook_used": 20,
-            "r_squared": {"value": 0.31, "interval": [0.2, 0.4]},
-            "subjects": [{"subject": EVIL, "r_squared": 0.3, "fc_correlation": None}],
-        },
-        "run": {
-            "seconds": {"prepare": 6.0, EVIL: 200.0, "total": 206.0},
-            "peak_memory_gb": 3.1,
-            "versions": {"torch": "2.13.0", EVIL: EVIL},
+    results["tasks"][f"sex {EVIL}"] = {"conditions": [{"condition": "zero-shot", "metrics": metrics, **condition}]}
+    (family,) = results["descriptors"]["families"].values()
+    results["descriptors"]["families"] |= {"all": {**family, "beats_shuffled": True}, "$\\broken{$": family}
+    results["descriptors"] |= {
+        "answers": [answer(number) for number in range(5)],
+        "descriptions": {
+            "examples": [{"subject": "hcp 1", "generated": f"It is low. {EVIL}", "truth": "It is high & slow."}],
+            "statement_accuracy": {"right": 0.55, "shuffled": 0.41, "majority": None},
         },
     }
+    results["codec"] = {
+        "bits_per_patch": 1152.0,
+        "codebook_used": 20,
+        "r_squared": {"value": 0.31, "interval": [0.2, 0.4]},
+        "subjects": [{"subject": EVIL, "r_squared": 0.3, "fc_correlation": None}],
+    }
+    results["run"]["seconds"][EVIL] = 200.0
+    results["run"]["versions"] = {"torch": "2.13.0", EVIL: EVIL}
+    return results
 
 
 def write(path: Path, results: dict[str, Any]) -> tuple[str, Page]:
@@ -168,16 +143,19 @@ def test_every_answer_is_there_with_its_mark(report: tuple[Path, str, Page]) -> 
 
 def test_summary_and_numbers(report: tuple[Path, str, Page], tmp_path: Path) -> None:
     _, html, page = report
-    assert "440 windows of 44 scans: 10 training and 1 held-out subjects" in page.text
-    assert "Answers about the right scan are above the control." in page.text and '"verdict no"' not in html
-    assert "+20 points" in page.text and "+10" not in page.text and "10 to 30 %" in page.text
+    assert "11 windows of 5 scans: 3 training and 2 held-out subjects" in page.text
+    assert "Nothing beats anything." in page.text and '"verdict no"' not in html
+    assert "+20 points" in page.text and "+10" not in page.text and "−5 to 30 %" in page.text
     assert "not a medical device" in page.text and "quick run" not in page.text
     place = page.cells.index("r squared")
     assert page.cells[place : place + 3] == ["r squared", "0.31", "0.20 to 0.40"]
     assert "55 % (right), 41 % (shuffled), — (majority)" in page.text
 
     results = build_results()
-    results["descriptors"]["families"]["all"] = family(950, 0.38, 0.40)
+    results["descriptors"]["families"]["all"] |= {
+        "difference": {"value": -0.02, "interval": [-0.1, 0.1]},
+        "beats_shuffled": False,
+    }
     results["settings"]["quick"] = True
     html, page = write(tmp_path / "report.html", results)
     assert '"verdict no"' in html and "−2 points" in page.text

@@ -4,7 +4,6 @@ import re
 import runpy
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 
@@ -53,33 +52,6 @@ def test_plots_in_the_page_are_drawn(script: dict, tmp_path: Path) -> None:
 def test_scaling_is_what_its_script_makes() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "scaling.py"))
     assert script["page"]() == script["PAGE"].read_text(encoding="utf-8"), "run: python docs/scaling.py"
-
-
-def test_long_tables_are_shortened(script: dict) -> None:
-    folds = pd.DataFrame({"fold": [0, 0, 1, 1], "coder": ["a", "b"] * 2, "r_squared": [0.1, 0.2, 0.3, 0.4]})
-    assert script["over_folds"](folds).to_dict("list") == {"coder": ["a", "b"], "r_squared": [0.2, pytest.approx(0.3)]}
-    row = {"split": "5 folds, seed 0", "task": "sex", "condition": "zero-shot", "shots": "0", "variant": None}
-    row |= {"comparison": "right", "metric": "roc_auc", "value": 0.7, "low": 0.6, "high": 0.8}
-    left_out = {"metric": "f1"}, {"variant": "uncalibrated"}, {"comparison": "minus shuffled"}
-    of_numbers = {"variant": "expected value", "metric": "pearson_r"}
-    more = {"split": "leave one site out"}, {"comparison": "shuffled"}, of_numbers, *left_out
-    people = script["by_split"](pd.DataFrame([row, *(row | change for change in more)]))
-    assert list(people) == ["task", "metric", "condition", "shots", "comparison", row["split"], "leave one site out"]
-    assert people.iloc[:, -3:].fillna("").to_numpy().tolist() == [
-        ["right", "0.7 (0.6 to 0.8)", "0.7 (0.6 to 0.8)"],
-        ["shuffled", "0.7 (0.6 to 0.8)", ""],
-        ["right", "0.7 (0.6 to 0.8)", ""],
-    ]
-    folds = [row, *(row | {"split": f"{row['split']}, fold {fold}", "value": fold / 10} for fold in range(3))]
-    of_folds = script["by_split"](pd.DataFrame(folds))
-    assert of_folds.iloc[:, -2:].to_dict("list") == {
-        "5 folds, seed 0": ["0.7 (0.6 to 0.8)"],
-        "5 folds, seed 0, mean of folds": ["0.1 (0 to 0.2)"],
-    }
-    # of a task of numbers, those that were given and the expected ones
-    both = [{"metric": "pearson_r"}, of_numbers]
-    ages = script["by_split"](pd.DataFrame([row | {"task": "age"} | change for change in both]))
-    assert list(ages["condition"]) == ["zero-shot", "zero-shot, expected value"]
 
 
 def test_table_of_the_demo_is_over_seeds(demo: dict, script: dict, tmp_path: Path) -> None:

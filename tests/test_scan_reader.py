@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import build_tiny_atlas
+from conftest import save_tiny
 from datasets import Dataset
 
 import fmrilm
-from fmrilm import FmriLMFeatureExtractor, FmriLMProcessor, ScanReader
+from fmrilm import FmriLMFeatureExtractor, ScanReader
 from fmrilm.processors import add_name_tokens
 from fmrilm.processors.descriptors.text import REQUESTS
 
@@ -21,14 +21,8 @@ OPTIONS = {"tr": 2.0, "atlas": "tiny"}
 
 
 @pytest.fixture
-def folder(llama, tiny_atlas, tiny_tokenizer, tmp_path: Path) -> Path:
-    extractor = FmriLMFeatureExtractor(
-        atlases=[tiny_atlas, build_tiny_atlas(7, "other")], patch_length=4, window_length=16
-    )
-    llama.save_pretrained(tmp_path / "model")
-    processor = FmriLMProcessor(extractor, tiny_tokenizer, tokens_per_patch=2, summary_tokens=4)
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def folder(extractor_of_two: FmriLMFeatureExtractor, tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "model", extractor_of_two)
 
 
 @pytest.fixture

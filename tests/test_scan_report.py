@@ -7,12 +7,9 @@ import pytest
 import torch
 from conftest import build_tiny_atlas
 from test_report import EVIL, Page
-from typer.testing import CliRunner
 
 from fmrilm import ScanReader
 from fmrilm.processors import FmriLMProcessor
-from fmrilm.training.cli import main as cli
-from fmrilm.training.cli.read import QUESTIONS
 from fmrilm.training.report.scan_figures import _four
 from fmrilm.training.report.scan_report import (
     forecast_last_patch,
@@ -144,22 +141,6 @@ def test_the_page_holds_everything_and_fetches_nothing(reader: ScanReader, signa
     shares = page.cells[page.cells.index(found["answer"]) + 1]
     assert all(f"{choice}{100 * share:.0f}" in shares for choice, share in found["probabilities"].items())
     assert "20 frames of 5 ROIs (tiny)" in page.text
-
-
-def test_the_command_writes_the_page_and_names_no_file(
-    reader: ScanReader, signal: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    np.save(tmp_path / "sub-Q7marker.npy", signal)
-    monkeypatch.setattr("fmrilm.scan_reader.load", lambda *arguments: reader)
-    for drawn in ("carpet", "traces", "connectivity", "token_map", "glass_brain"):
-        monkeypatch.setattr(f"fmrilm.training.report.scan_report.{drawn}", lambda *arguments: "")
-    arguments = ["report", str(tmp_path / "sub-Q7marker.npy"), "--model", "x", "--output", str(tmp_path / "page.html")]
-    result = CliRunner().invoke(cli.app, [*arguments, "--tr", "2.0", "--question", QUESTIONS[0]])
-    assert result.exit_code == 0, result.output
-    html = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "marker" not in html and QUESTIONS[0] in html and "typical" in html
-    result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 1 and "repetition time is not known" in result.output
 
 
 def test_atlases_may_bring_networks_of_their_own(reader: ScanReader) -> None:

@@ -17,16 +17,15 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
-from conftest import build_tiny_codec, build_tiny_language_model, build_tiny_tokenizer
+from conftest import save_tiny
 from gradio_client import Client, handle_file
 from gradio_client.utils import strip_invalid_filename_characters
 from playwright.sync_api import Browser, Page
 
-from fmrilm import Atlas, FmriLMFeatureExtractor, FmriLMProcessor, load
+from fmrilm import Atlas, FmriLMFeatureExtractor, load
 from fmrilm.processors.descriptors.measures import CORE_NAMES
 from fmrilm.processors.descriptors.text import level_answers, question
 from fmrilm.training import space
-from fmrilm.training.alignment.joint import join
 from fmrilm.training.data.tasks import load_task
 from fmrilm.training.evaluation.report import add_to_card
 from fmrilm.training.report.scan_report import read_scan
@@ -54,12 +53,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "table.tsv").write_text("\n".join(["index\tname\tnetwork", *rows]) + "\n")
     atlas = Atlas.from_image(folder / "labels.nii.gz", folder / "table.tsv", "tiny")
     extractor = FmriLMFeatureExtractor(atlases=[atlas], patch_length=4, window_length=16)
-    processor = FmriLMProcessor(extractor, build_tiny_tokenizer(), tokens_per_patch=2, summary_tokens=4)
-    language_model = build_tiny_language_model("llama", len(processor.tokenizer) - 4)
-    model = join(build_tiny_codec(), language_model, processor, ["age", "motion"]).eval()
-    model.save_pretrained(folder / "saved")
-    processor.save_pretrained(folder / "saved")
-    return folder / "saved"
+    return save_tiny(folder / "saved", extractor)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fmrilm.training.data import tasks
-from fmrilm.training.data.prepare import Preparation, prepare
-from fmrilm.training.data.scan_sources import find_scans
 from fmrilm.training.data.tasks import Task, labels_of, load_task, task_names
 
 
@@ -126,24 +123,12 @@ def example() -> tuple[str, str]:
     return yaml, table
 
 
-def test_task_and_labels_of_ones_own_are_read(tmp_path: Path, tiny_atlas) -> None:
+def test_task_and_labels_of_ones_own_are_read(tmp_path: Path) -> None:
     yaml, table = example()
     (tmp_path / "chronotype.yaml").write_text(yaml)
-    (tmp_path / "chronotype.csv").write_text(table)
-    (tmp_path / "scans").mkdir()
-    subjects = [row["subject"] for row in csv.DictReader(table.splitlines())]
-    for number, subject in enumerate(subjects):
-        noise = np.random.default_rng(number).normal(0, 10, (60, len(tiny_atlas)))
-        np.save(tmp_path / "scans" / f"{subject}.npy", (1000 + noise).astype(np.float32))
-    rois = [f"{i}\t{roi}\tL\tVis\t{i}\t0\t0" for i, roi in enumerate(tiny_atlas.rois, start=1)]
-    (tmp_path / "own.tsv").write_text("\n".join(["index\tname\themisphere\tnetwork\tx\ty\tz", *rois]))
-
-    scans = find_scans(tmp_path / "scans", tmp_path / "chronotype.csv")
-    prepare(scans, tmp_path / "data", str(tmp_path / "own.tsv"), Preparation(tr=2.0))
-    rows = load_dataset(str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "cache"))
     task = load_task(tmp_path / "chronotype.yaml")
     assert task.choice_words == ["morning", "evening"]
-    assert labels_of(task, rows) == ["m", "e"]
+    assert labels_of(task, [{"session": None, **row} for row in csv.DictReader(table.splitlines())]) == ["m", "e"]
 
 
 def test_unknown_task_names_those_there_are() -> None:
