@@ -31,9 +31,9 @@ class Section:
 
 
 def with_bounds(values: pd.Series, low: pd.Series, high: pd.Series) -> list[str]:
-    """ "value (low to high)", nothing where there is no value."""
+    """ "value (low to high)", without brackets where there are no bounds, nothing where there is no value."""
     cells = zip(values.map(number), low.map(number), high.map(number), strict=True)
-    return [value and f"{value} ({least} to {most})" for value, least, most in cells]
+    return [f"{value} ({least} to {most})" if value and least else value for value, least, most in cells]
 
 
 def by_condition(table: pd.DataFrame) -> pd.DataFrame:
@@ -172,7 +172,7 @@ SECTIONS = {
     "people_another_study.csv": Section(
         "States in another study, learned without an update",
         "The state of each of SONG's recordings (Schaefer-200), in folds over its subjects, by models of the release "
-        "recipe that were trained on ABIDE (CC200), one a column: scores by ridge regression and a calibration, no "
+        "recipe that were trained on ABIDE (CC200), of two folds: scores by ridge regression and a calibration, no "
         "update of the language model: `python benchmarks/people.py another-study PREPARED`.",
         lambda table: by_split(table, ("accuracy", "balanced_accuracy", "calibration_error")),
     ),
