@@ -108,7 +108,7 @@ class FmriLMPipeline(Pipeline):
             if not isinstance(question, str):
                 raise ValueError(f"expected one question for scans of unknown number, got {question}")
             return super().__call__(({"fmri": scan, "question": question} for scan in fmri), **kwargs)
-        questions = [question] * len(fmri) if isinstance(question, str) else list(question)
+        questions: Any = [question] * len(fmri) if isinstance(question, str) else list(question)
         if not len(fmri) or len(questions) != len(fmri):
             raise ValueError(f"expected as many questions as scans, got {len(questions)} for {len(fmri)} scans")
         items: Any = StackDataset(fmri=fmri, question=questions)

@@ -44,6 +44,16 @@ def folder(tmp_path: Path) -> Path:
     return prepared(tmp_path / "study", signals, of)
 
 
+def test_scans_shorter_than_a_patch_of_the_codec_are_left_out(tmp_path: Path, caplog) -> None:
+    signals = [100 + 7 * noise_signal(f"p{row}", frames, atlas()) for row, frames in enumerate((40, 20, 64))]
+    folder, extractor = prepared(tmp_path / "study", signals, atlas()), FmriLMFeatureExtractor(patch_length=32)
+    scans = load_scans(folder, extractor)
+    assert scans.table["subject"].tolist() == ["p0", "p2"] and scans.signal(1).shape[0] == 64
+    assert "1 scans of less than a patch, 32 frames, are left out" in caplog.text
+    with pytest.raises(ValueError, match="scans of at least a patch, 128 frames, got none"):
+        load_scans(folder, FmriLMFeatureExtractor(patch_length=128, window_length=128))
+
+
 def test_scans_are_standardised_once_and_stay_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extractor, prepare_signal = FmriLMFeatureExtractor(), FmriLMFeatureExtractor.prepare_signal
     counted = create_autospec(prepare_signal, side_effect=prepare_signal)

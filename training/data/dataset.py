@@ -112,14 +112,13 @@ def load_scans(folders: str | Path | Sequence[str | Path], extractor: FmriLMFeat
     table["subject"] = one_name_each(table["subject"])
     # the parts of an atlas come in the order of their tables
     table["row"] = table.groupby("atlas").cumcount()
-    short = table["frames"] < extractor.patch_length
-    if short.all():
+    scans, kept = Scans(parts, table, atlases, extractor.patch_length), table["frames"] >= extractor.patch_length
+    if not kept.to_numpy().any():
         raise ValueError(f"expected scans of at least a patch, {extractor.patch_length} frames, got none")
-    if short.any():
-        warn_once(f"{short.sum()} scans of less than a patch, {extractor.patch_length} frames, are left out")
-        table = table[~short].reset_index(drop=True)
-        atlases = {name: atlases[name] for name in table["atlas"].unique()}
-    return Scans(parts, table, atlases, extractor.patch_length)
+    if kept.to_numpy().all():
+        return scans
+    warn_once(f"{len(scans) - kept.sum()} scans of less than a patch, {extractor.patch_length} frames, are left out")
+    return scans.select(np.flatnonzero(kept))
 
 
 def _shards(folder: Path, extractor: FmriLMFeatureExtractor) -> Iterator[tuple[Atlas, list[Path]]]:
