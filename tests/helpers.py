@@ -1,6 +1,8 @@
 """Scans and codes that several test files make, and a place to run in without this package."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -236,3 +238,33 @@ def linked_site(folder: Path, *names: str) -> Path:
             if not link.exists():
                 link.symlink_to(found.locate_file(name))
     return folder
+
+
+# what stands before the code that an interpreter of its own runs
+PREAMBLE = """
+import importlib, json, sys
+
+arguments = json.loads(sys.argv[1])
+for place in arguments["places"]:
+    sys.path.insert(0, place)
+for name in arguments["absent"]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        continue
+    raise AssertionError(name + " can be imported")
+"""
+# neither the current folder, nor the environment's packages, nor what an editable install adds
+ISOLATED = ("-I", "-S")
+
+
+def run_python(code: str, *options: str, arguments: dict | None = None, **process) -> str:
+    """
+    What a new interpreter prints that runs code with `arguments`: packages are also found in the folders "places", and
+    none of "absent" can be imported.
+    """
+    given = json.dumps({"places": [], "absent": [], **(arguments or {})})
+    command = [sys.executable, *options, "-c", PREAMBLE + code, given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **process)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +16,9 @@ from huggingface_hub import ModelCard
 
 from fmrilm import FmriLMForConditionalGeneration
 from fmrilm.processors import FmriLMProcessor
-from helpers import linked_site
+from helpers import ISOLATED, linked_site, run_python
 from hub_server import TOKEN, Hub, running_hub
 
-
-PREAMBLE = """
-import json, sys
-
-arguments = json.loads(sys.argv[1])
-for place in arguments["places"]:
-    sys.path.insert(0, place)
-folder, chat = arguments["folder"], arguments["chat"]
-"""
 
 PUSH = """
 from pathlib import Path
@@ -41,6 +30,8 @@ from typer.testing import CliRunner
 import fmrilm
 from fmrilm.training.alignment.joint import add_lora
 from fmrilm.training.cli.main import app
+
+folder, chat = arguments["folder"], arguments["chat"]
 
 
 def run(*words):
@@ -72,21 +63,14 @@ torch.save(said, arguments["results"])
 """
 
 PULL = """
-import importlib, re
-
-for name in ("fmrilm", "trl", "nilearn"):
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        continue
-    raise AssertionError(name + " can be imported")
+import re
 
 import torch
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 trust = {"trust_remote_code": True}
-old = arguments["commit"]
+chat, old = arguments["chat"], arguments["commit"]
 results = {}
 
 
@@ -172,9 +156,7 @@ def run(hub: Hub, place: Path, name: str, script: str, *options: str, **argument
         "output": str(place / f"{name}-output"),
         "results": str(results),
     }
-    command = [sys.executable, *options, "-c", PREAMBLE + script, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    run_python(script, *options, arguments=arguments, cwd=place, env=environment)
     return torch.load(results, weights_only=True)
 
 
@@ -190,7 +172,8 @@ def pulled(hub: Hub, place: Path, said: dict) -> dict:
     site = place / "site"
     site.mkdir()
     linked_site(site, "transformers", "torch", "numpy", "scipy", "peft", "accelerate")
-    return run(hub, place, "pull", PULL, "-I", "-S", places=[str(site)], commit=commit_of(said["model"]))
+    found = {"places": [str(site)], "absent": ["fmrilm", "trl", "nilearn"]}
+    return run(hub, place, "pull", PULL, *ISOLATED, **found, commit=commit_of(said["model"]))
 
 
 def commit_of(answer: list) -> str:

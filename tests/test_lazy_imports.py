@@ -1,7 +1,6 @@
 """`import fmrilm` and `fmrilm --help` import nothing heavy, and yet every name and every Auto class is there."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 import fmrilm
 from fmrilm import processors
+from helpers import run_python
 
 
 HEAVY = ("torch", "transformers", "datasets", "pandas", "trl", "sklearn", "matplotlib", "scipy", "nilearn")
@@ -20,14 +20,12 @@ COMMAND = Path(sys.executable).with_name("fmrilm")
 
 def fresh(code: str) -> dict:
     """What a new interpreter prints after this code, as JSON."""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run_python(code).splitlines()[-1])
 
 
 def test_import_is_quick_and_takes_nothing_heavy() -> None:
     code = f"""
-import json, sys, time
+import time
 start = time.process_time()
 import fmrilm, fmrilm.processors
 seconds = time.process_time() - start
@@ -41,7 +39,6 @@ print(json.dumps([seconds, names, [name for name in ("torch", "transformers", "p
 
 def test_asking_takes_nothing_that_it_does_not_need(model_folder: Path, scan_file: Path) -> None:
     code = f"""
-import json, sys
 from typer.testing import CliRunner
 from fmrilm.training.cli.main import app
 arguments = ["ask", {str(scan_file)!r}, "Is it?", "--choices", "yes,no", "--tr", "0.72"]
@@ -54,7 +51,7 @@ print(json.dumps([name for name in {UNUSED} if name in sys.modules]))
 
 def test_help_is_quick_and_takes_nothing_heavy() -> None:
     code = """
-import json, resource, runpy, sys
+import resource, runpy
 sys.argv = ["fmrilm", "--help"]
 try:
     runpy.run_path(COMMAND, run_name="__main__")
@@ -84,7 +81,6 @@ def test_every_name_is_listed_and_there(package) -> None:
 )
 def test_the_package_serves_without_trust_and_takes_no_code_of_a_folder(imports: str, model_folder: Path) -> None:
     code = f"""
-import json
 {imports}
 from transformers import AutoModelForCausalLM, AutoProcessor
 model = AutoModelForCausalLM.from_pretrained({str(model_folder)!r}, trust_remote_code=False)

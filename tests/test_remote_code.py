@@ -5,8 +5,6 @@ also need nibabel.
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from transformers import AutoFeatureExtractor, Trainer, TrainingArguments, pipel
 from fmrilm import FmriLMForConditionalGeneration, FmriLMModel
 from fmrilm.processors import FmriLMFeatureExtractor, Parcels
 from fmrilm.training.alignment.joint import add_lora
-from helpers import in_a_row, linked_site, write_table
+from helpers import ISOLATED, in_a_row, linked_site, run_python, write_table
 from scan_rows import LONG, codes, ids
 
 
@@ -36,17 +34,6 @@ MODEL_FILES = {*CODEC_FILES, "modeling_fmrilm.py", "pipeline_fmrilm.py"}
 PROCESSOR_FILES = {*EXTRACTOR_FILES, "processing_fmrilm.py"}
 
 SCRIPT = """
-import importlib, json, sys
-
-arguments = json.loads(sys.argv[1])
-sys.path.insert(0, arguments["site"])
-for name in ("fmrilm", "nilearn", "datasets", "peft", "trl"):
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        continue
-    raise AssertionError(name + " can be imported")
-
 import torch, transformers
 from transformers import (
     AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor,
@@ -136,7 +123,8 @@ def test_saved_folders_open_without_the_package(
     arguments = {
         "atlas": other.to_dict(),
         "table": str(tmp_path / "other.tsv"),
-        "site": str(site),
+        "places": [str(site)],
+        "absent": ["fmrilm", "nilearn", "datasets", "peft", "trl"],
         "threads": torch.get_num_threads(),
         "folder": str(folder),
         "codec": str(codec_folder),
@@ -148,16 +136,7 @@ def test_saved_folders_open_without_the_package(
         "results": str(tmp_path / "results.pt"),
     }
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    # isolated: neither this folder, nor the environment's packages, nor what an editable install adds
-    run = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", SCRIPT, json.dumps(arguments)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    run_python(SCRIPT, *ISOLATED, arguments=arguments, cwd=tmp_path, env=environment)
     results = torch.load(tmp_path / "results.pt")
 
     chat[0]["content"][0]["fmri"] = signal
