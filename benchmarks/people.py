@@ -5,7 +5,6 @@ What a model trained by the release recipe reads of subjects, beside baselines, 
                                                                # what it says of descriptors: people_descriptors.csv
     python benchmarks/people.py release prepared-abide --sites --no-descriptors
                                                                # sites that no model was trained on: people_sites.csv
-    python benchmarks/people.py reading prepared-abide         # what their answers depend on: people_reading.csv
     python benchmarks/people.py another-study prepared-song    # what these models learn of a study that they have not
                                                                # seen, without an update: people_another_study.csv
     python benchmarks/people.py release prepared-abide prepared-song --tasks asd,sex,age,age_group,state
@@ -15,40 +14,33 @@ What a model trained by the release recipe reads of subjects, beside baselines, 
                                                                # the model was not trained on: people_new.csv
 
 An argument is a folder that `fmrilm prepare` wrote. Folds are stratified by site and the first task's answers; with
-`--sites`, they are of whole sites. Tables hold figures over all subjects, and no single answer. `reading` and
-`another-study` read the models that `release` left in runs/people.
+`--sites`, they are of whole sites. Tables hold figures over all subjects, and no single answer. `another-study` reads
+the models that `release` left in runs/people.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
-import torch
 import typer
 from demo import table as over_runs
-from scipy.stats import spearmanr
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
-from fmrilm.modeling_fmrilm import FmriLMForConditionalGeneration
-from fmrilm.processors import FmriLMFeatureExtractor, FmriLMProcessor
-from fmrilm.training.alignment.examples import score_names
+from fmrilm.processors import FmriLMFeatureExtractor
 from fmrilm.training.data.dataset import Scans, load_scans
 from fmrilm.training.data.shards import write_whole
-from fmrilm.training.data.splits import Split, SplitArguments, split_scans
+from fmrilm.training.data.splits import Split, SplitArguments
 from fmrilm.training.data.tasks import load_task, with_columns
-from fmrilm.training.evaluation.ask import EncodedWindow, score_windows
 from fmrilm.training.evaluation.baselines import shuffles
 from fmrilm.training.evaluation.program import EvaluationSettings, evaluate, make_splits
 from fmrilm.training.evaluation.report import table
 from fmrilm.training.evaluation.results import FULL, summarize
-from fmrilm.training.evaluation.scans import Labelled, encode_scans
+from fmrilm.training.evaluation.scans import Labelled
 from fmrilm.training.evaluation.tuning import Tuning
 from fmrilm.training.release import ReleaseArguments, train_release
-from fmrilm.training.trainer import half_precision
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -251,62 +243,6 @@ def another_study(
         )
         tables.append(table(found).assign(split=f"model of {folder.name}"))
         write("another_study", tables, results)
-
-
-@app.command()
-def reading(
-    data: Data,
-    tasks: Tasks = "asd=diagnosis,sex",
-    work: Annotated[Path, typer.Option(help="Of `release`: models of some folds.")] = Path(
-        "runs/people/5-folds-seed-0"
-    ),
-    results: Path = RESULTS,
-) -> None:
-    """
-    Answers about the first window of each test scan, as it is, with the codes of another subject, and with the scores
-    of other tasks and of descriptors at their mean: rank correlation with the score that is read, and ROC-AUC of both.
-    """
-    scans, asked, rows = load_scans(data, FmriLMFeatureExtractor()), read_tasks(tasks), []
-    for folder in sorted(work.glob("fold*")):
-        path = folder / "sft" / "model"
-        model: Any = FmriLMForConditionalGeneration.from_pretrained(path)
-        model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
-        processor = FmriLMProcessor.from_pretrained(path)
-        test = split_scans(scans, SplitArguments(splits=str(folder / "splits.csv")))[1]
-        encoded = encode_scans(model.model.codec, processor.feature_extractor, test, 1000, folder / "reading")
-        windows = encoded.encoded
-        features = torch.from_numpy(np.stack([window.features for window in windows])).to(model.device)
-        others = [EncodedWindow(windows[at - 1].codes, one.features) for at, one in enumerate(windows)]
-        readout = model.model.summary.readout
-        weight, bias, names = readout.weight.clone(), readout.bias.clone(), model.config.score_names
-        for task in asked:
-            own = torch.tensor([name in score_names(task) for name in names])
-            truth = Labelled.read(task, test).truth[encoded.of_window]
-            known = np.flatnonzero(truth >= 0)
-            for condition in ("as it is", "codes of another subject", "its score alone"):
-                alone = (own if condition == "its score alone" else torch.ones_like(own)).to(model.device)
-                with torch.no_grad():
-                    readout.weight.copy_(weight * alone[:, None])
-                    readout.bias.copy_(bias * alone)
-                    score = readout(features).cpu()[:, own].squeeze(1).numpy()
-                choices = [processor.encode_choices(task.choice_words, task.questions[0])]
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=half_precision(model.device.type)):
-                    shown = others if condition == "codes of another subject" else windows
-                    (found,) = score_windows(model, processor, shown, task.questions[:1], choices)
-                odds = found[:, 1] - found[:, 0]
-                rows.append(
-                    {
-                        "fold": int(folder.name.removeprefix("fold")),
-                        "task": task.name,
-                        "condition": condition,
-                        "rank_correlation": float(spearmanr(odds, score).statistic),
-                        "roc_auc_answer": float(roc_auc_score(truth[known], odds[known])),
-                        "roc_auc_score": float(roc_auc_score(truth[known], score[known])),
-                    }
-                )
-                print(rows[-1], flush=True)
-            readout.load_state_dict({"weight": weight, "bias": bias})
-    write_whole(results / "people_reading.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.4f"))
 
 
 if __name__ == "__main__":

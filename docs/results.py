@@ -189,14 +189,6 @@ SECTIONS = {
         "`python benchmarks/people.py release PREPARED`.",
         by_condition,
     ),
-    "people_reading.csv": Section(
-        "Labels of subjects: what an answer depends on",
-        "Rank correlation, over test subjects, of such models' log-odds with the score of the label that they "
-        "read, and ROC-AUC of both: about a scan's first window as it is; with the codes of another subject beside "
-        "its own scores; and with all scores but this one at their mean. Means over the folds: "
-        "`python benchmarks/people.py reading PREPARED`.",
-        over_folds,
-    ),
     "codec_rate.csv": Section(
         "Codec: rate and distortion",
         "R2 of the decoded signal and correlation of its connectivity by bits of a patch, means over folds; "
